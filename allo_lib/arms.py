@@ -1,0 +1,283 @@
+"""Training and measuring the methods: every candidate of a search, and the result of a method."""
+
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from allo_lib import weights
+from allo_lib.config import fingerprint
+from allo_lib.encoding import collate, encode_prompt, encode_response, pair_batch, rejected_batch
+from allo_lib.evaluation import Answers, answer, implicit_margins
+from allo_lib.methods import PAPER_PROTOCOL, Stage, stages_of
+from allo_lib.objectives import ON_REJECTED, ON_SOLUTIONS, objective
+from allo_lib.optim import MaskedAdamW
+from allo_lib.search import Rates, Tried, best, search
+from allo_lib.seeds import derive
+from allo_lib.store import Artifact, write_json
+from allo_lib.study import Study
+from allo_lib.token_rewards import key_tokens
+from allo_lib.training import Log, Schedule, train
+
+# Methods whose weights stay in the store after their result is known: notebooks look into them.
+KEPT = ("dpo", "allo")
+WEIGHTS = "model.safetensors"
+
+
+def result(study: Study, name: str, method: str) -> dict:
+    """Everything measured of a method on a domain, by its name in measurements.csv.
+
+    Keys: `method`, `rates`, `tried` (rates, dev score, displacement, training margin of every
+    candidate), `loss` (a list per stage), `dev`, `displacement`, `answers` (id, dataset, answered,
+    right per test problem; absent without questions), `margins` (of the held-out pairs).
+    """
+    inputs = _method_inputs(study, name, method)
+    make = lambda folder: _make_result(study, name, method, folder)  # noqa: E731
+    return study.store.get("result", inputs, make).json()
+
+
+def is_done(study: Study, name: str, method: str) -> bool:
+    """Whether `result` can be read from the store."""
+    return study.store.has("result", _method_inputs(study, name, method))
+
+
+def trained_model(study: Study, name: str, method: str):
+    """The live model with the weights of a method's chosen candidate, and its artifact."""
+    rates = tuple(result(study, name, method)["rates"])
+    artifact = _candidate(study, name, stages_of(method, study.profile), rates)
+    return study.load(artifact), artifact
+
+
+def _method_inputs(study: Study, name: str, method: str) -> dict:
+    stages = stages_of(method, study.profile)
+    search_settings = study.profile.to_dict()["search"]
+    paper = method.endswith(PAPER_PROTOCOL)
+    return _stage_inputs(study, name, stages) | {
+        "search": search_settings,
+        "rates": study.profile.to_dict()["domains"][name]["rates"],
+        "test": [study.domain(name).dev, study.domain(name).test],
+        "paper_protocol": paper,
+    }
+
+
+def _stage_inputs(study: Study, name: str, stages: tuple[Stage, ...]) -> dict:
+    """What the training of a candidate depends on, besides its rates."""
+    method = study.profile.to_dict()["method"]
+    used = ("beta", "forgetting_warmup", "learning_warmup", "weight_decay", "max_grad_norm",
+            "token_threshold", "warmup_rate_factor")  # fmt: skip
+    fields = ("batch_size", "epochs", "max_length", "max_new_tokens", "sft", "rewriter")
+    return study.inputs(name, *fields) | {
+        "stages": [asdict(stage) for stage in stages],
+        "pairs": study.pairs(name).key,
+        "method": {key: method[key] for key in used},
+        "warmup_rate": study.domain(name).rates.dense,
+    }
+
+
+def _make_result(study: Study, name: str, method: str, folder: Path) -> None:
+    stages = stages_of(method, study.profile)
+    tried: list[Tried] = []
+    candidates = {}
+
+    def evaluate(rates: Rates) -> float:
+        candidates[rates] = _candidate(study, name, stages, rates)
+        return candidates[rates].json()["dev"]
+
+    if method.endswith(PAPER_PROTOCOL):
+        # The paper's protocol: every mask at the one rate that plain DPO likes best.
+        rates = tuple(result(study, name, "dpo")["rates"])
+        tried = [Tried(rates, evaluate(rates))]
+    else:
+        settings = study.profile.search
+        centre = tuple(getattr(study.domain(name).rates, stage.rate) for stage in stages)
+        tried = search(centre, settings.candidates, settings.factor, evaluate)
+    chosen = best(tried)
+    record = candidates[chosen.rates].json()
+    record |= {"method": method, "rates": list(chosen.rates), "tried": [
+        {"rates": list(one.rates), "dev": one.score} | {
+            key: candidates[one.rates].json()[key] for key in ("displacement", "train_margin")}
+        for one in tried]}  # fmt: skip
+    record |= _measure(study, name, study.load(candidates[chosen.rates]))
+    write_json(folder / "record.json", record)
+    kept = method.removesuffix(PAPER_PROTOCOL) in KEPT
+    for rates, artifact in candidates.items():
+        if stages and not (kept and rates == chosen.rates):
+            study.store.drop(artifact)
+
+
+def _candidate(study: Study, name: str, stages: tuple[Stage, ...], rates: Rates) -> Artifact:
+    """Weights and dev score of the stages trained at the given rates, one per stage."""
+    inputs = _stage_inputs(study, name, stages) | {"rates": list(rates)}
+    make = lambda folder: _make_candidate(study, name, stages, rates, folder)  # noqa: E731
+    return study.store.get("candidate", inputs, make)
+
+
+def _make_candidate(study, name, stages, rates, folder: Path) -> None:
+    model = study.load_sft(name)
+    start = weights.snapshot(model)
+    logs = [
+        _train_stage(study, name, stages, number, rates[number]) for number in range(len(stages))
+    ]
+    margins = logs[-1].metrics.get("reward_margin", []) if logs else []
+    record = {
+        "stages": [asdict(stage) for stage in stages],
+        "loss": [log.loss for log in logs],
+        "tokens": [log.tokens for log in logs],
+        "train_margin": _mean_of_last_quarter(margins) if margins else None,
+        "displacement": weights.displacement(model, start),
+        "dev": dev_score(study, name, model),
+    }
+    weights.save(model, folder / WEIGHTS)
+    write_json(folder / "record.json", record)
+
+
+def _mean_of_last_quarter(values: list[float]) -> float:
+    tail = values[-max(1, len(values) // 4) :]
+    return sum(tail) / len(tail)
+
+
+def _train_stage(study: Study, name: str, stages, number: int, rate: float) -> Log:
+    """Train the live model, as it stands, through one stage."""
+    stage, domain, method = stages[number], study.domain(name), study.profile.method
+    pad = study.tokenizer.pad_token_id
+    rows = _rows(study, name, stage, first=number == 0)
+    by_objective = {objective_: rejected_batch for objective_ in ON_REJECTED}
+    by_objective |= {objective_: collate for objective_ in ON_SOLUTIONS}
+    batch_of = by_objective.get(stage.objective, pair_batch)
+    optimizer = MaskedAdamW(
+        study.model,
+        _mask(study, name, stage),
+        lr=rate,
+        weight_decay=method.weight_decay,
+        max_grad_norm=method.max_grad_norm,
+    )
+    forgetting = stage.objective in ON_REJECTED
+    schedule = Schedule(
+        rate,
+        domain.epochs * stage.epochs,
+        domain.batch_size,
+        derive(study.seed, "order", name, number),
+        method.forgetting_warmup if forgetting else method.learning_warmup,
+    )
+    try:
+        return train(
+            study.model,
+            rows,
+            lambda batch: batch_of(batch, pad),
+            objective(stage.objective, beta=method.beta, key_share=stage.key_share),
+            optimizer,
+            schedule,
+            f"{name}, {stage.objective} at {rate:g}",
+        )
+    finally:
+        optimizer.close()
+
+
+def _mask(study: Study, name: str, stage: Stage):
+    if stage.neurons == "all":
+        return None
+    return study.mask(name, stage.neurons, stage.share, stage.estimator)
+
+
+def _rows(study: Study, name: str, stage: Stage, first: bool) -> list[dict]:
+    """Training rows of a stage; its reference is the model that the stage starts from."""
+    if stage.objective in ON_SOLUTIONS:
+        return _solution_rows(study, name, stage.objective)
+    rows = [dict(row) for row in study.encoded(name, "train")]
+    if not first:
+        for row, values in zip(rows, study.logps(study.model, rows), strict=True):
+            row |= {f"{side}_reference": values[side] for side in ("chosen", "rejected")}
+    if stage.objective == "forgetting":
+        for row, values in zip(rows, study.forgetting_weights(name, stage), strict=True):
+            row["rejected_weights"] = values
+    if stage.objective == "learning" and stage.key != "policy":
+        for row, values in zip(rows, _fixed_keys(study, name, stage), strict=True):
+            row |= {"rejected_key": values, "chosen_key": [0.0] * len(row["chosen"])}
+    return rows
+
+
+def _solution_rows(study: Study, name: str, objective_: str) -> list[dict]:
+    """RFT: the right sampled responses of the training pairs. SFT: as many of its own examples."""
+    pairs = study.pairs(name).rows["train"]
+    if objective_ == "rft" or study.task(name) is None:
+        texts = [(row["prompt"], row["chosen"]) for row in pairs]
+    else:
+        task, settings = study.task(name), study.domain(name).sft
+        questions = task.questions("sft", settings.examples)[: len(pairs)]
+        texts = [(q.prompt, task.demonstration(q, settings.error_scale)) for q in questions]
+    tokenizer = study.tokenizer
+    return [
+        {"prompt": encode_prompt(tokenizer, prompt), "response": encode_response(tokenizer, text)}
+        for prompt, text in texts
+    ]
+
+
+def _fixed_keys(study: Study, name: str, stage: Stage) -> list[list[float]]:
+    """Key tokens chosen once, before training, instead of from the policy at every step."""
+    if stage.key == "oracle":
+        return study.oracle_tokens(name, "train")
+    if stage.key == "random":
+        return study.random_keys(name, stage.key_share)
+    rows = study.encoded(name, "train")
+    live = weights.snapshot(study.model)
+    reference_model, _ = trained_model(study, name, "dpo")
+    policy = study.logps(reference_model, rows)
+    weights.restore(study.model, live)
+    return [
+        key_tokens(
+            torch.tensor([ours["rejected"]]) - torch.tensor([row["rejected_reference"]]),
+            torch.ones(1, len(row["rejected"]), dtype=torch.bool),
+            stage.key_share,
+        )[0].float().tolist()
+        for ours, row in zip(policy, study.encoded(name, "train"), strict=True)
+    ]  # fmt: skip
+
+
+def dev_score(study: Study, name: str, model) -> float:
+    """Accuracy on the development problems, or reward accuracy on the development pairs."""
+    if study.task(name) is None:
+        return _share(_margins(study, name, model, "dev"))
+    return answers(study, name, model, "dev").accuracy
+
+
+def answers(study: Study, name: str, model, split: str) -> Answers:
+    """Greedy answers to the problems of a split."""
+    domain = study.domain(name)
+    return answer(
+        model,
+        study.tokenizer,
+        study.task(name),
+        study.task(name).questions(split, getattr(domain, split)),
+        max_new_tokens=domain.max_new_tokens,
+        batch_size=study.profile.compute.generation_batch,
+    )
+
+
+def _share(margins: list[float]) -> float:
+    return sum(margin > 0 for margin in margins) / len(margins)
+
+
+def _margins(study: Study, name: str, model, split: str) -> list[float]:
+    rows = study.encoded(name, split)
+    reference = [
+        {side: row[f"{side}_reference"] for side in ("chosen", "rejected")} for row in rows
+    ]
+    return implicit_margins(study.logps(model, rows), reference, study.profile.method.beta)
+
+
+def _measure(study: Study, name: str, model) -> dict:
+    """What is reported of a method: test answers, and margins on the held-out pairs."""
+    measured = {"margins": _margins(study, name, model, "heldout")}
+    if study.task(name) is None:
+        return measured
+    given = answers(study, name, model, "test")
+    questions = study.task(name).questions("test", study.domain(name).test)
+    rows = zip(questions, given.answered, given.right, strict=True)
+    return measured | {
+        "answers": [[q.id, q.dataset, int(answered), int(right)] for q, answered, right in rows]
+    }
+
+
+def shared_key(study: Study, name: str) -> str:
+    """A short name of what all methods of a domain share, to show in notebooks."""
+    return fingerprint(_stage_inputs(study, name, ()))[:12]

@@ -1,0 +1,220 @@
+"""The commands behind `run_all.sh`: run, test, status, verify."""
+
+import argparse
+import dataclasses
+import os
+import re
+import signal
+import sys
+import time
+from pathlib import Path
+
+import yaml
+
+from allo_lib import driver, marks, status, verify
+from allo_lib.config import load_profile
+from allo_lib.environment import ROOT
+from allo_lib.errors import AlloError
+
+DATA_VARIABLE = "ALLO_DATA"
+DEFAULT_PROFILE = "tiny"
+BAD_INPUT = 2
+USAGE = """\
+./run_all.sh [PROFILE] [--seeds 0,1,2] [--only 01,05] [--data DIR] [--out DIR]
+             [-p NAME VALUE]... [--fresh]
+./run_all.sh test [PYTEST ARGS]
+./run_all.sh status [PROFILE] [--out DIR]
+./run_all.sh verify [PROFILE] [--out DIR] [--rerun] [--data DIR]"""
+_EXPONENT = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)[eE][+-]?\d+")
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        raise AlloError(f"{message}; ./run_all.sh --help shows what there is")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command; returns the exit status: 0 done, 1 failed, 2 bad input, 128 + signal."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    command = arguments[0] if arguments else ""
+    try:
+        if command == "test":
+            return test(arguments[1:])
+        if command == "status":
+            return show_status(arguments[1:])
+        if command == "verify":
+            return check(arguments[1:])
+        return run(arguments)
+    except AlloError as error:
+        print(f"run_all: {' '.join(str(error).split())}", file=sys.stderr)
+        return BAD_INPUT
+    except driver.NotebookError as error:
+        print(f"run_all: {error}", file=sys.stderr)
+        return 1
+    except (driver.Stopped, KeyboardInterrupt) as stopped:
+        print(
+            "\nrun_all: stopped; finished work is kept, and the same command goes on from here",
+            file=sys.stderr,
+        )
+        return 128 + getattr(stopped, "number", signal.SIGINT)
+
+
+def test(arguments: list[str]) -> int:
+    """Replace this process by pytest, from the checkout's folder."""
+    os.chdir(ROOT)
+    sys.stdout.flush()
+    os.execv(sys.executable, [sys.executable, "-m", "pytest", *arguments])
+
+
+def run(arguments: list[str]) -> int:
+    parser = _parser("run the notebooks of a profile")
+    parser.add_argument("--seeds", default="0", metavar="0,1,2", help="seeds, default 0")
+    parser.add_argument("--only", default="", metavar="01,05", help="numbers of notebooks")
+    parser.add_argument("--fresh", action="store_true", help="remove earlier results first")
+    _add_data(parser)
+    options = parser.parse_args(arguments)
+    start = time.monotonic()
+    asked = _run_of(options)
+    if options.fresh and asked.only:
+        raise AlloError("--fresh starts the whole run over; leave out --only")
+    written = driver.run_study(asked, fresh=options.fresh)
+    for name in written:
+        print(f"wrote {shown(asked.results / name)}")
+    seconds = time.monotonic() - start
+    count = f"{len(written)} files written" if written else "nothing to do"
+    print(f"{asked.profile.name}: {count}; took {int(seconds // 60)} min {seconds % 60:.0f} s")
+    return 0
+
+
+def show_status(arguments: list[str]) -> int:
+    options = _parser("what is done, what is missing, what each stage cost").parse_args(arguments)
+    print(status.describe(_run_of(options)))
+    return 0
+
+
+def check(arguments: list[str]) -> int:
+    parser = _parser("compare results with their hashes, or with a new run")
+    parser.add_argument("--rerun", action="store_true", help="run again and compare cell by cell")
+    _add_data(parser)
+    options = parser.parse_args(arguments)
+    asked = verify.as_recorded(_run_of(options))
+    problems = verify.check_files(asked)
+    if options.rerun and not problems:
+        problems = verify.rerun(asked)
+    for problem in problems:
+        print(f"run_all: {problem}", file=sys.stderr)
+    if not problems:
+        print(f"{shown(asked.results)}: verified")
+    return 1 if problems else 0
+
+
+def _parser(description: str) -> _Parser:
+    parser = _Parser(
+        prog="./run_all.sh",
+        usage=USAGE.replace("\n", "\n       "),
+        description=description,
+        allow_abbrev=False,
+    )
+    parser.add_argument("profile", nargs="?", default=DEFAULT_PROFILE, help="name or YAML file")
+    parser.add_argument("--out", metavar="DIR", help="results folder, default results/PROFILE")
+    parser.add_argument(
+        "-p",
+        dest="overrides",
+        nargs=2,
+        action="append",
+        default=[],
+        metavar=("NAME", "VALUE"),
+        help="set a key of the profile, dotted into its sections",
+    )
+    return parser
+
+
+def _add_data(parser: _Parser) -> None:
+    parser.add_argument(
+        "--data", metavar="DIR", help=f"folder of data sets, default ${DATA_VARIABLE}"
+    )
+
+
+def _run_of(options: argparse.Namespace) -> marks.Run:
+    """Check everything that was typed before anything is touched."""
+    overrides = {name: parse_value(name, value) for name, value in options.overrides}
+    profile = load_profile(options.profile, overrides)
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", profile.name):
+        raise AlloError(
+            f"profile name {profile.name!r} cannot name a folder: use letters, digits, . _ -"
+        )
+    results = Path(options.out).resolve() if options.out else ROOT / "results" / profile.name
+    path = Path(options.profile)
+    asked = marks.Run(
+        given=str(path.resolve()) if path.suffix in (".yaml", ".yml") else options.profile,
+        profile=profile,
+        results=results,
+        overrides=overrides,
+        seeds=parse_seeds(getattr(options, "seeds", "0")),
+        data=data_folder(getattr(options, "data", None)),
+    )
+    only = parse_only(getattr(options, "only", ""), marks.notebooks(asked))
+    return dataclasses.replace(asked, only=only)
+
+
+def parse_seeds(text: str) -> tuple[int, ...]:
+    """`0,1,2` as numbers. AlloError for text, negative numbers, and a seed named twice."""
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isascii() and part.isdigit() and int(part) < 2**32 for part in parts):
+        raise AlloError(f"--seeds {text!r}: expected whole numbers from 0 to 2^32 - 1, as in 0,1,2")
+    seeds = tuple(int(part) for part in parts)
+    if len(set(seeds)) < len(seeds):
+        raise AlloError(f"--seeds {text!r}: a seed is named twice; name each once")
+    return seeds
+
+
+def parse_only(text: str, notebooks: list[Path]) -> tuple[str, ...]:
+    """`01,5` as two-digit numbers of notebooks; AlloError for one that there is not."""
+    if not text:
+        return ()
+    known = [path.name[:2] for path in notebooks]
+    asked = [f"{part.strip():0>2}" if part.strip() else part for part in text.split(",")]
+    for number in asked:
+        if number not in known:
+            raise AlloError(f"--only {text!r}: expected numbers of notebooks: {', '.join(known)}")
+    return tuple(asked)
+
+
+def parse_value(name: str, text: str):
+    """A typed `-p` value: number, text, true, false, null, or a flat list of them; never code."""
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise AlloError(f"-p {name} {text!r}: not a number, text or list of them") from None
+    items = value if isinstance(value, list) else [value]
+    if not all(item is None or isinstance(item, (str, int, float)) for item in items):
+        raise AlloError(f"-p {name} {text!r}: expected a number, a text, or a list of them")
+    # YAML 1.1 reads 1e-4 as text because it has no point.
+    items = [
+        float(item) if isinstance(item, str) and _EXPONENT.fullmatch(item) else item
+        for item in items
+    ]
+    return items if isinstance(value, list) else items[0]
+
+
+def data_folder(given: str | None) -> Path | None:
+    """The data folder named by --data or the environment; AlloError if it holds nothing."""
+    text = given or os.environ.get(DATA_VARIABLE)
+    if not text:
+        return None
+    folder = Path(text).resolve()
+    source = "--data" if given else DATA_VARIABLE
+    if not folder.is_dir():
+        raise AlloError(f"{source} {text}: no such folder; name one that holds the data sets")
+    if not any(folder.iterdir()):
+        raise AlloError(f"{source} {text}: the folder is empty; name one that holds the data sets")
+    return folder
+
+
+def shown(path: Path) -> str:
+    """A path as a user at the checkout's folder would type it."""
+    return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else str(path)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,329 @@
+"""One configuration object per profile: plain dataclasses, filled from a YAML file.
+
+Every key, with its unit and its source, is described beside its field here; the YAML files in
+`allo_lib/profiles/` hold the values. `load_profile` checks names and types before anything runs.
+"""
+
+import dataclasses
+import hashlib
+import json
+import math
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
+
+from allo_lib.errors import AlloError
+
+PROFILES = Path(__file__).parent / "profiles"
+SIZES = ("cpu", "gpu")
+DOMAIN_KINDS = ("miniature", "choice", "preferences")
+
+
+@dataclass(frozen=True)
+class Model:
+    """Which weights the study starts from."""
+
+    name: str = "micro"  # "micro" (trained here), "smollm2-135m-instruct", a hub id, or a folder
+    dtype: str = "float32"  # of the weights: "float32" or "bfloat16"; masters are always float32
+    width: int = 128  # hidden size (micro only, as are the next five)
+    layers: int = 3
+    heads: int = 4
+    feed_forward: int = 384
+    context: int = 256  # tokens; longest row the model is asked to read
+    initializer_range: float = 0.05  # standard deviation of the initial weights
+
+
+@dataclass(frozen=True)
+class Supervised:
+    """One supervised phase; cross-entropy on the tokens of the solution only."""
+
+    examples: int = 0  # distinct questions; 0 leaves the phase out
+    epochs: int = 1
+    batch_size: int = 32
+    learning_rate: float = 1e-3
+    beta2: float = 0.999  # AdamW's decay of second moments
+    error_scale: float = 0.0  # miniature only: odds of each habitual error, times this
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """How preference pairs come about: sampled and verified, or given by people."""
+
+    questions: int = 0  # questions that responses are sampled to (kinds with a verifier)
+    samples: int = 4  # responses per question, temperature sampling
+    temperature: float = 1.0
+    per_question: int = 1  # (right, wrong) pairs per question at most; paper: 5
+    mask: int = 0  # pairs that only the importance scores and the reward model see
+    train: int = 0  # pairs that the compared methods are trained on, disjoint from `mask`
+    heldout: int = 0  # pairs for reward accuracy, never trained on
+    dev: int = 0  # preference domains: pairs for the learning-rate search
+
+
+@dataclass(frozen=True)
+class Rewriter:
+    """Training of the rewriting reward model (RLMEC, arXiv 2401.06081), on the `mask` pairs."""
+
+    examples: int = 0  # (question, solution, wrong prediction) -> corrected prediction
+    epochs: int = 1
+    batch_size: int = 32
+    learning_rate: float = 1e-3
+    beta2: float = 0.999
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Where each method's learning-rate search begins (per step of AdamW)."""
+
+    dense: float = 1e-4  # methods that train every entry
+    top: float = 3e-4  # ... the top-scored share; a sparser update needs a larger rate
+    random: float = 1e-3
+    last: float = 1e-3
+    forgetting: float = 3e-4
+    learning: float = 3e-4
+    supervised: float = 1e-4  # SFT and RFT continued from the SFT model
+
+
+@dataclass(frozen=True)
+class Domain:
+    """One training domain: its questions, its SFT model, its pairs and its rates."""
+
+    kind: str = "miniature"  # "miniature", "choice" (gold option) or "preferences" (human pairs)
+    datasets: tuple[str, ...] = ()  # folder names of the data, or families of the miniature
+    pretrain: Supervised = field(default_factory=Supervised)  # miniature: nearly right solutions
+    sft: Supervised = field(default_factory=Supervised)
+    pairs: Pairs = field(default_factory=Pairs)
+    rewriter: Rewriter = field(default_factory=Rewriter)
+    rates: Rates = field(default_factory=Rates)
+    dev: int = 0  # problems for choosing learning rates (all data sets together)
+    test: int = 0  # problems for the reported accuracy (all data sets together)
+    explain: int = 0  # choice: statements of the human explanation that come before the answer
+    max_new_tokens: int = 48  # longest response; one that has not ended by then has no answer
+    max_length: int = 256  # tokens of prompt and response; longer rows are an error or left out
+    batch_size: int = 16  # pairs per optimizer step; official code: 128
+    epochs: int = 1  # of each ALLO stage; controls get the sum over both stages; paper: 1
+
+
+@dataclass(frozen=True)
+class Method:
+    """Constants of the method that every domain shares."""
+
+    beta: float = 0.1  # of DPO and NPO; official code
+    share: float = 0.1  # of all neurons that are kept; paper: 10%
+    warmup_rate_factor: float = 0.1  # importance warm-up's rate over `rates.dense`: small as theirs
+    key_share: float = 0.2  # epsilon: share of a rejected response's tokens that are key tokens
+    token_rule: str = "threshold"  # "threshold" | "soft" | "released", see token_rewards
+    token_threshold: float = 0.5
+    forgetting_warmup: float = 0.03  # share of steps with rising rate; official code
+    learning_warmup: float = 0.1  # likewise
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0  # over the kept entries
+    shares: tuple[float, ...] = (0.01, 0.05, 0.1, 0.2, 0.4, 1.0)  # the share sweep of 05_ablations
+
+
+@dataclass(frozen=True)
+class Search:
+    """The learning-rate search that every method gets, always on the development split."""
+
+    candidates: int = 5  # trained models per method and domain
+    factor: float = 2.0  # ratio of neighbouring rates
+
+
+@dataclass(frozen=True)
+class Compute:
+    """Batches, threads and repeats: they change cost, and results only by rounding."""
+
+    threads: int = 0  # of torch in each process; 0 leaves torch's choice
+    workers: int = 1  # processes that train methods side by side
+
+    generation_batch: int = 256  # rows decoded together
+    forward_batch: int = 64  # rows of a forward pass without gradients
+    timing_repeats: int = 5  # of each variant in 07_efficiency, after one warm-up
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Everything a run depends on besides the seed, the data and the code."""
+
+    name: str
+    size: str = "cpu"
+    description: str = ""
+    model: Model = field(default_factory=Model)
+    domains: dict[str, Domain] = field(default_factory=dict)
+    method: Method = field(default_factory=Method)
+    search: Search = field(default_factory=Search)
+    compute: Compute = field(default_factory=Compute)
+    # Which mask overlaps 01_importance measures: of "orders", "halves", "estimators", "magnitude".
+    stability: tuple[str, ...] = ("orders", "halves", "estimators", "magnitude")
+    # Methods of the main table and rows of the ablation, by their names in measurements.csv.
+    methods: tuple[str, ...] = ()
+    ablations: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict:
+        """The profile as plain lists, dicts and scalars, ready for JSON or YAML."""
+        return json.loads(json.dumps(dataclasses.asdict(self)))
+
+    def hash(self) -> str:
+        """SHA-256 (hex) of every value that can change a result."""
+        return fingerprint(self.to_dict())
+
+
+def fingerprint(value) -> str:
+    """SHA-256 (hex) of `value` as canonical JSON: sorted keys, no spaces, no NaN."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def load_profile(name: str, overrides: dict | None = None, device: str | None = None) -> Profile:
+    """Read a profile by name or path of a YAML file, apply `overrides`, check every value.
+
+    `overrides` maps keys to values; a dotted key reaches into a section
+    (`{"domains.miniature.epochs": 2}`). A profile with sizes has a section `sizes` whose entry for
+    the device ("cpu", or "gpu" for any accelerator) is laid over the rest. `device` None means an
+    accelerator when torch sees one and the profile has sizes, else the CPU.
+
+    Raises:
+        AlloError: unknown profile, unreadable YAML, unknown key, wrong type, or a value out of
+            range.
+    """
+    path = _profile_path(name)
+    raw = _read_yaml(path)
+    sizes = raw.pop("sizes", None)
+    if sizes is not None:
+        size = _size(device)
+        if not isinstance(sizes, dict) or set(sizes) != set(SIZES):
+            raise AlloError(f"{path.name}: `sizes` needs exactly the keys {', '.join(SIZES)}")
+        if not isinstance(sizes[size] or {}, dict):
+            raise AlloError(f"{path.name}: sizes.{size}: expected a section, got {sizes[size]!r}")
+        raw = _overlay(raw, sizes[size] or {})
+        raw["size"] = size
+    raw.setdefault("name", path.stem)
+    for key, value in (overrides or {}).items():
+        _set_dotted(raw, key, value)
+    profile = _build(Profile, raw, where=path.name)
+    _check(profile)
+    return profile
+
+
+def _profile_path(name: str) -> Path:
+    known = sorted(p.stem for p in PROFILES.glob("*.yaml"))
+    if str(name) in known:
+        return PROFILES / f"{name}.yaml"
+    path = Path(str(name))
+    if path.suffix in (".yaml", ".yml") and path.is_file():
+        return path
+    raise AlloError(
+        f"no profile {str(name)!r}: expected one of {', '.join(known)}, or the path of a YAML file"
+    )
+
+
+def _read_yaml(path: Path) -> dict:
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())
+        raise AlloError(f"{path.name} is not readable YAML ({reason}): mend the file") from error
+    if not isinstance(raw, dict):
+        raise AlloError(f"{path.name} holds a {type(raw).__name__}: expected keys with values")
+    return raw
+
+
+def _size(device: str | None) -> str:
+    if device is None:
+        import torch
+
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    return "cpu" if device == "cpu" else "gpu"
+
+
+def _overlay(base: dict, top: dict) -> dict:
+    merged = dict(base)
+    for key, value in top.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _overlay(merged[key], value) if both else value
+    return merged
+
+
+def _set_dotted(raw: dict, key: str, value) -> None:
+    *sections, last = str(key).split(".")
+    for section in sections:
+        raw = raw.setdefault(section, {})
+        if not isinstance(raw, dict):
+            raise AlloError(f"override {key!r}: {section!r} is a value, not a section")
+    raw[last] = value
+
+
+def _build(kind, raw, where: str):
+    """Fill dataclass `kind` from dict `raw`, checking names and types all the way down."""
+    if not isinstance(raw, dict):
+        raise AlloError(f"{where}: expected a section with keys, got {raw!r}")
+    hints = typing.get_type_hints(kind)
+    unknown = sorted(str(key) for key in raw if key not in hints)
+    if unknown:
+        raise AlloError(
+            f"{where}: unknown key {unknown[0]!r}; expected one of {', '.join(sorted(hints))}"
+        )
+    values = {key: _convert(hints[key], value, f"{where}: {key}") for key, value in raw.items()}
+    return kind(**values)
+
+
+def _convert(hint, value, where: str):
+    if dataclasses.is_dataclass(hint):
+        return _build(hint, value, where)
+    if isinstance(hint, types.GenericAlias) and hint.__origin__ is dict:
+        if not isinstance(value, dict):
+            raise AlloError(f"{where}: expected named sections, got {value!r}")
+        kind = hint.__args__[1]
+        return {str(key): _convert(kind, item, f"{where}.{key}") for key, item in value.items()}
+    if isinstance(hint, types.GenericAlias) and hint.__origin__ is tuple:
+        if not isinstance(value, (list, tuple)):
+            raise AlloError(f"{where}: expected a list, got {value!r}")
+        return tuple(_convert(hint.__args__[0], item, where) for item in value)
+    if hint is float and isinstance(value, str):
+        value = _number(value, where)  # YAML 1.1 reads 1e-4 (no dot) as text
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
+        raise AlloError(f"{where}: expected {hint.__name__}, got {value!r}")
+    if hint is float and not math.isfinite(value):
+        raise AlloError(f"{where}: expected a finite number, got {value!r}")
+    return value
+
+
+def _number(text: str, where: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise AlloError(f"{where}: expected a number, got {text!r}") from None
+
+
+def _check(profile: Profile) -> None:
+    for key in ("name", "size"):
+        if not getattr(profile, key):
+            raise AlloError(f"profile: {key} is empty")
+    if not profile.domains:
+        raise AlloError(f"profile {profile.name}: `domains` names no domain; name at least one")
+    if profile.model.dtype not in ("float32", "bfloat16"):
+        raise AlloError(f"model.dtype: expected float32 or bfloat16, got {profile.model.dtype!r}")
+    _check_numbers(dataclasses.asdict(profile), "")
+    for share in (profile.method.share, profile.method.key_share, *profile.method.shares):
+        if not 0 < share <= 1:
+            raise AlloError(f"method: a share of {share} was given; expected 0 < share <= 1")
+    for name, domain in profile.domains.items():
+        if domain.kind not in DOMAIN_KINDS:
+            raise AlloError(
+                f"domains.{name}.kind: got {domain.kind!r}, expected {', '.join(DOMAIN_KINDS)}"
+            )
+        if not domain.datasets:
+            raise AlloError(f"domains.{name}.datasets: empty; name at least one data set")
+
+
+def _check_numbers(value, where: str) -> None:
+    """Every number of a profile is a count, a rate or a share: none may be negative."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            _check_numbers(item, f"{where}.{key}".lstrip("."))
+    elif isinstance(value, (int, float)) and not isinstance(value, bool) and value < 0:
+        raise AlloError(f"{where}: got {value}, expected zero or more")

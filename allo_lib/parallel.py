@@ -1,0 +1,94 @@
+"""Methods trained side by side: small models use one thread each better than all threads together.
+
+Workers only fill the store. What they compute is read from there, so that a result does not depend
+on how many of them there were.
+"""
+
+import multiprocessing
+import os
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from functools import lru_cache
+
+from allo_lib import arms
+from allo_lib.config import Profile
+from allo_lib.methods import PAPER_PROTOCOL
+from allo_lib.study import Study
+
+# Rows that read the trained model of another row, which has to be there first.
+_AFTER_DPO = ("allo_key_reference",)
+
+
+def run_methods(study: Study, name: str, methods: list[str]) -> dict[str, dict]:
+    """Results of methods on a domain, in the order asked; missing ones are trained first."""
+    missing = [method for method in methods if not arms.is_done(study, name, method)]
+    later = [m for m in missing if m.endswith(PAPER_PROTOCOL) or m in _AFTER_DPO]
+    if later and not arms.is_done(study, name, "dpo") and "dpo" not in missing:
+        missing.insert(0, "dpo")
+    prepare(study, name)
+    for group in ([m for m in missing if m not in later], later):
+        _run_group(study, name, group)
+    return {method: arms.result(study, name, method) for method in methods}
+
+
+def prepare(study: Study, name: str) -> None:
+    """Make what several methods share before they ask for it at the same time."""
+    study.encoded(name, "train")
+    study.encoded(name, "heldout")
+    study.scores(name)
+    study.keep_probabilities(name, "train")
+
+
+def _run_group(study: Study, name: str, methods: list[str]) -> None:
+    workers = min(study.profile.compute.workers, os.cpu_count() or 1, len(methods))
+    started = time.perf_counter()
+    if workers < 2:
+        for method in methods:
+            _tell(method, arms.result(study, name, method), started)
+        return
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["allo_lib.parallel"])
+    with ProcessPoolExecutor(workers, mp_context=context) as pool:
+        waiting = {
+            pool.submit(_in_worker, study.profile, study.seed, str(study.results_dir),
+                        study.data_dir, name, method): method
+            for method in methods
+        }  # fmt: skip
+        try:
+            for future in as_completed(waiting):
+                future.result()
+                _tell(waiting[future], arms.result(study, name, waiting[future]), started)
+        except BaseException:
+            for future in waiting:
+                future.cancel()
+            raise
+
+
+def _in_worker(profile: Profile, seed: int, results_dir: str, data_dir, name, method) -> None:
+    arms.result(_study(profile.hash(), seed, results_dir, data_dir, _Held(profile)), name, method)
+
+
+class _Held:
+    """Carries an unhashable profile through the cache of `_study`, whose key is the hash."""
+
+    def __init__(self, profile: Profile):
+        self.profile = profile
+
+    def __eq__(self, other):
+        return isinstance(other, _Held)
+
+    def __hash__(self):
+        return 0
+
+
+@lru_cache(maxsize=1)
+def _study(profile_hash: str, seed: int, results_dir: str, data_dir, held: _Held) -> Study:
+    return Study(held.profile, seed, results_dir, data_dir)
+
+
+def _tell(method: str, found: dict, started: float) -> None:
+    rates = ", ".join(f"{rate:g}" for rate in found["rates"]) or "none"
+    seconds = time.perf_counter() - started
+    print(f"{method}: best rates {rates}, dev {found['dev']:.3f} ({seconds:.0f} s)", flush=True)
+    sys.stdout.flush()

@@ -1,0 +1,99 @@
+"""The paper's numbers (arXiv 2406.12606), read from `results/paper/` and turned into fractions."""
+
+import csv
+from collections.abc import Sequence
+from pathlib import Path
+
+from allo_lib.errors import AlloError
+
+PAPER_DIR = Path(__file__).resolve().parent.parent / "results" / "paper"
+
+# Our names of the paper's rows, in the paper's order; the values are the labels tables show.
+LABELS = {
+    "sft_base": "SFT LLM",
+    "sft": "+ SFT",
+    "rft": "+ RFT",
+    "dpo": "+ DPO",
+    "rdpo": "+ R-DPO",
+    "ipo": "+ IPO",
+    "bco": "+ BCO",
+    "simpo": "+ SimPO",
+    "npo": "+ NPO",
+    "ppo": "+ Vanilla PPO",
+    "a2c": "+ PPO A2C",
+    "allo": "+ ALLO",
+}
+# Arms of the empirical study and of the ablations, as figures and tables name them.
+_ARMS = {
+    "dpo_top10": "DPO, top 10%",
+    "dpo_last10": "DPO, last 10%",
+    "dpo_random10": "DPO, random 10%",
+    "dpo": "DPO, all neurons",
+    "dpo_long": "DPO, as long as both stages",
+    "allo": "ALLO",
+    "allo_no_forgetting": "learning alone",
+    "allo_no_learning": "forgetting alone",
+    "allo_all_tokens_forgetting": "forgetting on all tokens",
+    "allo_all_tokens_learning": "learning on all tokens",
+    "allo_random_tokens": "random tokens",
+    "allo_rm_shuffled": "shuffled reward model",
+    "allo_rm_untrained": "untrained reward model",
+    "allo_rm_oracle": "oracle rewards",
+}
+QUESTIONS = ("ecqa", "qasc", "openbookqa", "strategyqa")
+MATHS = ("gsm8k", "math", "mawps", "tabmwp")
+INSTRUCTIONS = ("alpaca_eval_2", "arena_hard")
+_NEURONS = {"dpo_top10": "top 10%", "dpo_last10": "last 10%", "dpo": "full"}
+
+
+def arm_label(method: str) -> str:
+    """A readable name for a method of the empirical study or an ablation."""
+    base = method.removesuffix("_paper")
+    name = _ARMS.get(base, LABELS.get(base, base).removeprefix("+ "))
+    return name + " (one rate)" * (base != method)
+
+
+Table = dict[str, dict[str, float]]
+
+
+def main_results(paper_dir: str | Path | None = None) -> Table:
+    """Accuracy of every method on the eight question and maths sets, and win rate on the two
+    instruction sets: `table[method][dataset]`, fractions."""
+    methods = {label: name for name, label in LABELS.items()}
+    table = _read("main_results.csv", "method", methods, paper_dir)
+    for method, row in _read("instruction_following.csv", "method", methods, paper_dir).items():
+        row["instructions_avg"] = row.pop("avg")
+        table.setdefault(method, {}).update(row)
+    return table
+
+
+def empirical_study(paper_dir: str | Path | None = None) -> Table:
+    """Accuracy of DPO on the top 10%, last 10% and all neurons, on three data sets."""
+    neurons = {label: name for name, label in _NEURONS.items()}
+    return _read("empirical_study.csv", "neurons", neurons, paper_dir)
+
+
+def difference(table: Table, first: str, second: str, datasets: Sequence[str]) -> float | None:
+    """First minus second method over those of `datasets` that the table has; None without any."""
+    if first not in table or second not in table:
+        return None
+    shared = [name for name in datasets if name in table[first] and name in table[second]]
+    if not shared:
+        return None
+    return sum(table[first][name] - table[second][name] for name in shared) / len(shared)
+
+
+def _read(name: str, key: str, rename: dict[str, str], paper_dir: str | Path | None) -> Table:
+    path = Path(paper_dir or PAPER_DIR) / name
+    try:
+        rows = list(csv.DictReader(path.read_text(encoding="utf-8").splitlines()))
+    except OSError:
+        raise AlloError(f"{path} cannot be read: restore the paper's numbers from git") from None
+    table = {}
+    for row in rows:
+        label = row.pop(key)
+        if label not in rename:
+            raise AlloError(f"{path} has the row {label!r}: expected {', '.join(rename)}")
+        row.pop("note", None)
+        table[rename[label]] = {column: float(cell) / 100 for column, cell in row.items()}
+    return table

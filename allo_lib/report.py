@@ -1,0 +1,290 @@
+"""From `measurements.csv` to claims, tables, main figures, `report.html` and the README's block."""
+
+import base64
+import csv
+import html
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from allo_lib import claims as claims_module
+from allo_lib import figures, published, tables
+from allo_lib.claims import Claim
+from allo_lib.comparisons import compare, domains_of, index_of
+from allo_lib.errors import AlloError
+from allo_lib.figure_style import caption_of
+from allo_lib.measurements import Measurement
+from allo_lib.measurements import read as read_measurements
+
+BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
+PROFILES = ("tiny", "smollm2")
+_EFFICIENCY = {"variant", "device", "seconds_per_pair", "peak_bytes_above_model"}
+_PAPER_AVERAGE = {
+    "questions": ("qa_avg", "paper, mean of 4 question sets"),
+    "maths": ("math_avg", "paper, mean of 4 maths sets"),
+    "helpfulness": ("instructions_avg", "paper, instruction following (win rate)"),
+}
+_STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem;
+  color: #1a1a1a; background: #fff }
+table { border-collapse: collapse; margin: 1rem 0; font-size: .88rem; display: block;
+  overflow-x: auto }
+th, td { border-bottom: 1px solid #ddd; padding: .3rem .6rem; text-align: left;
+  vertical-align: top }
+img { max-width: 100%; height: auto }
+figure { margin: 1.5rem 0 }
+figcaption, .note { color: #444; font-size: .9rem }
+.reproduced { color: #00664b; font-weight: 600 }
+.not-reproduced { color: #a34700; font-weight: 600 }
+.inconclusive { color: #555; font-weight: 600 }
+"""
+
+
+def rebuild(results_dir: str | Path, paper_dir: str | Path | None = None) -> list[Path]:
+    """Claims, tables, main figures and report, from `measurements.csv` (and, for C10, from
+    `tables/efficiency.csv`); returns what was written. Same input, same bytes."""
+    folder = Path(results_dir)
+    rows = read_measurements(folder / "measurements.csv")
+    if not rows:
+        raise AlloError(f"{folder / 'measurements.csv'} has no rows: run the notebooks 00 to 05")
+    efficiency = read_efficiency(folder / "tables" / "efficiency.csv")
+    found = claims_module.compute(rows, efficiency, paper_dir)
+    claims_module.write(folder / "claims.csv", found)
+    paths = [folder / "claims.csv"]
+    paths += tables.write(tables.build(rows, paper_dir), folder / "tables")
+    paths += draw(rows, found, efficiency, folder / "figures", paper_dir)
+    return [*paths, build(folder)]
+
+
+def read_efficiency(path: str | Path) -> list[dict[str, str]]:
+    """Rows of `tables/efficiency.csv`; none when notebook 07 has not been run yet."""
+    try:
+        rows = list(csv.DictReader(Path(path).read_text(encoding="utf-8").splitlines()))
+    except FileNotFoundError:
+        return []
+    if rows and not set(rows[0]) >= _EFFICIENCY:
+        raise AlloError(f"{path} lacks columns: expected {', '.join(sorted(_EFFICIENCY))}")
+    return rows
+
+
+def draw(
+    rows: Sequence[Measurement],
+    claims: Sequence[Claim],
+    efficiency: Sequence[dict[str, str]],
+    folder: Path,
+    paper_dir: str | Path | None = None,
+) -> list[Path]:
+    """The figures that need nothing but measurements: main table, study, ablations, claims."""
+    paths = [
+        figures.save(
+            figures.claims_figure(claims),
+            folder,
+            "claims",
+            "Every claim with its 95% interval; right of zero supports it.",
+        )
+    ]
+    for domain in domains_of(rows):
+        paths += _draw_domain(rows, domain, folder, paper_dir)
+    if efficiency:
+        caption = "Cost of one pair: time, peak memory above the loaded model, optimizer state."
+        paths.append(
+            figures.save(figures.efficiency_bars(efficiency), folder, "efficiency", caption)
+        )
+    return [path.with_suffix(suffix) for path in paths for suffix in (".png", ".pdf")]
+
+
+def _draw_domain(rows, domain, folder: Path, paper_dir) -> list[Path]:
+    paths, unit = [], f"{domain.unit} (%)"
+    own = {method: tables.method_interval(rows, method, domain) for method in published.LABELS}
+    measured = {m: (found.effect, *_ends(found)) for m, found in own.items() if found}
+    if measured:
+        column, title = _PAPER_AVERAGE.get(domain.name, _PAPER_AVERAGE["questions"])
+        paper = {name: row[column] for name, row in published.main_results(paper_dir).items()}
+        titles = {"title": f"{domain.name}: {', '.join(domain.datasets)}", "paper_title": title}
+        figure = figures.main_table_figure(measured, paper, unit=domain.unit, **titles)
+        caption = "All methods: measured, and the paper's own numbers on its models and data."
+        paths.append(figures.save(figure, folder, f"main_{domain.name}", caption))
+    for suffix, protocol in (("", "each arm at its own best rate"), ("_paper", "one rate for all")):
+        arms = ("dpo_top10", "dpo_last10", "dpo_random10", "dpo")
+        own = {arm + suffix: tables.method_interval(rows, arm + suffix, domain) for arm in arms}
+        bars = {arm: (found.effect, _error(found)) for arm, found in own.items() if found}
+        if len(bars) > 1:
+            study = published.empirical_study(paper_dir)
+            figure = figures.empirical_bars(bars, study, protocol, unit)
+            caption = f"DPO on a tenth of the neurons and on all, {protocol}, beside the paper."
+            name = f"empirical_{domain.name}{suffix}"
+            paths.append(figures.save(figure, folder, name, caption))
+    effects = _ablations(rows, domain)
+    if effects:
+        figure = figures.ablation_bars(effects, "allo", unit=domain.unit)
+        caption = "ALLO with one thing changed: paired differences to ALLO on the same problems."
+        paths.append(figures.save(figure, folder, f"ablations_{domain.name}", caption))
+    return paths
+
+
+def _ablations(rows, domain) -> dict[str, tuple[float, float, float]]:
+    index, measured = index_of(rows), {row.method for row in rows}
+    methods = [method for method in ("dpo", "dpo_long") if method in measured]
+    methods += sorted(method for method in measured if method.startswith("allo_"))
+    found = {method: compare(index, method, "allo", domain) for method in methods}
+    return {name: (gap.effect, gap.low, gap.high) for name, gap in found.items() if gap}
+
+
+def _ends(interval) -> tuple[float, float]:
+    return (interval.low, interval.high) if interval.defined else (interval.effect,) * 2
+
+
+def _error(interval) -> float:
+    """The standard error that gives an error bar the interval's own half-width."""
+    low, high = _ends(interval)
+    return (high - low) / 2 / figures.Z95
+
+
+def build(results_dir: str | Path) -> Path:
+    """Write `report.html`: claims, tables and figures of the folder on one self-contained page.
+
+    Needs `claims.csv`; raises AlloError without it. All text is escaped, nothing is loaded from
+    elsewhere, and the same files give the same bytes.
+    """
+    folder = Path(results_dir)
+    name = html.escape(folder.resolve().name)
+    parts = [
+        f"<h1>ALLO, reproduced: {name}</h1>",
+        '<p class="note">Low-Redundant Optimization for Large Language Model Alignment '
+        "(arXiv 2406.12606). Every number comes from measurements.csv of this folder.</p>",
+        "<h2>Claims</h2>",
+        _claims_html(claims_module.read(folder / "claims.csv")),
+        _figure_html(folder / "figures" / "claims.png"),
+        "<h2>Tables</h2>",
+        *[_table_html(path) for path in sorted((folder / "tables").glob("*.md"))],
+        "<h2>Figures</h2>",
+        *[
+            _figure_html(path)
+            for path in sorted((folder / "figures").glob("*.png"))
+            if path.name != "claims.png"
+        ],
+    ]
+    head = (
+        '<!doctype html>\n<html lang="en">\n<head><meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>ALLO, reproduced: {name}</title>\n<style>{_STYLE}</style></head>\n<body>\n"
+    )
+    page = head + "\n".join(part for part in parts if part) + "\n</body>\n</html>\n"
+    path = folder / "report.html"
+    path.write_bytes(page.encode("utf-8"))
+    return path
+
+
+def _claims_html(claims: Sequence[Claim]) -> str:
+    header = ("id", "claim", "effect", "95% interval", "unit", "verdict", "evidence")
+    lines = ["<table><tr>" + "".join(f"<th>{cell}</th>" for cell in header) + "</tr>"]
+    for claim in claims:
+        cells = [claim.id, claim.claim, *effect_text(claim), claim.unit]
+        row = "".join(f"<td>{html.escape(cell)}</td>" for cell in cells)
+        kind = html.escape(claim.verdict.replace(" ", "-"), quote=True)
+        row += f'<td class="{kind}">{html.escape(claim.verdict)}</td>'
+        lines.append(f"<tr>{row}<td>{html.escape(claim.evidence)}</td></tr>")
+    return "\n".join([*lines, "</table>"])
+
+
+def effect_text(claim: Claim) -> tuple[str, str]:
+    """Effect and interval as text: points for accuracies, the plain number for other units."""
+    if claim.effect is None:
+        return "not measured", ""
+    accuracy = "accuracy" in claim.unit
+    form = (lambda x: f"{100 * x:+.2f}") if accuracy else (lambda x: f"{x:+.4f}")
+    words = form(claim.effect) + (" points" if accuracy else "")
+    if claim.ci_low is None:
+        return words, "none"
+    return words, f"[{form(claim.ci_low)}, {form(claim.ci_high)}]"
+
+
+def _figure_html(path: Path) -> str:
+    if not path.exists():
+        return ""
+    picture = base64.b64encode(path.read_bytes()).decode("ascii")
+    text = html.escape(caption_of(path) or path.stem.replace("_", " "), quote=True)
+    source = f"data:image/png;base64,{picture}"
+    return f'<figure><img alt="{text}" src="{source}"><figcaption>{text}</figcaption></figure>'
+
+
+def _table_html(path: Path) -> str:
+    """A Markdown table as `tables.markdown` writes it: title, one table, caption."""
+    parts = []
+    grid: list[str] = []
+    for line in [*path.read_text(encoding="utf-8").splitlines(), ""]:
+        if line.startswith("|"):
+            cells = [_inline(cell.strip()) for cell in line.strip().strip("|").split("|")]
+            tag = "td" if grid else "th"
+            if not set(line) <= set("|-: "):
+                grid.append("".join(f"<{tag}>{cell}</{tag}>" for cell in cells))
+            continue
+        if grid:
+            parts.append(f"<table>{''.join(f'<tr>{row}</tr>' for row in grid)}</table>")
+            grid = []
+        if line.startswith("#"):
+            parts.append(f"<h3>{_inline(line.lstrip('# '))}</h3>")
+        elif line.strip():
+            parts.append(f'<p class="note">{_inline(line)}</p>')
+    return "\n".join(parts)
+
+
+def _inline(text: str) -> str:
+    """Escaped text with only our own marks brought back: bold, underlined, code."""
+    text = html.escape(text)
+    text = re.sub(r"&lt;u&gt;(.*?)&lt;/u&gt;", r"<u>\1</u>", text)
+    text = re.sub(r"\*\*(.+?)\*\*", r"<b>\1</b>", text)
+    return re.sub(r"`([^`]+)`", r"<code>\1</code>", text)
+
+
+def readme_block(results_root: str | Path) -> str:
+    """The claims table and main figure of each committed profile, as Markdown between markers."""
+    parts = [BEGIN]
+    for profile in PROFILES:
+        folder = Path(results_root) / profile
+        if (folder / "claims.csv").exists():
+            parts.append(_profile_block(folder, f"results/{profile}"))
+    return "\n\n".join([*parts, END])
+
+
+def _profile_block(folder: Path, link: str) -> str:
+    rows = read_measurements(folder / "measurements.csv")
+    seeds = ", ".join(map(str, sorted({row.seed for row in rows})))
+    lines = [f"### `{folder.name}` (seeds {seeds})", ""]
+    for figure in sorted((folder / "figures").glob("main_*.png"))[:1]:
+        lines += [f"![{caption_of(figure)}]({link}/figures/{figure.name})", ""]
+    lines += ["| claim | | effect | 95% interval | verdict |", "| --- | --- | --- | --- | --- |"]
+    claims = claims_module.read(folder / "claims.csv")
+    for claim in claims:
+        effect, interval = effect_text(claim)
+        if "accuracy" not in claim.unit and claim.effect is not None:
+            effect += f" {claim.unit}"
+        cells = [claim.id, claim.claim, effect, interval, f"**{claim.verdict}**"]
+        lines.append(f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |")
+    lines += [
+        "",
+        f"Evidence for each row: [claims.csv]({link}/claims.csv), "
+        f"[report.html]({link}/report.html), [tables]({link}/tables).",
+    ]
+    differing = claims_module.protocol_disagreements(claims)
+    if differing:
+        lines += ["", *[f"- {sentence}" for sentence in differing]]
+    return "\n".join(lines)
+
+
+def readme_is_current(readme_path: str | Path, results_root: str | Path) -> bool:
+    """Whether the README's block equals a fresh rendering of the results."""
+    return readme_block(results_root) in Path(readme_path).read_text(encoding="utf-8")
+
+
+def update_readme(readme_path: str | Path, results_root: str | Path) -> None:
+    """Replace the block between the markers; AlloError when the README does not have both."""
+    path = Path(readme_path)
+    text = path.read_text(encoding="utf-8")
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise AlloError(
+            f"{path} lacks the markers {BEGIN} and {END}: add both on lines of their own"
+        )
+    path.write_bytes((before + readme_block(results_root) + after).encode("utf-8"))

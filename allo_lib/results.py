@@ -1,0 +1,148 @@
+"""From the results of a seed to rows of `measurements.csv`, and whose results a folder holds."""
+
+import json
+import statistics
+from pathlib import Path
+
+from allo_lib import arms, importance, measurements
+from allo_lib.claims import wanted_pairs
+from allo_lib.config import Profile
+from allo_lib.errors import AlloError
+from allo_lib.importance import NeuronMask
+from allo_lib.measurements import Measurement
+from allo_lib.study import Study
+
+# Pairs of score variants whose masks are compared, by the name of the comparison.
+OVERLAPS = {
+    "orders": ("delta", "order"),
+    "halves": ("half_a", "half_b"),
+    "estimators": ("delta", "gradient"),
+    "magnitude": ("delta", "magnitude"),
+}
+
+
+def check_folder(folder: Path, profile: Profile) -> None:
+    """AlloError when `folder` holds the results of another profile."""
+    path = Path(folder) / "manifest.json"
+    if not path.is_file():
+        return
+    try:
+        given = json.loads(path.read_text(encoding="utf-8"))["profile_hash"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise AlloError(f"{path} is not a readable manifest; use another --out") from error
+    if given != profile.hash():
+        raise AlloError(
+            f"{folder} holds results of profile hash {given[:12]}, this run is "
+            f"{profile.hash()[:12]}: choose another --out, or start over with --fresh"
+        )
+
+
+def methods_of(study: Study, name: str) -> list[str]:
+    """Methods that the profile runs on a domain, in order, without repeats."""
+    profile, domain = study.profile, study.domain(name)
+    asked = ("sft_base", *profile.methods, *profile.ablations)
+    if domain.kind != "miniature":
+        asked = tuple(m for m in asked if m not in ("allo_oracle_tokens", "allo_rm_oracle"))
+    if domain.kind == "preferences":  # SFT on chosen replies is RFT: there is nothing sampled
+        asked = tuple(m for m in asked if m != "rft")
+    return list(dict.fromkeys(asked))
+
+
+def seed_rows(study: Study) -> list[Measurement]:
+    """All rows of the study's seed; whatever is not in the store yet is made."""
+    rows = []
+    for name in study.profile.domains:
+        results = {method: arms.result(study, name, method) for method in methods_of(study, name)}
+        for method, found in results.items():
+            rows += _method_rows(study, name, method, found)
+        for method, baseline in wanted_pairs(results):
+            rows += _paired_rows(study, name, method, baseline, results)
+        rows += overlap_rows(study, name)
+    return rows
+
+
+def _method_rows(study: Study, name: str, method: str, found: dict) -> list[Measurement]:
+    seed = study.seed
+    rows = [
+        Measurement(seed, method, name, metric, float(value), 0.0, count)
+        for metric, value, count in (
+            ("displacement", found["displacement"], 1),
+            ("dev_score", found["dev"], max(1, study.domain(name).dev)),
+        )
+    ]
+    for number, rate in enumerate(found["rates"], start=1):
+        rows.append(Measurement(seed, method, name, f"learning_rate_{number}", rate, 0.0, 1))
+    if found["loss"]:
+        rows.append(train_loss(seed, method, name, found["loss"][-1]))
+    rows += _margin_rows(study, name, method, found["margins"])
+    if "answers" not in found:
+        return rows
+    by_metric = {"accuracy": 3, "no_answer": 2}
+    for metric, column in by_metric.items():
+        parts = []
+        for dataset in study.domain(name).datasets:
+            outcomes = [row[column] == (metric == "accuracy") for row in _of(found, dataset)]
+            parts.append(measurements.proportion(seed, method, dataset, metric, outcomes))
+        rows += parts
+        if len(parts) > 1:
+            rows.append(measurements.average(parts))
+    return rows
+
+
+def _of(found: dict, dataset: str) -> list[list]:
+    return [row for row in found["answers"] if row[1] == dataset]
+
+
+def train_loss(seed: int, method: str, name: str, losses: list[float]) -> Measurement:
+    """Mean training loss of the last quarter of the steps of the last stage."""
+    tail = losses[-max(2, len(losses) // 4) :]
+    stderr = statistics.stdev(tail) / len(tail) ** 0.5 if len(tail) > 1 else 0.0
+    return Measurement(seed, method, name, "train_loss", statistics.fmean(tail), stderr, len(tail))
+
+
+def _margin_rows(study: Study, name: str, method: str, margins: list[float]) -> list[Measurement]:
+    place = study.domain(name).datasets[0] if study.task(name) is None else name
+    right = [margin > 0 for margin in margins]
+    n = len(margins)
+    stderr = statistics.stdev(margins) / n**0.5 if n > 1 else 0.0
+    mean = statistics.fmean(margins)
+    return [
+        measurements.proportion(study.seed, method, place, "reward_accuracy", right),
+        Measurement(study.seed, method, place, "reward_margin", mean, stderr, n),
+    ]
+
+
+def _paired_rows(study, name: str, method: str, baseline: str, results) -> list[Measurement]:
+    ours, theirs = results[method], results[baseline]
+    if "answers" not in ours:
+        sides = [[margin > 0 for margin in side["margins"]] for side in (ours, theirs)]
+        dataset = study.domain(name).datasets[0]
+        return measurements.paired(
+            study.seed, method, baseline, dataset, *sides, prefix=measurements.REWARD
+        )
+    rows = []
+    for dataset in study.domain(name).datasets:
+        sides = [[row[3] for row in _of(side, dataset)] for side in (ours, theirs)]
+        rows += measurements.paired(study.seed, method, baseline, dataset, *sides)
+    return rows
+
+
+def top_masks(study: Study, name: str) -> dict[str, NeuronMask]:
+    """Masks of the profile's share by every score variant that the profile compares."""
+    variants = [v for key in study.profile.stability for v in OVERLAPS[key]]
+    share = study.profile.method.share
+    return {v: study.mask(name, "top", share, v) for v in dict.fromkeys(["delta", *variants])}
+
+
+def overlap_rows(study: Study, name: str) -> list[Measurement]:
+    """Overlap of each compared pair of masks, and what chance would give."""
+    masks, rows = top_masks(study, name), []
+    for comparison in study.profile.stability:
+        first, second = (masks[variant] for variant in OVERLAPS[comparison])
+        chance = importance.chance_overlap(first.share)
+        for metric, value in (
+            ("mask_overlap", first.overlap(second)),
+            ("mask_overlap_chance", chance),
+        ):
+            rows.append(Measurement(study.seed, comparison, name, metric, value, 0.0, first.kept))
+    return rows

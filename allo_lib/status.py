@@ -1,0 +1,58 @@
+"""`run_all.sh status`: what is done, what is missing, what each stage cost."""
+
+import contextlib
+import json
+from pathlib import Path
+
+from allo_lib import manifest
+from allo_lib.marks import Run, begun_seeds, group, is_done, notebooks, of_a_seed, read_mark
+
+MISSING, STALE = "missing", "to redo"
+
+
+def describe(run: Run) -> str:
+    """The state of a results folder as text: notebooks by seeds, then the store's artifacts."""
+    told = manifest.read(run.results)
+    lines = [f"{run.profile.name}, profile hash {run.profile.hash()[:12]}, {run.results}"]
+    if told is None:
+        lines.append("no manifest: no run has ended here yet")
+    elif told["profile_hash"] != run.profile.hash():
+        lines.append(f"its manifest is of another profile hash, {told['profile_hash'][:12]}")
+    seeds = sorted({*run.seeds, *begun_seeds(run), *(told or {}).get("seeds", [])})
+    rows = [["notebook", *(group(seed) for seed in seeds)]]
+    for notebook in notebooks(run):
+        columns = seeds if of_a_seed(notebook) else [None]
+        rows.append([notebook.stem, *(_cell(run, notebook, seed, told) for seed in columns)])
+    lines += ["", *_aligned(rows), "", "(s: done here, in seconds; recorded: in the manifest only)"]
+    artifacts = _artifacts(run.results / manifest.STORE)
+    if artifacts:
+        lines += ["", *_aligned([["artifact", "kind", "seconds", "MB"], *artifacts])]
+    return "\n".join(lines)
+
+
+def _cell(run: Run, notebook: Path, seed: int | None, told: dict | None) -> str:
+    mark = read_mark(run, notebook, seed)
+    if mark is not None:
+        return f"{mark['seconds']:.1f} s" if is_done(run, notebook, seed) else STALE
+    recorded = (told or {}).get("runs", {}).get(group(seed), {}).get("seconds", {})
+    seconds = recorded.get(notebook.stem)
+    return MISSING if seconds is None else f"{seconds:.1f} s recorded"
+
+
+def _artifacts(store: Path) -> list[list[str]]:
+    rows = []
+    for path in sorted(store.rglob(manifest.NAME)):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            told = json.loads(path.read_text(encoding="utf-8"))
+            name = path.parent.relative_to(store).as_posix()
+            size = f"{told['bytes'] / 1e6:.1f}"
+            rows.append([name, str(told["kind"]), f"{told['seconds']:.1f}", size])
+    return rows
+
+
+def _aligned(rows: list[list[str]]) -> list[str]:
+    widths = [max(len(row[i]) for row in rows if i < len(row)) for i in range(max(map(len, rows)))]
+    return [
+        "  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=False)).rstrip()
+        for row in rows
+    ]

@@ -1,0 +1,75 @@
+"""Importance scores from the preference pairs: a short DPO run, or its gradient alone."""
+
+import torch
+
+from allo_lib import importance
+from allo_lib.encoding import pair_batch
+from allo_lib.forward import response_logps
+from allo_lib.objectives import objective
+from allo_lib.optim import MaskedAdamW
+from allo_lib.seeds import derive
+from allo_lib.training import Schedule, train
+
+
+def delta_of_dpo(model, rows, *, lr, beta, batch_size, epochs, seed, pad_token_id, label, clip):
+    """Scores |theta' - theta| / lr of vanilla DPO on every entry (`importance.delta_scores`).
+
+    `model` holds theta, which is also the reference of `rows` (encoded pairs with
+    `chosen_reference` and `rejected_reference`); afterwards it holds theta'. Both are compared in
+    float32 masters.
+
+    Returns:
+        (name -> float32 scores, record). The record says which share of the entries the run moved
+        in float32, and which share it would have moved as seen in bfloat16.
+    """
+    before = {name: p.detach().float().clone() for name, p in model.named_parameters()}
+    optimizer = MaskedAdamW(model, None, lr=lr, max_grad_norm=clip)
+    try:
+        log = train(
+            model,
+            rows,
+            lambda batch: pair_batch(batch, pad_token_id),
+            objective("dpo", beta=beta),
+            optimizer,
+            Schedule(lr, epochs, batch_size, seed),
+            label,
+        )
+        after = optimizer.master_weights()
+    finally:
+        optimizer.close()
+    scores = importance.delta_scores(before, after, lr)
+    record = {"loss": log.loss, "lr": lr} | _moved(before, after)
+    return scores, record
+
+
+def gradient_scores(model, rows, *, beta, batch_size, seed, pad_token_id):
+    """Scores sum over batches of |dL_DPO / dtheta_i| at theta; no update is made.
+
+    The second estimator of the importance (ALLO, arXiv 2406.12606). name -> float32 scores.
+    """
+    sums = {n: torch.zeros(p.shape, device=p.device) for n, p in model.named_parameters()}
+    loss_of = objective("dpo", beta=beta)
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
+    for start in range(0, len(order), batch_size):
+        chunk = [rows[i] for i in order[start : start + batch_size]]
+        batch = {k: v.to(model.device) for k, v in pair_batch(chunk, pad_token_id).items()}
+        loss, _ = loss_of(response_logps(model, batch["input_ids"], batch["labels"]), batch)
+        loss.backward()
+        for name, parameter in model.named_parameters():
+            sums[name] += parameter.grad.float().abs()
+            parameter.grad = None
+    return sums
+
+
+def _moved(before: dict, after: dict) -> dict[str, float]:
+    total = sum(value.numel() for value in before.values())
+    shares = {}
+    for key, dtype in (("moved_float32", torch.float32), ("moved_bfloat16", torch.bfloat16)):
+        moved = sum(int((before[n].to(dtype) != after[n].to(dtype)).sum()) for n in before)
+        shares[key] = moved / total
+    return shares
+
+
+def warmup_seed(study_seed: int, name: str, order: str) -> int:
+    """Seed of the order of the pairs; only the variant "order" has another one."""
+    return derive(study_seed, "warm-up", name, "second" if order == "order" else "first")

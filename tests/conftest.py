@@ -1,0 +1,60 @@
+"""Fixtures that several test files share."""
+
+import shutil
+from pathlib import Path
+
+import nbformat
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+COMMANDS = ("run_all.sh", "pyproject.toml", "requirements.lock", "environment.yml")
+PROFILE = "domains:\n  toy:\n    datasets: [chain]\n"
+
+PARAMETERS = 'profile = "x"\nseed = 0\nresults_dir = "."\noverrides = {}\nseeds = []'
+# What the stand-in notebooks do: those of a seed leave a row in the store, 06 merges all rows.
+ROW = """
+from pathlib import Path
+out = Path(results_dir)
+rows = out / ".store" / "rows"
+rows.mkdir(parents=True, exist_ok=True)
+(rows / f"{NAME}-{seed}.csv").write_text(f"{seed},sft,chain,{NAME},0.5,0.1,10\\n")
+print("here is", NAME, "with seed", seed, "in", out)
+"""
+MERGE = """
+from pathlib import Path
+out = Path(results_dir)
+header = "seed,method,dataset,metric,value,stderr,n\\n"
+rows = sorted(path.read_text() for path in (out / ".store" / "rows").glob("*.csv"))
+(out / "measurements.csv").write_text(header + "".join(rows))
+(out / "figures").mkdir(exist_ok=True)
+(out / "figures" / "all.txt").write_text(f"seeds {seeds}\\n")
+"""
+
+
+def write_notebook(folder: Path, name: str, code: str) -> Path:
+    """A notebook of two cells: the shared parameters, and `code` with NAME set to its name."""
+    cells = [
+        nbformat.v4.new_code_cell(PARAMETERS, metadata={"tags": ["parameters"]}),
+        nbformat.v4.new_code_cell(f"NAME = {name!r}\n{code}"),
+    ]
+    spec = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    notebook = nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": spec})
+    path = folder / f"{name}.ipynb"
+    nbformat.write(notebook, path)
+    return path
+
+
+@pytest.fixture
+def project(tmp_path):
+    """A checkout with the real commands and library and three quick stand-in notebooks."""
+    folder = tmp_path / "project"
+    (folder / "notebooks").mkdir(parents=True)
+    for name in COMMANDS:
+        shutil.copy2(ROOT / name, folder / name)
+    ignored = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(ROOT / "allo_lib", folder / "allo_lib", ignore=ignored)
+    write_notebook(folder / "notebooks", "00_first", ROW)
+    write_notebook(folder / "notebooks", "01_second", ROW)
+    write_notebook(folder / "notebooks", "06_merge", MERGE)
+    (folder / "toy.yaml").write_text(PROFILE)
+    return folder

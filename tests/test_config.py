@@ -1,0 +1,245 @@
+"""Profiles: what a YAML file may say, and that everything else is refused in one line."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+import types
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from allo_lib import config
+from allo_lib.config import Profile, fingerprint, load_profile
+from allo_lib.errors import AlloError
+
+SMALL = {
+    "domains": {"miniature": {"kind": "miniature", "datasets": ["chains", "shops"]}},
+    "method": {"beta": 0.2},
+}
+
+
+@pytest.fixture
+def write(tmp_path):
+    """A function that writes text, or a dict as YAML, and returns the path."""
+
+    def write_file(content, name="small.yaml"):
+        path = tmp_path / name
+        path.write_text(content if isinstance(content, str) else yaml.safe_dump(content))
+        return path
+
+    return write_file
+
+
+def test_values_are_read_and_the_rest_has_defaults(write):
+    profile = load_profile(str(write(SMALL)))
+    assert profile.name == "small" and profile.size == "cpu"
+    assert profile.method.beta == 0.2 and profile.method.share == 0.1
+    assert profile.domains["miniature"].datasets == ("chains", "shops")
+    assert profile.model == config.Model()
+
+
+def test_numbers_come_in_every_spelling_of_yaml(write):
+    text = """
+    domains:
+      a: {datasets: [x], rates: {dense: 1e-4, top: 2, last: 3.5e-4, random: "0.5"}}
+    method: {shares: [1, 0.5]}
+    """
+    profile = load_profile(write(text))
+    rates = profile.domains["a"].rates
+    assert (rates.dense, rates.top, rates.last, rates.random) == (1e-4, 2.0, 3.5e-4, 0.5)
+    assert all(type(value) is float for value in (rates.dense, rates.top, rates.random))
+    assert profile.method.shares == (1.0, 0.5) and type(profile.method.shares[0]) is float
+
+
+def test_round_trip_through_yaml_and_json(write):
+    profile = load_profile(write(SMALL))
+    again = load_profile(write(profile.to_dict(), "again.yaml"))
+    assert again == profile and again.hash() == profile.hash()
+    assert json.loads(json.dumps(profile.to_dict())) == profile.to_dict()
+
+
+def test_sizes_are_chosen_by_the_device_and_laid_over_the_rest(write):
+    gpu = {"model": {"width": 256}, "domains": {"miniature": {"epochs": 3}}}
+    path = write(SMALL | {"model": {"layers": 5}, "sizes": {"cpu": None, "gpu": gpu}})
+    small, large = load_profile(path, device="cpu"), load_profile(path, device="cuda")
+    assert (small.size, small.model.width, small.domains["miniature"].epochs) == ("cpu", 128, 1)
+    assert (large.size, large.model.width, large.domains["miniature"].epochs) == ("gpu", 256, 3)
+    assert large.model.layers == 5 and large.domains["miniature"].datasets == ("chains", "shops")
+    assert large.hash() != small.hash()
+    assert load_profile(path, {"model.width": 64}, device="cuda").model.width == 64
+
+
+def test_the_device_is_looked_up_when_it_is_not_given(write, monkeypatch):
+    import torch
+
+    path = write(SMALL | {"sizes": {"cpu": {}, "gpu": {}}})
+    for available, size in ((True, "gpu"), (False, "cpu")):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda found=available: found)
+        assert load_profile(path).size == size
+
+
+def test_overrides_reach_into_sections(write):
+    overrides = {"method.beta": 0.5, "domains.miniature.pairs.train": 7, "methods": ["dpo", "allo"]}
+    profile = load_profile(write(SMALL), overrides)
+    assert profile.method.beta == 0.5 and profile.methods == ("dpo", "allo")
+    assert profile.domains["miniature"].pairs.train == 7
+    assert profile.domains["miniature"].datasets == ("chains", "shops")
+
+
+def test_the_hash_follows_every_value_and_nothing_else(write):
+    def hash_of(overrides=None):
+        return load_profile(write(SMALL), overrides).hash()
+
+    assert hash_of() == hash_of() == hash_of({"method.beta": 0.2})
+    changed = [{"method.beta": 0.3}, {"model.width": 64}, {"methods": ["dpo"]}]
+    changed += [{"domains.miniature.sft.epochs": 9}, {"method.shares": [0.1]}]
+    assert len({hash_of(), *map(hash_of, changed)}) == 1 + len(changed)
+    assert len(hash_of()) == 64 and int(hash_of(), 16)
+
+
+def test_the_hash_is_the_same_in_another_process(write):
+    path = write(SMALL)
+    program = f"from allo_lib.config import load_profile; print(load_profile({str(path)!r}).hash())"
+    for hash_seed in ("1", "2"):
+        run = subprocess.run(
+            [sys.executable, "-c", program],
+            capture_output=True,
+            text=True,
+            check=True,
+            cwd=config.PROFILES.parents[1],
+            env={"PYTHONHASHSEED": hash_seed, "PATH": ""},
+        )
+        assert run.stdout.strip() == load_profile(path).hash()
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text() | st.floats(allow_nan=False, width=32),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=4),
+    max_leaves=8,
+).filter(lambda value: "inf" not in repr(value))
+
+
+@given(st.dictionaries(st.text(), JSON, max_size=5))
+def test_fingerprints_ignore_the_order_of_keys(value):
+    assert fingerprint(value) == fingerprint(dict(reversed(value.items())))
+    assert fingerprint(value) != fingerprint(value | {"another key": 1, "x": len(value)})
+
+
+def test_fingerprint_refuses_nan():
+    with pytest.raises(ValueError):
+        fingerprint({"a": float("nan")})
+
+
+def refused(path, told, **arguments):
+    with pytest.raises(AlloError, match=told) as caught:
+        load_profile(path, **arguments)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["nope", "none.yaml", "/no/such/file.yaml", "", "."])
+def test_unknown_profiles_are_refused_with_the_known_names(monkeypatch, tmp_path, name):
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(SMALL))
+    (tmp_path / "real.yaml").write_text(yaml.safe_dump(SMALL))
+    monkeypatch.setattr(config, "PROFILES", tmp_path)
+    refused(name, "no profile .*expected one of real, tiny, or the path")
+    assert load_profile("tiny").name == "tiny"
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("a: [", "not readable YAML"),
+        ("a: b: c", "not readable YAML"),
+        ("", "holds a NoneType"),
+        ("- 1\n- 2", "holds a list"),
+        ("just words", "holds a str"),
+        ("!!python/object/apply:os.getcwd []", "not readable YAML"),
+    ],
+)
+def test_files_that_hold_no_profile_are_refused(write, text, told):
+    refused(write(text), f"small.yaml.*{told}")
+
+
+def test_files_that_are_not_text_are_refused(tmp_path):
+    (tmp_path / "bad.yaml").write_bytes(b"name: \xff\xfe")
+    refused(tmp_path / "bad.yaml", "bad.yaml is not readable YAML")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        ({"colour": 1}, "unknown key 'colour'; expected one of abl.* description"),
+        ({"method.bta": 1}, "method: unknown key 'bta'; expected one of beta"),
+        ({"domains.miniature.pairs.trian": 1}, r"domains.miniature: pairs: unknown key 'trian'"),
+        ({"domains.other.epochs": 1}, "domains.other.datasets: empty"),
+        ({"method": 3}, "method: expected a section"),
+        ({"method": None}, "method: expected a section"),
+        ({"domains": ["miniature"]}, "domains: expected named sections"),
+        ({"domains": {}}, "names no domain"),
+        ({"domains": {"miniature": 3}}, "miniature: expected a section"),
+        ({"name": 3}, "name: expected str, got 3"),
+        ({"model.width": "128"}, "width: expected int, got '128'"),
+        ({"model.width": 1.5}, "width: expected int, got 1.5"),
+        ({"model.width": True}, "width: expected int, got True"),
+        ({"model.width": None}, "width: expected int, got None"),
+        ({"model.width": -1}, "model.width: got -1"),
+        ({"model.name": 3}, "name: expected str, got 3"),
+        ({"model.dtype": "float16"}, "model.dtype: expected float32 or bfloat16, got 'float16'"),
+        ({"method.beta": "much"}, "beta: expected a number, got 'much'"),
+        ({"method.beta": True}, "beta: expected float, got True"),
+        ({"method.beta": [0.1]}, "beta: expected float"),
+        ({"method.beta": float("nan")}, "beta: expected a finite number"),
+        ({"method.beta": float("inf")}, "beta: expected a finite number"),
+        ({"method.beta": "nan"}, "beta: expected a finite number"),
+        ({"method.beta": -0.1}, "method.beta: got -0.1"),
+        ({"method.share": 0}, "share of 0"),
+        ({"method.share": 1.01}, "share of 1.01"),
+        ({"method.key_share": 0.0}, "share of 0"),
+        ({"method.shares": [0.1, 2]}, "share of 2"),
+        ({"method.shares": [0.1, -1]}, "(share of|got) -1"),
+        ({"method.shares": 0.1}, "shares: expected a list, got 0.1"),
+        ({"methods": "dpo"}, "methods: expected a list, got 'dpo'"),
+        ({"methods": [3]}, "methods: expected str, got 3"),
+        ({"domains.miniature.kind": "maths"}, "kind: got 'maths', expected miniature, choice"),
+        ({"domains.miniature.datasets": []}, "datasets: empty"),
+        ({"domains.miniature.rates.top": -1e-3}, "rates.top: got -0.001"),
+        ({"name": ""}, "name is empty"),
+    ],
+)
+def test_wrong_values_are_refused(write, overrides, told):
+    refused(write(SMALL), told, overrides=overrides)
+
+
+def test_an_override_cannot_reach_into_a_value(write):
+    refused(write(SMALL), "'beta' is a value", overrides={"method.beta.x": 1})
+
+
+@pytest.mark.parametrize("sizes", [{"cpu": {}}, {"cpu": {}, "gpu": {}, "tpu": {}}, 3, ["cpu"], {}])
+def test_sizes_need_both_devices(write, sizes):
+    refused(write(SMALL | {"sizes": sizes}), "`sizes` needs exactly the keys cpu, gpu")
+
+
+@pytest.mark.parametrize("size", [3, ["model"], "large"])
+def test_a_size_is_a_section(write, size):
+    refused(write(SMALL | {"sizes": {"cpu": size, "gpu": {}}}), "sizes.cpu", device="cpu")
+
+
+def plain_fields(kind, prefix=""):
+    """Dotted names of all scalar and list fields under a dataclass, with their types."""
+    for name, hint in config.typing.get_type_hints(kind).items():
+        if dataclasses.is_dataclass(hint):
+            yield from plain_fields(hint, f"{prefix}{name}.")
+        elif not (isinstance(hint, types.GenericAlias) and hint.__origin__ is dict):
+            yield f"{prefix}{name}", hint
+
+
+def test_every_field_refuses_a_section_in_its_place(write):
+    path = write(SMALL)
+    names = [name for name, _ in plain_fields(Profile)]
+    names += [f"domains.miniature.{name}" for name, _ in plain_fields(config.Domain)]
+    assert len(names) > 60
+    for name in names:
+        refused(path, "expected", overrides={name: {"a": 1}})

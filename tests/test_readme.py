@@ -1,0 +1,32 @@
+"""README and the committed results agree."""
+
+from pathlib import Path
+
+from allo_lib import claims, report
+from allo_lib.measurements import read
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "results"
+COMMITTED = [RESULTS / name for name in report.PROFILES if (RESULTS / name).exists()]
+
+
+def test_readme_shows_the_committed_results():
+    assert report.readme_is_current(ROOT / "README.md", RESULTS), (
+        "README.md and results/ disagree: run allo_lib.report.update_readme('README.md', 'results')"
+    )
+
+
+def test_committed_claims_follow_from_the_committed_measurements(tmp_path):
+    for folder in COMMITTED:
+        efficiency = report.read_efficiency(folder / "tables" / "efficiency.csv")
+        fresh = claims.compute(read(folder / "measurements.csv"), efficiency)
+        claims.write(tmp_path / "claims.csv", fresh)
+        assert (folder / "claims.csv").read_bytes() == (tmp_path / "claims.csv").read_bytes()
+
+
+def test_readme_links_to_files_that_exist():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    block = text.partition(report.BEGIN)[2].partition(report.END)[0]
+    links = [part.split(")")[0] for part in block.split("](")[1:]]
+    assert len(links) >= 4 * len(COMMITTED)
+    assert all((ROOT / link).exists() for link in links)

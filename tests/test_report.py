@@ -1,0 +1,117 @@
+"""The report and README block: rebuilt from measurements alone, self-contained, escaped."""
+
+import html.parser
+
+import pytest
+
+from allo_lib import claims, measurements, report
+from allo_lib.errors import AlloError
+from tests import synthetic_results
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("root") / "tiny"
+    measurements.write(folder / "measurements.csv", synthetic_results.rows((0,)))
+    report.rebuild(folder)
+    return folder
+
+
+class Page(html.parser.HTMLParser):
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.sources, self.words = [], [], ""
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        self.sources += [value for key, value in attributes if key in ("src", "href")]
+
+    def handle_data(self, data):
+        self.words += data
+
+
+def files_of(folder):
+    return {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_rebuilding_needs_only_measurements_and_changes_no_byte(results, tmp_path):
+    before = files_of(results)
+    assert {
+        "claims.csv",
+        "report.html",
+        "tables/main_miniature.md",
+        "figures/claims.png",
+        "figures/main_miniature.pdf",
+    } <= set(map(str, before))
+    (tmp_path / "tiny").mkdir()
+    rows = (results / "measurements.csv").read_bytes()
+    (tmp_path / "tiny" / "measurements.csv").write_bytes(rows)
+    report.rebuild(tmp_path / "tiny")
+    assert files_of(tmp_path / "tiny") == before
+
+
+def test_report_is_one_self_contained_page(results):
+    page = Page((results / "report.html").read_text(encoding="utf-8"))
+    assert page.sources and all(s.startswith("data:image/png;base64,") for s in page.sources)
+    assert not {"script", "link", "iframe"} & set(page.tags)
+    for claim in claims.read(results / "claims.csv"):
+        assert claim.evidence in page.words
+    assert page.tags.count("img") == len(list((results / "figures").glob("*.png")))
+
+
+def test_report_escapes_what_files_contain(results, tmp_path):
+    (tmp_path / "tables").mkdir()
+    evil = "<script>alert(1)</script>"
+    claim = claims.Claim("C1", evil, 0.1, None, None, "accuracy", "inconclusive", evil)
+    claims.write(tmp_path / "claims.csv", [claim])
+    table = f"# {evil}\n\n| a | b |\n| --- | --- |\n| **1** | {evil} |\n\nNote {evil}\n"
+    (tmp_path / "tables" / "x.md").write_text(table)
+    page = Page(report.build(tmp_path).read_text(encoding="utf-8"))
+    assert "script" not in page.tags and page.words.count(evil) == 5
+    assert page.tags.count("b") == 1 and page.tags.count("table") == 2
+
+
+def test_efficiency_table_adds_its_claim_and_figure(results, tmp_path):
+    from tests.test_claims import EFFICIENCY
+
+    (tmp_path / "measurements.csv").write_bytes((results / "measurements.csv").read_bytes())
+    (tmp_path / "tables").mkdir()
+    lines = [",".join(EFFICIENCY[0]), *[",".join(row.values()) for row in EFFICIENCY]]
+    (tmp_path / "tables" / "efficiency.csv").write_text("\n".join(lines) + "\n")
+    report.rebuild(tmp_path)
+    assert claims.read(tmp_path / "claims.csv")[-1].verdict == "reproduced"
+    assert (tmp_path / "figures" / "efficiency.png").exists()
+
+
+def test_bad_inputs_get_one_line(tmp_path):
+    with pytest.raises(AlloError, match="does not exist"):
+        report.rebuild(tmp_path)
+    measurements.write(tmp_path / "measurements.csv", [])
+    with pytest.raises(AlloError, match="has no rows"):
+        report.rebuild(tmp_path)
+    (tmp_path / "e.csv").write_text("variant,device\na,b\n")
+    with pytest.raises(AlloError, match="lacks columns"):
+        report.read_efficiency(tmp_path / "e.csv")
+    with pytest.raises(AlloError, match="run notebook 06"):
+        report.build(tmp_path)
+
+
+def test_readme_block_is_replaced_and_the_rest_kept(results, tmp_path):
+    readme = tmp_path / "README.md"
+    readme.write_text(f"# Title\n\n{report.BEGIN}\nold\n{report.END}\n\nThe end.\n")
+    assert not report.readme_is_current(readme, results.parent)
+    report.update_readme(readme, results.parent)
+    text = readme.read_text()
+    assert text.startswith("# Title\n") and text.endswith("\n\nThe end.\n") and "old" not in text
+    assert report.readme_is_current(readme, results.parent)
+    for claim in claims.read(results / "claims.csv"):
+        assert f"| {claim.id} | {claim.claim} |" in text
+    readme.write_text(text.replace("**inconclusive**", "**reproduced**", 1))
+    assert not report.readme_is_current(readme, results.parent)
+
+
+def test_readme_without_markers_is_named(results, tmp_path):
+    (tmp_path / "README.md").write_text("# Title\n")
+    with pytest.raises(AlloError, match="lacks the markers"):
+        report.update_readme(tmp_path / "README.md", results.parent)

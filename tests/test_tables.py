@@ -1,0 +1,113 @@
+"""Tables: numbers beside the paper's, marks of best and second best, gaps said."""
+
+import csv
+
+import pytest
+
+from allo_lib import published, tables
+from allo_lib.comparisons import domains_of
+from tests import synthetic_results
+
+
+@pytest.fixture(scope="module")
+def rows():
+    return synthetic_results.rows()
+
+
+@pytest.fixture(scope="module")
+def built(rows):
+    return {table.name: table for table in tables.build(rows)}
+
+
+def test_the_tables_of_one_domain(built):
+    names = ["main", "empirical", "ablations", "comparisons"]
+    assert list(built) == [f"{name}_miniature" for name in names]
+
+
+@pytest.mark.parametrize(
+    ("column", "marked"),
+    [
+        (["1.0", "3.0 ± 0.1", "2.0"], ["1.0", "**3.0 ± 0.1**", "<u>2.0</u>"]),
+        (["3.0", "3.0", "2.0", "1.0"], ["**3.0**", "**3.0**", "<u>2.0</u>", "1.0"]),
+        (["not run", "2.0"], ["not run", "**2.0**"]),
+        (["not run", ""], ["not run", ""]),
+    ],
+)
+def test_rank_marks_best_and_second_best(column, marked):
+    assert tables.rank(column) == marked
+
+
+def test_main_table_has_all_rows_of_the_paper_and_says_what_was_not_run(built):
+    table = built["main_miniature"]
+    assert [line[0] for line in table.body] == list(published.LABELS.values())
+    by_label = {line[0]: line for line in table.body}
+    assert by_label["+ RFT"][1:5] == ["not run"] * 4
+    assert "**" in by_label["+ ALLO"][4] and "<u>" in by_label["+ DPO"][4]
+    # The paper's own best and second best among its question sets.
+    assert by_label["+ ALLO"][6] == "**64.67**" and by_label["+ R-DPO"][6] == "<u>63.83</u>"
+
+
+def test_main_records_trace_to_measurements(built, rows):
+    cells = {(r["method"], r["dataset"]): r for r in built["main_miniature"].records}
+    values = [
+        row.value
+        for row in rows
+        if (row.method, row.dataset, row.metric) == ("allo", "chain", "accuracy")
+    ]
+    assert cells["allo", "chain"]["value"] == pytest.approx(sum(values) / 3)
+    mean = sum(cells["allo", name]["value"] for name in ("chain", "scan", "story")) / 3
+    assert cells["allo", "average"]["value"] == pytest.approx(mean)
+    assert cells["allo", "average"]["seeds"] == "0 1 2"
+    assert cells["rft", "chain"]["value"] is None
+    assert cells["allo", "qa_avg"]["published"] == pytest.approx(0.6467)
+
+
+def test_real_data_sets_stand_beside_their_own_published_numbers():
+    rows = synthetic_results.rows((0,), ("ecqa",))
+    table = tables.main_table(rows, domains_of(rows)[0])
+    assert table.header == ["method", "ecqa (measured)", "ecqa: 95% interval", "ecqa (paper)"]
+    record = next(r for r in table.records if r["method"] == "dpo")
+    assert record["published"] == pytest.approx(0.7507)
+    assert [line[-1] for line in table.body][-1] == "**75.93**"
+
+
+def test_empirical_table_has_both_protocols(built):
+    labels = [line[0] for line in built["empirical_miniature"].body]
+    assert labels[0] == "DPO, top 10%" and "DPO, top 10% (one rate)" in labels
+    top = built["empirical_miniature"].records[0]
+    assert top["train_loss"] == pytest.approx(0.55, abs=0.01)
+    assert top["paper_ecqa"] == pytest.approx(0.76)
+
+
+def test_ablations_are_paired_differences_to_allo(built):
+    by_method = {r["method"]: r for r in built["ablations_miniature"].records}
+    assert by_method["allo"]["change_to_allo"] is None
+    change = by_method["allo_rm_shuffled"]
+    assert change["change_ci_low"] < change["change_to_allo"] < change["change_ci_high"] < 0
+    assert change["change_to_allo"] == pytest.approx(
+        change["value"] - by_method["allo"]["value"], abs=1e-9
+    )
+
+
+def test_files_are_the_same_each_time_and_parse(tmp_path, rows):
+    first = tables.write(tables.build(rows), tmp_path / "a")
+    second = tables.write(tables.build(rows[::-1]), tmp_path / "b")
+    assert [path.name for path in first] == [path.name for path in second]
+    assert all(a.read_bytes() == b.read_bytes() for a, b in zip(first, second, strict=True))
+    with open(tmp_path / "a" / "main_miniature.csv", newline="") as file:
+        records = list(csv.DictReader(file))
+    assert len(records) == 12 * 7
+    grid = (tmp_path / "a" / "main_miniature.md").read_text().splitlines()
+    widths = {line.count("|") for line in grid if line.startswith("|")}
+    assert len(widths) == 1
+
+
+def test_the_papers_numbers_are_read_as_fractions():
+    table = published.main_results()
+    assert table["allo"]["ecqa"] == pytest.approx(0.7593)
+    assert table["sft_base"]["arena_hard"] == pytest.approx(0.5)
+    assert set(table) == set(published.LABELS)
+    gap = published.difference(table, "allo", "dpo", published.QUESTIONS)
+    assert gap == pytest.approx(table["allo"]["qa_avg"] - table["dpo"]["qa_avg"], abs=2e-4)
+    assert published.difference(table, "allo", "dpo", ["chain"]) is None
+    assert published.difference(table, "allo", "allo_random_tokens", ["ecqa"]) is None
