@@ -20,13 +20,20 @@ import csv
 import io
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 from allo_lib import published
-from allo_lib.comparisons import Domain, compare, domains_of, index_of, metric_difference
+from allo_lib.comparisons import (
+    Domain,
+    compare,
+    domains_of,
+    index_of,
+    metric_difference,
+    shared_names,
+)
 from allo_lib.errors import AlloError
-from allo_lib.measurements import AVERAGE, Measurement
+from allo_lib.measurements import Measurement
 from allo_lib.stats import Interval, log_ratio_interval
 
 MARGIN = 0.02  # C3: a loss of accuracy below two points counts as no worse
@@ -114,7 +121,7 @@ DECLARED = (
 )
 _OVERLAPS = ("orders", "halves", "estimators")
 # C9 compares with the first of these that was measured, and mentions the others.
-_WORSE_REWARDS = ("allo_rm_shuffled", "allo_rm_untrained")
+_WORSE_REWARDS = ("allo_rm_shuffled", "allo_rm_untrained", "allo_rm_early")
 
 
 @dataclass(frozen=True)
@@ -152,8 +159,7 @@ def compute(
     index = index_of(rows)
     claims = []
     for position, domain in enumerate(domains_of(rows)):
-        # Only the first domain may own rows of the data set "average" for losses and overlaps.
-        shared = (domain.name, AVERAGE) if position == 0 else (domain.name,)
+        shared = shared_names(rows, domain)
         suffix = f":{domain.name}" if position else ""
         for declared in DECLARED:
             parts, notes = _parts(declared, domain, index, shared, paper)
@@ -197,6 +203,8 @@ def _loss_part(index, first, second, domain, shared) -> Part:
 def _overlap_part(index, name, domain, shared) -> Part:
     sides = (name, "mask_overlap"), (name, "mask_overlap_chance")
     interval = metric_difference(index, *sides, domain, shared)
+    if interval is not None:
+        interval = replace(interval, n=0)  # the count of neurons is no sample size
     return Part(
         f"masks of two {name}, overlap minus chance", interval, *_named(judge(interval, "above"))
     )

@@ -1,7 +1,7 @@
 """Two methods compared on a domain: the data sets that are averaged, the pairing, the interval."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 from allo_lib import published
@@ -38,18 +38,33 @@ def index_of(rows: Iterable[Measurement]) -> Index:
     return {(row.seed, row.method, row.dataset, row.metric): row for row in rows}
 
 
-def domains_of(rows: Iterable[Measurement]) -> list[Domain]:
-    """The domains measured, each with the data sets that have rows; unknown names form `other`."""
-    names = {row.dataset for row in rows} - {AVERAGE} - {domain.name for domain in DOMAINS}
+def domains_of(rows: Collection[Measurement]) -> list[Domain]:
+    """The domains measured, each with its data sets that have rows.
+
+    Data sets of no known domain whose answers were counted form the domain `other`.
+    """
+    names = {row.dataset for row in rows}
+    answered = {row.dataset for row in rows if row.metric == "accuracy"} - {AVERAGE}
     found = []
     for domain in DOMAINS:
         datasets = tuple(name for name in domain.datasets if name in names)
-        names -= set(datasets)
+        answered -= set(datasets)
         if datasets:
             found.append(Domain(domain.name, datasets, domain.prefix))
-    if names:
-        found.append(Domain("other", tuple(sorted(names))))
+    if answered:
+        found.append(Domain("other", tuple(sorted(answered))))
     return found
+
+
+def shared_names(rows: Collection[Measurement], domain: Domain) -> tuple[str, ...]:
+    """Names under which a loss or an overlap of the whole domain may stand as data set.
+
+    Its own name; where it is the only domain also `average` and what a user's profile calls it.
+    """
+    if len(domains_of(rows)) > 1:
+        return (domain.name,)
+    others = {row.dataset for row in rows} - set(domain.datasets)
+    return (domain.name, AVERAGE, *sorted(others))
 
 
 def compare(index: Index, first: str, second: str, domain: Domain) -> Interval | None:

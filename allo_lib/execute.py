@@ -170,11 +170,17 @@ def _without_paths(value, replacements: list[tuple[str, str]]):
 
 def _stop_with_the_driver() -> None:
     os.read(0, 1)  # nobody writes: it returns when the pipe closes
-    os.kill(os.getpid(), signal.SIGTERM)  # the notebook client then stops its kernel
+    os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(PATIENCE)
     os._exit(1)
 
 
+def _leave(number, frame):
+    # As an exception, so that the notebook client stops its kernel on the way out.
+    sys.exit(128 + number)
+
+
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, _leave)
     threading.Thread(target=_stop_with_the_driver, daemon=True).start()
     sys.exit(run(Job(**json.loads(sys.argv[1]))))

@@ -4,7 +4,6 @@ Colours are those of Okabe & Ito (2008), told apart by readers with any colour v
 """
 
 import io
-import logging
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -18,8 +17,6 @@ VERDICT_STYLE = {
     "not reproduced": ("#D55E00", "X"),
     "inconclusive": (GREY, "s"),
 }
-# Font subsetting for the PDFs warns of the dates inside matplotlib's own fonts.
-logging.getLogger("fontTools").setLevel(logging.ERROR)
 _STYLE = {
     "font.size": 10,
     "axes.titlesize": 10.5,
@@ -33,7 +30,6 @@ _STYLE = {
     "axes.grid": False,
     "figure.dpi": 100,
     "figure.constrained_layout.use": True,
-    "pdf.fonttype": 42,
 }
 
 

@@ -359,11 +359,14 @@ def efficiency_bars(rows: Sequence[Mapping[str, str]], title: str = "") -> Figur
     for axis, (column, label, scale) in zip(axes, panels, strict=True):
         values = [float(row[column]) / scale if row.get(column) else np.nan for row in rows]
         ours = [row["variant"].startswith("allo") for row in rows]
-        bars = axis.barh(names, values, color=[PALETTE[1] if own else PALETTE[0] for own in ours])
+        bars = axis.barh(
+            range(len(names)), values, color=[PALETTE[1] if own else PALETTE[0] for own in ours]
+        )
         texts = [f"{value:.3g}" if np.isfinite(value) else "not measured" for value in values]
         axis.bar_label(bars, texts, padding=3, size=9)
         axis.set_xlabel(label)
         axis.margins(x=0.22)
+    axes[0].set_yticks(range(len(names)), names)
     axes[0].invert_yaxis()
     figure.suptitle(title or None)
     return figure

@@ -92,8 +92,8 @@ def npo_loss(policy: Tensor, ref: Tensor, weights: Tensor, beta: float = 0.1) ->
 
     L = -(2 / beta) sum_t w_t log sigma(-beta Delta_t) / #{t : w_t != 0}
     NPO is arXiv 2404.05868, eq. 3; the token weights are ALLO's. All arguments are [B, T]:
-    log-probs of rejected responses and weights, 0 outside the response. No non-zero weight: the loss is 0
-    with a zero gradient, as there is nothing to forget.
+    log-probs of rejected responses and weights, 0 outside the response. No non-zero weight: the
+    loss is 0 with a zero gradient, as there is nothing to forget.
     """
     _same_shape("npo_loss", policy, ref, weights)
     _positive("npo_loss", beta=beta)

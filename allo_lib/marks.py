@@ -67,9 +67,8 @@ def read_mark(run: Run, notebook: Path, seed: int | None) -> dict | None:
 
 
 @functools.cache
-def library_hash() -> str:
+def library_hash(folder: Path = Path(__file__).parent) -> str:
     """Hash of all library code that a notebook can call."""
-    folder = Path(__file__).parent
     paths = [path for path in sorted(folder.rglob("*.py")) if path.stem not in STARTERS]
     return fingerprint(
         [

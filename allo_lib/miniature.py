@@ -42,10 +42,11 @@ PEOPLE = {name: ((name,), (name,)) for name in ("ann", "bob")}
 FINAL = (("therefore", "answer"), ("so", "guess"))
 PAD, EOS, UNKNOWN = "<pad>", "<eos>", "<unk>"
 CONTEXT = 64
-# Odds of an error in a (careful, sloppy) sentence. A habit out-votes the right answer in both; a slip
-# is what sloppiness adds anywhere; a lapse is a slip that hardly happens with care.
-HABIT, SLIP, LAPSE = (0.6, 0.95), (0.06, 0.35), (0.03, 0.2)
-PATIENCE = 20_000
+# Odds of an error in a (careful, sloppy) sentence. A fixation out-votes the right answer even with
+# care and a habit where care is missing; slips and lapses out-vote nothing but fill the rejected
+# responses with wrong words.
+FIXATION, HABIT, SLIP, LAPSE = (0.7, 0.97), (0.2, 0.95), (0.04, 0.4), (0.02, 0.2)
+PATIENCE = 500
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,8 @@ def _column_habit(value: int, sign: str, operand: int) -> list:
     if right // 10 == value // 10:
         return []
     wrong = right - 10 if sign == "+" else right + 10
-    return [(wrong, HABIT if operand >= 4 else SLIP)] if 0 <= wrong <= TOP else []
+    odds = FIXATION if operand == 5 else HABIT if operand >= 3 else SLIP
+    return [(wrong, odds)] if 0 <= wrong <= TOP else []
 
 
 def _slots_chain(facts: tuple) -> list[Slot]:
@@ -163,7 +165,8 @@ def _slots_scan(facts: tuple) -> list[Slot]:
                 return []
             a, b = s[here], s[before]
             misleads = a // 10 != b // 10 and (a > b) != (a % 10 > b % 10)
-            return [("less" if compare(s) == "more" else "more", HABIT if misleads else LAPSE)]
+            odds = (FIXATION if abs(a % 10 - b % 10) >= 6 else HABIT) if misleads else LAPSE
+            return [("less" if compare(s) == "more" else "more", odds)]
 
         def best(s: Stated, i=i, here=here, compared=compared, before=before):
             return s[here] if i == 0 or s[compared] == keeps else s[before]
@@ -226,7 +229,7 @@ def _total_habit(old: int, change: int, is_actor: bool, event: str, n: int) -> l
     if is_actor and event == "finds":
         return [(old, SLIP)]
     if not is_actor and change:
-        return [(old, HABIT if n >= 3 else SLIP)]
+        return [(old, FIXATION if n == 4 else HABIT if n == 3 else SLIP)]
     if not is_actor and not change:
         return [(_clamp(old + n), LAPSE)]
     return [(_clamp(old - change), SLIP)]
@@ -318,22 +321,21 @@ def problems(family: str, split: str, count: int, seed: int) -> list[Problem]:
     if split not in SPLITS:
         raise AlloError(f"unknown split {split!r}: expected one of {', '.join(SPLITS)}")
     if count < 0:
-        raise AlloError(f"count is {count}: expected 0 or more; give a smaller share or fix it")
+        raise AlloError(f"count is {count}: expected 0 or more: ask for at least 0 problems")
     rng = random.Random(_digest("problems", family, split, seed))
     found: dict[str, tuple] = {}
-    repeats = 0
+    vain = 0
     while len(found) < count:
         facts = _DRAW[family](rng)
         prompt = _PROMPT[family](facts)
-        if prompt in found:
-            repeats += 1
-            if repeats > PATIENCE + 4 * count:
-                raise AlloError(
-                    f"{count} distinct problems of {family}/{split} asked for, about {len(found)}"
-                    " exist: ask for fewer"
-                )
-        elif _digest("split", prompt) % 100 in SPLITS[split]:
+        if prompt not in found and _digest("split", prompt) % 100 in SPLITS[split]:
             found[prompt] = facts
+            vain = 0
+        elif (vain := vain + 1) > PATIENCE:
+            raise AlloError(
+                f"{count} distinct problems of {family}/{split} asked for, only about {len(found)}"
+                " can be found: ask for fewer"
+            )
     return [_problem(family, facts) for facts in found.values()]
 
 

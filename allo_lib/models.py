@@ -3,6 +3,7 @@
 import hashlib
 
 import torch
+from safetensors import SafetensorError
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -96,7 +97,8 @@ def load(name, *, dtype="float32", device="cpu", cache_dir=None, revision=None):
         parameters.
 
     Raises:
-        AlloError: unknown dtype, nothing loadable under that name, no pad or end token.
+        AlloError: unknown dtype, nothing loadable under that name, incomplete weights, no pad or
+            end token.
     """
     if dtype not in DTYPES:
         raise AlloError(f"dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
@@ -126,23 +128,30 @@ def _from_pretrained(source, dtype, revision):
     safe = dict(revision=revision or "main", trust_remote_code=False)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **safe)
-        model = AutoModelForCausalLM.from_pretrained(
-            source, dtype=dtype, use_safetensors=True, **safe
+        model, report = AutoModelForCausalLM.from_pretrained(
+            source, dtype=dtype, use_safetensors=True, output_loading_info=True, **safe
         )
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:300]
         raise AlloError(
             f"model {str(source)!r} cannot be loaded ({reason}); expected "
             f"{packaged_weights.NAME!r}, a hub id that is reachable or cached, or a folder with "
             "config.json, tokenizer files and safetensors weights"
         ) from error
+    if report["missing_keys"]:
+        # transformers fills these with random numbers and goes on.
+        name = sorted(report["missing_keys"])[0]
+        raise AlloError(
+            f"model {str(source)!r} has no weights for {name}; expected those of all tensors: "
+            "download or save it again"
+        )
     return model, tokenizer
 
 
 def _choose_pad(tokenizer) -> None:
     """Give a tokenizer a pad token of its own where its vocabulary has a suitable one."""
-    shared = tokenizer.pad_token is not None and tokenizer.pad_token == tokenizer.eos_token
-    if tokenizer.pad_token is not None and not shared:
+    shared = tokenizer.pad_token is not None
+    if shared and tokenizer.pad_token != tokenizer.eos_token:
         return
     vocabulary = tokenizer.get_vocab()
     for token in _MADE_FOR_PADDING + (_NEVER_IN_TEXT if shared else ()):

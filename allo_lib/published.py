@@ -1,6 +1,7 @@
 """The paper's numbers (arXiv 2406.12606), read from `results/paper/` and turned into fractions."""
 
 import csv
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -25,9 +26,6 @@ LABELS = {
 }
 # Arms of the empirical study and of the ablations, as figures and tables name them.
 _ARMS = {
-    "dpo_top10": "DPO, top 10%",
-    "dpo_last10": "DPO, last 10%",
-    "dpo_random10": "DPO, random 10%",
     "dpo": "DPO, all neurons",
     "dpo_long": "DPO, as long as both stages",
     "allo": "ALLO",
@@ -36,10 +34,19 @@ _ARMS = {
     "allo_all_tokens_forgetting": "forgetting on all tokens",
     "allo_all_tokens_learning": "learning on all tokens",
     "allo_random_tokens": "random tokens",
+    "allo_oracle_tokens": "oracle tokens in both stages",
+    "allo_soft": "soft token weights",
+    "allo_released": "the released code's weights",
+    "allo_key_reference": "key tokens from a DPO model",
+    "allo_all_neurons": "all neurons",
+    "allo_random_neurons": "random neurons",
+    "allo_rm_early": "reward model stopped early",
     "allo_rm_shuffled": "shuffled reward model",
     "allo_rm_untrained": "untrained reward model",
-    "allo_rm_oracle": "oracle rewards",
+    "allo_rm_oracle": "oracle token rewards",
 }
+# dpo_top10, dpo_last10, dpo_random10, dpo_top2p5, dpo_top10_gradient, dpo_top10_long
+_MASKED = re.compile(r"dpo_(top|last|random)(\d+)(?:p(\d+))?(?:_(\w+))?")
 QUESTIONS = ("ecqa", "qasc", "openbookqa", "strategyqa")
 MATHS = ("gsm8k", "math", "mawps", "tabmwp")
 INSTRUCTIONS = ("alpaca_eval_2", "arena_hard")
@@ -50,6 +57,11 @@ def arm_label(method: str) -> str:
     """A readable name for a method of the empirical study or an ablation."""
     base = method.removesuffix("_paper")
     name = _ARMS.get(base, LABELS.get(base, base).removeprefix("+ "))
+    masked = _MASKED.fullmatch(base)
+    if masked:
+        order, whole, decimals, rest = masked.groups()
+        share = f"{whole}.{decimals}" if decimals else whole
+        name = f"DPO, {order} {share}%" + (f", {rest.replace('_', ' ')}" if rest else "")
     return name + " (one rate)" * (base != method)
 
 

@@ -9,9 +9,13 @@ from allo_lib.claims import wanted_pairs
 from allo_lib.config import Profile
 from allo_lib.errors import AlloError
 from allo_lib.importance import NeuronMask
-from allo_lib.measurements import Measurement
+from allo_lib.measurements import Measurement, seeds_of
+from allo_lib.parallel import run_methods
+from allo_lib.stats import Interval, PairedCounts, paired_interval
 from allo_lib.study import Study
 
+__all__ = ["OVERLAPS", "check_folder", "difference", "methods_of", "overlap_rows", "seed_rows",
+           "seeds_of", "top_masks", "unit", "update"]  # fmt: skip
 # Pairs of score variants whose masks are compared, by the name of the comparison.
 OVERLAPS = {
     "orders": ("delta", "order"),
@@ -146,3 +150,41 @@ def overlap_rows(study: Study, name: str) -> list[Measurement]:
         ):
             rows.append(Measurement(study.seed, comparison, name, metric, value, 0.0, first.kept))
     return rows
+
+
+def update(study: Study, seeds: list[int]) -> list[Measurement]:
+    """Write the rows of `seeds` into `measurements.csv` beside those of other seeds; all rows."""
+    path = study.results_dir / "measurements.csv"
+    rows = measurements.read(path) if path.is_file() else []
+    for seed in seeds:
+        of_seed = study if seed == study.seed else Study(
+            study.profile, seed, study.results_dir, study.data_dir
+        )  # fmt: skip
+        for name in study.profile.domains:
+            run_methods(of_seed, name, methods_of(of_seed, name))
+        rows = measurements.merge(rows, seed_rows(of_seed))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    measurements.write(path, rows)
+    return rows
+
+
+def difference(found: dict, baseline: dict) -> Interval:
+    """Paired difference of two results on one seed's problems (or held-out pairs)."""
+    ours, theirs = (_outcomes(side) for side in (found, baseline))
+    counts = {}
+    for dataset in dict.fromkeys(place for place, _ in ours):
+        sides = [[right for place, right in side if place == dataset] for side in (ours, theirs)]
+        gain, loss = measurements.paired(0, found["method"], baseline["method"], dataset, *sides)
+        counts[dataset] = PairedCounts(gain.value, loss.value, gain.n)
+    return paired_interval({0: counts})
+
+
+def unit(found: dict) -> str:
+    """What a result's outcomes are."""
+    return "accuracy" if "answers" in found else "held-out reward accuracy"
+
+
+def _outcomes(found: dict) -> list[tuple[str, bool]]:
+    if "answers" in found:
+        return [(row[1], bool(row[3])) for row in found["answers"]]
+    return [("pairs", margin > 0) for margin in found["margins"]]

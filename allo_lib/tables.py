@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from allo_lib import published
-from allo_lib.comparisons import Domain, compare, domains_of, index_of, metric_by_seed
+from allo_lib.comparisons import Domain, compare, domains_of, index_of, metric_by_seed, shared_names
 from allo_lib.measurements import AVERAGE, GAIN, Measurement, seeds_of
 from allo_lib.stats import Interval, mean_interval
 
@@ -76,10 +76,10 @@ def main_table(
     rows: Sequence[Measurement], domain: Domain, paper_dir: str | Path | None = None
 ) -> Table:
     """Twelve methods on the domain's data sets and their mean, beside the paper's numbers."""
-    paper = published.main_results(paper_dir)
+    index, paper = index_of(rows), published.main_results(paper_dir)
     sets = _columns(domain)
     beside = [name for name in domain.datasets if name in paper["dpo"]] or list(_PAPER_AVERAGES)
-    cells = {(m, d): _cell(rows, m, d, domain) for m in published.LABELS for d in sets}
+    cells = {(m, d): _cell(index, m, d, domain) for m in published.LABELS for d in sets}
     records = [
         _record(domain, method, name, cells.get((method, name)), paper[method].get(name))
         for method in published.LABELS
@@ -111,16 +111,16 @@ def empirical_table(
     rows: Sequence[Measurement], domain: Domain, paper_dir: str | Path | None = None
 ) -> Table:
     """DPO on the top, last and random 10% and on all neurons, under both protocols."""
-    paper = published.empirical_study(paper_dir)
+    index, paper = index_of(rows), published.empirical_study(paper_dir)
     arms = ["dpo_top10", "dpo_last10", "dpo_random10", "dpo"]
     methods = arms + [f"{arm}_paper" for arm in arms]
     name = _columns(domain)[-1]
     records, body = [], []
     for method in methods:
-        cell = _cell(rows, method, name, domain)
+        cell = _cell(index, method, name, domain)
         if cell is None:
             continue
-        loss = _loss(rows, method, domain)
+        loss = _loss(index, method, domain)
         row = paper.get(method.removesuffix("_paper"), {})
         record = _record(domain, method, name, cell, None) | {
             "train_loss": loss and loss.effect,
@@ -153,7 +153,7 @@ def ablation_table(rows: Sequence[Measurement], domain: Domain) -> Table:
     methods += sorted(method for method in measured if method.startswith("allo_"))
     records, body = [], []
     for method in ["allo", *methods] if "allo" in measured else []:
-        cell = _cell(rows, method, name, domain)
+        cell = _cell(index, method, name, domain)
         if cell is None:
             continue
         change = None if method == "allo" else compare(index, method, "allo", domain)
@@ -234,7 +234,7 @@ def method_interval(
     rows: Sequence[Measurement], method: str, domain: Domain, dataset: str | None = None
 ) -> Interval | None:
     """A method's own accuracy on one data set, or the mean over the domain's; None if not run."""
-    return _cell(rows, method, dataset or _columns(domain)[-1], domain)
+    return _cell(index_of(rows), method, dataset or _columns(domain)[-1], domain)
 
 
 def _columns(domain: Domain) -> list[str]:
@@ -242,15 +242,17 @@ def _columns(domain: Domain) -> list[str]:
     return [*domain.datasets, AVERAGE] if len(domain.datasets) > 1 else list(domain.datasets)
 
 
-def _cell(rows, method: str, dataset: str, domain: Domain) -> Interval | None:
+def _cell(index, method: str, dataset: str, domain: Domain) -> Interval | None:
     names = domain.datasets if dataset == AVERAGE else (dataset,)
     metric = f"{domain.prefix}accuracy"
-    found = metric_by_seed(index_of(rows), method, metric, Domain(domain.name, names), ())
+    found = metric_by_seed(index, method, metric, Domain(domain.name, names), ())
     return _over_seeds(found)
 
 
-def _loss(rows, method: str, domain: Domain) -> Interval | None:
-    found = metric_by_seed(index_of(rows), method, "train_loss", domain, (domain.name, AVERAGE))
+def _loss(index, method: str, domain: Domain) -> Interval | None:
+    found = metric_by_seed(
+        index, method, "train_loss", domain, shared_names(index.values(), domain)
+    )
     return _over_seeds(found)
 
 

@@ -163,6 +163,24 @@ def test_one_seed_overlap_has_an_effect_but_no_interval():
     assert "one seed" in found["C4"].evidence and found["C4"].verdict == REPRODUCED
 
 
+def test_a_users_own_data_sets_form_a_domain():
+    rows = [
+        dataclasses.replace(row, dataset={"average": "mine"}.get(row.dataset, "my_" + row.dataset))
+        for row in synthetic_results.rows((0, 1), ("a", "b"))
+    ]
+    found = {claim.id: claim for claim in claims.compute(rows)}
+    assert list(found) == IDS
+    assert found["C4"].verdict == REPRODUCED and "on other (my_a, my_b)" in found["C4"].evidence
+    assert found["C1"].verdict == REPRODUCED
+    assert found["C8"].effect > 0
+
+
+def test_reward_accuracy_of_a_miniature_is_no_domain_of_its_own():
+    rows = synthetic_results.rows((0,), ("chain",))
+    rows += [Measurement(0, "dpo", "miniature", "reward_accuracy", 0.7, 0.01, 100)]
+    assert [claim.id for claim in claims.compute(rows)] == IDS
+
+
 def test_a_second_domain_adds_claims_with_its_name():
     rows = synthetic_results.rows((0, 1), ("ecqa",))
     rows += synthetic_results.rows((0, 1), ("hh_helpful",), prefix="reward_")

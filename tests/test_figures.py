@@ -45,6 +45,7 @@ def drawn():
 
 
 def texts(figure: Figure) -> str:
+    figure.canvas.draw()  # tick labels have their text only then
     found = [text.get_text() for text in figure.findobj(lambda part: hasattr(part, "get_text"))]
     return "\n".join(found)
 

@@ -249,7 +249,7 @@ def test_rdpo_loss_is_least_at_the_policy_that_its_penalty_asks_for():
     # max E[r - alpha |y|] - beta KL gives log pi/ref = (r - alpha |y|) / beta + constant. With
     # preferences drawn as sigma(r1 - r2), the expected loss must be stationary there.
     rewards, lengths, beta, alpha = (0.7, -0.4), (9, 4), 0.1, 0.03
-    optimum = [(r - alpha * n) / beta for r, n in zip(rewards, lengths)]
+    optimum = [(r - alpha * n) / beta for r, n in zip(rewards, lengths, strict=True)]
     first, second = (torch.tensor([x], requires_grad=True) for x in optimum)
     zero, (n1, n2) = torch.zeros(1), (torch.tensor([n]) for n in lengths)
     preferred = sigmoid(rewards[0] - rewards[1])

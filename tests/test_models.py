@@ -10,6 +10,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers import models as tokenizer_models
 from transformers import PreTrainedTokenizerFast
@@ -135,6 +136,18 @@ def test_code_that_comes_with_a_model_is_not_run(saved, tmp_path):
     with pytest.raises(AlloError, match="cannot be loaded"):
         models.load(str(saved))
     assert not ran.exists()
+
+
+def test_damaged_or_incomplete_weights_are_refused(saved):
+    weights = saved / "model.safetensors"
+    tensors = load_file(weights)
+    tensors.pop("model.norm.weight")
+    save_file(tensors, weights, metadata={"format": "pt"})
+    with pytest.raises(AlloError, match="no weights for model.norm.weight"):
+        models.load(str(saved))
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(AlloError, match="cannot be loaded"):
+        models.load(str(saved))
 
 
 def test_what_cannot_be_loaded_is_named(tmp_path):

@@ -182,6 +182,40 @@ def test_a_changed_notebook_runs_again_with_what_follows_from_it(study, project)
     assert ran[3:] == [("01_second", 0), ("06_merge", [0])]
 
 
+def test_changed_library_code_makes_all_run_again(study, monkeypatch):
+    run, ran = study
+    driver.run_study(run)
+    monkeypatch.setattr(marks, "library_hash", lambda: "another")
+    driver.run_study(run)
+    assert ran == ALL * 2
+
+
+def test_library_hash_follows_code_but_not_the_commands(tmp_path):
+    (tmp_path / "losses.py").write_text("beta = 0.1\n")
+    (tmp_path / "cli.py").write_text("usage = 1\n")
+    before = marks.library_hash.__wrapped__(tmp_path)
+    (tmp_path / "cli.py").write_text("usage = 2\n")
+    assert marks.library_hash.__wrapped__(tmp_path) == before
+    (tmp_path / "losses.py").write_text("beta = 0.2\n")
+    assert marks.library_hash.__wrapped__(tmp_path) != before
+
+
+def test_measurements_of_the_last_notebook_leave_the_others_done(study, project, monkeypatch):
+    run, ran = study
+    write_notebook(project / "notebooks", "07_more", "pass")
+    fake = driver.execute
+
+    def append(run, job):
+        fake(run, job)
+        if "07" in job.notebook:
+            with (run.results / "measurements.csv").open("a") as handle:
+                handle.write("0,dpo,chain,accuracy,0.5,0.1,10\n")
+
+    monkeypatch.setattr(driver, "execute", append)
+    driver.run_study(run)
+    assert driver.run_study(run) == [] and len(ran) == 4
+
+
 def test_a_lost_file_or_foreign_measurements_are_made_anew(study):
     run, ran = study
     driver.run_study(run)
@@ -257,8 +291,10 @@ def test_a_manifest_that_was_not_written_in_time_is_written_later(study, monkeyp
     assert ran == ALL and manifest.read(run.results)["seeds"] == [0]
 
 
-def test_two_runs_never_write_into_one_folder(study, monkeypatch):
+@pytest.mark.parametrize("fresh", [False, True])
+def test_two_runs_never_write_into_one_folder(study, monkeypatch, fresh):
     run, _ = study
+    driver.run_study(make_run(run.notebooks.parent, only=("00",)))
     fake = driver.execute
 
     def meddle(run, job):
@@ -267,19 +303,23 @@ def test_two_runs_never_write_into_one_folder(study, monkeypatch):
         fake(run, job)
 
     monkeypatch.setattr(driver, "execute", meddle)
-    driver.run_study(run)
+    driver.run_study(run, fresh=fresh)
 
 
 def test_manifest_lists_every_file_and_keeps_earlier_wall_times(study, project):
     run, _ = study
     driver.run_study(run)
     told = manifest.read(run.results)
-    told["runs"]["seed0"]["seconds"]["00_first"] = 123.0
+    told["runs"]["seed0"]["device"] = "an earlier one"
     told["runs"]["seed9"] = {"device": "another", "seconds": {"00_first": 9.0}}
     manifest.write_json(run.results / manifest.NAME, told)
     driver.run_study(make_run(project, seeds=(1,)))
     told = manifest.read(run.results)
     assert told["runs"]["seed9"] == {"device": "another", "seconds": {"00_first": 9.0}}
+    assert [told["runs"][name]["device"] for name in ("seed0", "seed1")] == [
+        "an earlier one",
+        "cpu",
+    ]
     assert sorted(told["files"]) == manifest.file_names(run.results)
     assert told["settings"] == run.profile.to_dict()
 

@@ -1,0 +1,182 @@
+"""What the notebooks look at: where key neurons sit, how sharp token rewards are, what DPO weighs."""
+
+import math
+import re
+from collections import defaultdict
+
+import numpy as np
+from scipy.stats import mannwhitneyu
+
+from allo_lib import arms, measurements, miniature
+from allo_lib.importance import NeuronMask
+from allo_lib.stats import concentration
+from allo_lib.study import Study
+
+_LAYER = re.compile(r"\.layers\.(\d+)\.(.+?)\.weight$")
+# The share of the lowest tokens whose part of the negative log-ratio tells how concentrated it is.
+LOWEST = 0.1
+
+
+def where_kept(mask: NeuronMask) -> tuple[np.ndarray, list[str], list[str]]:
+    """Share of kept entries by layer (rows) and module (columns); NaN where there is no tensor.
+
+    Tensors outside the layers (embeddings, last norm) form the row "model".
+    """
+    kept, total = defaultdict(int), defaultdict(int)
+    for name, shape in mask.shapes.items():
+        place = _place(name)
+        kept[place] += mask.indices[name].numel()
+        total[place] += math.prod(shape)
+    layers = list(dict.fromkeys(layer for layer, _ in total))
+    modules = list(dict.fromkeys(module for _, module in total))
+    matrix = np.full((len(layers), len(modules)), np.nan)
+    for (layer, module), count in total.items():
+        matrix[layers.index(layer), modules.index(module)] = kept[layer, module] / count
+    return matrix, layers, modules
+
+
+def _place(name: str) -> tuple[str, str]:
+    found = _LAYER.search(name)
+    if found is None:
+        return "model", name.removesuffix(".weight").split(".")[-1]
+    return f"layer {found[1]}", found[2].split(".")[-1]
+
+
+def overlaps(masks: dict[str, NeuronMask]) -> list[list[float]]:
+    """Intersection over union of every two masks, in their order."""
+    return [[a.overlap(b) for b in masks.values()] for a in masks.values()]
+
+
+def log_ratios(study: Study, name: str, method: str, split: str = "train") -> list[list[float]]:
+    """Delta_t of every token of the rejected responses: a method's model against the SFT model."""
+    model, _ = arms.trained_model(study, name, method)
+    rows = study.encoded(name, split)
+    policy = study.logps(model, rows)
+    return [
+        [ours - theirs for ours, theirs in zip(p["rejected"], row["rejected_reference"])]
+        for p, row in zip(policy, rows, strict=True)
+    ]
+
+
+def concentration_of(ratios: list[list[float]]) -> dict[str, float]:
+    """Share of the negative log-ratio in the lowest tenth of the tokens, in two ways.
+
+    "pooled": the lowest tenth of all tokens together; "per_response": of each response's tokens
+    (at least one), the mean over responses weighted by their negative log-ratio.
+    """
+    shares, held = concentration([value for row in ratios for value in row])
+    lowest = total = 0.0
+    for row in ratios:
+        negative = sorted(min(value, 0.0) for value in row)
+        lowest += sum(negative[: max(1, round(LOWEST * len(row)))])
+        total += sum(negative)
+    return {"pooled": float(np.interp(LOWEST, shares, held)), "per_response": lowest / total}
+
+
+def separation(study: Study, name: str, quality: str, split: str = "heldout") -> dict[str, float]:
+    """How well 1 - p_t of a reward model finds the wrong decisions that the generator knows.
+
+    `auc`: probability that a wrong decision gets a lower p_t than another token; `selected`: share
+    of tokens with p_t < 0.5; `found`: share of the wrong decisions among those selected.
+    """
+    values = [p for row in study.keep_probabilities(name, split, quality) for p in row]
+    wrong = np.array([w for row in study.oracle_tokens(name, split) for w in row], dtype=bool)
+    values = np.array(values)
+    auc = mannwhitneyu(-values[wrong], -values[~wrong]).statistic / (wrong.sum() * (~wrong).sum())
+    threshold = study.profile.method.token_threshold
+    selected = values < threshold
+    return {
+        "reward model": quality,
+        "auc": float(auc),
+        "selected": float(selected.mean()),
+        "found": float(selected[wrong].mean()),
+    }
+
+
+def selected_share(study: Study, name: str, quality: str, split: str = "train") -> float:
+    """Share of rejected tokens below the threshold: those that forgetting works on."""
+    values = [p for row in study.keep_probabilities(name, split, quality) for p in row]
+    threshold = study.profile.method.token_threshold
+    return sum(value < threshold for value in values) / len(values)
+
+
+def tokens_of(study: Study, ids: list[int]) -> list[str]:
+    """The text of each token, as the tokenizer decodes it by itself."""
+    return [study.tokenizer.decode([i]) for i in ids]
+
+
+def picture_rows(study: Study, name: str, values: list[list[float]], split: str, count: int):
+    """The first `count` rejected responses as (tokens, values, title) for a token picture."""
+    rows = study.encoded(name, split)[:count]
+    return [
+        (tokens_of(study, row["rejected"]), value, f"rejected response {number}")
+        for number, (row, value) in enumerate(zip(rows, values), start=1)
+    ]
+
+
+def accuracy_of(found: dict) -> measurements.Measurement:
+    """Greedy test accuracy of a result over all data sets together, with its standard error."""
+    outcomes = [row[3] for row in found["answers"]]
+    return measurements.proportion(0, found["method"], "all", "accuracy", outcomes)
+
+
+def score_of(found: dict) -> tuple[float, float]:
+    """Test accuracy, or held-out reward accuracy where nothing is answered; and standard error."""
+    if "answers" in found:
+        measured = accuracy_of(found)
+    else:
+        right = [margin > 0 for margin in found["margins"]]
+        measured = measurements.proportion(0, found["method"], "all", "reward_accuracy", right)
+    return measured.value, measured.stderr
+
+
+def reward_accuracy(found: dict) -> float:
+    """Share of held-out pairs that the implicit reward ranks right."""
+    return sum(margin > 0 for margin in found["margins"]) / len(found["margins"])
+
+
+def distinct_questions(study: Study, name: str) -> dict[str, int]:
+    """Number of distinct training and test prompts of each data set; AlloError if any is in both."""
+    task, domain = study.task(name), study.domain(name)
+    counts: dict[str, int] = {}
+    train: set[str] = set()
+    largest = max(domain.pretrain.examples, domain.sft.examples)
+    groups = [("sft", largest), ("pairs", domain.pairs.questions), ("dev", domain.dev)]
+    for split, count in groups:
+        train |= {question.prompt for question in task.questions(split, count)}
+    test = task.questions("test", domain.test)
+    for question in test:
+        if question.prompt in train:
+            raise AssertionError(f"{question.id} is both a training and a test question")
+    for dataset in domain.datasets:
+        counts[dataset] = len({q.prompt for q in test if q.dataset == dataset})
+    return {"training": len(train), **{f"test, {key}": value for key, value in counts.items()}}
+
+
+def requirements(study: Study, name: str) -> list[dict]:
+    """What a miniature has to fulfil to decide the claims, what was measured, whether it holds."""
+    sft, dpo = (arms.result(study, name, method) for method in ("sft_base", "dpo"))
+    start, end, reward = score_of(sft)[0], score_of(dpo)[0], reward_accuracy(dpo)
+    lowest = concentration_of(log_ratios(study, name, "dpo"))["pooled"]
+    family_sizes = {
+        family: len(miniature.problems(family, "test", 2000, study.seed))
+        for family in study.domain(name).datasets
+    }
+    checks = (
+        ("distinct test questions to draw from, every family", min(family_sizes.values()), 2000, None),
+        ("accuracy of the SFT model", start, 0.45, 0.65),
+        ("accuracy after DPO", end, 0.70, 0.92),
+        ("held-out reward accuracy after DPO", reward, 0.70, None),
+        ("negative log-ratio in the lowest 10% of rejected tokens", lowest, None, 0.70),
+        ("held-out problems", len(sft["answers"]), 2000, None),
+    )
+    return [
+        {
+            "requirement": text,
+            "at least": "" if low is None else low,
+            "at most": "" if high is None else high,
+            "measured": value,
+            "holds": (low is None or value >= low) and (high is None or value <= high),
+        }
+        for text, value, low, high in checks
+    ]

@@ -1,0 +1,247 @@
+"""What a training step costs: time, peak memory and optimizer state of each way of updating (C10).
+
+Every variant runs in a process of its own, and the processes take turns, so that neither a slow
+moment of the machine nor memory left over by another variant decides the comparison.
+"""
+
+import csv
+import math
+import multiprocessing
+import statistics
+import time
+from pathlib import Path
+
+import torch
+
+from allo_lib import weights
+from allo_lib.config import Profile
+from allo_lib.encoding import pair_batch
+from allo_lib.forward import response_logps
+from allo_lib.importance import select_neurons
+from allo_lib.objectives import objective
+from allo_lib.optim import MaskedAdamW
+from allo_lib.study import Study
+
+VARIANTS = ("dense", "dense_masked", "allo_scalar", "allo_row")
+COLUMNS = (
+    "variant",
+    "device",
+    "seconds_per_pair",
+    "seconds_per_pair_low",
+    "seconds_per_pair_high",
+    "tokens_per_second",
+    "peak_bytes_above_model",
+    "state_bytes_per_parameter",
+)
+_WARM_UP = 2  # steps before anything is timed
+_STEPS = 4  # steps of one timed block
+_RATE = 1e-6  # small enough that the weights, and so the arithmetic, stay the same
+
+
+class DenseMaskedAdamW:
+    """What the released code does: AdamW with dense moments whose update is times a dense mask.
+
+    Its mask is bfloat16 and its masters are float32, as there. It saves neither memory nor time;
+    here it is the thing to compare with. `step` reads `parameter.grad`.
+    """
+
+    def __init__(self, model, mask, lr: float, betas=(0.9, 0.999), eps: float = 1e-8):
+        self.lr, self.betas, self.eps, self.count = lr, betas, eps, 0
+        self.rows = []
+        for name, parameter in model.named_parameters():
+            dense = mask.dense(name).to(parameter.device, torch.bfloat16)
+            whole = parameter.dtype == torch.float32
+            master = parameter.detach() if whole else parameter.detach().float()
+            moments = torch.zeros_like(master), torch.zeros_like(master)
+            self.rows.append((parameter, dense, master, *moments))
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """AdamW without decay (arXiv 1711.05101, algorithm 2), the update times the mask."""
+        self.count += 1
+        first, second = (1 - beta**self.count for beta in self.betas)
+        for parameter, mask, master, mean, square in self.rows:
+            gradient = parameter.grad.float()
+            mean.lerp_(gradient, 1 - self.betas[0])
+            square.mul_(self.betas[1]).addcmul_(gradient, gradient, value=1 - self.betas[1])
+            update = (mean / first) / ((square / second).sqrt_() + self.eps)
+            master.sub_(update * mask, alpha=self.lr)
+            if master.data_ptr() != parameter.data_ptr():
+                parameter.copy_(master)
+            parameter.grad = None
+
+    def state_bytes(self) -> int:
+        """Mask, moments, masters where they are copies, and the dense gradient."""
+        return sum(
+            mask.nbytes
+            + mean.nbytes
+            + square.nbytes
+            + (0 if master.data_ptr() == parameter.data_ptr() else master.nbytes)
+            + parameter.nbytes
+            for parameter, mask, master, mean, square in self.rows
+        )
+
+
+def measure(study: Study, name: str) -> list[dict]:
+    """Rows of `tables/efficiency.csv` for one domain: DPO steps on its training pairs.
+
+    Seconds per pair are medians over blocks of steps, with the lowest and highest block. Peak
+    memory is above that of the process with the model loaded and nothing else done.
+    """
+    study.scores(name), study.encoded(name, "train")  # made here, read by the workers
+    context = multiprocessing.get_context("spawn")
+    workers = {}
+    for variant in VARIANTS:
+        ours, theirs = context.Pipe()
+        arguments = (theirs, study.profile, study.seed, str(study.results_dir), study.data_dir)
+        process = context.Process(target=_worker, args=(*arguments, name, variant), daemon=True)
+        process.start()
+        workers[variant] = (process, ours)
+    try:
+        for _, pipe in workers.values():
+            pipe.recv()
+        seconds = _take_turns(workers, study.profile.compute.timing_repeats)
+        return [_row(variant, workers[variant][1], seconds[variant]) for variant in VARIANTS]
+    finally:
+        for process, _ in workers.values():
+            process.terminate()
+            process.join()
+
+
+def write(rows: list[dict], path: Path) -> None:
+    """Write the rows as CSV with the columns that claims and report read."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def _take_turns(workers: dict, repeats: int) -> dict[str, list[float]]:
+    seconds: dict[str, list[float]] = {variant: [] for variant in workers}
+    for repeat in range(repeats):
+        order = list(workers) if repeat % 2 == 0 else list(reversed(workers))
+        for variant in order:
+            _, pipe = workers[variant]
+            pipe.send("block")
+            seconds[variant].append(pipe.recv())
+    return seconds
+
+
+def _row(variant: str, pipe, seconds: list[float]) -> dict:
+    pipe.send("end")
+    end = pipe.recv()
+    per_pair = [value / end["pairs"] for value in seconds]
+    median = statistics.median(per_pair)
+    return {
+        "variant": variant,
+        "device": end["device"],
+        "seconds_per_pair": f"{median:.6g}",
+        "seconds_per_pair_low": f"{min(per_pair):.6g}",
+        "seconds_per_pair_high": f"{max(per_pair):.6g}",
+        "tokens_per_second": f"{end['tokens'] / end['pairs'] / median:.6g}",
+        "peak_bytes_above_model": end["peak"],
+        "state_bytes_per_parameter": f"{end['state']:.4g}",
+    }
+
+
+def _worker(pipe, profile: Profile, seed: int, results_dir: str, data_dir, name, variant) -> None:
+    """Load, warm up, then run a block of steps whenever asked; at the end tell the sizes."""
+    study = Study(profile, seed, results_dir, data_dir)
+    model = study.load_sft(name).train()
+    rows = study.encoded(name, "train")
+    mask = _mask(study, name, variant)
+    base = _reset_peak(study.device)
+    step = _Stepper(study, name, model, mask, variant, rows)
+    for _ in range(_WARM_UP):
+        step()
+    pipe.send("ready")
+    pairs = tokens = 0
+    while pipe.recv() == "block":
+        start = time.perf_counter()
+        counts = [step() for _ in range(_STEPS)]
+        if study.device != "cpu":
+            torch.cuda.synchronize()
+        pipe.send(time.perf_counter() - start)
+        pairs, tokens = (sum(count) for count in zip(*counts))
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    pipe.send(
+        {
+            "pairs": pairs,
+            "tokens": tokens,
+            "peak": max(0, _peak(study.device) - base),
+            "state": step.optimizer.state_bytes() / parameters,
+            "device": _device_name(study.device),
+        }
+    )
+
+
+def _mask(study: Study, name: str, variant: str):
+    if variant == "dense":
+        return None
+    scores = weights.read_tensors(study.scores(name).file("scores.safetensors"))
+    granularity = "row" if variant == "allo_row" else "scalar"
+    return select_neurons(scores, study.profile.method.share, granularity=granularity)
+
+
+class _Stepper:
+    """One DPO step a call, the same batches in the same order for every variant."""
+
+    def __init__(self, study: Study, name: str, model, mask, variant: str, rows: list[dict]):
+        self.model, self.rows, self.place = model, rows, 0
+        self.batch_size = min(study.domain(name).batch_size, len(rows))
+        self.pad = study.tokenizer.pad_token_id
+        self.loss = objective("dpo", beta=study.profile.method.beta)
+        kind = DenseMaskedAdamW if variant == "dense_masked" else MaskedAdamW
+        self.optimizer = kind(model, mask, lr=_RATE)
+
+    def __call__(self) -> tuple[int, int]:
+        chunk = [self.rows[(self.place + i) % len(self.rows)] for i in range(self.batch_size)]
+        self.place = (self.place + self.batch_size) % (len(self.rows) // self.batch_size
+                                                       * self.batch_size)  # fmt: skip
+        batch = {k: v.to(self.model.device) for k, v in pair_batch(chunk, self.pad).items()}
+        logps = response_logps(self.model, batch["input_ids"], batch["labels"])
+        self.loss(logps, batch)[0].backward()
+        self.optimizer.step()
+        return len(chunk), int((batch["input_ids"] != self.pad).sum())
+
+
+def _reset_peak(device: str) -> int:
+    """Start a new peak; returns the bytes in use now."""
+    if device != "cpu":
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated()
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return _status("VmHWM")  # the peak so far then counts as the idle process
+    return _status("VmRSS")
+
+
+def _peak(device: str) -> int:
+    return torch.cuda.max_memory_allocated() if device != "cpu" else _status("VmHWM")
+
+
+def _status(key: str) -> int:
+    """A size from Linux's /proc/self/status in bytes; elsewhere the peak of the process."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        import resource
+        import sys
+
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key + ":"))
+
+
+def _device_name(device: str) -> str:
+    if device != "cpu":
+        return torch.cuda.get_device_name()
+    return f"cpu ({torch.get_num_threads()} threads)"
+
+
+def ratio(rows: list[dict], first: str, second: str, column: str) -> float:
+    """A column of one variant over another's; NaN where the second is 0."""
+    by_name = {row["variant"]: float(row[column]) for row in rows}
+    return by_name[first] / by_name[second] if by_name[second] else math.nan

@@ -1,0 +1,90 @@
+# ---
+# jupyter:
+#   jupytext:
+#     formats: ipynb,py:percent
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # 05 Ablations: which part of the method does the work
+#
+# **Question.** ALLO has several parts: a mask, two stages, two choices of tokens, a reward model. Each
+# row here changes one of them and keeps the rest, with the same search and the same number of
+# updates (C6, C7, C9). Differences are taken on the same problems; intervals are 95%, by the paired
+# bootstrap over this seed's problems. All seeds together are in 06_evaluation.
+
+# %% tags=["parameters"]
+profile = "tiny"  # name, or path of a YAML file
+seed = 0
+results_dir = ""  # "" is results/<profile>
+overrides = {}  # profile keys to change, dotted: {"domains.miniature.epochs": 2}
+
+# %%
+from allo_lib import analysis, figures, parallel, results, stats
+from allo_lib.methods import share_name
+from allo_lib.notebook import percent, say, show, table
+from allo_lib.study import Study
+
+study = Study.open(profile, seed, results_dir, overrides)
+asked = {name: results.methods_of(study, name) for name in study.profile.domains}
+found = {name: parallel.run_methods(study, name, asked[name]) for name in study.profile.domains}
+
+# %% [markdown]
+# ## Everything against ALLO
+
+# %%
+for name in study.profile.domains:
+    rows = [m for m in (*study.profile.ablations, "dpo", "dpo_long") if m in found[name]]
+    effects = {m: results.difference(found[name][m], found[name]["allo"]) for m in rows}
+    bars = {m: (e.effect, e.low, e.high) for m, e in effects.items()}
+    figure = figures.ablation_bars(bars, title=f"{name}, seed {seed}", unit=results.unit(found[name]["allo"]))
+    show(figure, study, f"05_ablations_{name}", "Difference to ALLO with 95% intervals (paired bootstrap "
+         "over problems): left of zero, the part that was changed had helped.")
+    table([{"method": m, "score": analysis.score_of(found[name][m])[0], "minus ALLO": e.effect,
+            "low": e.low, "high": e.high} for m, e in effects.items()], f"The numbers behind it, {name}.")
+
+# %%
+for name in study.profile.domains:
+    reference = found[name]["allo"]
+    worse = [m for m in study.profile.ablations if m in found[name]
+             and results.difference(found[name][m], reference).high < 0]
+    better = [m for m in study.profile.ablations if m in found[name]
+              and results.difference(found[name][m], reference).low > 0]
+    say(f"**{name}**, this seed: clearly below ALLO: {', '.join(worse) or 'none'}; clearly above: "
+        f"{', '.join(better) or 'none'}; every other row cannot be told from it.")
+
+# %% [markdown]
+# ## How many neurons?
+#
+# DPO on the top share of neurons, each share at the best of its own search.
+
+# %%
+for name in study.profile.domains:
+    shares = [s for s in sorted(study.profile.method.shares) if share_name(s) in found[name]]
+    scores = [analysis.score_of(found[name][share_name(s)]) for s in shares]
+    start = ("SFT model", analysis.score_of(found[name]["sft_base"])[0])
+    figure = figures.share_sweep(shares, [v for v, _ in scores], [e for _, e in scores], start, title=name)
+    show(figure, study, f"05_shares_{name}",
+         "Accuracy after DPO on the top share of neurons; bars are standard errors over problems.")
+    say(f"**{name}**: " + ", ".join(f"{percent(s, 1)} of the neurons {percent(v)}"
+                                    for s, (v, _) in zip(shares, scores)) + ".")
+
+# %% [markdown]
+# ## Does the quality of the reward model matter? (C9)
+#
+# The same ALLO with reward models of other quality; the oracle is the generator itself.
+
+# %%
+for name in study.profile.domains:
+    qualities = {"allo_rm_untrained": "untrained", "allo_rm_shuffled": "shuffled targets",
+                 "allo_rm_early": "stopped early", "allo": "trained", "allo_rm_oracle": "oracle"}
+    rows = [{"reward model": text, "score": analysis.score_of(found[name][m])[0],
+             "standard error": analysis.score_of(found[name][m])[1]}
+            for m, text in qualities.items() if m in found[name]]
+    table(rows, f"{name}: final score by the reward model that chose the tokens of forgetting.")

@@ -1,0 +1,82 @@
+# ---
+# jupyter:
+#   jupytext:
+#     formats: ipynb,py:percent
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # 06 Evaluation: all methods, all claims
+#
+# **Question.** Which of the paper's claims hold here, by how much, and how sure is that?
+#
+# Accuracy is that of greedy decoding with standard error $\sqrt{p(1-p)/n}$. Two methods are compared
+# on the same problems: with $g$ the share of problems that only the first gets right and $l$ those that
+# only the second does, the effect is $g - l$, and the paired bootstrap resamples problems (and, with
+# several seeds, seeds first). A claim is `reproduced` only when its 95% interval excludes zero on the
+# right side. Verdicts are computed from `measurements.csv`, never typed in.
+
+# %% tags=["parameters"]
+profile = "tiny"  # name, or path of a YAML file
+seed = 0
+results_dir = ""  # "" is results/<profile>
+overrides = {}  # profile keys to change, dotted: {"domains.miniature.epochs": 2}
+seeds = []  # seeds to add to measurements.csv; [] is `seed` alone
+
+# %%
+from IPython.display import Image, Markdown, display
+
+from allo_lib import claims, report, results
+from allo_lib.notebook import say, table
+from allo_lib.study import Study
+
+study = Study.open(profile, seed, results_dir, overrides)
+measured = results.update(study, seeds or [seed])
+say(f"{len(measured)} measurements of seeds {', '.join(map(str, results.seeds_of(measured)))}.")
+
+# %% [markdown]
+# ## Tables, claims, figures
+#
+# Everything from here on is made from `measurements.csv` (and `tables/efficiency.csv` for C10).
+
+# %%
+written = report.rebuild(study.results_dir)
+for path in sorted(study.results_dir.glob("tables/*.md")):
+    display(Markdown(path.read_text(encoding="utf-8")))
+
+# %% [markdown]
+# ## Figures over all seeds
+
+# %%
+for path in written:
+    if path.suffix == ".png":
+        display(Image(filename=str(path), width=760))
+        say(f"*{report.caption_of(path)}*")
+
+# %% [markdown]
+# ## The claims
+
+# %%
+verdicts = claims.read(study.results_dir / "claims.csv")
+table([{"id": c.id, "claim": c.claim, "effect": c.effect, "low": c.ci_low, "high": c.ci_high,
+        "unit": c.unit, "verdict": c.verdict} for c in verdicts], "Effects are turned so that a "
+      "positive one supports the claim. Evidence is in claims.csv.")
+for claim in verdicts:
+    say(f"- **{claim.id}: {claim.verdict}.** {claim.evidence}")
+
+# %% [markdown]
+# ## Where the two protocols disagree
+
+# %%
+disagreements = claims.protocol_disagreements(verdicts)
+for text in disagreements:
+    say(f"- {text}")
+if not disagreements:
+    say("The paper's protocol (one rate for all masks) and the fair one (each mask at its own best "
+        "rate) lead to the same verdicts here.")
