@@ -7,21 +7,23 @@ import torch
 
 from allo_lib import weights
 from allo_lib.config import fingerprint
-from allo_lib.encoding import collate, encode_prompt, encode_response, pair_batch, rejected_batch
+from allo_lib.encoding import encode_prompt, encode_response
+from allo_lib.errors import AlloError
 from allo_lib.evaluation import Answers, answer, implicit_margins
 from allo_lib.methods import PAPER_PROTOCOL, Stage, stages_of
-from allo_lib.objectives import ON_REJECTED, ON_SOLUTIONS, objective
-from allo_lib.optim import MaskedAdamW
+from allo_lib.objectives import ON_REJECTED, ON_SOLUTIONS
 from allo_lib.search import Rates, Tried, best, search
 from allo_lib.seeds import derive
+from allo_lib.stages import run_stage
 from allo_lib.store import Artifact, write_json
 from allo_lib.study import Study
 from allo_lib.token_rewards import key_tokens
-from allo_lib.training import Log, Schedule, train
+from allo_lib.training import Diverged, Log, Schedule
 
 # Methods whose weights stay in the store after their result is known: notebooks look into them.
 KEPT = ("dpo", "allo")
 WEIGHTS = "model.safetensors"
+DIVERGED = -1.0  # development score of a candidate whose training reached NaN; below every real one
 
 
 def result(study: Study, name: str, method: str) -> dict:
@@ -92,6 +94,8 @@ def _make_result(study: Study, name: str, method: str, folder: Path) -> None:
         centre = tuple(getattr(study.domain(name).rates, stage.rate) for stage in stages)
         tried = search(centre, settings.candidates, settings.factor, evaluate)
     chosen = best(tried)
+    if chosen.score == DIVERGED:
+        raise AlloError(f"{name}, {method}: every learning rate of the search diverged; lower `rates`")
     record = candidates[chosen.rates].json()
     record |= {"method": method, "rates": list(chosen.rates), "tried": [
         {"rates": list(one.rates), "dev": one.score} | {
@@ -115,9 +119,14 @@ def _candidate(study: Study, name: str, stages: tuple[Stage, ...], rates: Rates)
 def _make_candidate(study, name, stages, rates, folder: Path) -> None:
     model = study.load_sft(name)
     start = weights.snapshot(model)
-    logs = [
-        _train_stage(study, name, stages, number, rates[number]) for number in range(len(stages))
-    ]
+    try:
+        logs = [_train_stage(study, name, stages, i, rate) for i, rate in enumerate(rates)]
+    except Diverged as error:
+        # A rate that is too large is a result of the search, not a reason to stop the study.
+        print(error, flush=True)
+        write_json(folder / "record.json", {"dev": DIVERGED, "displacement": None,
+                                            "train_margin": None})  # fmt: skip
+        return
     margins = logs[-1].metrics.get("reward_margin", []) if logs else []
     record = {
         "stages": [asdict(stage) for stage in stages],
@@ -139,38 +148,26 @@ def _mean_of_last_quarter(values: list[float]) -> float:
 def _train_stage(study: Study, name: str, stages, number: int, rate: float) -> Log:
     """Train the live model, as it stands, through one stage."""
     stage, domain, method = stages[number], study.domain(name), study.profile.method
-    pad = study.tokenizer.pad_token_id
-    rows = _rows(study, name, stage, first=number == 0)
-    by_objective = {objective_: rejected_batch for objective_ in ON_REJECTED}
-    by_objective |= {objective_: collate for objective_ in ON_SOLUTIONS}
-    batch_of = by_objective.get(stage.objective, pair_batch)
-    optimizer = MaskedAdamW(
-        study.model,
-        _mask(study, name, stage),
-        lr=rate,
-        weight_decay=method.weight_decay,
-        max_grad_norm=method.max_grad_norm,
-    )
-    forgetting = stage.objective in ON_REJECTED
     schedule = Schedule(
         rate,
         domain.epochs * stage.epochs,
         domain.batch_size,
         derive(study.seed, "order", name, number),
-        method.forgetting_warmup if forgetting else method.learning_warmup,
+        method.forgetting_warmup if stage.objective in ON_REJECTED else method.learning_warmup,
     )
-    try:
-        return train(
-            study.model,
-            rows,
-            lambda batch: batch_of(batch, pad),
-            objective(stage.objective, beta=method.beta, key_share=stage.key_share),
-            optimizer,
-            schedule,
-            f"{name}, {stage.objective} at {rate:g}",
-        )
-    finally:
-        optimizer.close()
+    return run_stage(
+        study.model,
+        _rows(study, name, stage, first=number == 0),
+        stage.objective,
+        schedule,
+        pad_token_id=study.tokenizer.pad_token_id,
+        mask=_mask(study, name, stage),
+        beta=method.beta,
+        key_share=stage.key_share,
+        weight_decay=method.weight_decay,
+        max_grad_norm=method.max_grad_norm,
+        label=f"{name}, {stage.objective} at {rate:g}",
+    )
 
 
 def _mask(study: Study, name: str, stage: Stage):

@@ -42,10 +42,10 @@ PEOPLE = {name: ((name,), (name,)) for name in ("ann", "bob")}
 FINAL = (("therefore", "answer"), ("so", "guess"))
 PAD, EOS, UNKNOWN = "<pad>", "<eos>", "<unk>"
 CONTEXT = 64
-# Odds of an error in a (careful, sloppy) sentence. A fixation out-votes the right answer even with
-# care and a habit where care is missing; slips and lapses out-vote nothing but fill the rejected
+# Odds of an error in a (careful, sloppy) sentence. A fixation is an even match for the right answer
+# even with care, a habit wins only without it; slips and lapses happen anywhere and fill rejected
 # responses with wrong words.
-FIXATION, HABIT, SLIP, LAPSE = (0.7, 0.97), (0.2, 0.95), (0.04, 0.4), (0.02, 0.2)
+FIXATION, HABIT, SLIP, LAPSE = (0.5, 0.97), (0.12, 0.97), (0.05, 0.65), (0.01, 0.2)
 PATIENCE = 500
 
 

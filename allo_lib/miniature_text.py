@@ -15,9 +15,11 @@ Meaning = int | str
 Stated = dict[str, Meaning]
 Tendency = tuple[Meaning, tuple[float, float]]
 
-CAREFUL_SHARE = 0.45
-FAITHFUL = 0.8
-LEANING = 0.8
+# Share of careful responses; odds that a sentence keeps to its response's manner, and that a word
+# keeps to its sentence's. Wording that betrays care spreads the preference over many tokens.
+CAREFUL_SHARE = 0.55
+FAITHFUL = 0.88
+LEANING = 0.85
 
 
 def no_habit(stated: Stated) -> Sequence[Tendency]:
@@ -93,7 +95,7 @@ def write(slots: Sequence[Slot], rng: random.Random, error_scale: float) -> str:
 
 
 def correct(slots: Sequence[Slot], response: str) -> str | None:
-    """The right solution in the response's own wording; None where the response has another form."""
+    """The right solution in the response's own wording; None for a response of another form."""
     words = response.split()
     if len(words) != len(slots):
         return None

@@ -12,18 +12,17 @@ import torch
 
 from allo_lib import importance, models, rewriter, token_rewards, weights
 from allo_lib.config import Domain, Profile, load_profile
-from allo_lib.encoding import collate, encode_pairs, encode_prompt, encode_response
+from allo_lib.encoding import encode_pairs, encode_prompt, encode_response
 from allo_lib.errors import AlloError
 from allo_lib.evaluation import pair_logps
 from allo_lib.importance import NeuronMask
 from allo_lib.methods import Stage
-from allo_lib.objectives import objective
-from allo_lib.optim import MaskedAdamW
 from allo_lib.pairs import Pairs, make_pairs
 from allo_lib.seeds import derive
+from allo_lib.stages import run_stage
 from allo_lib.store import Artifact, Store, write_json
 from allo_lib.tasks import open_task
-from allo_lib.training import Schedule, train
+from allo_lib.training import Schedule
 from allo_lib.warmup import delta_of_dpo, gradient_scores, warmup_seed
 
 STORE = ".store"
@@ -195,29 +194,19 @@ class Study:
 
     def _supervise(self, rows: list[dict], settings, label: str, max_length: int):
         rows = [r for r in rows if len(r["prompt"]) + len(r["response"]) <= max_length]
-        optimizer = MaskedAdamW(
-            self.model,
-            None,
-            lr=settings.learning_rate,
-            betas=(0.9, settings.beta2),
-            max_grad_norm=self.profile.method.max_grad_norm,
-        )
         schedule = Schedule(
             settings.learning_rate, settings.epochs, settings.batch_size, derive(self.seed, label)
         )
-        pad = self.tokenizer.pad_token_id
-        try:
-            return train(
-                self.model,
-                rows,
-                lambda batch: collate(batch, pad),
-                objective("sft", beta=self.profile.method.beta),
-                optimizer,
-                schedule,
-                label,
-            )
-        finally:
-            optimizer.close()
+        return run_stage(
+            self.model,
+            rows,
+            "sft",
+            schedule,
+            pad_token_id=self.tokenizer.pad_token_id,
+            betas=(0.9, settings.beta2),
+            max_grad_norm=self.profile.method.max_grad_norm,
+            label=label,
+        )
 
     # --- pairs -------------------------------------------------------------------------------
 

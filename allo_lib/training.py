@@ -15,6 +15,10 @@ from allo_lib.forward import response_logps
 _PRINT_EVERY = 15.0  # seconds between progress lines, short runs print none
 
 
+class Diverged(AlloError):
+    """Training reached NaN or infinity: the learning rate is too large."""
+
+
 @dataclass(frozen=True)
 class Schedule:
     """How long and how fast; the cosine schedule of the official code."""
@@ -55,7 +59,8 @@ def train(
         label: for progress lines and errors.
 
     Raises:
-        AlloError: no rows, or a loss that is NaN or infinite (told with its step).
+        AlloError: no rows.
+        Diverged: log-probs or loss are NaN or infinite; told with the step.
     """
     if not rows:
         raise AlloError(f"{label}: no rows to train on; give at least one")
@@ -117,19 +122,23 @@ class _Trainer(Trainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         logps = response_logps(model, inputs["input_ids"], inputs["labels"])
+        self._stop_unless_finite("log-probs", float(logps.detach().sum()))
         loss, metrics = self.objective(logps, inputs)
         value = float(loss.detach())
-        if not math.isfinite(value):
-            step = self.state.global_step
-            raise AlloError(
-                f"{self.label}: the loss is {value} at step {step}; lower the learning rate"
-            )
+        self._stop_unless_finite("loss", value)
         self.log_.loss.append(value)
         for key, metric in metrics.items():
             self.log_.metrics.setdefault(key, []).append(metric)
         pad = self.model.config.pad_token_id
         self.log_.tokens += int((inputs["input_ids"] != pad).sum())
         return loss
+
+    def _stop_unless_finite(self, what: str, value: float) -> None:
+        if not math.isfinite(value):
+            step = self.state.global_step
+            raise Diverged(
+                f"{self.label}: the {what} became {value} at step {step}; lower the learning rate"
+            )
 
 
 class _Progress(TrainerCallback):

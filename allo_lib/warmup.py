@@ -6,9 +6,9 @@ from allo_lib import importance
 from allo_lib.encoding import pair_batch
 from allo_lib.forward import response_logps
 from allo_lib.objectives import objective
-from allo_lib.optim import MaskedAdamW
 from allo_lib.seeds import derive
-from allo_lib.training import Schedule, train
+from allo_lib.stages import run_stage
+from allo_lib.training import Schedule
 
 
 def delta_of_dpo(model, rows, *, lr, beta, batch_size, epochs, seed, pad_token_id, label, clip):
@@ -23,20 +23,18 @@ def delta_of_dpo(model, rows, *, lr, beta, batch_size, epochs, seed, pad_token_i
         in float32, and which share it would have moved as seen in bfloat16.
     """
     before = {name: p.detach().float().clone() for name, p in model.named_parameters()}
-    optimizer = MaskedAdamW(model, None, lr=lr, max_grad_norm=clip)
-    try:
-        log = train(
-            model,
-            rows,
-            lambda batch: pair_batch(batch, pad_token_id),
-            objective("dpo", beta=beta),
-            optimizer,
-            Schedule(lr, epochs, batch_size, seed),
-            label,
-        )
-        after = optimizer.master_weights()
-    finally:
-        optimizer.close()
+    after: dict[str, torch.Tensor] = {}
+    log = run_stage(
+        model,
+        rows,
+        "dpo",
+        Schedule(lr, epochs, batch_size, seed),
+        pad_token_id=pad_token_id,
+        beta=beta,
+        max_grad_norm=clip,
+        label=label,
+        after=lambda optimizer: after.update(optimizer.master_weights()),
+    )
     scores = importance.delta_scores(before, after, lr)
     record = {"loss": log.loss, "lr": lr} | _moved(before, after)
     return scores, record

@@ -1,0 +1,230 @@
+"""ALLO on your own model and your own preference pairs, in one call.
+
+The stages are those of the study, by the same functions: importance (`warmup`), token rewards
+(`rewriter`, `token_rewards`), forgetting and learning (`stages`).
+"""
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+
+from allo_lib import models, rewriter, weights
+from allo_lib.encoding import encode_pairs
+from allo_lib.errors import AlloError
+from allo_lib.evaluation import pair_logps
+from allo_lib.importance import NeuronMask, select_neurons
+from allo_lib.rewriter import Correction
+from allo_lib.seeds import derive
+from allo_lib.stages import run_stage
+from allo_lib.store import write_json
+from allo_lib.token_rewards import unaligned_weights
+from allo_lib.training import Log, Schedule
+from allo_lib.warmup import delta_of_dpo
+
+STAGES = ("importance", "forgetting", "learning")
+COLUMNS = ("prompt", "chosen", "rejected")
+
+
+@dataclass(frozen=True)
+class AlignConfig:
+    """Settings of `align`; learning rates are the ones to search, on data held out for it."""
+
+    share: float = 0.1  # of all neurons that are kept; paper: 10%
+    importance_rate: float = 1e-6  # of the warm-up; official code
+    forgetting_rate: float = 5e-7  # official code; try larger ones, see 01_importance
+    learning_rate: float = 5e-6  # official code
+    rewriter_rate: float = 1e-5  # of the reward model's training
+    beta: float = 0.1
+    key_share: float = 0.2  # epsilon of the learning stage
+    token_rule: str = "threshold"  # see token_rewards.unaligned_weights
+    token_threshold: float = 0.5
+    batch_size: int = 16  # pairs per step; official code: 128
+    epochs: int = 1  # of every stage
+    forward_batch: int = 8  # rows of a forward pass without gradients
+    max_length: int | None = None  # tokens of a row; None is the model's context
+    max_grad_norm: float = 1.0
+    seed: int = 0
+
+
+@dataclass
+class AlignResult:
+    """The aligned model (the one given, changed in place), its mask, and the log of each stage."""
+
+    model: torch.nn.Module
+    mask: NeuronMask | None
+    logs: dict[str, Log] = field(default_factory=dict)
+    output_dir: Path | None = None
+
+
+def align(
+    model, tokenizer, pairs, *, stages=STAGES, config: AlignConfig | dict | None = None, output_dir
+) -> AlignResult:
+    """Align `model` in place by ALLO and save it.
+
+    Args:
+        model: a causal language model of transformers.
+        tokenizer: its tokenizer, with pad and end tokens.
+        pairs: a datasets.Dataset (or list of dicts) with TRL's columns prompt, chosen, rejected;
+            strings or chat messages. As no gold solution is known, the chosen response takes its
+            place in the rewriting reward model.
+        stages: any of "importance", "forgetting", "learning", run in this order. Without
+            "importance" every neuron is trained, or those of `mask.safetensors` in `output_dir`.
+        config: an AlignConfig, or a dict of its fields.
+        output_dir: gets the model and tokenizer (save_pretrained), `mask.safetensors` and
+            `align.json` with settings and losses.
+
+    Raises:
+        AlloError: unknown stage or setting, no pairs, missing columns, a pair that does not fit the
+            model's context or whose responses are equal, a tokenizer without pad or end token, or a
+            loss that is not finite.
+    """
+    run = _Run(model, tokenizer, _settings(config), _chosen_stages(stages), Path(output_dir))
+    run.read(pairs)
+    run.output_dir.mkdir(parents=True, exist_ok=True)
+    mask = run.importance() if "importance" in run.stages else run.saved_mask()
+    if "forgetting" in run.stages:
+        run.forgetting(mask)
+    if "learning" in run.stages:
+        run.learning(mask)
+    run.save()
+    return AlignResult(model, mask, run.logs, run.output_dir)
+
+
+class _Run:
+    """What the stages of one call share."""
+
+    def __init__(self, model, tokenizer, config: AlignConfig, stages, output_dir: Path):
+        models.check_tokenizer(tokenizer, model)
+        if model.config.pad_token_id is None:
+            model.config.pad_token_id = tokenizer.pad_token_id
+        self.model, self.tokenizer, self.config = model, tokenizer, config
+        self.stages, self.output_dir = stages, output_dir
+        self.logs: dict[str, Log] = {}
+
+    def read(self, pairs) -> None:
+        rows = [dict(row) for row in pairs]
+        if not rows:
+            raise AlloError("align: no pairs were given; expected at least one")
+        missing = [name for name in COLUMNS if name not in rows[0]]
+        if missing:
+            raise AlloError(
+                f"align: pairs lack the column {missing[0]!r}; expected {', '.join(COLUMNS)}"
+            )
+        context = self.model.config.max_position_embeddings
+        longest = min(self.config.max_length or context, context)
+        self.texts, self.rows = rows, encode_pairs(self.tokenizer, rows, longest)
+
+    def importance(self) -> NeuronMask:
+        start = weights.snapshot(self.model)
+        scores, record = delta_of_dpo(
+            self.model,
+            self._with_reference(),
+            lr=self.config.importance_rate,
+            beta=self.config.beta,
+            batch_size=self.config.batch_size,
+            epochs=self.config.epochs,
+            seed=derive(self.config.seed, "importance"),
+            pad_token_id=self.tokenizer.pad_token_id,
+            label="importance",
+            clip=self.config.max_grad_norm,
+        )
+        weights.restore(self.model, start)
+        self.logs["importance"] = Log(loss=record["loss"])
+        mask = select_neurons(scores, self.config.share)
+        mask.save(self.output_dir / "mask.safetensors")
+        return mask
+
+    def saved_mask(self) -> NeuronMask | None:
+        path = self.output_dir / "mask.safetensors"
+        if not path.is_file():
+            return None
+        mask = NeuronMask.load(path)
+        mask.check(self.model)
+        return mask
+
+    def forgetting(self, mask) -> None:
+        rows = self._with_reference()
+        for row, values in zip(rows, self._token_weights(), strict=True):
+            row["rejected_weights"] = values
+        rate = self.config.forgetting_rate
+        self.logs["forgetting"] = self._train(rows, "forgetting", rate, mask, 0.03)
+
+    def learning(self, mask) -> None:
+        rate = self.config.learning_rate
+        self.logs["learning"] = self._train(self._with_reference(), "learning", rate, mask, 0.1)
+
+    def save(self) -> None:
+        self.model.save_pretrained(self.output_dir)
+        self.tokenizer.save_pretrained(self.output_dir)
+        losses = {stage: log.loss for stage, log in self.logs.items()}
+        write_json(self.output_dir / "align.json", {"config": asdict(self.config), "loss": losses})
+
+    def _train(self, rows, name: str, rate: float, mask, warmup: float) -> Log:
+        config = self.config
+        seed = derive(config.seed, name)
+        return run_stage(
+            self.model,
+            rows,
+            name,
+            Schedule(rate, config.epochs, config.batch_size, seed, warmup),
+            pad_token_id=self.tokenizer.pad_token_id,
+            mask=mask,
+            beta=config.beta,
+            key_share=config.key_share,
+            max_grad_norm=config.max_grad_norm,
+            label=name,
+        )
+
+    def _with_reference(self) -> list[dict]:
+        """The pairs with the log-probs of the model as it stands: each stage's own reference."""
+        values = pair_logps(
+            self.model, self.rows, self.tokenizer.pad_token_id, self.config.forward_batch
+        )
+        return [
+            row | {f"{side}_reference": ours[side] for side in ("chosen", "rejected")}
+            for row, ours in zip(self.rows, values, strict=True)
+        ]
+
+    def _token_weights(self) -> list[list[float]]:
+        """Train the rewriter from the model's weights, read its probabilities, put them back."""
+        start, tokenizer = weights.snapshot(self.model), self.tokenizer
+        examples = [
+            Correction(row["prompt"], *(_reply(row[side]) for side in ("chosen", "rejected", "chosen")))
+            for row in self.texts
+        ]
+        rows = rewriter.training_rows(tokenizer, examples, "trained", self.config.seed, plain=False)
+        context = self.model.config.max_position_embeddings
+        rows = [row for row in rows if len(row["prompt"]) + len(row["response"]) <= context]
+        self.logs["rewriter"] = self._train(rows, "sft", self.config.rewriter_rate, None, 0.1)
+        values = rewriter.keep_probabilities(
+            self.model, tokenizer, examples, self.config.forward_batch, plain=False
+        )
+        weights.restore(self.model, start)
+        return [self._weights_of(row) for row in values]
+
+    def _weights_of(self, probabilities: list[float]) -> list[float]:
+        inside = torch.ones(1, len(probabilities), dtype=torch.bool)
+        rule, threshold = self.config.token_rule, self.config.token_threshold
+        return unaligned_weights(torch.tensor([probabilities]), inside, rule, threshold)[0].tolist()
+
+
+def _reply(response) -> str:
+    return response if isinstance(response, str) else response[-1]["content"]
+
+
+def _settings(config) -> AlignConfig:
+    if config is None or isinstance(config, AlignConfig):
+        return config or AlignConfig()
+    known = AlignConfig.__dataclass_fields__
+    unknown = sorted(set(config) - set(known))
+    if unknown:
+        raise AlloError(f"align: unknown setting {unknown[0]!r}; expected {', '.join(known)}")
+    return AlignConfig(**config)
+
+
+def _chosen_stages(stages) -> tuple[str, ...]:
+    unknown = [stage for stage in stages if stage not in STAGES]
+    if unknown or not stages:
+        raise AlloError(f"align: stages {tuple(stages)!r} given; expected some of {STAGES}")
+    return tuple(stage for stage in STAGES if stage in stages)

@@ -1,0 +1,62 @@
+"""One training stage of any method: rows, objective and mask in, a trained model and its log out."""
+
+from allo_lib.encoding import collate, pair_batch, rejected_batch
+from allo_lib.objectives import ON_REJECTED, ON_SOLUTIONS, objective
+from allo_lib.optim import MaskedAdamW
+from allo_lib.training import Log, Schedule, train
+
+
+def collator_of(objective_name: str, pad_token_id: int):
+    """The function that makes an objective's batch of its rows; see `encoding`."""
+    if objective_name in ON_SOLUTIONS:
+        make = collate
+    else:
+        make = rejected_batch if objective_name in ON_REJECTED else pair_batch
+    return lambda rows: make(rows, pad_token_id)
+
+
+def run_stage(
+    model,
+    rows: list[dict],
+    objective_name: str,
+    schedule: Schedule,
+    *,
+    pad_token_id: int,
+    mask=None,
+    beta: float = 0.1,
+    key_share: float = 1.0,
+    betas: tuple[float, float] = (0.9, 0.999),
+    weight_decay: float = 0.0,
+    max_grad_norm: float | None = 1.0,
+    label: str = "training",
+    after=None,
+) -> Log:
+    """Train `model` in place with the entries of `mask` (None: all) and return the log.
+
+    rows: for supervised objectives `prompt` and `response`; else encoded pairs with
+    `chosen_reference` and `rejected_reference`, and what the objective reads besides.
+    after: called with the optimizer before it is closed, for those who want its float32 masters.
+    """
+    optimizer = MaskedAdamW(
+        model,
+        mask,
+        lr=schedule.learning_rate,
+        betas=betas,
+        weight_decay=weight_decay,
+        max_grad_norm=max_grad_norm,
+    )
+    try:
+        log = train(
+            model,
+            rows,
+            collator_of(objective_name, pad_token_id),
+            objective(objective_name, beta=beta, key_share=key_share),
+            optimizer,
+            schedule,
+            label,
+        )
+        if after is not None:
+            after(optimizer)
+        return log
+    finally:
+        optimizer.close()
