@@ -104,6 +104,8 @@ class Domain:
     max_length: int = 256  # tokens of prompt and response; longer rows are an error or left out
     batch_size: int = 16  # pairs per optimizer step; official code: 128
     epochs: int = 1  # of each ALLO stage; controls get the sum over both stages; paper: 1
+    methods: tuple[str, ...] = ()  # rows of this domain in place of the profile's methods ...
+    ablations: tuple[str, ...] = ()  # ... and ablations, where a domain cannot afford them all
 
 
 @dataclass(frozen=True)

@@ -114,7 +114,8 @@ def _sampled_pairs(study, name: str) -> tuple[list[dict], dict]:
     for question, group in zip(questions, groups, strict=True):
         ended = list(dict.fromkeys(response.text for response in group if response.ended))
         right = [text for text in ended if task.right(question, text)]
-        wrong = [text for text in ended if not task.right(question, text)]
+        # A response without an answer is no wrong answer: it would teach the form, not the matter.
+        wrong = [t for t in ended if task.answered(question, t) and not task.right(question, t)]
         share = [task.right(question, r.text) and r.ended for r in group]
         right_share += sum(share) / len(share)
         both += bool(right and wrong)

@@ -44,7 +44,10 @@ def check_folder(folder: Path, profile: Profile) -> None:
 def methods_of(study: Study, name: str) -> list[str]:
     """Methods that the profile runs on a domain, in order, without repeats."""
     profile, domain = study.profile, study.domain(name)
-    asked = ("sft_base", *profile.methods, *profile.ablations)
+    if domain.methods or domain.ablations:
+        asked = ("sft_base", *domain.methods, *domain.ablations)
+    else:
+        asked = ("sft_base", *profile.methods, *profile.ablations)
     if domain.kind != "miniature":
         asked = tuple(m for m in asked if m not in ("allo_oracle_tokens", "allo_rm_oracle"))
     if domain.kind == "preferences":  # SFT on chosen replies is RFT: there is nothing sampled

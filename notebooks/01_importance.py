@@ -109,21 +109,25 @@ paper_arms = ["dpo_paper", "dpo_top10_paper", "dpo_last10_paper"]
 percentage = f"{share * 100:g}".replace(".", "p")
 arms_of_study = [arm.replace("10", percentage) for arm in arms_of_study]
 paper_arms = [arm.replace("10", percentage) for arm in paper_arms]
-found = {name: parallel.run_methods(study, name, arms_of_study + paper_arms)
-         for name in study.profile.domains}
+found = {name: parallel.run_methods(study, name, [
+    arm for arm in arms_of_study + paper_arms if arm in results.methods_of(study, name)])
+    for name in study.profile.domains}
 
 # %%
 for name in study.profile.domains:
-    curves = {arm: [found[name][arm]["loss"][-1]] for arm in arms_of_study}
+    curves = {arm: [found[name][arm]["loss"][-1]] for arm in arms_of_study if arm in found[name]}
     show(figures.loss_curves(curves, title=f"{name}, each arm at its own best rate"), study,
          f"01_loss_fair_{name}", "Training loss by step under the fair protocol.")
-    curves = {arm: [found[name][arm]["loss"][-1]] for arm in paper_arms}
-    show(figures.loss_curves(curves, title=f"{name}, one rate for all (paper's protocol)"), study,
-         f"01_loss_paper_{name}", "Training loss by step when every arm runs at plain DPO's best rate.")
+    curves = {arm: [found[name][arm]["loss"][-1]] for arm in paper_arms if arm in found[name]}
+    if curves:
+        figure = figures.loss_curves(curves, title=f"{name}, one rate for all (paper's protocol)")
+        show(figure, study, f"01_loss_paper_{name}",
+             "Training loss by step when every arm runs at plain DPO's best rate.")
 
 # %%
 for name in study.profile.domains:
-    measured = {arm: analysis.score_of(found[name][arm]) for arm in arms_of_study}
+    measured = {arm: analysis.score_of(found[name][arm]) for arm in arms_of_study
+                if arm in found[name]}
     figure = figures.empirical_bars(measured, published.empirical_study(), title=f"measured, {name}")
     show(figure, study, f"01_empirical_{name}",
          "Accuracy of DPO on parts of the neurons, each at its own best rate; bars are standard "
@@ -141,7 +145,8 @@ for name in study.profile.domains:
 
 # %%
 for name in study.profile.domains:
-    tried = {arm: found[name][arm]["tried"] for arm in arms_of_study}
+    tried = {arm: [one for one in found[name][arm]["tried"] if one["displacement"] is not None]
+             for arm in arms_of_study if arm in found[name]}  # without rates that diverged
     sweep = {arm: [(one["rates"][0], one["dev"]) for one in rows] for arm, rows in tried.items()}
     show(figures.rate_sweep(sweep, title=name), study, f"01_rates_{name}",
          "Development accuracy by learning rate; the best of each arm is ringed.")
@@ -154,7 +159,8 @@ for name in study.profile.domains:
 
 # %%
 for name in study.profile.domains:
-    best = {arm: max(one["dev"] for one in found[name][arm]["tried"]) for arm in arms_of_study}
+    best = {arm: max(one["dev"] for one in found[name][arm]["tried"])
+            for arm in arms_of_study if arm in found[name]}
     order = sorted(best, key=best.get, reverse=True)
     say(f"**{name}**: at their best rates, on the development split: "
         + ", ".join(f"{arm} {percent(best[arm])}" for arm in order)

@@ -69,8 +69,8 @@ for name in study.profile.domains:
 for name in study.profile.domains:
     values = study.keep_probabilities(name, "heldout")
     rows = analysis.picture_rows(study, name, values, "heldout", 3)
-    html(token_pictures.token_rewards_html(rows, label="p_t"))
-    show(token_pictures.token_rewards_picture(rows, label="p_t"), study, f"02_tokens_{name}",
+    html(token_pictures.token_rewards_html(rows, label="p_t", reverse=True))
+    show(token_pictures.token_rewards_picture(rows, label="p_t", reverse=True), study, f"02_tokens_{name}",
          f"Held-out rejected responses of {name}, tokens coloured by the rewriter's probability.")
     chosen = analysis.selected_share(study, name, "trained")
     say(f"**{name}**: the threshold rule selects {percent(chosen)} of the rejected tokens of the "
@@ -123,6 +123,6 @@ for name in study.profile.domains:
 for name in study.profile.domains:
     ratios = analysis.log_ratios(study, name, "dpo", "heldout")
     rows = analysis.picture_rows(study, name, ratios, "heldout", 3)
-    figure = token_pictures.token_rewards_picture(rows, label="log-ratio", limits=(-3.0, 3.0))
+    figure = token_pictures.token_rewards_picture(rows, label="log-ratio", reverse=True, limits=(-3.0, 3.0))
     show(figure, study, f"02_dpo_tokens_{name}",
          f"The same responses coloured by DPO's log-ratio: what plain DPO made less likely ({name}).")

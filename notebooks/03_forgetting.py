@@ -34,7 +34,7 @@ import math
 
 import torch
 
-from allo_lib import analysis, arms, figures, parallel
+from allo_lib import analysis, figures, parallel, results
 from allo_lib.losses import npo_loss
 from allo_lib.notebook import percent, say, show, table
 from allo_lib.study import Study
@@ -57,9 +57,10 @@ print(float(npo_loss(logps, logps, weights, beta=0.1)), 2 / 0.1 * math.log(2))
 # %%
 found = {}
 for name in study.profile.domains:
-    found[name] = parallel.run_methods(study, name, ["sft_base", "allo", "allo_no_learning"])
-    losses = {"forgetting inside ALLO": [found[name]["allo"]["loss"][0]],
-              "forgetting alone": [found[name]["allo_no_learning"]["loss"][0]]}
+    asked = [m for m in ("sft_base", "allo", "allo_no_learning")
+             if m in results.methods_of(study, name)]
+    found[name] = parallel.run_methods(study, name, asked)
+    losses = {f"first stage of {m}": [found[name][m]["loss"][0]] for m in asked[1:]}
     figure = figures.loss_curves(losses, title=f"forgetting, {name}", ylabel="NPO loss")
     show(figure, study, f"03_forgetting_{name}",
          f"Loss of the forgetting stage of {name}; it starts at 2/beta ln 2 = "
@@ -73,16 +74,20 @@ for name in study.profile.domains:
 
 # %%
 for name in study.profile.domains:
-    (start, error), (alone, error_alone) = (
-        analysis.score_of(found[name][m]) for m in ("sft_base", "allo_no_learning"))
     rows = [{"method": m, "score": analysis.score_of(f)[0], "standard error": analysis.score_of(f)[1],
              "held-out reward accuracy": analysis.reward_accuracy(f),
              "displacement": f["displacement"], "rates": ", ".join(f"{r:g}" for r in f["rates"])}
             for m, f in found[name].items()]
-    table(rows, f"{name}: the SFT model, forgetting and learning, forgetting alone.")
+    table(rows, f"{name}: the SFT model, ALLO (both stages), and forgetting alone where it was run.")
+
+# %%
+for name in study.profile.domains:
+    last = list(found[name])[-1]  # forgetting alone, or both stages where that was not run
+    (start, error), (alone, error_alone) = (
+        analysis.score_of(found[name][m]) for m in ("sft_base", last))
     change, noise = alone - start, math.hypot(error, error_alone)
     word = "above" if change > 2 * noise else "below" if change < -2 * noise else "no different from"
-    say(f"**{name}**: forgetting alone ends {word} the SFT model ({100 * change:+.1f} points, standard "
+    say(f"**{name}**: {last} ends {word} the SFT model ({100 * change:+.1f} points, standard "
         f"error of the difference at most {100 * noise:.1f}).")
 
 # %% [markdown]

@@ -32,7 +32,7 @@ import math
 
 import torch
 
-from allo_lib import analysis, figures, parallel, token_pictures
+from allo_lib import analysis, figures, parallel, results, token_pictures
 from allo_lib.losses import dpo_loss, token_dpo_loss
 from allo_lib.notebook import html, percent, say, show, table
 from allo_lib.study import Study
@@ -56,8 +56,10 @@ print(float(dpo_loss(zero, zero, zero, zero)[0]), math.log(2))
 # both stages together (`dpo_long`), and learning alone with as many updates (`allo_no_forgetting`).
 
 # %%
-controls = ["sft_base", "dpo", "dpo_long", "allo", "allo_no_forgetting"]
-found = {name: parallel.run_methods(study, name, controls) for name in study.profile.domains}
+asked = ["sft_base", "dpo", "dpo_long", "allo", "allo_no_forgetting"]
+controls = {name: [m for m in asked if m in results.methods_of(study, name)]
+            for name in study.profile.domains}
+found = {name: parallel.run_methods(study, name, controls[name]) for name in study.profile.domains}
 for name in study.profile.domains:
     tried = found[name]["allo"]["tried"]
     table([{"forgetting rate": one["rates"][0], "learning rate": one["rates"][1], "dev": one["dev"],
@@ -66,7 +68,7 @@ for name in study.profile.domains:
 
 # %%
 for name in study.profile.domains:
-    losses = {m: [found[name][m]["loss"][-1]] for m in ("allo", "allo_no_forgetting", "dpo_long")}
+    losses = {m: [found[name][m]["loss"][-1]] for m in controls[name][2:]}
     show(figures.loss_curves(losses, title=f"learning stage, {name}"), study, f"04_learning_{name}",
          "Training loss by step of the learning stage and of its controls, cut to the shortest run. "
          "The losses sum over different tokens: their levels compare only roughly.")
@@ -91,6 +93,6 @@ for name in study.profile.domains:
 for name in study.profile.domains:
     ratios = analysis.log_ratios(study, name, "allo", "heldout")
     rows = analysis.picture_rows(study, name, ratios, "heldout", 3)
-    html(token_pictures.token_rewards_html(rows, label="log-ratio", limits=(-3.0, 3.0)))
-    figure = token_pictures.token_rewards_picture(rows, label="log-ratio", limits=(-3.0, 3.0))
+    html(token_pictures.token_rewards_html(rows, label="log-ratio", reverse=True, limits=(-3.0, 3.0)))
+    figure = token_pictures.token_rewards_picture(rows, label="log-ratio", reverse=True, limits=(-3.0, 3.0))
     show(figure, study, f"04_tokens_{name}", f"Log-ratio of ALLO against the SFT model ({name}).")

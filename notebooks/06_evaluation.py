@@ -27,7 +27,7 @@ profile = "tiny"  # name, or path of a YAML file
 seed = 0
 results_dir = ""  # "" is results/<profile>
 overrides = {}  # profile keys to change, dotted: {"domains.miniature.epochs": 2}
-seeds = []  # seeds to add to measurements.csv; [] is `seed` alone
+seeds = None  # seeds to write to measurements.csv; None is `seed` alone, [] leaves it as it is
 
 # %%
 from IPython.display import Image, Markdown, display
@@ -37,7 +37,7 @@ from allo_lib.notebook import say, table
 from allo_lib.study import Study
 
 study = Study.open(profile, seed, results_dir, overrides)
-measured = results.update(study, seeds or [seed])
+measured = results.update(study, [seed] if seeds is None else seeds)
 say(f"{len(measured)} measurements of seeds {', '.join(map(str, results.seeds_of(measured)))}.")
 
 # %% [markdown]

@@ -31,7 +31,7 @@ profile = "tiny"  # name, or path of a YAML file
 seed = 0
 results_dir = ""  # "" is results/<profile>
 overrides = {}  # profile keys to change, dotted: {"domains.miniature.epochs": 2}
-seeds = []  # unused here; run_all.sh gives it to the last two notebooks alike
+seeds = None  # not read here; run_all.sh gives it to the last two notebooks alike
 
 # %%
 from allo_lib import claims, efficiency, figures, report
