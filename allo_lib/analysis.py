@@ -121,12 +121,17 @@ def accuracy_of(found: dict) -> measurements.Measurement:
 
 
 def score_of(found: dict) -> tuple[float, float]:
-    """Test accuracy, or held-out reward accuracy where nothing is answered; and standard error."""
+    """Test accuracy, or held-out reward accuracy where nothing is answered; and standard error.
+
+    The starting model gives every pair the margin 0 and is counted as guessing, 0.5.
+    """
     if "answers" in found:
         measured = accuracy_of(found)
-    else:
-        right = [margin > 0 for margin in found["margins"]]
-        measured = measurements.proportion(0, found["method"], "all", "reward_accuracy", right)
+        return measured.value, measured.stderr
+    if not any(found["margins"]):
+        return 0.5, 0.0
+    right = [margin > 0 for margin in found["margins"]]
+    measured = measurements.proportion(0, found["method"], "all", "reward_accuracy", right)
     return measured.value, measured.stderr
 
 

@@ -42,10 +42,10 @@ PEOPLE = {name: ((name,), (name,)) for name in ("ann", "bob")}
 FINAL = (("therefore", "answer"), ("so", "guess"))
 PAD, EOS, UNKNOWN = "<pad>", "<eos>", "<unk>"
 CONTEXT = 64
-# Odds of an error in a (careful, sloppy) sentence. A fixation is an even match for the right answer
+# Odds of an error in a (careful, sloppy) sentence. A fixation nearly matches the right answer
 # even with care, a habit wins only without it; slips and lapses happen anywhere and fill rejected
 # responses with wrong words.
-FIXATION, HABIT, SLIP, LAPSE = (0.5, 0.97), (0.12, 0.97), (0.05, 0.65), (0.01, 0.2)
+FIXATION, HABIT, SLIP, LAPSE = (0.4, 0.97), (0.1, 0.97), (0.04, 0.6), (0.015, 0.25)
 PATIENCE = 500
 
 
@@ -81,7 +81,7 @@ def _draw_chain(rng: random.Random) -> tuple:
 
 
 def _prompt_chain(facts: tuple) -> str:
-    steps = " ".join(f"{o} {s} {n}" for o, (s, n) in zip(ORDINALS, facts[1:]))
+    steps = " ".join(f"{o} {s} {n}" for o, (s, n) in zip(ORDINALS, facts[1:], strict=False))
     return f"calc {facts[0]} {steps} ?"
 
 
@@ -147,7 +147,7 @@ def _draw_scan(rng: random.Random) -> tuple:
 
 
 def _prompt_scan(facts: tuple) -> str:
-    return f"{facts[0]} {' '.join(f'{o} {n}' for o, n in zip(ORDINALS, facts[1:]))} ?"
+    return f"{facts[0]} {' '.join(f'{o} {n}' for o, n in zip(ORDINALS, facts[1:], strict=False))} ?"
 
 
 def _slots_scan(facts: tuple) -> list[Slot]:
@@ -218,7 +218,7 @@ def _draw_story(rng: random.Random) -> tuple:
 
 
 def _prompt_story(facts: tuple) -> str:
-    steps = " ".join(f"{o} {w} {e} {n}" for o, (w, e, n) in zip(ORDINALS, facts[2:5]))
+    steps = " ".join(f"{o} {w} {e} {n}" for o, (w, e, n) in zip(ORDINALS, facts[2:5], strict=False))
     return f"story ann {facts[0]} bob {facts[1]} {steps} ask {facts[5]} ?"
 
 

@@ -50,8 +50,10 @@ def methods_of(study: Study, name: str) -> list[str]:
         asked = ("sft_base", *profile.methods, *profile.ablations)
     if domain.kind != "miniature":
         asked = tuple(m for m in asked if m not in ("allo_oracle_tokens", "allo_rm_oracle"))
-    if domain.kind == "preferences":  # SFT on chosen replies is RFT: there is nothing sampled
-        asked = tuple(m for m in asked if m != "rft")
+    if domain.kind == "preferences":
+        # SFT on chosen replies is RFT, as nothing is sampled; and the starting model, which is the
+        # reference itself, gives every pair the margin 0: it ranks nothing.
+        asked = tuple(m for m in asked if m not in ("rft", "sft_base"))
     return list(dict.fromkeys(asked))
 
 

@@ -68,6 +68,7 @@ class Study:
             model, tokenizer, note = models.load(
                 settings.name, dtype=settings.dtype, device=self.device
             )
+            self._note_weights(note)
             return model, tokenizer, note
         from allo_lib import miniature
 
@@ -85,7 +86,14 @@ class Study:
             eos_token_id=tokenizer.eos_token_id,
         )
         note = {"name": "micro", "source": "trained from scratch in 00_setup"}
+        self._note_weights(note)
         return model.to(self.device), tokenizer, note
+
+    def _note_weights(self, note: dict) -> None:
+        """Leave for the manifest which weights the study started from."""
+        path = self.store.folder / "notes" / "weights.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, note)
 
     @property
     def model(self):

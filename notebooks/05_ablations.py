@@ -26,7 +26,7 @@ results_dir = ""  # "" is results/<profile>
 overrides = {}  # profile keys to change, dotted: {"domains.miniature.epochs": 2}
 
 # %%
-from allo_lib import analysis, figures, parallel, results, stats
+from allo_lib import analysis, arms, figures, parallel, results
 from allo_lib.methods import share_name
 from allo_lib.notebook import percent, say, show, table
 from allo_lib.study import Study
@@ -40,7 +40,7 @@ found = {name: parallel.run_methods(study, name, asked[name]) for name in study.
 
 # %%
 for name in study.profile.domains:
-    rows = [m for m in (*study.profile.ablations, "dpo", "dpo_long") if m in found[name]]
+    rows = [m for m in found[name] if m.startswith("allo_")] + ["dpo", "dpo_long"]
     effects = {m: results.difference(found[name][m], found[name]["allo"]) for m in rows}
     bars = {m: (e.effect, e.low, e.high) for m, e in effects.items()}
     figure = figures.ablation_bars(bars, title=f"{name}, seed {seed}", unit=results.unit(found[name]["allo"]))
@@ -52,10 +52,9 @@ for name in study.profile.domains:
 # %%
 for name in study.profile.domains:
     reference = found[name]["allo"]
-    worse = [m for m in study.profile.ablations if m in found[name]
-             and results.difference(found[name][m], reference).high < 0]
-    better = [m for m in study.profile.ablations if m in found[name]
-              and results.difference(found[name][m], reference).low > 0]
+    rows = [m for m in found[name] if m.startswith("allo_")]
+    worse = [m for m in rows if results.difference(found[name][m], reference).high < 0]
+    better = [m for m in rows if results.difference(found[name][m], reference).low > 0]
     say(f"**{name}**, this seed: clearly below ALLO: {', '.join(worse) or 'none'}; clearly above: "
         f"{', '.join(better) or 'none'}; every other row cannot be told from it.")
 
@@ -68,7 +67,7 @@ for name in study.profile.domains:
 for name in study.profile.domains:
     shares = [s for s in sorted(study.profile.method.shares) if share_name(s) in found[name]]
     scores = [analysis.score_of(found[name][share_name(s)]) for s in shares]
-    start = ("SFT model", analysis.score_of(found[name]["sft_base"])[0])
+    start = ("SFT model", analysis.score_of(arms.result(study, name, "sft_base"))[0])
     figure = figures.share_sweep(shares, [v for v, _ in scores], [e for _, e in scores], start, title=name)
     show(figure, study, f"05_shares_{name}",
          "Accuracy after DPO on the top share of neurons; bars are standard errors over problems.")

@@ -58,3 +58,13 @@ def project(tmp_path):
     write_notebook(folder / "notebooks", "06_merge", MERGE)
     (folder / "toy.yaml").write_text(PROFILE)
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_study(tmp_path_factory):
+    """A study whose SFT model and pairs exist; tests add to its store and never change it."""
+    from tiny_study import open_study
+
+    study = open_study(tmp_path_factory.mktemp("tiny_study"))
+    study.encoded("miniature", "train")
+    return study
