@@ -8,6 +8,7 @@ import numpy as np
 from scipy.stats import mannwhitneyu
 
 from allo_lib import arms, measurements, miniature
+from allo_lib.errors import AlloError
 from allo_lib.importance import NeuronMask
 from allo_lib.stats import concentration
 from allo_lib.study import Study
@@ -152,7 +153,7 @@ def distinct_questions(study: Study, name: str) -> dict[str, int]:
     test = task.questions("test", domain.test)
     for question in test:
         if question.prompt in train:
-            raise AssertionError(f"{question.id} is both a training and a test question")
+            raise AlloError(f"{question.id} is both a training and a test question; report this bug")
     for dataset in domain.datasets:
         counts[dataset] = len({q.prompt for q in test if q.dataset == dataset})
     return {"training": len(train), **{f"test, {key}": value for key, value in counts.items()}}

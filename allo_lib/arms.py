@@ -67,7 +67,8 @@ def _stage_inputs(study: Study, name: str, stages: tuple[Stage, ...]) -> dict:
     method = study.profile.to_dict()["method"]
     used = ("beta", "forgetting_warmup", "learning_warmup", "weight_decay", "max_grad_norm",
             "token_threshold", "warmup_rate_factor")  # fmt: skip
-    fields = ("batch_size", "epochs", "max_length", "max_new_tokens", "sft", "rewriter")
+    # The record of a candidate holds its score on the development split.
+    fields = ("batch_size", "epochs", "max_length", "max_new_tokens", "sft", "rewriter", "dev")
     return study.inputs(name, *fields) | {
         "stages": [asdict(stage) for stage in stages],
         "pairs": study.pairs(name).key,
@@ -200,7 +201,7 @@ def _solution_rows(study: Study, name: str, objective_: str) -> list[dict]:
         texts = [(row["prompt"], row["chosen"]) for row in pairs]
     else:
         task, settings = study.task(name), study.domain(name).sft
-        questions = task.questions("sft", settings.examples)[: len(pairs)]
+        questions = task.questions("sft", settings.examples, settings.mix)[: len(pairs)]
         texts = [(q.prompt, task.demonstration(q, settings.error_scale)) for q in questions]
     tokenizer = study.tokenizer
     return [

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from allo_lib.errors import AlloError
 from allo_lib.forward import logps_of_rows
 from allo_lib.generation import generate
 
@@ -21,7 +22,13 @@ class Answers:
 
 
 def answer(model, tokenizer, task, questions, *, max_new_tokens: int, batch_size: int) -> Answers:
-    """Greedy decoding of every question, judged by the task; an unended response has no answer."""
+    """Greedy decoding of every question, judged by the task; an unended response has no answer.
+
+    Raises:
+        AlloError: no questions, of which there is no accuracy.
+    """
+    if not questions:
+        raise AlloError("no questions to answer; raise `dev` and `test` of the domain")
     responses = generate(
         model,
         tokenizer,

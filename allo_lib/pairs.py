@@ -83,7 +83,7 @@ def _split(rows: list[dict], counts: dict[str, int], name: str) -> dict[str, lis
     ids = list(dict.fromkeys(row["id"] for row in rows))
     wanted = sum(counts.values())
     shrink = min(1.0, len(ids) / wanted) if wanted else 0.0
-    if not ids or min(int(n * shrink) for n in counts.values() if n) < 2:
+    if not ids or min((int(n * shrink) for n in counts.values() if n), default=0) < 2:
         raise AlloError(
             f"{name}: only {len(ids)} questions gave a pair, {wanted} were asked for; "
             "sample more questions or ask for fewer pairs"

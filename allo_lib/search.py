@@ -9,6 +9,8 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from allo_lib.errors import AlloError
+
 Rates = tuple[float, ...]
 _COARSE = (0, -1, 1)  # exponents of the factor
 
@@ -29,7 +31,16 @@ def best(tried: list[Tried]) -> Tried:
 def search(
     centre: Rates, candidates: int, factor: float, evaluate: Callable[[Rates], float]
 ) -> list[Tried]:
-    """Train and score exactly `candidates` models (one without rates); returns them in order."""
+    """Train and score exactly `candidates` models (one without rates); returns them in order.
+
+    Raises:
+        AlloError: fewer than one candidate, or a factor not above 1.
+    """
+    if candidates < 1 or not factor > 1:
+        raise AlloError(
+            f"search: candidates is {candidates} and factor {factor}, expected at least 1 candidate "
+            "and a factor above 1; change the profile's `search`"
+        )
     tried: list[Tried] = []
 
     def attempt(rates: Rates) -> None:

@@ -5,6 +5,7 @@ every file in it. It is written beside its place and renamed last, so that a kil
 half artifact, and it is read only after its hashes agree.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -88,7 +89,8 @@ class Store:
         if not damaged:
             return Artifact(kind, key, path, seconds)
         aside = path.with_name(f"{key}.damaged-{uuid.uuid4().hex[:8]}")
-        path.rename(aside)
+        with contextlib.suppress(FileNotFoundError):  # another process was quicker
+            path.rename(aside)
         print(f"{kind}/{key}: {damaged[0]} is damaged; set aside, made anew", file=sys.stderr)
         return None
 

@@ -98,6 +98,7 @@ class Study:
     @property
     def model(self):
         """The one live model; its weights are those last loaded into it."""
+        self._initial  # noqa: B018  (taken before anything else is loaded into the model)
         return self._loaded[0]
 
     @property
@@ -112,7 +113,24 @@ class Study:
 
     @cached_property
     def _initial(self) -> dict[str, torch.Tensor]:
-        return weights.snapshot(self.model)
+        """The weights as they were loaded, on the CPU."""
+        return {name: value.cpu() for name, value in weights.snapshot(self._loaded[0]).items()}
+
+    def _kept(self, kind: str, inputs: dict, make) -> Artifact:
+        """An artifact whose making uses the live model, which has its weights back afterwards.
+
+        Artifacts are made when they are first asked for, and that may be in the middle of a
+        training or an evaluation.
+        """
+
+        def make_and_restore(folder: Path) -> None:
+            live = weights.snapshot(self.model)
+            try:
+                make(folder)
+            finally:
+                weights.restore(self.model, live)
+
+        return self.store.get(kind, inputs, make_and_restore)
 
     def domain(self, name: str) -> Domain:
         """Settings of a domain; AlloError for an unknown name."""
@@ -146,6 +164,7 @@ class Study:
             "data": self._data_hash(name),
             "threads": self.profile.compute.threads,
             "device": self.device,
+            "max_grad_norm": self.profile.method.max_grad_norm,
         } | {field: settings["domains"][name][field] for field in fields}
 
     @lru_cache
@@ -164,7 +183,7 @@ class Study:
     def sft(self, name: str) -> Artifact:
         """Weights of the SFT model: the starting point theta of everything else."""
         inputs = self.inputs(name, "pretrain", "sft", "explain", "max_length")
-        return self.store.get("sft", inputs, lambda folder: self._make_sft(name, folder))
+        return self._kept("sft", inputs, lambda folder: self._make_sft(name, folder))
 
     def load_sft(self, name: str):
         """The live model with the SFT weights, in eval mode."""
@@ -197,7 +216,7 @@ class Study:
                     self.tokenizer, task.demonstration(question, settings.error_scale)
                 ),
             }
-            for question in task.questions("sft", settings.examples)
+            for question in task.questions("sft", settings.examples, settings.mix)
         ]
 
     def _supervise(self, rows: list[dict], settings, label: str, max_length: int):
@@ -224,7 +243,7 @@ class Study:
         fields = ("pairs", "max_new_tokens", "max_length", "explain")
         inputs = self.inputs(name, *fields) | {"sft": self.sft(name).key}
         make = lambda folder: make_pairs(self, name).save(folder)  # noqa: E731
-        return Pairs.load(self.store.get("pairs", inputs, make))
+        return Pairs.load(self._kept("pairs", inputs, make))
 
     @lru_cache
     def pair_questions(self, name: str) -> dict:
@@ -240,7 +259,7 @@ class Study:
         """
         pairs = self.pairs(name)
         rows = encode_pairs(self.tokenizer, pairs.rows[split], self.domain(name).max_length)
-        artifact = self.store.get(
+        artifact = self._kept(
             "reference",
             {"pairs": pairs.key, "split": split, "sft": self.sft(name).key},
             lambda folder: self._make_reference(name, rows, folder),
@@ -275,7 +294,7 @@ class Study:
             "method": [self.profile.method.beta, self.profile.method.warmup_rate_factor],
         }
         make = lambda folder: self._make_scores(name, variant, folder)  # noqa: E731
-        return self.store.get("scores", inputs, make)
+        return self._kept("scores", inputs, make)
 
     def _make_scores(self, name: str, variant: str, folder: Path) -> None:
         rows = self.encoded(name, "mask")
@@ -338,7 +357,7 @@ class Study:
             "quality": quality,
         }
         make = lambda folder: self._make_reward_model(name, quality, folder)  # noqa: E731
-        return self.store.get("reward_model", inputs, make)
+        return self._kept("reward_model", inputs, make)
 
     def _make_reward_model(self, name: str, quality: str, folder: Path) -> None:
         domain, pairs = self.domain(name), self.pairs(name)
@@ -371,7 +390,7 @@ class Study:
             values = rewriter.keep_probabilities(model, self.tokenizer, examples, batch, self.plain)
             write_json(folder / "probabilities.json", values)
 
-        return self.store.get("keep_probabilities", inputs, make).json("probabilities.json")
+        return self._kept("keep_probabilities", inputs, make).json("probabilities.json")
 
     def forgetting_weights(self, name: str, stage: Stage) -> list[list[float]]:
         """w_t of the rejected responses of the training pairs, by the stage's token rule."""

@@ -30,13 +30,13 @@ class Miniature:
     def __init__(self, domain: Domain, seed: int):
         self.datasets, self.seed = domain.datasets, seed
 
-    def questions(self, split: str, count: int) -> list[Question]:
-        """`count` questions, equally many of each family, families interleaved."""
+    def questions(self, split: str, count: int, mix: tuple[float, ...] = ()) -> list[Question]:
+        """`count` questions, families interleaved in equal shares, or in those of `mix`."""
         found = []
-        for family in self.datasets:
-            problems = miniature.problems(family, split, count // len(self.datasets), self.seed)
+        for family, share in zip(self.datasets, mix or _equal(self.datasets), strict=True):
+            problems = miniature.problems(family, split, round(count * share), self.seed)
             found.append([self._question(problem) for problem in problems])
-        return [question for group in zip(*found, strict=True) for question in group]
+        return _interleaved(found)
 
     def _question(self, problem) -> Question:
         rng = random.Random(derive(self.seed, "solution", problem.id))
@@ -72,20 +72,23 @@ class Choice:
         self.domain, self.seed, self.data_dir = domain, seed, data_dir
         self._rows: dict[tuple[str, str], list[dict]] = {}
 
-    def questions(self, split: str, count: int) -> list[Question]:
-        """`count` questions, equally many of each data set.
+    def questions(self, split: str, count: int, mix: tuple[float, ...] = ()) -> list[Question]:
+        """`count` questions, equally many of each data set, or in the shares of `mix`.
 
         Test questions come from the test file, in an order that no seed changes; the others from
         consecutive parts of the seed's own order of the training file.
         """
-        each = count // len(self.domain.datasets)
-        found = [self._of_dataset(name, split, each) for name in self.domain.datasets]
-        return [question for group in zip(*found, strict=True) for question in group]
+        counts = self._counts(count, mix)
+        return _interleaved([self._of_dataset(n, split, c) for n, c in counts.items()])
+
+    def _counts(self, count: int, mix: tuple[float, ...] = ()) -> dict[str, int]:
+        shares = zip(self.domain.datasets, mix or _equal(self.domain.datasets), strict=True)
+        return {name: round(count * share) for name, share in shares}
 
     def _of_dataset(self, name: str, split: str, count: int) -> list[Question]:
         file = "test" if split == "test" else "train"
         rows = self._load(name, file)
-        start = 0 if split == "test" else self._start(split) // len(self.domain.datasets)
+        start = 0 if split == "test" else self._start(split, name)
         if start + count > len(rows):
             raise AlloError(
                 f"{name}/{file} has {len(rows)} rows, but {split} needs rows {start} to "
@@ -101,10 +104,12 @@ class Choice:
             self._rows[name, file] = rows
         return self._rows[name, file]
 
-    def _start(self, split: str) -> int:
-        sizes = {"sft": self.domain.sft.examples, "pairs": self.domain.pairs.questions}
-        order = ("sft", "pairs", "dev")
-        return sum(sizes[before] for before in order[: order.index(split)])
+    def _start(self, split: str, name: str) -> int:
+        """Rows of the data set that belong to the splits before this one."""
+        phases = self.domain.pretrain, self.domain.sft
+        supervised = max(self._counts(phase.examples, phase.mix)[name] for phase in phases)
+        pairs = self._counts(self.domain.pairs.questions)[name]
+        return {"sft": 0, "pairs": supervised, "dev": supervised + pairs}[split]
 
     def _question(self, name: str, row: dict) -> Question:
         explain = self.domain.explain
@@ -126,6 +131,20 @@ class Choice:
     def correction(self, question: Question, response: str) -> str:
         """The response with its final answer replaced by the gold option."""
         return realdata.correction(question.source, response)
+
+
+def _equal(datasets) -> tuple[float, ...]:
+    return (1 / len(datasets),) * len(datasets)
+
+
+def _interleaved(groups: list[list[Question]]) -> list[Question]:
+    """All questions, each group spread evenly over the whole, so that any part has the same mix."""
+    placed = [
+        ((number + 0.5) / len(group), position, question)
+        for position, group in enumerate(groups)
+        for number, question in enumerate(group)
+    ]
+    return [question for _, _, question in sorted(placed, key=lambda item: item[:2])]
 
 
 def open_task(domain: Domain, seed: int, data_dir=None):

@@ -1,0 +1,351 @@
+"""Methods on the seconds-long study: what is trained, what is kept, what is measured."""
+
+import json
+
+import pytest
+import torch
+from tiny_study import DOMAIN, PROFILE, open_study
+
+from allo_lib import arms, methods, parallel, weights
+from allo_lib.config import load_profile
+from allo_lib.errors import AlloError
+from allo_lib.evaluation import implicit_margins
+from allo_lib.methods import Stage, share_name, stages_of
+from allo_lib.training import Diverged
+
+
+@pytest.fixture
+def theta(tiny_study):
+    """The SFT model's weights."""
+    return weights.read_tensors(tiny_study.sft(DOMAIN).file("model.safetensors"))
+
+
+def candidate(study, stages, rates):
+    artifact = arms._candidate(study, DOMAIN, stages, rates)
+    return artifact, weights.read_tensors(artifact.file(arms.WEIGHTS))
+
+
+# --- what a method is --------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def profile():
+    return load_profile(str(PROFILE))
+
+
+def test_allo_is_forgetting_then_learning_on_the_top_neurons(profile):
+    forget, learn = stages_of("allo", profile)
+    assert (forget.objective, learn.objective) == ("forgetting", "learning")
+    assert {forget.neurons, learn.neurons} == {"top"} and forget.share == profile.method.share
+    assert (forget.tokens, learn.key) == ("rewriter", "policy")
+    assert learn.key_share == profile.method.key_share
+
+
+def test_controls_get_as_many_updates_as_both_stages(profile):
+    def epochs(method):
+        return sum(stage.epochs for stage in stages_of(method, profile))
+
+    assert epochs("allo") == 2
+    for method in ("sft", "rft", "ipo", "simpo", "npo", "rdpo", "dpo_long", "dpo_top10_long",
+                   "allo_no_forgetting", "allo_no_learning", "allo_random_neurons"):  # fmt: skip
+        assert epochs(method) == 2, method
+    assert epochs("dpo") == epochs("dpo_top10") == 1 and epochs("sft_base") == 0
+
+
+def test_each_ablation_changes_one_thing_of_allo(profile):
+    whole = stages_of("allo", profile)
+
+    def changed(method):
+        pairs = zip(whole, stages_of(method, profile), strict=True)
+        return [
+            {key for key in vars(a) if getattr(a, key) != getattr(b, key)} for a, b in pairs
+        ]
+
+    assert changed("allo_all_tokens_forgetting") == [{"tokens"}, set()]
+    assert changed("allo_all_tokens_learning") == [set(), {"key_share"}]
+    assert changed("allo_random_tokens") == changed("allo_oracle_tokens") == [{"tokens"}, {"key"}]
+    assert changed("allo_soft") == changed("allo_released") == [{"rule"}, set()]
+    assert changed("allo_key_reference") == [set(), {"key"}]
+    assert changed("allo_random_neurons") == [{"neurons"}, {"neurons"}]
+    assert changed("allo_all_neurons") == [{"neurons", "rate"}, {"neurons", "rate"}]
+    for quality in ("early", "shuffled", "untrained"):
+        assert changed(f"allo_rm_{quality}") == [{"reward_model"}, set()]
+    assert changed("allo_rm_oracle") == [{"tokens"}, set()]
+
+
+@pytest.mark.parametrize("share, name", [(1, "dpo"), (0.1, "dpo_top10"), (0.025, "dpo_top2p5")])
+def test_shares_have_names_of_measurements(share, name):
+    assert share_name(share) == name
+
+
+def test_names_follow_the_profile_s_share():
+    changed = load_profile(str(PROFILE), {"method.share": 0.05, "method.shares": [0.2]})
+    assert stages_of("dpo_last5", changed)[0].neurons == "bottom"
+    assert stages_of("dpo_top5", changed)[0].share == 0.05
+    assert stages_of("dpo_top20", changed)[0].share == 0.2
+    with pytest.raises(AlloError, match="'dpo_last10' is not known"):
+        stages_of("dpo_last10", changed)
+
+
+def test_paper_rows_have_the_stages_of_their_method(profile):
+    for method in ("dpo", "dpo_top10", "dpo_last10"):
+        assert stages_of(f"{method}_paper", profile) == stages_of(method, profile)
+
+
+def test_unknown_methods_are_refused(profile):
+    with pytest.raises(AlloError, match="method 'orpo' is not known; expected one of"):
+        stages_of("orpo", profile)
+
+
+# --- what training changes ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["dpo_top10", "dpo_last10", "dpo_random10"])
+def test_a_masked_method_moves_its_neurons_and_no_other_bit(tiny_study, theta, method):
+    stages = stages_of(method, tiny_study.profile)
+    (stage,) = stages
+    artifact, trained = candidate(tiny_study, stages, (1e-3,))
+    mask = tiny_study.mask(DOMAIN, stage.neurons, stage.share)
+    assert mask.kept == round(0.1 * mask.total)
+    moved = 0
+    for name, value in trained.items():
+        kept = mask.dense(name)
+        assert torch.equal(value[~kept], theta[name][~kept]), name
+        moved += int((value[kept] != theta[name][kept]).sum())
+    # Key neurons have gradients; among the last ones are those that never get any.
+    assert moved > (0.9 if method == "dpo_top10" else 0.05) * mask.kept
+    squares = sum(float((trained[n].double() - theta[n].double()).square().sum()) for n in theta)
+    assert artifact.json()["displacement"] == pytest.approx(squares**0.5, rel=1e-4)
+
+
+def test_both_stages_of_allo_keep_to_the_mask_and_start_at_their_own_zero(tiny_study, theta):
+    stages = stages_of("allo", tiny_study.profile)
+    artifact, trained = candidate(tiny_study, stages, (1e-3, 1e-3))
+    mask = tiny_study.mask(DOMAIN, "top", stages[0].share)
+    for name, value in trained.items():
+        assert torch.equal(value[~mask.dense(name)], theta[name][~mask.dense(name)]), name
+    forgetting, learning = artifact.json()["loss"]
+    beta = tiny_study.profile.method.beta
+    assert forgetting[0] == pytest.approx(2 / beta * torch.tensor(2.0).log().item(), abs=1e-4)
+    # Learning's reference is the model that forgetting left behind.
+    assert learning[0] == pytest.approx(torch.tensor(2.0).log().item(), abs=1e-5)
+
+
+def test_a_candidate_is_the_same_bits_whatever_ran_before(tiny_study, tmp_path):
+    stages, rates = stages_of("dpo", tiny_study.profile), (3e-4,)
+    kept, first = candidate(tiny_study, stages, rates)
+    record = kept.json()
+    tiny_study.store.drop(kept)
+    candidate(tiny_study, stages_of("npo", tiny_study.profile), rates)
+    torch.manual_seed(99)
+    again, second = candidate(tiny_study, stages, rates)
+    assert again.json() == record and again.key == kept.key
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    other = open_study(tmp_path)
+    _, third = candidate(other, stages, rates)
+    assert all(torch.equal(first[name], third[name]) for name in first)
+
+
+def test_fixed_keys_leave_the_live_model_as_it_was(tiny_study):
+    model = tiny_study.load_sft(DOMAIN)
+    before = weights.snapshot(model)
+    stage = stages_of("allo_key_reference", tiny_study.profile)[1]
+    keys = arms._fixed_keys(tiny_study, DOMAIN, stage)
+    assert weights.displacement(model, before) == 0
+    rows = tiny_study.encoded(DOMAIN, "train")
+    for row, key in zip(rows, keys, strict=True):
+        count = max(1, round(stage.key_share * len(row["rejected"])))
+        assert len(key) == len(row["rejected"]) and sum(key) == count
+
+
+def test_random_and_oracle_tokens_fit_their_responses(tiny_study):
+    rows = tiny_study.encoded(DOMAIN, "train")
+    share = tiny_study.profile.method.key_share
+    keys = tiny_study.random_keys(DOMAIN, share)
+    assert keys == tiny_study.random_keys(DOMAIN, share)
+    oracle = tiny_study.oracle_tokens(DOMAIN, "train")
+    chosen, shuffled = (
+        tiny_study.forgetting_weights(DOMAIN, Stage("forgetting", "forgetting", tokens=tokens))
+        for tokens in ("rewriter", "random")
+    )
+    for row, key, wrong, rewriter, random in zip(
+        rows, keys, oracle, chosen, shuffled, strict=True
+    ):
+        length = len(row["rejected"])
+        assert {len(key), len(wrong), len(rewriter), len(random)} == {length}
+        assert sum(key) == max(1, round(share * length)) and set(key) <= {0.0, 1.0}
+        assert wrong[-1] == 0 and sum(wrong) >= 1
+        assert sorted(rewriter) == sorted(random)
+
+
+def test_rft_learns_the_right_samples_and_sft_as_many_of_its_own(tiny_study):
+    pairs = tiny_study.pairs(DOMAIN).rows["train"]
+    rft = arms._solution_rows(tiny_study, DOMAIN, "rft")
+    encoded = tiny_study.encoded(DOMAIN, "train")
+    assert [row["response"] for row in rft] == [row["chosen"] for row in encoded]
+    assert len(arms._solution_rows(tiny_study, DOMAIN, "sft")) == len(pairs)
+
+
+# --- results -----------------------------------------------------------------------------------
+
+
+def test_sft_base_is_the_sft_model_itself(tiny_study):
+    found = arms.result(tiny_study, DOMAIN, "sft_base")
+    model = tiny_study.load_sft(DOMAIN)
+    given = arms.answers(tiny_study, DOMAIN, model, "test")
+    assert [row[3] for row in found["answers"]] == given.right
+    assert [row[2] for row in found["answers"]] == given.answered
+    questions = tiny_study.task(DOMAIN).questions("test", tiny_study.domain(DOMAIN).test)
+    assert [row[:2] for row in found["answers"]] == [[q.id, q.dataset] for q in questions]
+    assert found["displacement"] == 0 and found["rates"] == [] and found["loss"] == []
+    assert found["margins"] == pytest.approx([0.0] * len(found["margins"]), abs=1e-6)
+    assert found["dev"] == arms.dev_score(tiny_study, DOMAIN, tiny_study.load_sft(DOMAIN))
+
+
+def test_a_result_is_that_of_its_best_candidate(tiny_study):
+    found = arms.result(tiny_study, DOMAIN, "dpo")
+    settings = tiny_study.profile.search
+    assert len(found["tried"]) == settings.candidates
+    assert found["dev"] == max(one["dev"] for one in found["tried"])
+    best = [one["rates"] for one in found["tried"] if one["dev"] == found["dev"]]
+    assert found["rates"] == min(best)
+    model, artifact = arms.trained_model(tiny_study, DOMAIN, "dpo")
+    rows = tiny_study.encoded(DOMAIN, "heldout")
+    reference = [{s: row[f"{s}_reference"] for s in ("chosen", "rejected")} for row in rows]
+    beta = tiny_study.profile.method.beta
+    margins = implicit_margins(tiny_study.logps(model, rows), reference, beta)
+    assert found["margins"] == margins and any(margins)
+    assert artifact.json()["dev"] == found["dev"]
+
+
+def test_only_the_models_that_notebooks_look_into_stay(tiny_study, tmp_path):
+    study = open_study(tmp_path)
+    for method in ("dpo", "dpo_top10", "dpo_paper", "dpo_top10_paper"):
+        arms.result(study, DOMAIN, method)
+    left = [json.loads((path / "record.json").read_text())
+            for path in (study.store.folder / "candidate").iterdir()]  # fmt: skip
+    assert [record["stages"][0]["neurons"] for record in left] == ["all"]
+
+
+def test_the_paper_s_protocol_runs_at_dpo_s_rate(tiny_study):
+    rate = arms.result(tiny_study, DOMAIN, "dpo")["rates"]
+    for method in ("dpo_paper", "dpo_top10_paper"):
+        found = arms.result(tiny_study, DOMAIN, method)
+        assert found["rates"] == rate and len(found["tried"]) == 1 and found["method"] == method
+    same = {"answers", "margins", "loss", "displacement", "rates", "dev"}
+    dpo, paper = (arms.result(tiny_study, DOMAIN, m) for m in ("dpo", "dpo_paper"))
+    assert {key: dpo[key] for key in same} == {key: paper[key] for key in same}
+
+
+def test_records_of_two_folders_are_equal(tiny_study, tmp_path):
+    other = open_study(tmp_path)
+    for method in ("sft_base", "dpo"):
+        ours, theirs = (arms.result(study, DOMAIN, method) for study in (tiny_study, other))
+        assert ours == theirs
+    key = arms._method_inputs(tiny_study, DOMAIN, "dpo")
+    assert key == arms._method_inputs(other, DOMAIN, "dpo")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"domains__miniature__rates": {"dense": 2e-4}},
+        {"domains__miniature__dev": 9},
+        {"domains__miniature__test": 15},
+        {"search__candidates": 3},
+        {"method__beta": 0.2},
+        {"method__max_grad_norm": 0.5},
+        {"domains__miniature__batch_size": 3},
+        {"domains__miniature__epochs": 2},
+        {"compute__threads": 2},
+    ],
+)
+def test_what_can_change_a_result_changes_its_key(tiny_study, change):
+    """A copy of the store: the shared artifacts are found, the result of DPO must not be."""
+    threads = torch.get_num_threads()
+    changed = open_study(tiny_study.results_dir, **change)
+    try:
+        ours, theirs = (
+            arms._method_inputs(study, DOMAIN, "dpo") for study in (tiny_study, changed)
+        )
+    finally:
+        torch.set_num_threads(threads)
+    assert ours != theirs
+
+
+def test_the_development_split_is_part_of_a_candidate(tiny_study):
+    """Its record holds the score on that split."""
+    changed = open_study(tiny_study.results_dir, domains__miniature__dev=9)
+    stages = stages_of("dpo", tiny_study.profile)
+    ours, theirs = (
+        arms._stage_inputs(study, DOMAIN, stages) for study in (tiny_study, changed)
+    )
+    assert ours != theirs
+
+
+def test_a_rate_that_diverges_loses_and_all_of_them_are_told(tiny_study, monkeypatch, capsys):
+    def train_stage(study, name, stages, number, rate):
+        if rate > limit:
+            raise Diverged("the loss became nan at step 1; lower the learning rate")
+        return real(study, name, stages, number, rate)
+
+    real, limit = arms._train_stage, 3e-4
+    monkeypatch.setattr(arms, "_train_stage", train_stage)
+    centre = tiny_study.domain(DOMAIN).rates.random
+    assert centre / 2 > limit
+    with pytest.raises(AlloError, match="dpo_random10: every learning rate of the search diverged"):
+        arms.result(tiny_study, DOMAIN, "dpo_random10")
+    limit = centre * 0.75
+    for path in (tiny_study.store.folder / "candidate").iterdir():
+        if json.loads((path / "record.json").read_text())["dev"] == arms.DIVERGED:
+            tiny_study.store.drop(next(a for a in tiny_study.store._checked.values()
+                                       if a.path == path))  # fmt: skip
+    found = arms.result(tiny_study, DOMAIN, "dpo_random10")
+    assert found["rates"] == [centre / 2]
+    assert [one["dev"] == arms.DIVERGED for one in found["tried"]] == [True, False]
+    assert "lower the learning rate" in capsys.readouterr().out
+
+
+# --- side by side ------------------------------------------------------------------------------
+
+
+def test_methods_come_in_the_order_asked_and_dpo_before_what_reads_it(tmp_path, monkeypatch):
+    study, made = open_study(tmp_path), []
+    real = arms.result
+
+    def result(study, name, method):
+        if not arms.is_done(study, name, method):
+            made.append(method)
+        return real(study, name, method)
+
+    monkeypatch.setattr(arms, "result", result)
+    asked = ["dpo_paper", "sft_base", "npo"]
+    found = parallel.run_methods(study, DOMAIN, asked)
+    assert list(found) == asked and all(found[m]["method"] == m for m in asked)
+    assert made == ["dpo", "sft_base", "npo", "dpo_paper"]
+    made.clear()
+    assert parallel.run_methods(study, DOMAIN, asked) == found and made == []
+
+
+@pytest.mark.slow
+def test_workers_and_one_process_find_the_same(tiny_study, tmp_path):
+    study = open_study(tmp_path, compute__workers=2)
+    asked = ["dpo", "npo", "allo", "dpo_paper"]
+    ours = parallel.run_methods(study, DOMAIN, asked)
+    theirs = parallel.run_methods(tiny_study, DOMAIN, asked)
+    assert ours == theirs
+
+
+@pytest.mark.slow
+def test_a_worker_s_error_reaches_the_user(tmp_path):
+    study = open_study(tmp_path, compute__workers=2)
+    with pytest.raises(AlloError, match="'orpo' is not known"):
+        parallel._run_group(study, DOMAIN, ["orpo", "orpo2"])
+
+
+def test_every_known_method_has_a_rate_and_an_objective(profile):
+    rates = vars(profile.domains[DOMAIN].rates)
+    for method, stages in methods._methods(profile).items():
+        for stage in stages:
+            assert stage.rate in rates, method
+            assert stage.neurons in ("all", "top", "bottom", "random"), method

@@ -1,0 +1,175 @@
+"""Greedy decoding is the argmax at every step; sampling is seeded; padding changes nothing."""
+
+import pytest
+import torch
+from tiny_models import tiny_llama
+
+from allo_lib import miniature, models
+from allo_lib.evaluation import answer, implicit_margins
+from allo_lib.encoding import encode_prompt
+from allo_lib.errors import AlloError
+from allo_lib.generation import Response, generate
+from allo_lib.tasks import Question
+
+PROMPTS = ["calc 1 ?", "largest first 3 second 4 ?", "?", "story ann 1 bob 2 ask bob ?", "calc 1 ?"]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return miniature.tokenizer()
+
+
+@pytest.fixture(scope="module")
+def model(tokenizer):
+    """Wide initial weights: its greedy responses differ, and some of them end."""
+    return models.micro_llama(
+        len(tokenizer), width=16, layers=2, heads=2, feed_forward=24, context=64,
+        initializer_range=0.6, seed=3, pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )  # fmt: skip
+
+
+def by_hand(model, tokenizer, prompt: str, steps: int) -> Response:
+    """The whole row through the model for every token; no cache, no padding, no batch."""
+    ids, new = encode_prompt(tokenizer, prompt), []
+    for _ in range(steps):
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([ids + new])).logits[0, -1]
+        new.append(int(logits.argmax()))
+        if new[-1] == tokenizer.eos_token_id:
+            return Response(tokenizer.decode(new[:-1], skip_special_tokens=True), True)
+    return Response(tokenizer.decode(new, skip_special_tokens=True), False)
+
+
+def greedy(model, tokenizer, prompts, batch_size=64, steps=12):
+    groups = generate(model, tokenizer, prompts, max_new_tokens=steps, batch_size=batch_size)
+    assert all(len(group) == 1 for group in groups)
+    return [group[0] for group in groups]
+
+
+def test_greedy_equals_a_step_by_step_argmax(model, tokenizer):
+    expected = [by_hand(model, tokenizer, prompt, 12) for prompt in PROMPTS]
+    assert len({one.text for one in expected}) > 2
+    assert greedy(model, tokenizer, PROMPTS) == expected
+
+
+def test_left_padding_and_batches_do_not_change_greedy_responses(model, tokenizer):
+    together = greedy(model, tokenizer, PROMPTS)
+    assert greedy(model, tokenizer, PROMPTS, batch_size=1) == together
+    assert greedy(model, tokenizer, PROMPTS, batch_size=2) == together
+    assert greedy(model, tokenizer, PROMPTS[::-1], batch_size=3) == together[::-1]
+
+
+def ending_after(steps: int, tokenizer):
+    """A model of fixed logits that says "so" and then ends, to know what should come out."""
+
+    class Fixed(type(tiny_llama())):
+        def forward(self, input_ids=None, attention_mask=None, **kwargs):
+            result = super().forward(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+            said = (self.seen.setdefault("n", 0)) >= steps
+            token = tokenizer.eos_token_id if said else tokenizer.convert_tokens_to_ids("so")
+            self.seen["n"] += 1
+            result.logits = torch.zeros_like(result.logits)
+            result.logits[:, -1, token] = 5.0
+            return result
+
+    config = tiny_llama().config
+    config.vocab_size = len(tokenizer)
+    config.pad_token_id, config.eos_token_id = tokenizer.pad_token_id, tokenizer.eos_token_id
+    made = Fixed(config).eval()
+    made.seen = {}
+    return made
+
+
+@pytest.mark.parametrize("steps, ended", [(0, True), (2, True), (3, False)])
+def test_a_response_that_was_cut_off_is_told(tokenizer, steps, ended):
+    (only,) = greedy(ending_after(steps, tokenizer), tokenizer, ["calc 1 ?"], steps=3)
+    assert only == Response(" ".join(["so"] * steps), ended)
+
+
+def sampled(model, tokenizer, seed, samples=4, temperature=1.0, batch_size=8):
+    return generate(
+        model, tokenizer, PROMPTS, max_new_tokens=6, batch_size=batch_size, samples=samples,
+        temperature=temperature, seed=seed,
+    )  # fmt: skip
+
+
+def test_sampling_is_seeded_and_varied(model, tokenizer):
+    first = sampled(model, tokenizer, 1)
+    assert first == sampled(model, tokenizer, 1)
+    assert first != sampled(model, tokenizer, 2)
+    assert [len(group) for group in first] == [4] * len(PROMPTS)
+    assert len({one.text for group in first for one in group}) > len(PROMPTS)
+
+
+def test_the_global_generator_is_left_as_it_was(model, tokenizer):
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    sampled(model, tokenizer, 1)
+    greedy(model, tokenizer, PROMPTS)
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_samples_stay_with_their_prompt(model, tokenizer):
+    """Nearly cold sampling is greedy, so each group must hold its own prompt's response."""
+    for batch_size in (1, 8, 64):
+        groups = sampled(model, tokenizer, 0, samples=3, temperature=1e-4, batch_size=batch_size)
+        for prompt, group in zip(PROMPTS, groups, strict=True):
+            assert group == [by_hand(model, tokenizer, prompt, 6)] * 3
+
+
+def test_sampling_draws_from_the_whole_softmax_at_its_temperature(tokenizer):
+    class Fixed(type(tiny_llama())):
+        def forward(self, input_ids=None, attention_mask=None, **kwargs):
+            result = super().forward(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+            result.logits = torch.full_like(result.logits, -1e4)
+            result.logits[:, :, 5], result.logits[:, :, 6] = 2.0, 0.0
+            return result
+
+    config = tiny_llama().config
+    config.vocab_size = len(tokenizer)
+    made = Fixed(config).eval()
+    groups = generate(
+        made, tokenizer, ["?"], max_new_tokens=1, batch_size=4000, samples=4000, temperature=2.0
+    )
+    texts = [one.text for one in groups[0]]
+    share = texts.count(tokenizer.decode([5])) / 4000
+    assert share == pytest.approx(1 / (1 + torch.tensor(-1.0).exp().item()), abs=0.03)
+    assert set(texts) == {tokenizer.decode([5]), tokenizer.decode([6])}
+
+
+class Echo:
+    """A task whose answer is right when the response ends in the question's solution."""
+
+    def answered(self, question, response):
+        return bool(response)
+
+    def right(self, question, response):
+        return response.endswith(question.solution)
+
+
+def test_answers_are_judged_and_cut_off_ones_are_wrong(model, tokenizer):
+    responses = greedy(model, tokenizer, PROMPTS, steps=12)
+    questions = [
+        Question(str(i), "echo", prompt, (one.text.split() or [""])[-1] if i % 2 else "@", None)
+        for i, (prompt, one) in enumerate(zip(PROMPTS, responses, strict=True))
+    ]
+    found = answer(model, tokenizer, Echo(), questions, max_new_tokens=12, batch_size=4)
+    assert found.texts == [one.text for one in responses]
+    assert found.answered == [one.ended and bool(one.text) for one in responses]
+    assert found.right == [a and i % 2 == 1 for i, a in enumerate(found.answered)]
+    assert found.accuracy == sum(found.right) / len(PROMPTS)
+    assert any(not one.ended for one in responses)
+
+
+def test_no_questions_is_told(model, tokenizer):
+    with pytest.raises(AlloError, match="no questions"):
+        answer(model, tokenizer, Echo(), [], max_new_tokens=3, batch_size=4)
+
+
+def test_implicit_margins_by_hand():
+    policy = [{"chosen": [-1.0, -2.0], "rejected": [-5.0]}]
+    reference = [{"chosen": [-2.0, -2.5], "rejected": [-4.0]}]
+    assert implicit_margins(policy, reference, 0.1) == [pytest.approx(0.1 * (1.5 + 1.0))]
+    assert implicit_margins(policy, policy, 0.1) == [0]

@@ -1,0 +1,252 @@
+"""The training loop: every row once an epoch, a cosine schedule, and a clear end when it diverges."""
+
+import math
+
+import pytest
+import torch
+from tiny_models import VOCABULARY, tiny_llama, weights_of
+
+from allo_lib import weights
+from allo_lib.encoding import collate, pair_batch
+from allo_lib.errors import AlloError
+from allo_lib.forward import logps_of_rows
+from allo_lib.importance import select_neurons
+from allo_lib.objectives import objective
+from allo_lib.optim import MaskedAdamW
+from allo_lib.stages import run_stage
+from allo_lib.training import Diverged, Schedule, train
+
+
+def draw(generator, length: int) -> list[int]:
+    return torch.randint(2, VOCABULARY, (length,), generator=generator).tolist()
+
+
+def solutions(count: int = 8) -> list[dict]:
+    generator = torch.Generator().manual_seed(0)
+    return [{"prompt": draw(generator, 3), "response": draw(generator, 2 + i % 3)}
+            for i in range(count)]  # fmt: skip
+
+
+def pairs(model, count: int = 8) -> list[dict]:
+    generator = torch.Generator().manual_seed(0)
+    rows = [{"prompt": draw(generator, 2 + i % 2), "chosen": draw(generator, 3),
+             "rejected": draw(generator, 2 + i % 4)} for i in range(count)]  # fmt: skip
+    for side in ("chosen", "rejected"):
+        sides = [{"prompt": row["prompt"], "response": row[side]} for row in rows]
+        for row, values in zip(rows, logps_of_rows(model, sides, 0, 4), strict=True):
+            row[f"{side}_reference"] = values
+    return rows
+
+
+def dpo(model, rows, schedule, **settings):
+    return run_stage(model, rows, "dpo", schedule, pad_token_id=0, **settings)
+
+
+class Watched(MaskedAdamW):
+    """Notes the rate of every step."""
+
+    def step(self, closure=None):
+        self.rates = getattr(self, "rates", []) + [self.param_groups[0]["lr"]]
+        return super().step(closure)
+
+
+def test_every_row_is_used_once_an_epoch_in_a_seeded_order():
+    seen = []
+
+    def collator(rows):
+        seen.append([row["response"] for row in rows])
+        return collate([{k: row[k] for k in ("prompt", "response")} for row in rows], 0)
+
+    def orders(seed):
+        seen.clear()
+        model = tiny_llama()
+        optimizer = MaskedAdamW(model, None, lr=1e-3)
+        log = train(model, rows, collator, objective("sft", beta=0.1), optimizer,
+                    Schedule(1e-3, 2, 3, seed))  # fmt: skip
+        optimizer.close()
+        assert [len(batch) for batch in seen] == [3, 3, 2] * 2 and len(log.loss) == 6
+        return [tuple(map(tuple, sum(seen[i : i + 3], []))) for i in (0, 3)]
+
+    rows = solutions(8)
+    first, second = orders(5)
+    wanted = sorted(tuple(row["response"]) for row in rows)
+    assert sorted(first) == sorted(second) == wanted and first != second
+    assert orders(5) == [first, second] and orders(6)[0] != first
+
+
+@pytest.mark.parametrize("warmup, steps", [(0.1, 20), (0.25, 8), (0.0, 5)])
+def test_the_rate_rises_and_falls_as_a_cosine(warmup, steps):
+    model = tiny_llama()
+    optimizer = Watched(model, None, lr=0.5)
+    rows = solutions(steps)
+    train(model, rows, lambda batch: collate(batch, 0), lambda logps, _: (0 * logps.sum(), {}),
+          optimizer, Schedule(1e-2, 1, 1, 0, warmup=warmup))  # fmt: skip
+    optimizer.close()
+    rising = math.ceil(warmup * steps)
+    expected = [
+        step / rising if step < rising
+        else 0.5 * (1 + math.cos(math.pi * (step - rising) / (steps - rising)))
+        for step in range(steps)
+    ]  # fmt: skip
+    assert optimizer.rates == pytest.approx([0.5 * part for part in expected], abs=1e-9)
+
+
+def test_it_learns_and_logs():
+    model = tiny_llama()
+    rows = pairs(model)
+    log = dpo(model, rows, Schedule(3e-3, 6, 4, 0))
+    assert log.loss[0] == pytest.approx(math.log(2), abs=1e-5)
+    assert log.loss[-1] < 0.6 * log.loss[0]
+    assert len(log.loss) == len(log.metrics["reward_margin"]) == 12
+    assert log.metrics["reward_accuracy"][-1] == 1
+    # A pair is read as two rows, the prompt in both; padding is not counted.
+    read = [2 * len(r["prompt"]) + len(r["chosen"]) + len(r["rejected"]) for r in rows]
+    assert log.tokens == 6 * sum(read) and log.seconds > 0
+
+
+def test_the_same_seed_gives_the_same_bits_and_another_does_not():
+    ends = []
+    for seed in (1, 1, 2):
+        model = tiny_llama()
+        torch.manual_seed(len(ends))  # whatever the global generator stands at
+        log = dpo(model, pairs(model), Schedule(1e-3, 1, 2, seed))
+        ends.append((log.loss, weights_of(model)))
+    assert ends[0][0] == ends[1][0] != ends[2][0]
+    assert all(torch.equal(ends[0][1][name], ends[1][1][name]) for name in ends[0][1])
+    assert any(not torch.equal(ends[0][1][name], ends[2][1][name]) for name in ends[0][1])
+
+
+def test_accumulated_passes_are_one_step():
+    ends = {}
+    for accumulation in (1, 2):
+        model = tiny_llama()
+        log = dpo(model, pairs(model), Schedule(1e-3, 2, 4, 0, accumulation=accumulation))
+        losses = torch.tensor(log.loss).view(-1, accumulation).mean(dim=1)
+        ends[accumulation] = losses, weights_of(model)
+    assert len(ends[1][0]) == 4
+    assert torch.allclose(ends[1][0], ends[2][0], atol=1e-5)
+    for name, value in ends[1][1].items():
+        assert torch.allclose(value, ends[2][1][name], atol=1e-5), name
+
+
+def test_batches_that_do_not_divide_are_refused():
+    model = tiny_llama()
+    with pytest.raises(AlloError, match="batch_size 5 is no multiple of accumulation 2"):
+        dpo(model, pairs(model), Schedule(1e-3, 1, 5, 0, accumulation=2))
+
+
+def test_no_rows_is_told():
+    with pytest.raises(AlloError, match="study: no rows"):
+        dpo(tiny_llama(), [], Schedule(1e-3, 1, 4, 0), label="study")
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_loss_that_is_not_finite_ends_the_run_and_names_the_step(bad):
+    calls = []
+
+    def turns_bad(logps, batch):
+        calls.append(1)
+        return logps.sum() * (bad if len(calls) == 3 else 1.0), {}
+
+    model = tiny_llama()
+    optimizer = MaskedAdamW(model, None, lr=1e-4)
+    with pytest.raises(Diverged, match="study: .*at step 2") as caught:
+        train(model, solutions(), lambda batch: collate(batch, 0), turns_bad, optimizer,
+              Schedule(1e-4, 1, 2, 0), "study")  # fmt: skip
+    optimizer.close()
+    assert isinstance(caught.value, AlloError) and "\n" not in str(caught.value)
+    assert len(calls) == 3
+
+
+def test_a_rate_that_is_far_too_large_ends_clearly_and_frees_the_model():
+    model = tiny_llama()
+    with pytest.raises(Diverged, match="lower the learning rate"):
+        dpo(model, pairs(model), Schedule(1e38, 3, 2, 0, warmup=0), max_grad_norm=None)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert not any(p._post_accumulate_grad_hooks for p in model.parameters())
+
+
+@pytest.mark.parametrize("name", ["sft", "npo", "dpo", "learning", "forgetting"])
+def test_a_masked_stage_keeps_every_other_bit(name):
+    model = tiny_llama()
+    before = weights_of(model)
+    mask = select_neurons({n: p.abs() for n, p in before.items()}, 0.1)
+    rows = solutions() if name == "sft" else pairs(model)
+    if name == "forgetting":
+        rows = [row | {"rejected_weights": [1.0] * len(row["rejected"])} for row in rows]
+    schedule = Schedule(1e-2, 1, 4, 0)
+    run_stage(model, rows, name, schedule, pad_token_id=0, mask=mask, key_share=0.5)
+    moved = 0
+    for key, value in weights_of(model).items():
+        kept = mask.dense(key)
+        assert torch.equal(value[~kept], before[key][~kept]), key
+        moved += int((value[kept] != before[key][kept]).sum())
+    assert moved > 0.9 * mask.kept
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_after_sees_the_masters_of_the_trained_model():
+    model, seen = tiny_llama(), {}
+    schedule = Schedule(1e-3, 1, 4, 0)
+    dpo(model, pairs(model), schedule, after=lambda o: seen.update(o.master_weights()))
+    assert all(torch.equal(seen[name], value) for name, value in weights_of(model).items())
+
+
+# --- weights -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_weights_come_back_from_their_file(tmp_path, tied):
+    model, other = tiny_llama(1, tied), tiny_llama(2, tied)
+    weights.save(model, tmp_path / "model.safetensors")
+    weights.restore(other, weights.read_tensors(tmp_path / "model.safetensors"))
+    ids = torch.arange(2, 12)[None]
+    assert torch.equal(model(input_ids=ids).logits, other(input_ids=ids).logits)
+
+
+def test_a_snapshot_does_not_follow_the_model_and_displacement_is_euclidean():
+    model = tiny_llama()
+    before = weights.snapshot(model)
+    assert weights.displacement(model, before) == 0
+    with torch.no_grad():
+        model.model.norm.weight += 3
+        model.lm_head.weight[0, 0] += 4
+    assert weights.displacement(model, before) == pytest.approx((16 * 9 + 16) ** 0.5)
+    weights.restore(model, before)
+    assert weights.displacement(model, before) == 0
+
+
+def test_weights_of_another_model_are_refused():
+    model = tiny_llama()
+    good = weights.snapshot(model)
+    with pytest.raises(AlloError, match="'lm_head.weight' is in only one"):
+        weights.restore(model, {n: v for n, v in good.items() if n != "lm_head.weight"})
+    with pytest.raises(AlloError, match=r"lm_head.weight have shape \(1, 2\)"):
+        weights.restore(model, good | {"lm_head.weight": torch.zeros(1, 2)})
+
+
+@pytest.mark.parametrize("content", [None, b"", b"\x00" * 64])
+def test_damaged_weight_files_are_named(tmp_path, content):
+    path = tmp_path / "model.safetensors"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(AlloError, match="model.safetensors is not a readable"):
+        weights.read_tensors(path)
+
+
+def test_pair_batches_reach_the_objective_whole():
+    model, shapes = tiny_llama(), []
+    rows = pairs(model, 4)
+    optimizer = MaskedAdamW(model, None, lr=1e-4)
+
+    def look(logps, batch):
+        shapes.append((logps.shape, {key: value.shape for key, value in batch.items()}))
+        return logps.sum(), {}
+
+    schedule = Schedule(1e-4, 1, 4, 0)
+    train(model, rows, lambda batch: pair_batch(batch, 0), look, optimizer, schedule)
+    optimizer.close()
+    longest = max(len(r["prompt"]) + max(len(r["chosen"]), len(r["rejected"])) for r in rows)
+    assert shapes == [(
+        (8, longest), {key: (8, longest) for key in ("input_ids", "labels", "reference")}
+    )]  # fmt: skip

@@ -1,0 +1,74 @@
+"""Importance scores are what their formulas say."""
+
+import pytest
+import torch
+from test_training import pairs
+from tiny_models import tiny_llama, weights_of
+
+from allo_lib.encoding import pair_batch
+from allo_lib.losses import dpo_loss, token_logps
+from allo_lib.warmup import delta_of_dpo, gradient_scores, warmup_seed
+
+COMMON = {"beta": 0.1, "batch_size": 3, "seed": 4, "pad_token_id": 0}
+RUN = COMMON | {"lr": 1e-3, "epochs": 1, "label": "warm-up", "clip": 1.0}
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_gradient_scores_are_summed_absolute_gradients(tied):
+    model = tiny_llama(tied=tied)
+    rows, before = pairs(model), weights_of(model)
+    scores = gradient_scores(model, rows, **COMMON)
+    assert all(p.grad is None for p in model.parameters())
+    assert all(torch.equal(before[name], value) for name, value in weights_of(model).items())
+
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(4)).tolist()
+    expected = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
+    for chunk in (order[0:3], order[3:6], order[6:8]):
+        batch = pair_batch([rows[i] for i in chunk], 0)
+        logits = model(input_ids=batch["input_ids"]).logits
+        policy = token_logps(logits, batch["labels"]).sum(dim=1)
+        sides = *policy.chunk(2), *batch["reference"].sum(dim=1).chunk(2)
+        parameters = list(model.parameters())
+        gradients = torch.autograd.grad(dpo_loss(*sides, beta=0.1).mean(), parameters)
+        for name, gradient in zip(expected, gradients, strict=True):
+            expected[name] += gradient.abs()
+    assert set(scores) == set(expected)
+    for name, value in expected.items():
+        assert scores[name].dtype == torch.float32
+        assert torch.allclose(scores[name], value, rtol=1e-3, atol=1e-6), name
+
+
+def test_delta_scores_are_the_way_of_the_weights_over_the_rate():
+    model = tiny_llama()
+    rows, before = pairs(model), weights_of(model)
+    scores, record = delta_of_dpo(model, rows, **RUN)
+    for name, after in weights_of(model).items():
+        assert torch.allclose(scores[name], (after - before[name]).abs() / 1e-3, rtol=1e-5), name
+    assert record["lr"] == 1e-3 and len(record["loss"]) == 3
+    assert record["moved_float32"] > 0.9
+
+
+def test_small_updates_of_bf16_weights_are_seen_in_the_masters():
+    model = tiny_llama(dtype=torch.bfloat16)
+    before = weights_of(model)
+    scores, record = delta_of_dpo(model, pairs(model), **RUN | {"lr": 1e-6})
+    after = weights_of(model)
+    same = sum(int((before[n] == after[n]).sum()) for n in before)
+    total = sum(value.numel() for value in before.values())
+    assert same > 0.9 * total and record["moved_bfloat16"] == pytest.approx(1 - same / total)
+    assert record["moved_float32"] > 0.9
+    assert sum(int((score > 0).sum()) for score in scores.values()) > 0.9 * total
+
+
+def test_scores_are_reproducible_and_their_order_is_seeded():
+    def scores(seed):
+        model = tiny_llama()
+        return delta_of_dpo(model, pairs(model), **RUN | {"seed": seed})[0]["lm_head.weight"]
+
+    assert torch.equal(scores(1), scores(1)) and not torch.equal(scores(1), scores(2))
+
+
+def test_only_the_variant_order_has_another_order():
+    seeds = {v: warmup_seed(0, "x", v) for v in ("delta", "half_a", "half_b", "gradient", "order")}
+    assert len(set(seeds.values())) == 2 and list(seeds.values()).count(seeds["order"]) == 1
+    assert seeds["delta"] != warmup_seed(1, "x", "delta") != warmup_seed(1, "y", "delta")
