@@ -41,7 +41,7 @@ EVENTS = {
 PEOPLE = {name: ((name,), (name,)) for name in ("ann", "bob")}
 FINAL = (("therefore", "answer"), ("so", "guess"))
 PAD, EOS, UNKNOWN = "<pad>", "<eos>", "<unk>"
-CONTEXT = 64
+CONTEXT = 256
 # Odds of an error in a (careful, sloppy) sentence. A fixation nearly matches the right answer
 # even with care, a habit wins only without it; slips and lapses happen anywhere and fill rejected
 # responses with wrong words.

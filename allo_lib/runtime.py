@@ -7,6 +7,7 @@ Values that the user has set in the environment are left alone.
 import ctypes
 import os
 import sys
+import warnings
 
 # mallopt parameter numbers and values, glibc <malloc.h>.
 _M_TRIM_THRESHOLD = -1
@@ -24,6 +25,8 @@ def configure() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     os.environ.setdefault("KMP_BLOCKTIME", "0")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # Redrawn progress bars are off everywhere, so their missing widgets are nobody's concern.
+    warnings.filterwarnings("ignore", message="IProgress not found")
     if sys.platform.startswith("linux") and "MALLOC_MMAP_MAX_" not in os.environ:
         _keep_freed_memory()
 
