@@ -80,11 +80,12 @@ def _stage_inputs(study: Study, name: str, stages: tuple[Stage, ...]) -> dict:
 def _make_result(study: Study, name: str, method: str, folder: Path) -> None:
     stages = stages_of(method, study.profile)
     tried: list[Tried] = []
-    candidates = {}
+    candidates, records = {}, {}
 
     def evaluate(rates: Rates) -> float:
         candidates[rates] = _candidate(study, name, stages, rates)
-        return candidates[rates].json()["dev"]
+        records[rates] = candidates[rates].json()
+        return records[rates]["dev"]
 
     if method.endswith(PAPER_PROTOCOL):
         # The paper's protocol: every mask at the one rate that plain DPO likes best.
@@ -97,12 +98,13 @@ def _make_result(study: Study, name: str, method: str, folder: Path) -> None:
     chosen = best(tried)
     if chosen.score == DIVERGED:
         raise AlloError(f"{name}, {method}: every learning rate of the search diverged; lower `rates`")
-    record = candidates[chosen.rates].json()
+    record = dict(records[chosen.rates])
     record |= {"method": method, "rates": list(chosen.rates), "tried": [
         {"rates": list(one.rates), "dev": one.score} | {
-            key: candidates[one.rates].json()[key] for key in ("displacement", "train_margin")}
+            key: records[one.rates][key] for key in ("displacement", "train_margin")}
         for one in tried]}  # fmt: skip
-    record |= _measure(study, name, study.load(candidates[chosen.rates]))
+    # Asked for anew: a method of the same stages may have run beside this one and dropped it.
+    record |= _measure(study, name, study.load(_candidate(study, name, stages, chosen.rates)))
     write_json(folder / "record.json", record)
     kept = method.removesuffix(PAPER_PROTOCOL) in KEPT
     for rates, artifact in candidates.items():

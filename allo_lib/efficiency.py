@@ -16,6 +16,7 @@ import torch
 from allo_lib import weights
 from allo_lib.config import Profile
 from allo_lib.encoding import pair_batch
+from allo_lib.errors import AlloError
 from allo_lib.forward import response_logps
 from allo_lib.importance import select_neurons
 from allo_lib.objectives import objective
@@ -96,12 +97,18 @@ def measure(study: Study, name: str) -> list[dict]:
         arguments = (theirs, study.profile, study.seed, str(study.results_dir), study.data_dir)
         process = context.Process(target=_worker, args=(*arguments, name, variant), daemon=True)
         process.start()
+        theirs.close()  # so that the end of the process ends a wait for it
         workers[variant] = (process, ours)
     try:
         for _, pipe in workers.values():
             pipe.recv()
         seconds = _take_turns(workers, study.profile.compute.timing_repeats)
         return [_row(variant, workers[variant][1], seconds[variant]) for variant in VARIANTS]
+    except EOFError:
+        raise AlloError(
+            "a process that measures the cost of a step ended before its time; free memory or see "
+            "what it printed, and run again"
+        ) from None
     finally:
         for process, _ in workers.values():
             process.terminate()

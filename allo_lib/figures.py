@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from allo_lib.claims import MARGIN
 from allo_lib.figure_style import GREY, PALETTE, VERDICT_STYLE, save, subplots
@@ -191,7 +192,7 @@ def rate_sweep(
         best, style = int(np.argmax(values)), _series(i)
         axis.plot(rates, 100 * values, label=f"{label}: best {rates[best]:.2g}", **style)
         axis.plot(rates[best], 100 * values[best], "o", ms=12, mfc="none", mec=style["color"])
-    axis.set_xscale("log")
+    _log_x(axis)
     axis.set(xlabel="learning rate (ring: best of the arm)", ylabel=ylabel, title=title)
     axis.legend(loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
@@ -206,7 +207,7 @@ def displacement_curve(
 ) -> Figure:
     """Accuracy at equal displacement or margin: `arms[label]` = (x, accuracy as a fraction) points.
 
-    `x` is "displacement" (the 2-norm of theta' - theta) or "margin" (held-out reward margin);
+    `x` is "displacement" (the 2-norm of theta' - theta) or "margin" (of the training pairs);
     `start` is the starting model's accuracy.
     """
     figure, axis = subplots()
@@ -217,11 +218,11 @@ def displacement_curve(
         axis.axhline(100 * start, color=GREY, ls=":", label="before alignment")
     names = {
         "displacement": r"displacement $\|\theta' - \theta\|_2$",
-        "margin": "held-out reward margin (nats)",
+        "margin": "training reward margin (nats), last quarter of the steps",
     }
     axis.set(xlabel=names[x], ylabel=ylabel, title=title)
     if min(where for points in arms.values() for where, _ in points) > 0:
-        axis.set_xscale("log")
+        _log_x(axis)
     axis.legend(loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
 
@@ -419,6 +420,14 @@ def _series(position: int) -> dict[str, str]:
         "marker": markers[position % len(markers)],
         "lw": 1.5,
     }
+
+
+def _log_x(axis) -> None:
+    """A logarithmic x axis whose labels (1, 2, 5 in each decade) never run into each other."""
+    axis.set_xscale("log")
+    axis.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.xaxis.set_minor_formatter(NullFormatter())
 
 
 def _running_mean(values: Sequence[float], window: int) -> np.ndarray:

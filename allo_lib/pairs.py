@@ -151,14 +151,15 @@ def _pairs_of(study, task, question, right, wrong, most: int) -> list[dict]:
 def _given_pairs(study, name: str, split: str = "train") -> tuple[list[dict], dict]:
     """Human pairs; the chosen reply stands in for the solution and for the correction."""
     domain = study.domain(name)
-    rows = []
+    rows, count = [], 0
     for dataset in domain.datasets:
         given = realdata.load_rows(dataset, split, study.data_dir)
+        count += len(given)
         pairs = realdata.preference_pairs(given, study.tokenizer, domain.max_length)
         rows += [_given(dataset, split, number, pair) for number, pair in enumerate(pairs)]
     if split == "train":
         random.Random(derive(study.seed, "rows", name)).shuffle(rows)
-    return rows, {"given": len(given), "pairs": len(rows)}
+    return rows, {"given": count, "pairs": len(rows)}
 
 
 def _given(dataset: str, split: str, number: int, pair: dict) -> dict:

@@ -4,7 +4,6 @@ Workers only fill the store. What they compute is read from there, so that a res
 on how many of them there were.
 """
 
-import multiprocessing
 import os
 import sys
 import time
@@ -15,6 +14,7 @@ from allo_lib import arms
 from allo_lib.config import Profile
 from allo_lib.methods import PAPER_PROTOCOL
 from allo_lib.study import Study
+from allo_lib.workers import fork_server
 
 # Rows that read the trained model of another row, which has to be there first.
 _AFTER_DPO = ("allo_key_reference",)
@@ -23,12 +23,14 @@ _AFTER_DPO = ("allo_key_reference",)
 def run_methods(study: Study, name: str, methods: list[str]) -> dict[str, dict]:
     """Results of methods on a domain, in the order asked; missing ones are trained first."""
     missing = [method for method in methods if not arms.is_done(study, name, method)]
+    groups = [missing]
     later = [m for m in missing if m.endswith(PAPER_PROTOCOL) or m in _AFTER_DPO]
-    if later and not arms.is_done(study, name, "dpo") and "dpo" not in missing:
-        missing.insert(0, "dpo")
-    prepare(study, name)
-    for group in ([m for m in missing if m not in later], later):
-        _run_group(study, name, group)
+    if later and not arms.is_done(study, name, "dpo"):
+        first = [m for m in missing if m not in later]
+        groups = [first if "dpo" in first else ["dpo", *first], later]
+    if missing:
+        prepare(study, name)
+        _run_groups(study, name, groups)
     return {method: arms.result(study, name, method) for method in methods}
 
 
@@ -40,29 +42,31 @@ def prepare(study: Study, name: str) -> None:
     study.keep_probabilities(name, "train")
 
 
-def _run_group(study: Study, name: str, methods: list[str]) -> None:
-    workers = min(study.profile.compute.workers, os.cpu_count() or 1, len(methods))
+def _run_groups(study: Study, name: str, groups: list[list[str]]) -> None:
+    """Train the methods of each group side by side, one group after the other."""
+    most = max(map(len, groups))
+    workers = min(study.profile.compute.workers, os.cpu_count() or 1, most)
     started = time.perf_counter()
     if workers < 2:
-        for method in methods:
+        for method in (method for group in groups for method in group):
             _tell(method, arms.result(study, name, method), started)
         return
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["allo_lib.parallel"])
-    with ProcessPoolExecutor(workers, mp_context=context) as pool:
-        waiting = {
-            pool.submit(_in_worker, study.profile, study.seed, str(study.results_dir),
-                        study.data_dir, name, method): method
-            for method in methods
-        }  # fmt: skip
-        try:
-            for future in as_completed(waiting):
-                future.result()
-                _tell(waiting[future], arms.result(study, name, waiting[future]), started)
-        except BaseException:
-            for future in waiting:
-                future.cancel()
-            raise
+    with ProcessPoolExecutor(workers, mp_context=fork_server()) as pool:
+        for group in groups:
+            _wait_for_group(pool, study, name, group, started)
+
+
+def _wait_for_group(pool, study: Study, name: str, group: list[str], started: float) -> None:
+    settings = (study.profile, study.seed, str(study.results_dir), study.data_dir)
+    waiting = {pool.submit(_in_worker, *settings, name, method): method for method in group}
+    try:
+        for future in as_completed(waiting):
+            future.result()
+            _tell(waiting[future], arms.result(study, name, waiting[future]), started)
+    except BaseException:
+        for future in waiting:
+            future.cancel()
+        raise
 
 
 def _in_worker(profile: Profile, seed: int, results_dir: str, data_dir, name, method) -> None:

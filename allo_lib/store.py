@@ -75,7 +75,10 @@ class Store:
     def drop(self, artifact: Artifact) -> None:
         """Delete an artifact that nothing needs any more; making it again stays possible."""
         self._checked.pop(artifact.path, None)
-        shutil.rmtree(artifact.path, ignore_errors=True)
+        aside = artifact.path.with_name(f".{artifact.key}.{uuid.uuid4().hex[:8]}")
+        with contextlib.suppress(OSError):  # at once, so that nobody reads half of it
+            artifact.path.rename(aside)
+        shutil.rmtree(aside, ignore_errors=True)
 
     def _read(self, kind: str, key: str, path: Path) -> Artifact | None:
         if not path.is_dir():

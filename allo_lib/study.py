@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from allo_lib import importance, models, rewriter, token_rewards, weights
+from allo_lib import importance, models, rewriter, token_rewards, weights, workers
 from allo_lib.config import Domain, Profile, load_profile
 from allo_lib.encoding import encode_pairs, encode_prompt, encode_response
 from allo_lib.errors import AlloError
@@ -57,6 +57,8 @@ class Study:
         root = Path(__file__).resolve().parent.parent
         folder = Path(results_dir) if results_dir else root / "results" / loaded.name
         check_folder(folder, loaded)
+        if loaded.compute.workers > 1:
+            workers.start_early()
         return cls(loaded, seed, folder, os.environ.get("ALLO_DATA"))
 
     # --- models ------------------------------------------------------------------------------

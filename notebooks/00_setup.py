@@ -32,7 +32,7 @@ results_dir = ""  # "" is results/<profile>
 overrides = {}  # profile keys to change, dotted: {"domains.miniature.epochs": 2}
 
 # %%
-from allo_lib import analysis, arms, figures, parallel
+from allo_lib import analysis, figures, parallel, results
 from allo_lib.notebook import percent, say, show, table
 from allo_lib.study import Study
 
@@ -114,15 +114,19 @@ table([{"": key, "text": str(pair[key])} for key in ("prompt", "chosen", "reject
 #
 # Plain DPO is trained from $\theta$ on the pairs, at the best of equally many learning rates on the
 # development split (never on the test split). If it did not rank held-out pairs better than chance,
-# or ended near 100%, no method could be told from another.
+# or ended near 100%, no method could be told from another. RFT, which imitates the right responses
+# ([arXiv 2308.01825](https://arxiv.org/abs/2308.01825)), shows what the chosen side alone is worth.
 
 # %%
 for name in study.profile.domains:
-    found = parallel.run_methods(study, name, ["sft_base", "dpo", "dpo_long"])
+    asked = ["sft_base", "dpo", "dpo_long", "rft"]
+    asked = asked[:2] + [m for m in asked[2:] if m in results.methods_of(study, name)]
+    found = parallel.run_methods(study, name, asked)
     (before, error), (after, error_after) = (analysis.score_of(found[m]) for m in ("sft_base", "dpo"))
     say(f"**{name}**: the SFT model scores {percent(before)} (standard error {percent(error)}), DPO "
         f"{percent(after)} ({percent(error_after)}), with held-out reward accuracy "
-        f"{percent(analysis.reward_accuracy(found['dpo']))}.")
+        f"{percent(analysis.reward_accuracy(found['dpo']))}. The others: "
+        + ", ".join(f"{m} {percent(analysis.score_of(found[m])[0])}" for m in asked[2:]) + ".")
 
 # %%
 for name in study.profile.domains:

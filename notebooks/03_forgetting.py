@@ -57,8 +57,8 @@ print(float(npo_loss(logps, logps, weights, beta=0.1)), 2 / 0.1 * math.log(2))
 # %%
 found = {}
 for name in study.profile.domains:
-    asked = [m for m in ("sft_base", "allo", "allo_no_learning")
-             if m in results.methods_of(study, name)]
+    asked = ["sft_base", *(m for m in ("allo", "allo_no_learning")
+                           if m in results.methods_of(study, name))]
     found[name] = parallel.run_methods(study, name, asked)
     losses = {f"first stage of {m}": [found[name][m]["loss"][0]] for m in asked[1:]}
     figure = figures.loss_curves(losses, title=f"forgetting, {name}", ylabel="NPO loss")

@@ -43,6 +43,7 @@ study = Study.open(profile, seed, results_dir, overrides)
 # With both masks whole the loss equals DPO's; at the reference it is $\ln 2$.
 
 # %%
+torch.manual_seed(0)
 ratios, whole = torch.randn(2, 3, 6), torch.ones(3, 6, dtype=torch.bool)
 sums, zero = ratios.sum(dim=2), torch.zeros(3)
 print(token_dpo_loss(*ratios, whole, whole), dpo_loss(*sums, zero, zero))
@@ -53,11 +54,12 @@ print(float(dpo_loss(zero, zero, zero, zero)[0]), math.log(2))
 #
 # ALLO gets as many trained models as every other method: three learning rates of learning, then two
 # of forgetting beside the best. Its controls are DPO at one epoch (`dpo`) and at as many updates as
-# both stages together (`dpo_long`), and learning alone with as many updates (`allo_no_forgetting`).
+# both stages together (`dpo_long`), learning alone with as many updates (`allo_no_forgetting`), and
+# ALLO whose learning uses all tokens of the rejected response (`allo_all_tokens_learning`).
 
 # %%
-asked = ["sft_base", "dpo", "dpo_long", "allo", "allo_no_forgetting"]
-controls = {name: [m for m in asked if m in results.methods_of(study, name)]
+asked = ["dpo", "dpo_long", "allo", "allo_no_forgetting", "allo_all_tokens_learning"]
+controls = {name: ["sft_base", *(m for m in asked if m in results.methods_of(study, name))]
             for name in study.profile.domains}
 found = {name: parallel.run_methods(study, name, controls[name]) for name in study.profile.domains}
 for name in study.profile.domains:

@@ -16,8 +16,11 @@
 #
 # **Question.** ALLO has several parts: a mask, two stages, two choices of tokens, a reward model. Each
 # row here changes one of them and keeps the rest, with the same search and the same number of
-# updates (C6, C7, C9). Differences are taken on the same problems; intervals are 95%, by the paired
-# bootstrap over this seed's problems. All seeds together are in 06_evaluation.
+# updates (C6, C7, C9). With $a_i$ and $b_i$ saying (1 or 0) whether the changed method and ALLO are
+# right on problem $i$ of $n$, the effect of the change is
+# $$\hat\delta = \frac{1}{n}\sum_{i=1}^{n} (a_i - b_i).$$
+# Intervals are 95%, by the paired bootstrap over this seed's problems. All seeds together are in
+# 06_evaluation.
 
 # %% tags=["parameters"]
 profile = "tiny"  # name, or path of a YAML file

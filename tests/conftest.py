@@ -62,9 +62,18 @@ def project(tmp_path):
 
 @pytest.fixture(scope="session")
 def tiny_study(tmp_path_factory):
-    """A study whose SFT model and pairs exist; tests add to its store and never change it."""
+    """A study whose SFT model, pairs and reference exist; tests may add to its store."""
     from tiny_study import open_study
 
     study = open_study(tmp_path_factory.mktemp("tiny_study"))
     study.encoded("miniature", "train")
+    shutil.copytree(study.results_dir, study.results_dir.with_name("tiny_study_begun"))
     return study
+
+
+@pytest.fixture
+def begun(tiny_study, tmp_path):
+    """A folder with a store of its own that holds what `tiny_study` began with."""
+    folder = tmp_path / "results"
+    shutil.copytree(tiny_study.results_dir.with_name("tiny_study_begun"), folder)
+    return folder

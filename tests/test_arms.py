@@ -1,6 +1,7 @@
 """Methods on the seconds-long study: what is trained, what is kept, what is measured."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -131,7 +132,7 @@ def test_both_stages_of_allo_keep_to_the_mask_and_start_at_their_own_zero(tiny_s
     assert learning[0] == pytest.approx(torch.tensor(2.0).log().item(), abs=1e-5)
 
 
-def test_a_candidate_is_the_same_bits_whatever_ran_before(tiny_study, tmp_path):
+def test_a_candidate_is_the_same_bits_whatever_ran_before(tiny_study, begun):
     stages, rates = stages_of("dpo", tiny_study.profile), (3e-4,)
     kept, first = candidate(tiny_study, stages, rates)
     record = kept.json()
@@ -141,7 +142,7 @@ def test_a_candidate_is_the_same_bits_whatever_ran_before(tiny_study, tmp_path):
     again, second = candidate(tiny_study, stages, rates)
     assert again.json() == record and again.key == kept.key
     assert all(torch.equal(first[name], second[name]) for name in first)
-    other = open_study(tmp_path)
+    other = open_study(begun)
     _, third = candidate(other, stages, rates)
     assert all(torch.equal(first[name], third[name]) for name in first)
 
@@ -218,8 +219,8 @@ def test_a_result_is_that_of_its_best_candidate(tiny_study):
     assert artifact.json()["dev"] == found["dev"]
 
 
-def test_only_the_models_that_notebooks_look_into_stay(tiny_study, tmp_path):
-    study = open_study(tmp_path)
+def test_only_the_models_that_notebooks_look_into_stay(begun):
+    study = open_study(begun)
     for method in ("dpo", "dpo_top10", "dpo_paper", "dpo_top10_paper"):
         arms.result(study, DOMAIN, method)
     left = [json.loads((path / "record.json").read_text())
@@ -237,8 +238,10 @@ def test_the_paper_s_protocol_runs_at_dpo_s_rate(tiny_study):
     assert {key: dpo[key] for key in same} == {key: paper[key] for key in same}
 
 
+@pytest.mark.slow
 def test_records_of_two_folders_are_equal(tiny_study, tmp_path):
     other = open_study(tmp_path)
+    assert other.pairs(DOMAIN) == tiny_study.pairs(DOMAIN)
     for method in ("sft_base", "dpo"):
         ours, theirs = (arms.result(study, DOMAIN, method) for study in (tiny_study, other))
         assert ours == theirs
@@ -254,53 +257,64 @@ def test_records_of_two_folders_are_equal(tiny_study, tmp_path):
         {"domains__miniature__test": 15},
         {"search__candidates": 3},
         {"method__beta": 0.2},
-        {"method__max_grad_norm": 0.5},
+        {"method__weight_decay": 0.1},
         {"domains__miniature__batch_size": 3},
         {"domains__miniature__epochs": 2},
-        {"compute__threads": 2},
     ],
 )
 def test_what_can_change_a_result_changes_its_key(tiny_study, change):
-    """A copy of the store: the shared artifacts are found, the result of DPO must not be."""
-    threads = torch.get_num_threads()
     changed = open_study(tiny_study.results_dir, **change)
+    assert changed.pairs(DOMAIN).key == tiny_study.pairs(DOMAIN).key  # found, not made anew
+    ours, theirs = (arms._method_inputs(study, DOMAIN, "dpo") for study in (tiny_study, changed))
+    assert ours != theirs
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"method__max_grad_norm": 0.5},
+        {"compute__threads": 2},
+        {"domains__miniature__sft": {"examples": 90}},
+        {"domains__miniature__pretrain": {"examples": 90}},
+        {"model__width": 32},
+    ],
+)
+def test_what_can_change_the_sft_model_changes_its_key(tiny_study, change, monkeypatch):
+    threads, asked = torch.get_num_threads(), []
     try:
-        ours, theirs = (
-            arms._method_inputs(study, DOMAIN, "dpo") for study in (tiny_study, changed)
-        )
+        changed = open_study(tiny_study.results_dir, **change)
+        for study in (tiny_study, changed):
+            monkeypatch.setattr(study.store, "get", lambda kind, given, make: asked.append(given))
+            study.sft(DOMAIN)
     finally:
         torch.set_num_threads(threads)
-    assert ours != theirs
+    assert asked[0] != asked[1]
 
 
 def test_the_development_split_is_part_of_a_candidate(tiny_study):
     """Its record holds the score on that split."""
     changed = open_study(tiny_study.results_dir, domains__miniature__dev=9)
     stages = stages_of("dpo", tiny_study.profile)
-    ours, theirs = (
-        arms._stage_inputs(study, DOMAIN, stages) for study in (tiny_study, changed)
-    )
+    ours, theirs = (arms._stage_inputs(study, DOMAIN, stages) for study in (tiny_study, changed))
     assert ours != theirs
 
 
-def test_a_rate_that_diverges_loses_and_all_of_them_are_told(tiny_study, monkeypatch, capsys):
+def test_a_rate_that_diverges_loses_and_all_of_them_are_told(begun, monkeypatch, capsys):
     def train_stage(study, name, stages, number, rate):
         if rate > limit:
             raise Diverged("the loss became nan at step 1; lower the learning rate")
         return real(study, name, stages, number, rate)
 
-    real, limit = arms._train_stage, 3e-4
+    study = open_study(begun)
+    centre = study.domain(DOMAIN).rates.dense
+    real, limit = arms._train_stage, centre / 4
     monkeypatch.setattr(arms, "_train_stage", train_stage)
-    centre = tiny_study.domain(DOMAIN).rates.random
-    assert centre / 2 > limit
-    with pytest.raises(AlloError, match="dpo_random10: every learning rate of the search diverged"):
-        arms.result(tiny_study, DOMAIN, "dpo_random10")
+    with pytest.raises(AlloError, match="npo: every learning rate of the search diverged"):
+        arms.result(study, DOMAIN, "npo")
+    assert not arms.is_done(study, DOMAIN, "npo")
     limit = centre * 0.75
-    for path in (tiny_study.store.folder / "candidate").iterdir():
-        if json.loads((path / "record.json").read_text())["dev"] == arms.DIVERGED:
-            tiny_study.store.drop(next(a for a in tiny_study.store._checked.values()
-                                       if a.path == path))  # fmt: skip
-    found = arms.result(tiny_study, DOMAIN, "dpo_random10")
+    shutil.rmtree(study.store.folder / "candidate")
+    found = arms.result(study, DOMAIN, "npo")
     assert found["rates"] == [centre / 2]
     assert [one["dev"] == arms.DIVERGED for one in found["tried"]] == [True, False]
     assert "lower the learning rate" in capsys.readouterr().out
@@ -309,8 +323,8 @@ def test_a_rate_that_diverges_loses_and_all_of_them_are_told(tiny_study, monkeyp
 # --- side by side ------------------------------------------------------------------------------
 
 
-def test_methods_come_in_the_order_asked_and_dpo_before_what_reads_it(tmp_path, monkeypatch):
-    study, made = open_study(tmp_path), []
+def test_methods_come_in_the_order_asked_and_dpo_before_what_reads_it(begun, monkeypatch):
+    study, made = open_study(begun), []
     real = arms.result
 
     def result(study, name, method):
@@ -328,8 +342,8 @@ def test_methods_come_in_the_order_asked_and_dpo_before_what_reads_it(tmp_path, 
 
 
 @pytest.mark.slow
-def test_workers_and_one_process_find_the_same(tiny_study, tmp_path):
-    study = open_study(tmp_path, compute__workers=2)
+def test_workers_and_one_process_find_the_same(tiny_study, begun):
+    study = open_study(begun, compute__workers=2)
     asked = ["dpo", "npo", "allo", "dpo_paper"]
     ours = parallel.run_methods(study, DOMAIN, asked)
     theirs = parallel.run_methods(tiny_study, DOMAIN, asked)
@@ -337,8 +351,8 @@ def test_workers_and_one_process_find_the_same(tiny_study, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_worker_s_error_reaches_the_user(tmp_path):
-    study = open_study(tmp_path, compute__workers=2)
+def test_a_worker_s_error_reaches_the_user(begun):
+    study = open_study(begun, compute__workers=2)
     with pytest.raises(AlloError, match="'orpo' is not known"):
         parallel._run_group(study, DOMAIN, ["orpo", "orpo2"])
 

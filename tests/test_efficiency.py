@@ -1,0 +1,94 @@
+"""The cost of a step: what is compared does the same arithmetic, and sizes are counted right."""
+
+import csv
+import math
+
+import pytest
+import torch
+from test_training import pairs
+from tiny_models import tiny_llama, weights_of
+
+from allo_lib import efficiency
+from allo_lib.encoding import pair_batch
+from allo_lib.errors import AlloError
+from allo_lib.forward import response_logps
+from allo_lib.importance import select_neurons
+from allo_lib.notebook import percent, table
+from allo_lib.objectives import objective
+from allo_lib.optim import MaskedAdamW
+
+
+def mask_of(model, share: float):
+    return select_neurons({name: p.detach().abs() for name, p in model.named_parameters()}, share)
+
+
+def steps(model, optimizer, count: int = 4) -> dict[str, torch.Tensor]:
+    loss, rows = objective("dpo", beta=0.1), pairs(tiny_llama())
+    for number in range(count):
+        batch = pair_batch(rows[2 * number : 2 * number + 2], 0)
+        loss(response_logps(model, batch["input_ids"], batch["labels"]), batch)[0].backward()
+        optimizer.step()
+    return weights_of(model)
+
+
+@pytest.mark.parametrize("share", [0.1, 1.0])
+def test_the_dense_mask_and_the_masked_optimizer_train_the_same(share):
+    """Else a comparison of their costs would compare different methods."""
+    ours, theirs = tiny_llama(), tiny_llama()
+    settings = dict(lr=1e-3)
+    masked = steps(ours, MaskedAdamW(ours, mask_of(ours, share), **settings))
+    dense = steps(theirs, efficiency.DenseMaskedAdamW(theirs, mask_of(theirs, share), **settings))
+    for name in masked:
+        assert torch.allclose(masked[name], dense[name], atol=2e-6), name
+    assert any(not torch.equal(masked[n], value) for n, value in weights_of(tiny_llama()).items())
+
+
+@pytest.mark.parametrize("dtype, per_entry", [(torch.float32, 2 + 8 + 4), (torch.bfloat16, 2 + 8 + 4 + 2)])
+def test_bytes_of_the_dense_mask(dtype, per_entry):
+    """bf16 mask, two float32 moments, the gradient, and masters where weights are bf16."""
+    model = tiny_llama(dtype=dtype)
+    count = sum(parameter.numel() for parameter in model.parameters())
+    optimizer = efficiency.DenseMaskedAdamW(model, mask_of(model, 0.1), lr=1e-3)
+    assert optimizer.state_bytes() == per_entry * count
+
+
+def test_a_ratio_of_columns_and_the_file(tmp_path):
+    row = dict.fromkeys(efficiency.COLUMNS, 2)
+    rows = [row | {"variant": "dense", "seconds_per_pair": "0.5"}, row | {"variant": "allo_row"}]
+    assert efficiency.ratio(rows, "allo_row", "dense", "seconds_per_pair") == 4
+    rows[0]["seconds_per_pair"] = 0
+    assert math.isnan(efficiency.ratio(rows, "allo_row", "dense", "seconds_per_pair"))
+    efficiency.write(rows, tmp_path / "tables" / "efficiency.csv")
+    with open(tmp_path / "tables" / "efficiency.csv", newline="") as file:
+        read = list(csv.DictReader(file))
+    assert [r["variant"] for r in read] == ["dense", "allo_row"]
+    assert tuple(read[0]) == efficiency.COLUMNS
+
+
+def _dies(*arguments):
+    raise SystemExit(3)
+
+
+def test_a_process_that_ends_early_is_told_and_not_waited_for(tiny_study, monkeypatch):
+    monkeypatch.setattr(efficiency, "_worker", _dies)
+    with pytest.raises(AlloError, match="ended before its time"):
+        efficiency.measure(tiny_study, "miniature")
+
+
+@pytest.mark.slow
+def test_every_variant_is_measured(tiny_study):
+    rows = efficiency.measure(tiny_study, "miniature")
+    assert [row["variant"] for row in rows] == list(efficiency.VARIANTS)
+    state = {row["variant"]: float(row["state_bytes_per_parameter"]) for row in rows}
+    assert state["allo_scalar"] == pytest.approx(2.0, rel=0.02)  # 20 bytes for a tenth
+    assert state["allo_scalar"] < state["dense"] < state["dense_masked"]
+    for row in rows:
+        low, middle, high = (float(row[f"seconds_per_pair{end}"]) for end in ("_low", "", "_high"))
+        assert 0 < low <= middle <= high and float(row["tokens_per_second"]) > 0
+        assert row["peak_bytes_above_model"] >= 0
+
+
+def test_notebooks_show_text_as_text(capsys):
+    table([{"prompt": "<script>alert(1)</script>", "share": 0.123456}])
+    assert "<script>" not in capsys.readouterr().out
+    assert percent(0.4567) == "45.7%" and percent(0.1, 0) == "10%"

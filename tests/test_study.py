@@ -1,0 +1,197 @@
+"""What all methods share: made once, kept, and never at the cost of the live model's weights."""
+
+import pytest
+import torch
+from tiny_study import DOMAIN, PROFILE, open_study
+
+from allo_lib import importance, rewriter, weights
+from allo_lib.errors import AlloError
+from allo_lib.forward import logps_of_rows
+from allo_lib.methods import stages_of
+from allo_lib.store import write_json
+from allo_lib.study import Study
+
+
+@pytest.mark.parametrize("seed", [-1, 1.0, "0", None, True])
+def test_bad_seeds_are_refused(tmp_path, seed):
+    with pytest.raises(AlloError, match="seed is .*, expected a whole number from 0"):
+        Study.open(str(PROFILE), seed, str(tmp_path))
+
+
+def test_unknown_profiles_keys_and_domains_are_refused(tmp_path, tiny_study):
+    with pytest.raises(AlloError, match="no profile 'tinny'"):
+        Study.open("tinny", 0, str(tmp_path))
+    with pytest.raises(AlloError, match="unknown key 'epoch'"):
+        Study.open(str(PROFILE), 0, str(tmp_path), {"domains.miniature.epoch": 2})
+    with pytest.raises(AlloError, match="domain 'maths' is not in seconds; expected miniature"):
+        tiny_study.domain("maths")
+
+
+def test_results_of_another_profile_are_left_alone(tmp_path):
+    write_json(tmp_path / "manifest.json", {"profile_hash": "0" * 64})
+    with pytest.raises(AlloError, match="holds results of profile hash 000000000000"):
+        open_study(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["manifest.json"]
+
+
+def test_nothing_is_written_before_it_is_needed(tmp_path):
+    open_study(tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+def test_results_go_beside_the_library_by_default():
+    study = Study.open("tiny")
+    assert study.results_dir.parts[-2:] == ("results", "tiny") and study.results_dir.is_absolute()
+
+
+# --- the live model ----------------------------------------------------------------------------
+
+
+USES = {
+    "reference": lambda study: study.encoded(DOMAIN, "heldout"),
+    "scores": lambda study: study.scores(DOMAIN),
+    "gradient": lambda study: study.scores(DOMAIN, "gradient"),
+    "mask": lambda study: study.mask(DOMAIN, "top", 0.3, "half_a"),
+    "reward model": lambda study: study.reward_model(DOMAIN, "shuffled"),
+    "probabilities": lambda study: study.keep_probabilities(DOMAIN, "train", "early"),
+    "weights": lambda study: study.forgetting_weights(
+        DOMAIN, stages_of("allo_rm_untrained", study.profile)[0]
+    ),
+}
+
+
+@pytest.mark.parametrize("what", USES)
+def test_what_is_made_on_the_way_gives_the_live_weights_back(begun, what):
+    """Asked for in the middle of a method's training, it must not change what is trained."""
+    study = open_study(begun)
+    model = study.load_sft(DOMAIN)
+    with torch.no_grad():
+        model.model.norm.weight += 1
+    before = weights.snapshot(model)
+    USES[what](study)
+    assert study.model is model and weights.displacement(model, before) == 0
+
+
+def test_the_sft_model_starts_from_the_loaded_weights_whatever_was_loaded_since(begun):
+    small = {"domains__miniature__pretrain": {"examples": 0},
+             "domains__miniature__sft": {"examples": 0}}  # fmt: skip
+    study = open_study(begun, **small)
+    untouched = weights.snapshot(study.model)
+    other = open_study(begun, **small)
+    with torch.no_grad():
+        other.model.model.norm.weight += 1
+    found = weights.read_tensors(other.sft(DOMAIN).file("model.safetensors"))
+    assert all(torch.equal(found[name], value) for name, value in untouched.items())
+
+
+def test_seeds_start_from_other_weights(tmp_path):
+    first, again, other = (open_study(tmp_path / str(i), seed=s) for i, s in enumerate((0, 0, 1)))
+    assert weights.displacement(first.model, weights.snapshot(again.model)) == 0
+    assert weights.displacement(first.model, weights.snapshot(other.model)) > 1
+
+
+# --- shared artifacts --------------------------------------------------------------------------
+
+
+def test_sft_learned_something(tiny_study):
+    record = tiny_study.sft(DOMAIN).json()
+    assert set(record) == {"pretrain", "sft"}
+    losses = record["pretrain"]["loss"]
+    assert sum(losses[-5:]) < 0.5 * sum(losses[:5])
+
+
+def test_the_reference_is_the_sft_model(tiny_study):
+    rows = tiny_study.encoded(DOMAIN, "train")
+    model = tiny_study.load_sft(DOMAIN)
+    pad = tiny_study.tokenizer.pad_token_id
+    for side in ("chosen", "rejected"):
+        sides = [{"prompt": row["prompt"], "response": row[side]} for row in rows]
+        for row, values in zip(rows, logps_of_rows(model, sides, pad, 4), strict=True):
+            assert row[f"{side}_reference"] == pytest.approx(values, abs=1e-5)
+
+
+def test_masks_are_exact_shares_of_their_scores(tiny_study):
+    scores = weights.read_tensors(tiny_study.scores(DOMAIN).file("scores.safetensors"))
+    total = sum(score.numel() for score in scores.values())
+    flat = torch.cat([score.flatten() for score in scores.values()])
+    for share in (0.01, 0.1, 0.5):
+        mask = tiny_study.mask(DOMAIN, "top", share)
+        assert (mask.kept, mask.total) == (round(share * total), total)
+        lowest = min(float(scores[n].flatten()[i].min()) for n, i in mask.indices.items() if len(i))
+        assert int((flat > lowest).sum()) < mask.kept <= int((flat >= lowest).sum())
+    top, last = (tiny_study.mask(DOMAIN, order, 0.1) for order in ("top", "bottom"))
+    assert top.overlap(last) == 0
+
+
+def test_score_variants_differ_as_they_should(tiny_study):
+    variants = ("delta", "order", "half_a", "half_b", "gradient", "magnitude")
+    found = {v: tiny_study.scores(DOMAIN, v) for v in variants}
+    masks = {v: tiny_study.mask(DOMAIN, "top", 0.1, v) for v in variants}
+    chance = importance.chance_overlap(0.1)
+    for variant in variants[1:]:
+        assert masks["delta"].overlap(masks[variant]) < 1
+    assert masks["delta"].overlap(masks["order"]) > 2 * chance
+    assert masks["half_a"].overlap(masks["half_b"]) > 1.2 * chance
+    count = len(tiny_study.pairs(DOMAIN).rows["mask"])
+    assert found["half_a"].json()["pairs"] + found["half_b"].json()["pairs"] == count
+    theta = weights.read_tensors(tiny_study.sft(DOMAIN).file("model.safetensors"))
+    magnitude = weights.read_tensors(found["magnitude"].file("scores.safetensors"))
+    assert all(torch.equal(magnitude[name], theta[name].abs()) for name in theta)
+
+
+def test_the_record_of_the_warm_up(tiny_study):
+    record = tiny_study.scores(DOMAIN).json()
+    method = tiny_study.profile.method
+    assert record["lr"] == tiny_study.domain(DOMAIN).rates.dense * method.warmup_rate_factor
+    assert record["loss"][0] == pytest.approx(torch.tensor(2.0).log().item(), abs=1e-5)
+    assert 0 < record["moved_bfloat16"] < record["moved_float32"] <= 1
+
+
+def test_reward_models_of_every_quality_have_their_probabilities(tiny_study):
+    rows = tiny_study.encoded(DOMAIN, "train")
+    found = {
+        quality: tiny_study.keep_probabilities(DOMAIN, "train", quality)
+        for quality in rewriter.QUALITIES
+    }
+    for values in found.values():
+        assert [len(value) for value in values] == [len(row["rejected"]) for row in rows]
+        assert all(0 <= p <= 1 for value in values for p in value)
+    assert all(found[q] != found["trained"] for q in rewriter.QUALITIES if q != "trained")
+    assert found["shuffled"] != found["untrained"]
+    assert tiny_study.reward_model(DOMAIN, "untrained") == tiny_study.sft(DOMAIN)
+
+
+def test_weights_follow_the_rule_of_the_stage(tiny_study):
+    allo = {m: stages_of(m, tiny_study.profile)[0] for m in ("allo", "allo_soft", "allo_released")}
+    chosen = {m: tiny_study.forgetting_weights(DOMAIN, stage) for m, stage in allo.items()}
+    for i, values in enumerate(tiny_study.keep_probabilities(DOMAIN, "train")):
+        assert chosen["allo"][i] == [float(p < 0.5) for p in values]
+        assert chosen["allo_soft"][i] == pytest.approx([1 - p for p in values], abs=1e-6)
+        assert chosen["allo_released"][i] == pytest.approx(values, abs=1e-6)
+    everything = stages_of("allo_all_tokens_forgetting", tiny_study.profile)[0]
+    assert {w for row in tiny_study.forgetting_weights(DOMAIN, everything) for w in row} == {1.0}
+
+
+def test_oracle_tokens_are_for_the_miniature_only(tiny_study, monkeypatch):
+    class Real:
+        def questions(self, split, count):
+            return []
+
+    monkeypatch.setattr(type(tiny_study), "task", lambda self, name: Real())
+    monkeypatch.setattr(type(tiny_study), "pair_questions", lambda self, name: {})
+    with pytest.raises(AlloError, match="only the generator of the miniature knows"):
+        tiny_study.oracle_tokens(DOMAIN, "train")
+
+
+def test_a_second_study_reads_what_the_first_made(begun, monkeypatch):
+    study = open_study(begun)
+    study.scores(DOMAIN), study.keep_probabilities(DOMAIN, "train")
+    again = open_study(begun)
+
+    def never(*args, **kwargs):
+        raise AssertionError("it is there and is made again")
+
+    monkeypatch.setattr("allo_lib.store.Store._make", never)
+    assert again.encoded(DOMAIN, "train") == study.encoded(DOMAIN, "train")
+    assert again.scores(DOMAIN) == study.scores(DOMAIN)
+    assert again.keep_probabilities(DOMAIN, "train") == study.keep_probabilities(DOMAIN, "train")
