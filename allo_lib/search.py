@@ -1,8 +1,9 @@
 """The learning-rate search: the same number of trained models for every method.
 
 One rate (methods of one stage): the centre, one factor below and above, then, as long as the best
-stands at an edge, one more beyond it; else the gaps beside the best are halved. Two rates: three
-values of the last stage's rate, then the first stage's rate below and above at the best of them.
+stands at an edge, one more beyond it; else the gaps beside the best are halved. Two rates: the same
+three values of the last stage's rate, one more beyond the best if that stands at an edge, then the
+first stage's rate below and above at the best of them.
 """
 
 import math
@@ -72,6 +73,10 @@ def _next_of_one(tried: list[Tried], factor: float) -> Rates:
 
 def _next_of_two(tried: list[Tried], factor: float) -> Rates:
     first, *rest = best(tried).rates
+    last = sorted({one.rates[-1] for one in tried})
+    if len(tried) == len(_COARSE) and rest[-1] in (last[0], last[-1]):
+        beyond = last[0] / factor if rest[-1] == last[0] else last[-1] * factor
+        return (first, *rest[:-1], beyond)
     at_best = sorted(one.rates[0] for one in tried if one.rates[1:] == tuple(rest))
     step = at_best[0] / factor if first == at_best[0] else at_best[-1] * factor
     if len(at_best) == 1:

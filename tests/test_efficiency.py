@@ -8,12 +8,12 @@ import torch
 from test_training import pairs
 from tiny_models import tiny_llama, weights_of
 
-from allo_lib import efficiency
+from allo_lib import efficiency, notebook
 from allo_lib.encoding import pair_batch
 from allo_lib.errors import AlloError
 from allo_lib.forward import response_logps
 from allo_lib.importance import select_neurons
-from allo_lib.notebook import percent, table
+from allo_lib.notebook import percent
 from allo_lib.objectives import objective
 from allo_lib.optim import MaskedAdamW
 
@@ -69,6 +69,7 @@ def _dies(*arguments):
     raise SystemExit(3)
 
 
+@pytest.mark.slow
 def test_a_process_that_ends_early_is_told_and_not_waited_for(tiny_study, monkeypatch):
     monkeypatch.setattr(efficiency, "_worker", _dies)
     with pytest.raises(AlloError, match="ended before its time"):
@@ -88,7 +89,10 @@ def test_every_variant_is_measured(tiny_study):
         assert row["peak_bytes_above_model"] >= 0
 
 
-def test_notebooks_show_text_as_text(capsys):
-    table([{"prompt": "<script>alert(1)</script>", "share": 0.123456}])
-    assert "<script>" not in capsys.readouterr().out
+def test_notebooks_show_text_as_text(monkeypatch):
+    shown = []
+    monkeypatch.setattr(notebook, "display", shown.append)
+    notebook.table([{"prompt": "<script>alert(1)</script>", "share": 0.123456}], "A caption.")
+    assert "&lt;script&gt;" in shown[0].data and "<script>" not in shown[0].data
+    assert "0.1235" in shown[0].data and shown[1].data == "*A caption.*"
     assert percent(0.4567) == "45.7%" and percent(0.1, 0) == "10%"
