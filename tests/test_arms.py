@@ -354,7 +354,7 @@ def test_workers_and_one_process_find_the_same(tiny_study, begun):
 def test_a_worker_s_error_reaches_the_user(begun):
     study = open_study(begun, compute__workers=2)
     with pytest.raises(AlloError, match="'orpo' is not known"):
-        parallel._run_group(study, DOMAIN, ["orpo", "orpo2"])
+        parallel._run_groups(study, DOMAIN, [["orpo", "orpo2"]])
 
 
 def test_every_known_method_has_a_rate_and_an_objective(profile):

@@ -39,10 +39,17 @@ def test_one_rate_halves_both_gaps_beside_the_best():
 
 
 def test_two_rates_first_settle_the_last_stage_then_the_first():
-    tried = search((1e-4, 1e-3), 5, 2.0, peak(1e-4, 2e-3))
+    tried = search((1e-4, 1e-3), 5, 2.0, peak(1e-4, 1e-3))
     assert rates_of(tried) == [
-        (1e-4, 1e-3), (1e-4, 5e-4), (1e-4, 2e-3), (5e-5, 2e-3), (2e-4, 2e-3)
+        (1e-4, 1e-3), (1e-4, 5e-4), (1e-4, 2e-3), (5e-5, 1e-3), (2e-4, 1e-3)
     ]  # fmt: skip
+
+
+def test_two_rates_go_once_beyond_an_edge_of_the_last_stage():
+    higher = rates_of(search((1e-4, 1e-3), 5, 2.0, peak(1e-4, 1e-2)))
+    assert higher[3:] == [(1e-4, 4e-3), (5e-5, 4e-3)]
+    lower = rates_of(search((1e-4, 1e-3), 6, 2.0, peak(1e-4, 5e-4)))
+    assert lower[3:] == [(1e-4, 2.5e-4), (5e-5, 5e-4), (2e-4, 5e-4)]
 
 
 def test_two_rates_follow_a_better_first_stage():

@@ -1,0 +1,128 @@
+"""`align` on a small model: the stages do what they say, and bad input is told in one line."""
+
+import json
+
+import pytest
+import torch
+from datasets import Dataset
+from transformers import AutoModelForCausalLM
+
+from allo_lib import align, miniature, models, weights
+from allo_lib.errors import AlloError
+from allo_lib.importance import NeuronMask
+
+FAST = {"batch_size": 4, "importance_rate": 1e-3, "forgetting_rate": 1e-2, "learning_rate": 1e-2}
+
+
+def small_model(tokenizer):
+    return models.micro_llama(
+        len(tokenizer),
+        width=16,
+        layers=2,
+        heads=2,
+        feed_forward=32,
+        context=128,
+        initializer_range=0.05,
+        seed=1,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+
+
+@pytest.fixture
+def tokenizer():
+    return miniature.tokenizer()
+
+
+@pytest.fixture
+def pairs():
+    rows = [
+        {"prompt": p.prompt, "chosen": "therefore 1", "rejected": f"so {2 + i % 5}"}
+        for i, p in enumerate(miniature.problems("chain", "pairs", 12, 0))
+    ]
+    return Dataset.from_list(rows)
+
+
+def test_all_stages_move_kept_entries_only(tokenizer, pairs, tmp_path):
+    model = small_model(tokenizer)
+    before = weights.snapshot(model)
+    result = align(model, tokenizer, pairs, config=FAST | {"epochs": 2}, output_dir=tmp_path)
+    assert set(result.logs) == {"importance", "rewriter", "forgetting", "learning"}
+    assert result.mask.kept == round(0.1 * result.mask.total)
+    moved = 0
+    for name, parameter in model.named_parameters():
+        kept = result.mask.dense(name)
+        assert torch.equal(parameter[~kept], before[name][~kept])
+        moved += int((parameter[kept] != before[name][kept]).sum())
+    assert moved > 0.5 * result.mask.kept
+
+
+def test_learning_raises_the_margin(tokenizer, pairs, tmp_path):
+    model = small_model(tokenizer)
+    config = FAST | {"epochs": 10, "learning_rate": 3e-3}
+    result = align(
+        model, tokenizer, pairs, stages=("importance", "learning"), config=config,
+        output_dir=tmp_path,
+    )  # fmt: skip
+    losses = result.logs["learning"].loss
+    assert losses[0] == pytest.approx(0.693147, abs=1e-5)
+    assert sum(losses[-3:]) / 3 < 0.6
+
+
+def test_what_is_written_loads_again(tokenizer, pairs, tmp_path):
+    model = small_model(tokenizer)
+    result = align(model, tokenizer, pairs, config=FAST, output_dir=tmp_path)
+    assert not list(tmp_path.glob("*.bin")) and not list(tmp_path.glob("*.pt"))
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    for name, value in again.named_parameters():
+        assert torch.equal(value, dict(model.named_parameters())[name])
+    mask = NeuronMask.load(tmp_path / "mask.safetensors")
+    assert mask.overlap(result.mask) == 1
+    record = json.loads((tmp_path / "align.json").read_text())
+    assert record["config"]["learning_rate"] == FAST["learning_rate"]
+    assert record["loss"]["learning"] == result.logs["learning"].loss
+
+
+def test_later_stages_take_the_saved_mask(tokenizer, pairs, tmp_path):
+    first = align(
+        small_model(tokenizer), tokenizer, pairs, stages=("importance",), config=FAST,
+        output_dir=tmp_path,
+    )  # fmt: skip
+    model = small_model(tokenizer)
+    before = weights.snapshot(model)
+    second = align(model, tokenizer, pairs, stages=("learning",), config=FAST, output_dir=tmp_path)
+    assert second.mask.overlap(first.mask) == 1
+    for name, parameter in model.named_parameters():
+        kept = first.mask.dense(name)
+        assert torch.equal(parameter[~kept], before[name][~kept])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"stages": ("learn",)}, "stages"),
+        ({"stages": ()}, "stages"),
+        ({"config": {"rate": 1}}, "unknown setting 'rate'"),
+        ({"pairs": []}, "no pairs"),
+        ({"pairs": [{"prompt": "calc", "chosen": "so 1"}]}, "lack the column 'rejected'"),
+        ({"pairs": [{"prompt": "calc", "chosen": "so 1", "rejected": "so 1"}]}, "chosen equals"),
+        (
+            {"pairs": [{"prompt": "calc " * 300, "chosen": "so 1", "rejected": "so 2"}]},
+            "longest row is 128",
+        ),
+    ],
+)
+def test_bad_input_is_one_line(tokenizer, pairs, tmp_path, change, message):
+    arguments = {"pairs": pairs, "output_dir": tmp_path / "out"} | change
+    with pytest.raises(AlloError, match=message) as caught:
+        align(small_model(tokenizer), tokenizer, **arguments)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("missing", ["pad_token", "eos_token"])
+def test_a_tokenizer_without_pad_or_end_token_is_told(tokenizer, pairs, tmp_path, missing):
+    model = small_model(tokenizer)
+    setattr(tokenizer, missing, None)
+    with pytest.raises(AlloError, match=missing.removesuffix("_token")):
+        align(model, tokenizer, pairs, output_dir=tmp_path)
