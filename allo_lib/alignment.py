@@ -190,7 +190,9 @@ class _Run:
         """Train the rewriter from the model's weights, read its probabilities, put them back."""
         start, tokenizer = weights.snapshot(self.model), self.tokenizer
         examples = [
-            Correction(row["prompt"], *(_reply(row[side]) for side in ("chosen", "rejected", "chosen")))
+            Correction(
+                row["prompt"], *(_reply(row[side]) for side in ("chosen", "rejected", "chosen"))
+            )
             for row in self.texts
         ]
         rows = rewriter.training_rows(tokenizer, examples, "trained", self.config.seed, plain=False)

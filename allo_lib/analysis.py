@@ -1,4 +1,4 @@
-"""What the notebooks look at: where key neurons sit, how sharp token rewards are, what DPO weighs."""
+"""What notebooks look at: where key neurons sit, how sharp token rewards are, what DPO weighs."""
 
 import math
 import re
@@ -54,7 +54,7 @@ def log_ratios(study: Study, name: str, method: str, split: str = "train") -> li
     rows = study.encoded(name, split)
     policy = study.logps(model, rows)
     return [
-        [ours - theirs for ours, theirs in zip(p["rejected"], row["rejected_reference"])]
+        [a - b for a, b in zip(p["rejected"], row["rejected_reference"], strict=True)]
         for p, row in zip(policy, rows, strict=True)
     ]
 
@@ -111,7 +111,7 @@ def picture_rows(study: Study, name: str, values: list[list[float]], split: str,
     rows = study.encoded(name, split)[:count]
     return [
         (tokens_of(study, row["rejected"]), value, f"rejected response {number}")
-        for number, (row, value) in enumerate(zip(rows, values), start=1)
+        for number, (row, value) in enumerate(zip(rows, values, strict=False), start=1)
     ]
 
 
@@ -142,7 +142,7 @@ def reward_accuracy(found: dict) -> float:
 
 
 def distinct_questions(study: Study, name: str) -> dict[str, int]:
-    """Number of distinct training and test prompts of each data set; AlloError if any is in both."""
+    """Number of distinct training and test prompts by data set; AlloError if any is in both."""
     task, domain = study.task(name), study.domain(name)
     counts: dict[str, int] = {}
     train: set[str] = set()
@@ -153,7 +153,9 @@ def distinct_questions(study: Study, name: str) -> dict[str, int]:
     test = task.questions("test", domain.test)
     for question in test:
         if question.prompt in train:
-            raise AlloError(f"{question.id} is both a training and a test question; report this bug")
+            raise AlloError(
+                f"{question.id} is both a training and a test question; report this bug"
+            )
     for dataset in domain.datasets:
         counts[dataset] = len({q.prompt for q in test if q.dataset == dataset})
     return {"training": len(train), **{f"test, {key}": value for key, value in counts.items()}}
@@ -169,7 +171,12 @@ def requirements(study: Study, name: str) -> list[dict]:
         for family in study.domain(name).datasets
     }
     checks = (
-        ("distinct test questions to draw from, every family", min(family_sizes.values()), 2000, None),
+        (
+            "distinct test questions to draw from, every family",
+            min(family_sizes.values()),
+            2000,
+            None,
+        ),
         ("accuracy of the SFT model", start, 0.45, 0.65),
         ("accuracy after DPO", end, 0.70, 0.92),
         ("held-out reward accuracy after DPO", reward, 0.70, None),

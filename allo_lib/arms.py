@@ -19,6 +19,7 @@ from allo_lib.store import Artifact, write_json
 from allo_lib.study import Study
 from allo_lib.token_rewards import key_tokens
 from allo_lib.training import Diverged, Log, Schedule
+from allo_lib.workers import torch_threads
 
 # Methods whose weights stay in the store after their result is known: notebooks look into them.
 KEPT = ("dpo", "allo")
@@ -34,7 +35,11 @@ def result(study: Study, name: str, method: str) -> dict:
     right per test problem; absent without questions), `margins` (of the held-out pairs).
     """
     inputs = _method_inputs(study, name, method)
-    make = lambda folder: _make_result(study, name, method, folder)  # noqa: E731
+
+    def make(folder: Path) -> None:
+        with torch_threads(study.profile.compute.method_threads):
+            _make_result(study, name, method, folder)
+
     return study.store.get("result", inputs, make).json()
 
 
@@ -97,7 +102,9 @@ def _make_result(study: Study, name: str, method: str, folder: Path) -> None:
         tried = search(centre, settings.candidates, settings.factor, evaluate)
     chosen = best(tried)
     if chosen.score == DIVERGED:
-        raise AlloError(f"{name}, {method}: every learning rate of the search diverged; lower `rates`")
+        raise AlloError(
+            f"{name}, {method}: every learning rate of the search diverged; lower `rates`"
+        )
     record = dict(records[chosen.rates])
     record |= {"method": method, "rates": list(chosen.rates), "tried": [
         {"rates": list(one.rates), "dev": one.score} | {
@@ -115,7 +122,11 @@ def _make_result(study: Study, name: str, method: str, folder: Path) -> None:
 def _candidate(study: Study, name: str, stages: tuple[Stage, ...], rates: Rates) -> Artifact:
     """Weights and dev score of the stages trained at the given rates, one per stage."""
     inputs = _stage_inputs(study, name, stages) | {"rates": list(rates)}
-    make = lambda folder: _make_candidate(study, name, stages, rates, folder)  # noqa: E731
+
+    def make(folder: Path) -> None:
+        with torch_threads(study.profile.compute.method_threads):
+            _make_candidate(study, name, stages, rates, folder)
+
     return study.store.get("candidate", inputs, make)
 
 

@@ -138,7 +138,8 @@ class Search:
 class Compute:
     """Batches, threads and repeats: they change cost, and results only by rounding."""
 
-    threads: int = 0  # of torch in each process; 0 leaves torch's choice
+    threads: int = 0  # of torch for what methods share; 0 leaves torch's choice
+    method_threads: int = 0  # ... and for training and measuring a method; 0 is the same as above
     workers: int = 1  # processes that train methods side by side
 
     generation_batch: int = 256  # rows decoded together

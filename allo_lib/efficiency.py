@@ -170,7 +170,7 @@ def _worker(pipe, profile: Profile, seed: int, results_dir: str, data_dir, name,
         if study.device != "cpu":
             torch.cuda.synchronize()
         pipe.send(time.perf_counter() - start)
-        pairs, tokens = (sum(count) for count in zip(*counts))
+        pairs, tokens = (sum(count) for count in zip(*counts, strict=False))
     parameters = sum(parameter.numel() for parameter in model.parameters())
     pipe.send(
         {

@@ -8,7 +8,7 @@ from allo_lib.losses import IGNORED
 
 
 def encode_prompt(tokenizer, prompt) -> list[int]:
-    """Token ids of a prompt: a string as it stands, or chat messages by the tokenizer's template."""
+    """Token ids of a prompt: a string as it stands, chat messages by the tokenizer's template."""
     if isinstance(prompt, str):
         return tokenizer(prompt, add_special_tokens=False)["input_ids"]
     return tokenizer.apply_chat_template(
@@ -56,8 +56,8 @@ def collate(rows: list[dict], pad_token_id: int) -> dict[str, Tensor]:
     """Pad rows to one batch, on the right.
 
     Args:
-        rows: each has `prompt` and `response`, lists of token ids; further keys are lists of floats,
-            one per response token, laid under the tokens they belong to.
+        rows: each has `prompt` and `response`, lists of token ids; further keys are lists of
+            floats, one per response token, laid under the tokens they belong to.
 
     Returns:
         `input_ids` and `labels` int64 [B, T] (labels -100 outside the response), and float32 [B, T]
@@ -79,7 +79,7 @@ def collate(rows: list[dict], pad_token_id: int) -> dict[str, Tensor]:
 
 
 def pair_batch(pairs: list[dict], pad_token_id: int) -> dict[str, Tensor]:
-    """Batch of 2B rows: the chosen responses of B pairs, then their rejected ones in the same order.
+    """Batch of 2B rows: the chosen responses of B pairs, then their rejected ones in that order.
 
     Each pair has `prompt`, `chosen`, `rejected`; further keys `chosen_<name>` and `rejected_<name>`
     become the further key `<name>` of the batch.

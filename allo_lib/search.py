@@ -39,7 +39,7 @@ def search(
     """
     if candidates < 1 or not factor > 1:
         raise AlloError(
-            f"search: candidates is {candidates} and factor {factor}, expected at least 1 candidate "
+            f"search: candidates is {candidates} and factor {factor}, expected 1 candidate or more "
             "and a factor above 1; change the profile's `search`"
         )
     tried: list[Tried] = []

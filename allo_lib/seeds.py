@@ -4,6 +4,6 @@ import hashlib
 
 
 def derive(seed: int, *purpose: object) -> int:
-    """A seed in [0, 2^31) for `purpose`; equal arguments give equal seeds, others unrelated ones."""
+    """A seed in [0, 2^31) for `purpose`: the same for equal arguments, unrelated for others."""
     text = ":".join(str(part) for part in (seed, *purpose))
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big") >> 1

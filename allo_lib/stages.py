@@ -1,4 +1,4 @@
-"""One training stage of any method: rows, objective and mask in, a trained model and its log out."""
+"""One training stage of any method: rows, objective and mask in, a trained model and log out."""
 
 from allo_lib.encoding import collate, pair_batch, rejected_batch
 from allo_lib.objectives import ON_REJECTED, ON_SOLUTIONS, objective

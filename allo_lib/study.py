@@ -164,7 +164,7 @@ class Study:
             "datasets": settings["domains"][name]["datasets"],
             "kind": settings["domains"][name]["kind"],
             "data": self._data_hash(name),
-            "threads": self.profile.compute.threads,
+            "threads": [self.profile.compute.threads, self.profile.compute.method_threads],
             "device": self.device,
             "max_grad_norm": self.profile.method.max_grad_norm,
         } | {field: settings["domains"][name][field] for field in fields}
@@ -431,7 +431,9 @@ class Study:
 
     def random_keys(self, name: str, share: float) -> list[list[float]]:
         """As many key tokens per rejected response as the method takes, at random places."""
-        counts = [(max(1, round(share * len(r["rejected"]))), r) for r in self.encoded(name, "train")]
+        counts = [
+            (max(1, round(share * len(r["rejected"]))), r) for r in self.encoded(name, "train")
+        ]
         ones = [[1.0] * n + [0.0] * (len(row["rejected"]) - n) for n, row in counts]
         return [self._shuffled(values, "learning", i) for i, values in enumerate(ones)]
 

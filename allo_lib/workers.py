@@ -1,7 +1,10 @@
-"""The server that worker processes are forked from: it has the library imported already."""
+"""The server that worker processes are forked from, and how many threads torch takes."""
 
+import contextlib
 import multiprocessing
 from multiprocessing import forkserver
+
+import torch
 
 
 def fork_server():
@@ -19,3 +22,19 @@ def start_early() -> None:
     """Start the server now, so that it imports while the caller does something else."""
     fork_server()
     forkserver.ensure_running()
+
+
+@contextlib.contextmanager
+def torch_threads(number: int):
+    """Torch with `number` threads (0: as it is) inside the block.
+
+    Results depend on the number by rounding, so whatever is trained in a worker must take as many
+    when it is trained elsewhere.
+    """
+    before = torch.get_num_threads()
+    if number:
+        torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -164,4 +164,4 @@ for name in study.profile.domains:
     order = sorted(best, key=best.get, reverse=True)
     say(f"**{name}**: at their best rates, on the development split: "
         + ", ".join(f"{arm} {percent(best[arm])}" for arm in order)
-        + f". Intervals over test problems and seeds, and the verdicts, are in 06_evaluation.")
+        + ". Intervals over test problems and seeds, and the verdicts, are in 06_evaluation.")

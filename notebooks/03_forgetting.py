@@ -36,7 +36,7 @@ import torch
 
 from allo_lib import analysis, figures, parallel, results
 from allo_lib.losses import npo_loss
-from allo_lib.notebook import percent, say, show, table
+from allo_lib.notebook import say, show, table
 from allo_lib.study import Study
 
 study = Study.open(profile, seed, results_dir, overrides)

@@ -75,7 +75,7 @@ for name in study.profile.domains:
     show(figure, study, f"05_shares_{name}",
          "Accuracy after DPO on the top share of neurons; bars are standard errors over problems.")
     say(f"**{name}**: " + ", ".join(f"{percent(s, 1)} of the neurons {percent(v)}"
-                                    for s, (v, _) in zip(shares, scores)) + ".")
+                                    for s, (v, _) in zip(shares, scores, strict=True)) + ".")
 
 # %% [markdown]
 # ## Does the quality of the reward model matter? (C9)

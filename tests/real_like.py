@@ -29,7 +29,7 @@ def write_data(folder: Path, train: int = 260, test: int = 60) -> None:
 
 def _question(rng, split: str, number: int) -> dict:
     options = rng.sample(THINGS, 3)
-    lines = [f"({letter}) {option}" for letter, option in zip("ABC", options)]
+    lines = [f"({letter}) {option}" for letter, option in zip("ABC", options, strict=True)]
     return {
         "id": f"{split}{number}",
         "question": "\n".join([f"Which is it {split}{number} ?", *lines]),
@@ -59,7 +59,8 @@ def write_model(folder: Path, data: Path) -> None:
     for path in sorted(data.rglob("*.jsonl")):
         for line in path.read_text(encoding="utf-8").splitlines():
             for value in json.loads(line).values():
-                words |= dict.fromkeys(" ".join(value if isinstance(value, list) else [value]).split())
+                texts = value if isinstance(value, list) else [value]
+                words |= dict.fromkeys(" ".join(texts).split())
     words |= dict.fromkeys(f"{thing}," for thing in THINGS)
     # Numbers tell questions apart for people; the model reads them as unknown and learns sooner.
     words = [word for word in words if not any(letter.isdigit() for letter in word)]

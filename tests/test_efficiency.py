@@ -43,7 +43,9 @@ def test_the_dense_mask_and_the_masked_optimizer_train_the_same(share):
     assert any(not torch.equal(masked[n], value) for n, value in weights_of(tiny_llama()).items())
 
 
-@pytest.mark.parametrize("dtype, per_entry", [(torch.float32, 2 + 8 + 4), (torch.bfloat16, 2 + 8 + 4 + 2)])
+@pytest.mark.parametrize(
+    "dtype, per_entry", [(torch.float32, 2 + 8 + 4), (torch.bfloat16, 2 + 8 + 4 + 2)]
+)
 def test_bytes_of_the_dense_mask(dtype, per_entry):
     """bf16 mask, two float32 moments, the gradient, and masters where weights are bf16."""
     model = tiny_llama(dtype=dtype)

@@ -77,7 +77,7 @@ def test_no_text_is_smaller_than_nine_points(drawn):
         ("overlap", ["chance: 0.053", "0.20"]),
         ("concentration", ["70% in the lowest 10%"]),
         ("rates", ["DPO: best 0.0002", "ALLO: best 0.001"]),
-        ("margin", ["held-out reward margin"]),
+        ("margin", ["training reward margin"]),
         ("main", ["not run", "+ Vanilla PPO"]),
         ("claims", ["reproduced", "not reproduced", "inconclusive", "C10", "accuracy, points"]),
         ("efficiency", ["allo_scalar", "dense_masked", "(MB)", "seconds a pair"]),

@@ -5,9 +5,9 @@ import torch
 from tiny_models import tiny_llama
 
 from allo_lib import miniature, models
-from allo_lib.evaluation import answer, implicit_margins
 from allo_lib.encoding import encode_prompt
 from allo_lib.errors import AlloError
+from allo_lib.evaluation import answer, implicit_margins
 from allo_lib.generation import Response, generate
 from allo_lib.tasks import Question
 

@@ -57,7 +57,8 @@ def test_sources_are_valid_and_carry_no_outputs(path):
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=NAMES)
 def test_one_cell_holds_the_parameters_that_all_share(path):
-    (tagged,) = [c for c in cells(path.with_suffix(".py")) if "parameters" in c.metadata.get("tags", [])]
+    found = cells(path.with_suffix(".py"))
+    (tagged,) = [c for c in found if "parameters" in c.metadata.get("tags", [])]
     given: dict = {}
     exec(tagged.source, given)  # assignments of plain values
     first = {name: given[name] for name in SHARED}

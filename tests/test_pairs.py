@@ -225,7 +225,8 @@ def test_seeds_share_the_test_questions_and_draw_others_apart(choices):
 def test_a_gold_option_is_right_and_another_is_not(choices):
     task = choice(choices)
     for question in task.questions("dev", 6):
-        assert task.right(question, question.solution) and task.answered(question, question.solution)
+        assert task.right(question, question.solution)
+        assert task.answered(question, question.solution)
         gold = question.source["choices"]["AB".index(question.source["answer"])]
         other = next(c for c in question.source["choices"] if c != gold)
         wrong = question.solution.replace(gold, other)

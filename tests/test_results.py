@@ -203,7 +203,8 @@ def pairs_result(method, margins):
 
 
 def test_results_without_answers_are_compared_on_held_out_pairs():
-    ours, theirs = pairs_result("allo", [1.0, 2.0, -1.0, 0.5]), pairs_result("dpo", [1.0, -1, -1, -1])
+    ours = pairs_result("allo", [1.0, 2.0, -1.0, 0.5])
+    theirs = pairs_result("dpo", [1.0, -1.0, -1.0, -1.0])
     assert results.difference(ours, theirs).effect == pytest.approx(0.5)
     assert results.unit(ours) == "held-out reward accuracy"
     assert analysis.score_of(ours)[0] == analysis.reward_accuracy(ours) == 0.75
@@ -314,6 +315,7 @@ def test_pictures_show_the_tokens_of_the_response(study):
     values = study.keep_probabilities(DOMAIN, "heldout")
     pictures = analysis.picture_rows(study, DOMAIN, values, "heldout", 2)
     assert len(pictures) == 2
-    for (tokens, shown, title), row in zip(pictures, study.encoded(DOMAIN, "heldout")):
+    rows = study.encoded(DOMAIN, "heldout")[:2]
+    for (tokens, shown, title), row in zip(pictures, rows, strict=True):
         assert len(tokens) == len(shown) == len(row["rejected"]) and "rejected" in title
         assert tokens[-1] == study.tokenizer.eos_token

@@ -1,4 +1,4 @@
-"""The training loop: every row once an epoch, a cosine schedule, and a clear end when it diverges."""
+"""The training loop: every row once an epoch, a cosine schedule, a clear end when it diverges."""
 
 import math
 
