@@ -79,8 +79,7 @@ for name in study.profile.domains:
     if curves:
         figure = figures.loss_curves(curves, title=f"supervised training, {name}")
         show(figure, study, f"00_sft_{name}",
-             f"Loss of the supervised phases of {name}, seed {seed}; each phase has its own length, "
-             "the curves are cut to the shorter.")
+             f"Loss of the supervised phases of {name}, seed {seed}; each has its own length.")
 weights = study.weights_note
 say(f"Weights: {weights['name']} ({weights['source']}).")
 

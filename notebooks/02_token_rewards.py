@@ -123,6 +123,6 @@ for name in study.profile.domains:
 for name in study.profile.domains:
     ratios = analysis.log_ratios(study, name, "dpo", "heldout")
     rows = analysis.picture_rows(study, name, ratios, "heldout", 3)
-    figure = token_pictures.token_rewards_picture(rows, label="log-ratio", reverse=True, limits=(-3.0, 3.0))
+    figure = token_pictures.token_rewards_picture(rows, label="log-ratio", reverse=True, limits=(-1.0, 0.0))
     show(figure, study, f"02_dpo_tokens_{name}",
          f"The same responses coloured by DPO's log-ratio: what plain DPO made less likely ({name}).")

@@ -64,7 +64,7 @@ for name in study.profile.domains:
     figure = figures.loss_curves(losses, title=f"forgetting, {name}", ylabel="NPO loss")
     show(figure, study, f"03_forgetting_{name}",
          f"Loss of the forgetting stage of {name}; it starts at 2/beta ln 2 = "
-         f"{2 / study.profile.method.beta * math.log(2):.2f}; cut to the shorter run.")
+         f"{2 / study.profile.method.beta * math.log(2):.2f}.")
 
 # %% [markdown]
 # ## What it does to the model

@@ -72,7 +72,7 @@ for name in study.profile.domains:
 for name in study.profile.domains:
     losses = {m: [found[name][m]["loss"][-1]] for m in controls[name][2:]}
     show(figures.loss_curves(losses, title=f"learning stage, {name}"), study, f"04_learning_{name}",
-         "Training loss by step of the learning stage and of its controls, cut to the shortest run. "
+         "Training loss by step of the learning stage and of its controls. "
          "The losses sum over different tokens: their levels compare only roughly.")
 
 # %%
@@ -89,12 +89,13 @@ for name in study.profile.domains:
 # %% [markdown]
 # ## What ALLO made less likely
 #
-# Held-out rejected responses, each token coloured by its log-ratio against the SFT model.
+# Held-out rejected responses, each token coloured by its log-ratio against the SFT model: white is
+# as likely as before or more, full colour is a log-ratio of -1 or less.
 
 # %%
 for name in study.profile.domains:
     ratios = analysis.log_ratios(study, name, "allo", "heldout")
     rows = analysis.picture_rows(study, name, ratios, "heldout", 3)
-    html(token_pictures.token_rewards_html(rows, label="log-ratio", reverse=True, limits=(-3.0, 3.0)))
-    figure = token_pictures.token_rewards_picture(rows, label="log-ratio", reverse=True, limits=(-3.0, 3.0))
+    html(token_pictures.token_rewards_html(rows, label="log-ratio", reverse=True, limits=(-1.0, 0.0)))
+    figure = token_pictures.token_rewards_picture(rows, label="log-ratio", reverse=True, limits=(-1.0, 0.0))
     show(figure, study, f"04_tokens_{name}", f"Log-ratio of ALLO against the SFT model ({name}).")
