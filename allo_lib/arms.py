@@ -22,7 +22,7 @@ from allo_lib.training import Diverged, Log, Schedule
 from allo_lib.workers import torch_threads
 
 # Methods whose weights stay in the store after their result is known: notebooks look into them.
-KEPT = ("dpo", "allo")
+KEPT = ("dpo", "dpo_long", "allo", "allo_no_learning")
 WEIGHTS = "model.safetensors"
 DIVERGED = -1.0  # development score of a candidate whose training reached NaN; below every real one
 
@@ -208,14 +208,14 @@ def _rows(study: Study, name: str, stage: Stage, first: bool) -> list[dict]:
 
 
 def _solution_rows(study: Study, name: str, objective_: str) -> list[dict]:
-    """RFT: the right sampled responses of the training pairs. SFT: as many of its own examples."""
+    """RFT: the right sampled responses of the training pairs. SFT: as many gold solutions."""
     pairs = study.pairs(name).rows["train"]
     if objective_ == "rft" or study.task(name) is None:
         texts = [(row["prompt"], row["chosen"]) for row in pairs]
     else:
         task, settings = study.task(name), study.domain(name).sft
         questions = task.questions("sft", settings.examples, settings.mix)[: len(pairs)]
-        texts = [(q.prompt, task.demonstration(q, settings.error_scale)) for q in questions]
+        texts = [(question.prompt, question.solution) for question in questions]
     tokenizer = study.tokenizer
     return [
         {"prompt": encode_prompt(tokenizer, prompt), "response": encode_response(tokenizer, text)}

@@ -34,7 +34,7 @@ from allo_lib.comparisons import (
 )
 from allo_lib.errors import AlloError
 from allo_lib.measurements import Measurement
-from allo_lib.stats import Interval, log_ratio_interval
+from allo_lib.stats import WIDE, Interval, log_ratio_interval
 
 MARGIN = 0.02  # C3: a loss of accuracy below two points counts as no worse
 REPRODUCED, NOT_REPRODUCED, INCONCLUSIVE = "reproduced", "not reproduced", "inconclusive"
@@ -91,7 +91,12 @@ DECLARED = (
     ),
     Declared("C3", f"{_LAST} ({_OWN})", "no worse", (("dpo_last10", "dpo"),)),
     Declared("C3p", f"{_LAST} ({_ONE})", "no worse", (("dpo_last10_paper", "dpo_paper"),)),
-    Declared("C4", "ALLO beats vanilla DPO on average", "above", (("allo", "dpo"),)),
+    Declared(
+        "C4",
+        "ALLO beats vanilla DPO on average (DPO with one epoch, half of ALLO's updates)",
+        "above",
+        (("allo", "dpo"),),
+    ),
     Declared(
         "C4s",
         "ALLO beats a DPO that makes as many updates as its two stages together",
@@ -116,7 +121,12 @@ DECLARED = (
         "above",
         (("allo", "allo_all_tokens_forgetting"), ("allo", "allo_all_tokens_learning")),
     ),
-    Declared("C8", "the masks of key neurons are stable (overlap above chance)", "overlap", ()),
+    Declared(
+        "C8",
+        "the masks of key neurons are stable (orders, halves, estimators)",
+        "overlap",
+        (),
+    ),
     Declared("C9", "a better rewriting reward model gives a better aligned model", "above", ()),
 )
 _OVERLAPS = ("orders", "halves", "estimators")
@@ -282,11 +292,10 @@ def _tell(part: Part, unit: str) -> str:
     details = []
     if len(interval.seeds) > 1:
         details.append("by seed " + ", ".join(_size(effect, unit) for effect in interval.by_seed))
-    if interval.spread > 2:
-        details.append(
-            f"seeds differ {interval.spread:.1f} times more than problems explain, "
-            "so the interval is likely too narrow"
-        )
+    if interval.spread > WIDE:
+        details.append(f"seeds differ {interval.spread:.1f} times more than problems explain")
+    if len(interval.seeds) == 1:
+        details.append("one seed: other seeds may differ by more than this interval")
     details.append("" if part.paper is None else f"paper {_size(part.paper, unit)}")
     details.append(part.reason)
     details = "; ".join(detail for detail in details if detail)

@@ -5,9 +5,12 @@ moment of the machine nor memory left over by another variant decides the compar
 """
 
 import csv
+import ctypes
+import gc
 import math
 import multiprocessing
 import statistics
+import sys
 import time
 from pathlib import Path
 
@@ -158,6 +161,7 @@ def _worker(pipe, profile: Profile, seed: int, results_dir: str, data_dir, name,
     model = study.load_sft(name).train()
     rows = study.encoded(name, "train")
     mask = _mask(study, name, variant)
+    _give_back_freed_memory()
     base = _reset_peak(study.device)
     step = _Stepper(study, name, model, mask, variant, rows)
     for _ in range(_WARM_UP):
@@ -184,11 +188,20 @@ def _worker(pipe, profile: Profile, seed: int, results_dir: str, data_dir, name,
 
 
 def _mask(study: Study, name: str, variant: str):
-    if variant == "dense":
-        return None
+    """The variant's mask; made for `dense` too, so that all processes have the same past."""
     scores = weights.read_tensors(study.scores(name).file("scores.safetensors"))
     granularity = "row" if variant == "allo_row" else "scalar"
-    return select_neurons(scores, study.profile.method.share, granularity=granularity)
+    mask = select_neurons(scores, study.profile.method.share, granularity=granularity)
+    return None if variant == "dense" else mask
+
+
+def _give_back_freed_memory() -> None:
+    """Without this, heap that the set-up left free would hide what the steps take."""
+    gc.collect()
+    if sys.platform.startswith("linux"):
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc
+        if trim is not None:
+            trim(0)
 
 
 class _Stepper:
@@ -235,7 +248,6 @@ def _status(key: str) -> int:
         lines = Path("/proc/self/status").read_text().splitlines()
     except OSError:
         import resource
-        import sys
 
         unit = 1 if sys.platform == "darwin" else 1024
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -65,7 +65,7 @@ def _methods(profile: Profile) -> dict[str, tuple[Stage, ...]]:
 
     percent = f"{share * 100:g}".replace(".", "p")
     baselines = {
-        name: (Stage(name, "supervised", epochs=2),)
+        name: (Stage(name, "supervised", epochs=2, tokens="all"),)
         for name in ("sft", "rft")
     } | {
         name: (Stage(name, "dense", epochs=2),)

@@ -12,6 +12,7 @@ from pathlib import Path
 from datasets import Dataset
 
 from allo_lib import realdata
+from allo_lib.config import fingerprint
 from allo_lib.errors import AlloError
 from allo_lib.generation import generate
 from allo_lib.rewriter import Correction
@@ -156,16 +157,23 @@ def _given_pairs(study, name: str, split: str = "train") -> tuple[list[dict], di
         given = realdata.load_rows(dataset, split, study.data_dir)
         count += len(given)
         pairs = realdata.preference_pairs(given, study.tokenizer, domain.max_length)
-        rows += [_given(dataset, split, number, pair) for number, pair in enumerate(pairs)]
+        rows += [_given(dataset, pair) for pair in pairs]
     if split == "train":
         random.Random(derive(study.seed, "rows", name)).shuffle(rows)
+    first_of = {row["id"]: row for row in reversed(rows)}  # one pair a conversation
+    rows = [row for row in rows if row is first_of[row["id"]]]
     return rows, {"given": count, "pairs": len(rows)}
 
 
-def _given(dataset: str, split: str, number: int, pair: dict) -> dict:
+def _first_turn(prompt) -> str:
+    """What tells conversations apart: several pairs may continue the same one."""
+    return prompt if isinstance(prompt, str) else prompt[0]["content"]
+
+
+def _given(dataset: str, pair: dict) -> dict:
     chosen, rejected = (_text(pair[side]) for side in ("chosen", "rejected"))
     return {
-        "id": f"{dataset}-{split}-{number}",
+        "id": f"{dataset}-{fingerprint(_first_turn(pair['prompt']))[:16]}",
         "dataset": dataset,
         "prompt": pair["prompt"],
         "chosen": chosen,

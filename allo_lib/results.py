@@ -110,6 +110,8 @@ def train_loss(seed: int, method: str, name: str, losses: list[float]) -> Measur
 
 
 def _margin_rows(study: Study, name: str, method: str, margins: list[float]) -> list[Measurement]:
+    if not any(margins):  # the reference itself: every pair is a tie, nothing is ranked
+        return []
     place = study.domain(name).datasets[0] if study.task(name) is None else name
     right = [margin > 0 for margin in margins]
     n = len(margins)

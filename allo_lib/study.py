@@ -244,6 +244,8 @@ class Study:
         """The preference pairs of a domain by split, with what is known of where they came from."""
         fields = ("pairs", "max_new_tokens", "max_length", "explain")
         inputs = self.inputs(name, *fields) | {"sft": self.sft(name).key}
+        if self.domain(name).kind == "preferences":
+            inputs["one_per"] = "conversation"
         make = lambda folder: make_pairs(self, name).save(folder)  # noqa: E731
         return Pairs.load(self._kept("pairs", inputs, make))
 

@@ -109,19 +109,19 @@ print(key_tokens(ratio, torch.ones(1, 5, dtype=torch.bool), share=0.4))
 
 # %%
 for name in study.profile.domains:
-    parallel.run_methods(study, name, ["dpo"])
-    ratios = analysis.log_ratios(study, name, "dpo")
+    parallel.run_methods(study, name, ["dpo_long"])
+    ratios = analysis.log_ratios(study, name, "dpo_long", "heldout")
     held = analysis.concentration_of(ratios)
     curve = stats.concentration([value for row in ratios for value in row])
     show(figures.concentration_curve({name: curve}, mark=analysis.LOWEST), study,
-         f"02_concentration_{name}", "Share of the negative log-ratio of rejected training responses "
-         "that the lowest tokens hold, after DPO.")
+         f"02_concentration_{name}", "Share of the negative log-ratio of held-out rejected "
+         "responses that the lowest tokens hold, after DPO as long as both stages of ALLO.")
     say(f"**{name}**: the lowest {percent(analysis.LOWEST, 0)} of all rejected tokens hold "
         f"{percent(held['pooled'])}; counted within each response {percent(held['per_response'])}.")
 
 # %%
 for name in study.profile.domains:
-    ratios = analysis.log_ratios(study, name, "dpo", "heldout")
+    ratios = analysis.log_ratios(study, name, "dpo_long", "heldout")
     rows = analysis.picture_rows(study, name, ratios, "heldout", 3)
     figure = token_pictures.token_rewards_picture(rows, label="log-ratio", reverse=True, limits=(-1.0, 0.0))
     show(figure, study, f"02_dpo_tokens_{name}",

@@ -69,8 +69,8 @@ for name in study.profile.domains:
 # %% [markdown]
 # ## What it does to the model
 #
-# Accuracy alone, before any learning. If it fell far below the SFT model, the stage would be doing
-# harm.
+# If forgetting alone fell far below the SFT model, the stage would be doing harm. Where it was not
+# run by itself, only both stages together can be shown.
 
 # %%
 for name in study.profile.domains:
@@ -94,19 +94,20 @@ for name in study.profile.domains:
 # ## Which tokens it pushed down
 #
 # The mean change of the log-probability of rejected training tokens, selected ($w_t \ne 0$) against
-# the others.
+# the others, under forgetting alone (or both stages, where that was not run).
 
 # %%
 from allo_lib.methods import stages_of
 
 for name in study.profile.domains:
-    ratios = analysis.log_ratios(study, name, "allo")
-    stage = stages_of("allo", study.profile)[0]
+    last = list(found[name])[-1]
+    ratios = analysis.log_ratios(study, name, last)
+    stage = stages_of(last, study.profile)[0]
     chosen = study.forgetting_weights(name, stage)
     groups = {True: [], False: []}
     for row, weights in zip(ratios, chosen, strict=True):
         for value, weight in zip(row, weights, strict=True):
             groups[weight != 0].append(value)
     means = {key: sum(values) / max(1, len(values)) for key, values in groups.items()}
-    say(f"**{name}**, after both stages: selected tokens changed by {means[True]:+.3f} on average "
+    say(f"**{name}**, {last}: selected tokens changed by {means[True]:+.3f} on average "
         f"({len(groups[True])} tokens), the others by {means[False]:+.3f} ({len(groups[False])}).")

@@ -52,8 +52,8 @@ print(float(dpo_loss(zero, zero, zero, zero)[0]), math.log(2))
 # %% [markdown]
 # ## Both stages, searched together
 #
-# ALLO gets as many trained models as every other method: three learning rates of learning, then two
-# of forgetting beside the best. Its controls are DPO at one epoch (`dpo`) and at as many updates as
+# ALLO gets as many trained models as every other method; the table lists the rates of both stages
+# that were tried. Its controls are DPO at one epoch (`dpo`) and at as many updates as
 # both stages together (`dpo_long`), learning alone with as many updates (`allo_no_forgetting`), and
 # ALLO whose learning uses all tokens of the rejected response (`allo_all_tokens_learning`).
 

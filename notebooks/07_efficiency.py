@@ -16,7 +16,7 @@
 #
 # **Question.** If most neurons are redundant, is training the rest cheaper? (C10) The released code
 # keeps dense moments and multiplies the update by a dense mask: it saves nothing. Here the optimizer
-# holds state for kept entries only. With $k$ the kept share of $n$ float32 weights, bytes per weight are
+# holds state for kept entries only. With $k$ the kept share of all float32 weights, bytes per weight are
 # $$\underbrace{4 + 4 + 4}_{\text{gradient, two moments}} = 12 \;\text{ (dense)},\qquad
 # k\,(\underbrace{4}_{\text{index}} + \underbrace{4}_{\text{master}} + \underbrace{12}_{\text{gradient,
 # moments}}) = 20\,k\;\text{ (masked)}.$$

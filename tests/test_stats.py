@@ -40,14 +40,24 @@ def test_data_sets_count_equally_whatever_their_size():
 
 
 def test_several_seeds_say_so_and_show_each_seed():
-    cells = {seed: {"chain": PairedCounts(0.1 + 0.02 * seed, 0.05, 2000)} for seed in (2, 0, 1)}
+    cells = {seed: {"chain": PairedCounts(0.1 + 0.01 * seed, 0.05, 2000)} for seed in (2, 0, 1)}
     found = stats.paired_interval(cells)
     assert found.seeds == (0, 1, 2)
-    assert found.by_seed == pytest.approx((0.05, 0.07, 0.09))
+    assert found.by_seed == pytest.approx((0.05, 0.06, 0.07))
     assert "hierarchical" in found.kind and "3 seeds" in found.kind
-    # Seeds two standard errors of their problems apart: the spread tells it.
-    within = math.sqrt((0.17 - 0.07**2) / 2000)
-    assert found.spread == pytest.approx(0.02 / within, rel=0.03)
+    # Seeds one standard error of their problems apart: the spread tells it.
+    within = math.sqrt((0.16 - 0.06**2) / 2000)
+    assert found.spread == pytest.approx(0.01 / within, rel=0.03)
+
+
+def test_seeds_far_apart_get_a_t_interval():
+    effects = (0.06, 0.02, -0.05)
+    cells = {i: {"chain": PairedCounts(0.1 + e, 0.1, 2000)} for i, e in enumerate(effects)}
+    found = stats.paired_interval(cells)
+    assert found.spread > stats.WIDE
+    expected = scipy_stats.ttest_1samp(effects, 0).confidence_interval(0.95)
+    assert (found.low, found.high) == pytest.approx((expected.low, expected.high))
+    assert found.kind == "t interval over 3 seeds"
 
 
 def test_seeds_that_differ_widen_the_interval():
