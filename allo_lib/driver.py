@@ -263,7 +263,7 @@ def _only_run(results: Path):
     store = results / manifest.STORE
     try:
         store.mkdir(parents=True, exist_ok=True)
-        handle = (store / "lock").open("w")
+        handle = (store / "lock").open("a")
     except OSError as error:
         raise AlloError(f"cannot write into {results} ({error.strerror}): see --out") from error
     with handle:
