@@ -119,7 +119,7 @@ def rdpo_loss(
     beta: float = 0.1,
     alpha: float = 0.01,
 ) -> Tensor:
-    """R-DPO, arXiv 2403.19159, eq. 9: DPO for the reward less alpha per token; [B].
+    """R-DPO, arXiv 2403.19159: DPO for the reward less alpha per token; [B].
 
     L = -log sigma(beta margin + alpha (|y+| - |y-|)); lengths are [B] tokens, at least 1. The sign
     follows from the reward beta log-ratio + alpha |y| that the penalty leaves in the optimum: a
