@@ -16,7 +16,7 @@ from allo_lib.evaluation import pair_logps
 from allo_lib.importance import NeuronMask, select_neurons
 from allo_lib.rewriter import Correction
 from allo_lib.seeds import derive
-from allo_lib.stages import run_stage
+from allo_lib.stages import hand_over, run_stage
 from allo_lib.store import write_json
 from allo_lib.token_rewards import unaligned_weights
 from allo_lib.training import Log, Schedule
@@ -101,6 +101,7 @@ class _Run:
         self.model, self.tokenizer, self.config = model, tokenizer, config
         self.stages, self.output_dir = stages, output_dir
         self.logs: dict[str, Log] = {}
+        self.masters: dict = {}  # float32 values of kept entries, handed from stage to stage
 
     def read(self, pairs) -> None:
         rows = [dict(row) for row in pairs]
@@ -148,11 +149,12 @@ class _Run:
         for row, values in zip(rows, self._token_weights(), strict=True):
             row["rejected_weights"] = values
         rate = self.config.forgetting_rate
-        self.logs["forgetting"] = self._train(rows, "forgetting", rate, mask, 0.03)
+        self.logs["forgetting"] = self._train(rows, "forgetting", rate, mask, 0.03, self.masters)
 
     def learning(self, mask) -> None:
         rate = self.config.learning_rate
-        self.logs["learning"] = self._train(self._with_reference(), "learning", rate, mask, 0.1)
+        rows = self._with_reference()
+        self.logs["learning"] = self._train(rows, "learning", rate, mask, 0.1, self.masters)
 
     def save(self) -> None:
         self.model.save_pretrained(self.output_dir)
@@ -160,7 +162,8 @@ class _Run:
         losses = {stage: log.loss for stage, log in self.logs.items()}
         write_json(self.output_dir / "align.json", {"config": asdict(self.config), "loss": losses})
 
-    def _train(self, rows, name: str, rate: float, mask, warmup: float) -> Log:
+    def _train(self, rows, name: str, rate: float, mask, warmup: float, masters=None) -> Log:
+        """Train one stage; it starts from `masters` where given and leaves its own there."""
         config = self.config
         seed = derive(config.seed, name)
         return run_stage(
@@ -174,6 +177,8 @@ class _Run:
             key_share=config.key_share,
             max_grad_norm=config.max_grad_norm,
             label=name,
+            masters=masters,
+            after=lambda optimizer: hand_over(optimizer, masters),
         )
 
     def _with_reference(self) -> list[dict]:

@@ -14,7 +14,7 @@ from allo_lib.methods import PAPER_PROTOCOL, Stage, stages_of
 from allo_lib.objectives import ON_REJECTED, ON_SOLUTIONS
 from allo_lib.search import Rates, Tried, best, search
 from allo_lib.seeds import derive
-from allo_lib.stages import run_stage
+from allo_lib.stages import hand_over, run_stage
 from allo_lib.store import Artifact, write_json
 from allo_lib.study import Study
 from allo_lib.token_rewards import key_tokens
@@ -134,7 +134,7 @@ def _make_candidate(study, name, stages, rates, folder: Path) -> None:
     model = study.load_sft(name)
     start = weights.snapshot(model)
     try:
-        logs = [_train_stage(study, name, stages, i, rate) for i, rate in enumerate(rates)]
+        logs = _train_stages(study, name, stages, rates)
     except Diverged as error:
         # A rate that is too large is a result of the search, not a reason to stop the study.
         print(error, flush=True)
@@ -159,7 +159,16 @@ def _mean_of_last_quarter(values: list[float]) -> float:
     return sum(tail) / len(tail)
 
 
-def _train_stage(study: Study, name: str, stages, number: int, rate: float) -> Log:
+def _train_stages(study: Study, name: str, stages, rates: Rates) -> list[Log]:
+    """Train the live model through all stages; float32 masters pass from each to the next."""
+    masters: dict = {}
+    return [
+        _train_stage(study, name, stages, number, rate, masters)
+        for number, rate in enumerate(rates)
+    ]
+
+
+def _train_stage(study: Study, name: str, stages, number: int, rate: float, masters: dict) -> Log:
     """Train the live model, as it stands, through one stage."""
     stage, domain, method = stages[number], study.domain(name), study.profile.method
     schedule = Schedule(
@@ -181,6 +190,8 @@ def _train_stage(study: Study, name: str, stages, number: int, rate: float) -> L
         weight_decay=method.weight_decay,
         max_grad_norm=method.max_grad_norm,
         label=f"{name}, {stage.objective} at {rate:g}",
+        masters=masters,
+        after=lambda optimizer: hand_over(optimizer, masters),
     )
 
 

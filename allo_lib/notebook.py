@@ -2,6 +2,7 @@
 
 from IPython.display import HTML, Markdown, display
 
+from allo_lib import analysis
 from allo_lib.figure_style import save
 from allo_lib.study import Study
 
@@ -19,6 +20,22 @@ def table(rows: list[dict], caption: str = "") -> None:
     display(HTML(frame.to_html(index=False, escape=True, float_format=lambda x: f"{x:.4g}")))
     if caption:
         say(f"*{caption}*")
+
+
+def methods_table(found: dict[str, dict], caption: str) -> None:
+    """Show what each method scored: method -> result, as `parallel.run_methods` gives them."""
+    rows = []
+    for method, result in found.items():
+        score, error = analysis.score_of(result)
+        rows.append({
+            "method": method,
+            "score": score,
+            "standard error": error,
+            "held-out reward accuracy": analysis.reward_accuracy(result),
+            "displacement": result["displacement"],
+            "rates": ", ".join(f"{rate:g}" for rate in result["rates"]),
+        })  # fmt: skip
+    table(rows, caption)
 
 
 def show(figure, study: Study, name: str, caption: str, every_seed: bool = False) -> None:

@@ -31,6 +31,9 @@ class MaskedAdamW(torch.optim.AdamW):
         max_grad_norm: clip by the global norm of the kept entries' gradient, taken at `step`, that
             is after all accumulation; None leaves gradients as they are. In `transformers.Trainer`
             set its own `max_grad_norm` to 0: the dense gradients it would clip are gone.
+        masters: `packed_masters` of an earlier optimizer of this model, of any mask. Training goes
+            on from these values where the weights, rounded to bf16, have lost most of a small
+            update; kept entries that the earlier mask did not keep start from the weights.
 
     Raises:
         AlloError: a mask of another model, a mask that keeps nothing or entries of a frozen
@@ -49,6 +52,7 @@ class MaskedAdamW(torch.optim.AdamW):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         max_grad_norm: float | None = None,
+        masters: dict[str, tuple[Tensor | None, Tensor]] | None = None,
     ):
         if mask is not None:
             mask.check(model)
@@ -59,16 +63,21 @@ class MaskedAdamW(torch.optim.AdamW):
         self.max_grad_norm = max_grad_norm
         self.grad_norm: Tensor | None = None  # of the last step, before clipping; float32 scalar
         self._packed = [
-            _Packed(name, parameter, None if mask is None else mask.indices.get(name))
+            _Packed(
+                name,
+                parameter,
+                None if mask is None else mask.indices.get(name),
+                (masters or {}).get(name),
+            )
             for name, parameter in model.named_parameters()
             if parameter.requires_grad and (mask is None or _keeps(mask, name))
         ]
         if not self._packed:
             raise AlloError("MaskedAdamW: the model has no trainable parameter; unfreeze some")
-        masters = [packed.master for packed in self._packed]
-        fused = all(master.device.type in ("cpu", "cuda") for master in masters)
+        trained = [packed.master for packed in self._packed]
+        fused = all(master.device.type in ("cpu", "cuda") for master in trained)
         super().__init__(
-            masters, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=fused
+            trained, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=fused
         )
         # From here on nothing can fail: a refused call leaves the model as it was.
         for packed in self._packed:
@@ -102,6 +111,14 @@ class MaskedAdamW(torch.optim.AdamW):
     def master_weights(self) -> dict[str, Tensor]:
         """name -> float32 copy of each trained parameter, unkept entries taken from the model."""
         return {packed.name: packed.full() for packed in self._packed}
+
+    def packed_masters(self) -> dict[str, tuple[Tensor | None, Tensor]]:
+        """name -> (int32 places in the flattened tensor, float32 values), of kept entries only.
+
+        The places are None where a tensor is kept whole. The values are the optimizer's own, not
+        copies; `masters` of another optimizer takes them.
+        """
+        return {packed.name: (packed.index, packed.master.detach()) for packed in self._packed}
 
     def state_bytes(self) -> int:
         """Bytes held beside the model itself: indices, masters, moments, and packed gradients."""
@@ -151,7 +168,7 @@ class MaskedAdamW(torch.optim.AdamW):
 class _Packed:
     """The kept entries of one parameter: where they are, their masters, their gradient."""
 
-    def __init__(self, name: str, parameter: nn.Parameter, index: Tensor | None):
+    def __init__(self, name: str, parameter: nn.Parameter, index: Tensor | None, before=None):
         self.name = name
         self.parameter = parameter
         whole = index is None or index.numel() == parameter.numel()
@@ -160,7 +177,11 @@ class _Packed:
         self.index = None if whole else index.to(parameter.device, kind)
         values = self._gather(parameter.detach())
         self.owns_master = not (whole and parameter.dtype == torch.float32)
-        self.master = nn.Parameter(values.float() if self.owns_master else values)
+        if self.owns_master:
+            values = (
+                values.float() if before is None else self._gather(_refined(parameter, *before))
+            )
+        self.master = nn.Parameter(values)
 
     def attach(self) -> None:
         self.hook = self.parameter.register_post_accumulate_grad_hook(self._take_gradient)
@@ -188,13 +209,17 @@ class _Packed:
             flat.index_copy_(0, self.index.long(), rounded)
 
     def full(self) -> Tensor:
-        dense = self.parameter.detach().float().clone()
-        flat = dense.view(-1)
-        if self.index is None:
-            flat.copy_(self.master.detach())
-        else:
-            flat.index_copy_(0, self.index.long(), self.master.detach())
-        return dense
+        return _refined(self.parameter, self.index, self.master.detach())
+
+
+def _refined(parameter: nn.Parameter, index: Tensor | None, values: Tensor) -> Tensor:
+    """The parameter in float32 with `values` at the places `index` (None: everywhere)."""
+    dense = parameter.detach().float().clone()
+    if index is None:
+        dense.view(-1).copy_(values.view(-1))
+    else:
+        dense.view(-1).index_copy_(0, index.long(), values)
+    return dense
 
 
 def _keeps(mask: NeuronMask, name: str) -> bool:

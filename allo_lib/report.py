@@ -18,6 +18,7 @@ from allo_lib.measurements import read as read_measurements
 
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 PROFILES = ("tiny", "smollm2")
+_OF_SEED = re.compile(r"_seed(\d+)\.png$")
 _EFFICIENCY = {"variant", "device", "seconds_per_pair", "peak_bytes_above_model"}
 _PAPER_AVERAGE = {
     "questions": ("qa_avg", "paper, mean of 4 question sets"),
@@ -158,11 +159,7 @@ def build(results_dir: str | Path) -> Path:
         "<h2>Tables</h2>",
         *[_table_html(path) for path in sorted((folder / "tables").glob("*.md"))],
         "<h2>Figures</h2>",
-        *[
-            _figure_html(path)
-            for path in sorted((folder / "figures").glob("*.png"))
-            if path.name != "claims.png"
-        ],
+        *_figures_html(folder / "figures"),
     ]
     head = (
         '<!doctype html>\n<html lang="en">\n<head><meta charset="utf-8">\n'
@@ -197,6 +194,23 @@ def effect_text(claim: Claim) -> tuple[str, str]:
     if claim.ci_low is None:
         return words, "none"
     return words, f"[{form(claim.ci_low)}, {form(claim.ci_high)}]"
+
+
+def _figures_html(folder: Path) -> list[str]:
+    """Figures of all seeds together, and those of the lowest seed; others stay in the folder."""
+    paths = [path for path in sorted(folder.glob("*.png")) if path.name != "claims.png"]
+    seeds = sorted({int(found[1]) for path in paths if (found := _OF_SEED.search(path.name))})
+    of_others = [
+        path for path in paths
+        if (found := _OF_SEED.search(path.name)) and int(found[1]) != seeds[0]
+    ]  # fmt: skip
+    parts = [_figure_html(path) for path in paths if path not in of_others]
+    if of_others:
+        parts.append(
+            f'<p class="note">Figures of single seeds are those of seed {seeds[0]}; those of '
+            f"{', '.join(map(str, seeds[1:]))} are in the folder figures/.</p>"
+        )
+    return parts
 
 
 def _figure_html(path: Path) -> str:

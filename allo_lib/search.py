@@ -2,8 +2,9 @@
 
 One rate (methods of one stage): the centre, one factor below and above, then, as long as the best
 stands at an edge, one more beyond it; else the gaps beside the best are halved. Two rates: the same
-three values of the last stage's rate, one more beyond the best if that stands at an edge, then the
-first stage's rate below and above at the best of them.
+three steps of both together (two stages add up, so their common size matters most, and even three
+candidates search it), one more beyond the best if that stands at an edge, then the first stage's
+rate alone, below and above at the best of them.
 """
 
 import math
@@ -52,7 +53,7 @@ def search(
         attempt(())
         return tried
     for exponent in _COARSE[:candidates]:
-        attempt((*centre[:-1], centre[-1] * factor**exponent))
+        attempt(tuple(rate * factor**exponent for rate in centre))
     while len(tried) < candidates:
         attempt(_next_of_one(tried, factor) if len(centre) == 1 else _next_of_two(tried, factor))
     return tried
@@ -75,8 +76,8 @@ def _next_of_two(tried: list[Tried], factor: float) -> Rates:
     first, *rest = best(tried).rates
     last = sorted({one.rates[-1] for one in tried})
     if len(tried) == len(_COARSE) and rest[-1] in (last[0], last[-1]):
-        beyond = last[0] / factor if rest[-1] == last[0] else last[-1] * factor
-        return (first, *rest[:-1], beyond)
+        beyond = 1 / factor if rest[-1] == last[0] else factor
+        return tuple(rate * beyond for rate in (first, *rest))
     at_best = sorted(one.rates[0] for one in tried if one.rates[1:] == tuple(rest))
     step = at_best[0] / factor if first == at_best[0] else at_best[-1] * factor
     if len(at_best) == 1:

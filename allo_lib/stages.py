@@ -29,12 +29,14 @@ def run_stage(
     weight_decay: float = 0.0,
     max_grad_norm: float | None = 1.0,
     label: str = "training",
+    masters=None,
     after=None,
 ) -> Log:
     """Train `model` in place with the entries of `mask` (None: all) and return the log.
 
     rows: for supervised objectives `prompt` and `response`; else encoded pairs with
     `chosen_reference` and `rejected_reference`, and what the objective reads besides.
+    masters: float32 values to start from where the weights hold them rounded, see MaskedAdamW.
     after: called with the optimizer before it is closed, for those who want its float32 masters.
     """
     optimizer = MaskedAdamW(
@@ -44,6 +46,7 @@ def run_stage(
         betas=betas,
         weight_decay=weight_decay,
         max_grad_norm=max_grad_norm,
+        masters=masters,
     )
     try:
         log = train(
@@ -60,3 +63,9 @@ def run_stage(
         return log
     finally:
         optimizer.close()
+
+
+def hand_over(optimizer: MaskedAdamW, masters: dict | None) -> None:
+    """Put the optimizer's float32 values into `masters`, for the next stage (None: nowhere)."""
+    if masters is not None:
+        masters |= optimizer.packed_masters()

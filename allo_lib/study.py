@@ -27,7 +27,7 @@ from allo_lib.warmup import delta_of_dpo, gradient_scores, warmup_seed
 
 STORE = ".store"
 # Raised when the meaning of a stage changes, so that artifacts of the old meaning are not used.
-VERSION = 1
+VERSION = 2
 
 
 class Study:

@@ -36,7 +36,7 @@ import torch
 
 from allo_lib import analysis, figures, parallel, results
 from allo_lib.losses import npo_loss
-from allo_lib.notebook import say, show, table
+from allo_lib.notebook import methods_table, say, show
 from allo_lib.study import Study
 
 study = Study.open(profile, seed, results_dir, overrides)
@@ -52,13 +52,14 @@ print(float(npo_loss(logps, logps, weights, beta=0.1)), 2 / 0.1 * math.log(2))
 # ## Forgetting alone, and as the first of two stages
 #
 # The rates of both stages are searched together (04_learning); forgetting alone gets a search and as
-# many updates of its own.
+# many updates of its own. The control whose forgetting weighs all tokens alike tells whether choosing
+# them matters.
 
 # %%
 found = {}
 for name in study.profile.domains:
-    asked = ["sft_base", *(m for m in ("allo", "allo_no_learning")
-                           if m in results.methods_of(study, name))]
+    wanted = ("allo", "allo_all_tokens_forgetting", "allo_no_learning")
+    asked = ["sft_base", *(m for m in wanted if m in results.methods_of(study, name))]
     found[name] = parallel.run_methods(study, name, asked)
     losses = {f"first stage of {m}": [found[name][m]["loss"][0]] for m in asked[1:]}
     figure = figures.loss_curves(losses, title=f"forgetting, {name}", ylabel="NPO loss")
@@ -74,15 +75,12 @@ for name in study.profile.domains:
 
 # %%
 for name in study.profile.domains:
-    rows = [{"method": m, "score": analysis.score_of(f)[0], "standard error": analysis.score_of(f)[1],
-             "held-out reward accuracy": analysis.reward_accuracy(f),
-             "displacement": f["displacement"], "rates": ", ".join(f"{r:g}" for r in f["rates"])}
-            for m, f in found[name].items()]
-    table(rows, f"{name}: the SFT model, ALLO (both stages), and forgetting alone where it was run.")
+    methods_table(found[name], f"{name}: the SFT model, ALLO (both stages), ALLO whose forgetting "
+                  "takes all tokens, and forgetting alone, where they were run.")
 
 # %%
 for name in study.profile.domains:
-    last = list(found[name])[-1]  # forgetting alone, or both stages where that was not run
+    last = "allo_no_learning" if "allo_no_learning" in found[name] else "allo"
     (start, error), (alone, error_alone) = (
         analysis.score_of(found[name][m]) for m in ("sft_base", last))
     change, noise = alone - start, math.hypot(error, error_alone)
@@ -100,7 +98,7 @@ for name in study.profile.domains:
 from allo_lib.methods import stages_of
 
 for name in study.profile.domains:
-    last = list(found[name])[-1]
+    last = "allo_no_learning" if "allo_no_learning" in found[name] else "allo"
     ratios = analysis.log_ratios(study, name, last)
     stage = stages_of(last, study.profile)[0]
     chosen = study.forgetting_weights(name, stage)

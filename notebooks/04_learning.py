@@ -34,7 +34,7 @@ import torch
 
 from allo_lib import analysis, figures, parallel, results, token_pictures
 from allo_lib.losses import dpo_loss, token_dpo_loss
-from allo_lib.notebook import html, percent, say, show, table
+from allo_lib.notebook import html, methods_table, percent, say, show, table
 from allo_lib.study import Study
 
 study = Study.open(profile, seed, results_dir, overrides)
@@ -77,11 +77,7 @@ for name in study.profile.domains:
 
 # %%
 for name in study.profile.domains:
-    rows = [{"method": m, "score": analysis.score_of(f)[0], "standard error": analysis.score_of(f)[1],
-             "held-out reward accuracy": analysis.reward_accuracy(f),
-             "displacement": f["displacement"], "rates": ", ".join(f"{r:g}" for r in f["rates"])}
-            for m, f in found[name].items()]
-    table(rows, f"{name}: ALLO and its controls, test split, seed {seed}.")
+    methods_table(found[name], f"{name}: ALLO and its controls, test split, seed {seed}.")
     allo, dpo = (analysis.score_of(found[name][m])[0] for m in ("allo", "dpo_long"))
     say(f"**{name}**: ALLO {percent(allo)}, DPO with as many updates {percent(dpo)}: "
         f"{100 * (allo - dpo):+.1f} points on this seed. 06_evaluation has the interval.")

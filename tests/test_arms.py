@@ -12,6 +12,7 @@ from allo_lib.config import load_profile
 from allo_lib.errors import AlloError
 from allo_lib.evaluation import implicit_margins
 from allo_lib.methods import Stage, share_name, stages_of
+from allo_lib.stages import run_stage
 from allo_lib.training import Diverged
 
 
@@ -58,9 +59,7 @@ def test_each_ablation_changes_one_thing_of_allo(profile):
 
     def changed(method):
         pairs = zip(whole, stages_of(method, profile), strict=True)
-        return [
-            {key for key in vars(a) if getattr(a, key) != getattr(b, key)} for a, b in pairs
-        ]
+        return [{key for key in vars(a) if getattr(a, key) != getattr(b, key)} for a, b in pairs]
 
     assert changed("allo_all_tokens_forgetting") == [{"tokens"}, set()]
     assert changed("allo_all_tokens_learning") == [set(), {"key_share"}]
@@ -132,6 +131,27 @@ def test_both_stages_of_allo_keep_to_the_mask_and_start_at_their_own_zero(tiny_s
     assert learning[0] == pytest.approx(torch.tensor(2.0).log().item(), abs=1e-5)
 
 
+def test_learning_starts_from_the_masters_that_forgetting_ended_with(tiny_study, monkeypatch):
+    seen = []
+
+    def spy(*arguments, masters, after, **settings):
+        begun = dict(masters)
+
+        def ended(optimizer):
+            after(optimizer)
+            seen.append((begun, optimizer.packed_masters()))
+
+        return run_stage(*arguments, masters=masters, after=ended, **settings)
+
+    monkeypatch.setattr(arms, "run_stage", spy)
+    tiny_study.load_sft(DOMAIN)
+    arms._train_stages(tiny_study, DOMAIN, stages_of("allo", tiny_study.profile), (1e-4, 1e-3))
+    (first, ended), (second, _) = seen
+    assert first == {} and second.keys() == ended.keys()
+    for name, (places, values) in second.items():
+        assert torch.equal(places, ended[name][0]) and torch.equal(values, ended[name][1])
+
+
 def test_a_candidate_is_the_same_bits_whatever_ran_before(tiny_study, begun):
     stages, rates = stages_of("dpo", tiny_study.profile), (3e-4,)
     kept, first = candidate(tiny_study, stages, rates)
@@ -169,9 +189,7 @@ def test_random_and_oracle_tokens_fit_their_responses(tiny_study):
         tiny_study.forgetting_weights(DOMAIN, Stage("forgetting", "forgetting", tokens=tokens))
         for tokens in ("rewriter", "random")
     )
-    for row, key, wrong, rewriter, random in zip(
-        rows, keys, oracle, chosen, shuffled, strict=True
-    ):
+    for row, key, wrong, rewriter, random in zip(rows, keys, oracle, chosen, shuffled, strict=True):
         length = len(row["rejected"])
         assert {len(key), len(wrong), len(rewriter), len(random)} == {length}
         assert sum(key) == max(1, round(share * length)) and set(key) <= {0.0, 1.0}
@@ -300,10 +318,10 @@ def test_the_development_split_is_part_of_a_candidate(tiny_study):
 
 
 def test_a_rate_that_diverges_loses_and_all_of_them_are_told(begun, monkeypatch, capsys):
-    def train_stage(study, name, stages, number, rate):
+    def train_stage(study, name, stages, number, rate, masters):
         if rate > limit:
             raise Diverged("the loss became nan at step 1; lower the learning rate")
-        return real(study, name, stages, number, rate)
+        return real(study, name, stages, number, rate, masters)
 
     study = open_study(begun)
     centre = study.domain(DOMAIN).rates.dense

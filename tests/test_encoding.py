@@ -119,9 +119,7 @@ ids = st.lists(st.integers(1, 30), min_size=1, max_size=8)
 @given(st.lists(st.tuples(ids, ids), min_size=1, max_size=6))
 def test_every_row_can_be_read_back_from_its_batch(rows):
     values = [[float(t) / 4 for t in response] for _, response in rows]
-    batch = collate(
-        [row(p, r, w=w) for (p, r), w in zip(rows, values, strict=True)], PAD
-    )
+    batch = collate([row(p, r, w=w) for (p, r), w in zip(rows, values, strict=True)], PAD)
     longest = max(len(p) + len(r) for p, r in rows)
     assert {tuple(value.shape) for value in batch.values()} == {(len(rows), longest)}
     for i, ((prompt, response), w) in enumerate(zip(rows, values, strict=True)):

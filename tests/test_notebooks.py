@@ -253,7 +253,7 @@ def test_real_questions_and_preferences_run_through_every_notebook(tmp_path):
     text = profile.read_text().replace("MODEL", str(tmp_path / "model"))
     (tmp_path / "real.yaml").write_text(text)
     folder = tmp_path / "out"
-    given = (tmp_path / "real.yaml", "--out", folder, "--only", "00,01,02,03,04,05,06")
+    given = (tmp_path / "real.yaml", "--out", folder)
     done = driver(*given, "--data", tmp_path / "data")
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     rows = measurements.read(folder / "measurements.csv")

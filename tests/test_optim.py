@@ -188,6 +188,51 @@ def test_master_weights_round_to_the_model(dtype, share):
     assert_equal(weights_of(model), after)  # they are copies
 
 
+@pytest.mark.parametrize("second", [0.1, 0.3, None])
+@pytest.mark.parametrize("first", [0.1, None])
+def test_masters_handed_over_go_on_where_rounded_weights_would_not(first, second):
+    model = tiny_llama(dtype=torch.bfloat16)
+    masks = [share and random_mask(model, share) for share in (first, second)]
+    start = {name: value.float() for name, value in weights_of(model).items()}
+    one = MaskedAdamW(model, masks[0], lr=1e-6)  # far below what bf16 resolves
+    train(model, one)
+    moved_to, masters = one.master_weights(), one.packed_masters()
+    one.close()
+    plain = MaskedAdamW(model, masks[1], lr=0.0)
+    assert moved(plain.master_weights(), moved_to) > 0  # what is lost without
+    plain.close()
+    other = MaskedAdamW(model, masks[1], lr=1e-6, masters=masters)
+    begun = other.master_weights()
+    for name, value in begun.items():
+        expected = start[name].flatten().clone()
+        kept = range(expected.numel()) if masks[1] is None else masks[1].indices[name].tolist()
+        before = moved_to.get(name, start[name]).flatten()
+        for place in kept:
+            expected[place] = before[place]
+        # Where only the first optimizer trained, the weights themselves hold the rounded value.
+        inside = torch.zeros(expected.numel(), dtype=torch.bool)
+        inside[list(kept)] = True
+        assert torch.equal(value.flatten()[inside], expected[inside]), name
+    other.close()
+
+
+def test_two_optimizers_with_handed_over_masters_are_one():
+    def fresh():
+        return tiny_llama(dtype=torch.bfloat16)
+
+    settings = {"lr": 1e-4, "betas": (0.0, 0.0)}  # no memory beside the masters
+    whole, parts = fresh(), fresh()
+    mask = random_mask(whole)
+    optimizer = MaskedAdamW(whole, mask, **settings)
+    train(whole, optimizer, 6)
+    first = MaskedAdamW(parts, mask, **settings)
+    train(parts, first, 3)
+    first.close()
+    second = MaskedAdamW(parts, mask, **settings, masters=first.packed_masters())
+    train(parts, second, 3, first=3)
+    assert_equal(second.master_weights(), optimizer.master_weights())
+
+
 # --- gradients ---
 
 

@@ -1,5 +1,6 @@
 """The report and README block: rebuilt from measurements alone, self-contained, escaped."""
 
+import base64
 import html.parser
 
 import pytest
@@ -58,6 +59,20 @@ def test_report_is_one_self_contained_page(results):
     for claim in claims.read(results / "claims.csv"):
         assert claim.evidence in page.words
     assert page.tags.count("img") == len(list((results / "figures").glob("*.png")))
+
+
+def test_figures_of_single_seeds_come_from_the_lowest_one(results, tmp_path):
+    folder = tmp_path / "tiny"
+    (folder / "figures").mkdir(parents=True)
+    (folder / "claims.csv").write_bytes((results / "claims.csv").read_bytes())
+    picture = (results / "figures" / "claims.png").read_bytes()
+    for name in ("claims", "main_x", "a_seed10", "a_seed3", "a_seed4", "b_seed10", "seed4_all"):
+        (folder / "figures" / f"{name}.png").write_bytes(picture + name.encode())
+    report.build(folder)
+    text = (folder / "report.html").read_text(encoding="utf-8")
+    shown = {base64.b64decode(s.split(",")[1])[len(picture) :] for s in Page(text).sources}
+    assert shown == {b"claims", b"main_x", b"a_seed3", b"seed4_all"}
+    assert "those of seed 3; those of 4, 10 are in the folder" in text
 
 
 def test_report_escapes_what_files_contain(results, tmp_path):

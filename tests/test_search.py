@@ -38,24 +38,29 @@ def test_one_rate_halves_both_gaps_beside_the_best():
     assert tried[3:] == [(0.7071,), (1.414,)]
 
 
-def test_two_rates_first_settle_the_last_stage_then_the_first():
+def test_two_rates_first_settle_their_common_size_then_the_first_stage():
     tried = search((1e-4, 1e-3), 5, 2.0, peak(1e-4, 1e-3))
     assert rates_of(tried) == [
-        (1e-4, 1e-3), (1e-4, 5e-4), (1e-4, 2e-3), (5e-5, 1e-3), (2e-4, 1e-3)
+        (1e-4, 1e-3), (5e-5, 5e-4), (2e-4, 2e-3), (5e-5, 1e-3), (2e-4, 1e-3)
     ]  # fmt: skip
 
 
-def test_two_rates_go_once_beyond_an_edge_of_the_last_stage():
-    higher = rates_of(search((1e-4, 1e-3), 5, 2.0, peak(1e-4, 1e-2)))
-    assert higher[3:] == [(1e-4, 4e-3), (5e-5, 4e-3)]
-    lower = rates_of(search((1e-4, 1e-3), 6, 2.0, peak(1e-4, 5e-4)))
-    assert lower[3:] == [(1e-4, 2.5e-4), (5e-5, 5e-4), (2e-4, 5e-4)]
+def test_three_candidates_change_both_rates():
+    tried = rates_of(search((1e-4, 1e-3), 3, 2.0, peak(1e-4, 1e-3)))
+    assert all(len({rates[stage] for rates in tried}) == 3 for stage in (0, 1))
+
+
+def test_two_rates_go_once_beyond_an_edge_together():
+    higher = rates_of(search((1e-4, 1e-3), 5, 2.0, peak(1e-3, 1e-2)))
+    assert higher[3:] == [(4e-4, 4e-3), (2e-4, 4e-3)]
+    lower = rates_of(search((1e-4, 1e-3), 6, 2.0, peak(5e-5, 5e-4)))
+    assert lower[3:] == [(2.5e-5, 2.5e-4), (2.5e-5, 5e-4), (1e-4, 5e-4)]
 
 
 def test_two_rates_follow_a_better_first_stage():
-    lower = rates_of(search((1e-4, 1e-3), 5, 2.0, peak(1e-5, 1e-3)))
+    lower = rates_of(search((1e-4, 1e-3), 5, 2.0, peak(5e-5, 1.4e-3)))
     assert lower[3:] == [(5e-5, 1e-3), (2.5e-5, 1e-3)]
-    higher = rates_of(search((1e-4, 1e-3), 6, 2.0, peak(1e-3, 1e-3)))
+    higher = rates_of(search((1e-4, 1e-3), 6, 2.0, peak(2e-4, 7e-4)))
     assert higher[3:] == [(5e-5, 1e-3), (2e-4, 1e-3), (4e-4, 1e-3)]
 
 

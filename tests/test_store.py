@@ -199,9 +199,7 @@ def test_processes_that_find_the_same_damage_all_go_on(tmp_path):
     made.file("record.json").write_text("{}")
     context = multiprocessing.get_context("fork")
     gate, told = context.Barrier(3), context.Queue()
-    workers = [
-        context.Process(target=_read_damaged, args=(tmp_path, gate, told)) for _ in range(3)
-    ]
+    workers = [context.Process(target=_read_damaged, args=(tmp_path, gate, told)) for _ in range(3)]
     for worker in workers:
         worker.start()
     assert [told.get(timeout=30) for _ in workers] == [{"text": "anew"}] * 3
