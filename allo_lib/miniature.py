@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerFast
 from allo_lib import miniature_text as text
 from allo_lib.errors import AlloError
 from allo_lib.miniature_text import Slot, Stated, opening, wording
+from allo_lib.seeds import derive
 
 FAMILIES = ("chain", "scan", "story")
 SPLITS = {"sft": range(0, 64), "pairs": range(64, 80), "dev": range(80, 86), "test": range(86, 100)}
@@ -322,7 +323,7 @@ def problems(family: str, split: str, count: int, seed: int) -> list[Problem]:
         raise AlloError(f"unknown split {split!r}: expected one of {', '.join(SPLITS)}")
     if count < 0:
         raise AlloError(f"count is {count}: expected 0 or more: ask for at least 0 problems")
-    rng = random.Random(_digest("problems", family, split, seed))
+    rng = random.Random(derive(seed, "problems", family, split))
     found: dict[str, tuple] = {}
     vain = 0
     while len(found) < count:
