@@ -1,14 +1,12 @@
 """What a training step costs: time, peak memory and optimizer state of each way of updating (C10).
 
-Every variant runs in a process of its own, and the processes take turns, so that neither a slow
-moment of the machine nor memory left over by another variant decides the comparison.
+Every block of steps runs in a process of its own, one after the other and the variants in turn, so
+that neither a slow moment of the machine nor memory left over by another variant decides the
+comparison, and the machine has to hold one training at a time.
 """
 
 import csv
-import ctypes
-import gc
 import math
-import multiprocessing
 import statistics
 import sys
 import time
@@ -24,7 +22,9 @@ from allo_lib.forward import response_logps
 from allo_lib.importance import select_neurons
 from allo_lib.objectives import objective
 from allo_lib.optim import MaskedAdamW
+from allo_lib.runtime import give_back_freed_memory
 from allo_lib.study import Study
+from allo_lib.workers import fork_server
 
 VARIANTS = ("dense", "dense_masked", "allo_scalar", "allo_row")
 COLUMNS = (
@@ -38,7 +38,7 @@ COLUMNS = (
     "state_bytes_per_parameter",
 )
 _WARM_UP = 2  # steps before anything is timed
-_STEPS = 4  # steps of one timed block
+_STEPS = 3  # steps of one timed block
 _RATE = 1e-6  # small enough that the weights, and so the arithmetic, stay the same
 
 
@@ -91,31 +91,16 @@ def measure(study: Study, name: str) -> list[dict]:
 
     Seconds per pair are medians over blocks of steps, with the lowest and highest block. Peak
     memory is above that of the process with the model loaded and nothing else done.
+
+    Raises:
+        AlloError: a process that ended before it had measured, for want of memory for instance.
     """
     study.scores(name), study.encoded(name, "train")  # made here, read by the workers
-    context = multiprocessing.get_context("spawn")
-    workers = {}
-    for variant in VARIANTS:
-        ours, theirs = context.Pipe()
-        arguments = (theirs, study.profile, study.seed, str(study.results_dir), study.data_dir)
-        process = context.Process(target=_worker, args=(*arguments, name, variant), daemon=True)
-        process.start()
-        theirs.close()  # so that the end of the process ends a wait for it
-        workers[variant] = (process, ours)
-    try:
-        for _, pipe in workers.values():
-            pipe.recv()
-        seconds = _take_turns(workers, study.profile.compute.timing_repeats)
-        return [_row(variant, workers[variant][1], seconds[variant]) for variant in VARIANTS]
-    except EOFError:
-        raise AlloError(
-            "a process that measures the cost of a step ended before its time; free memory or see "
-            "what it printed, and run again"
-        ) from None
-    finally:
-        for process, _ in workers.values():
-            process.terminate()
-            process.join()
+    runs: dict[str, list[dict]] = {variant: [] for variant in VARIANTS}
+    for repeat in range(study.profile.compute.timing_repeats):
+        for variant in VARIANTS if repeat % 2 == 0 else reversed(VARIANTS):
+            runs[variant].append(_run(study, name, variant))
+    return [_row(variant, runs[variant]) for variant in VARIANTS]
 
 
 def write(rows: list[dict], path: Path) -> None:
@@ -127,57 +112,62 @@ def write(rows: list[dict], path: Path) -> None:
         writer.writerows(rows)
 
 
-def _take_turns(workers: dict, repeats: int) -> dict[str, list[float]]:
-    seconds: dict[str, list[float]] = {variant: [] for variant in workers}
-    for repeat in range(repeats):
-        order = list(workers) if repeat % 2 == 0 else list(reversed(workers))
-        for variant in order:
-            _, pipe = workers[variant]
-            pipe.send("block")
-            seconds[variant].append(pipe.recv())
-    return seconds
+def _run(study: Study, name: str, variant: str) -> dict:
+    """What one process measured of a variant."""
+    context = fork_server()
+    ours, theirs = context.Pipe(duplex=False)
+    settings = (study.profile, study.seed, str(study.results_dir), study.data_dir)
+    process = context.Process(target=_worker, args=(theirs, *settings, name, variant), daemon=True)
+    process.start()
+    theirs.close()  # so that the end of the process ends a wait for it
+    try:
+        return ours.recv()
+    except EOFError:
+        raise AlloError(
+            "a process that measures the cost of a step ended before its time; free memory or see "
+            "what it printed, and run again"
+        ) from None
+    finally:
+        process.terminate()
+        process.join()
 
 
-def _row(variant: str, pipe, seconds: list[float]) -> dict:
-    pipe.send("end")
-    end = pipe.recv()
-    per_pair = [value / end["pairs"] for value in seconds]
-    median = statistics.median(per_pair)
+def _row(variant: str, runs: list[dict]) -> dict:
+    per_pair = [run["seconds"] / run["pairs"] for run in runs]
+    median, last = statistics.median(per_pair), runs[-1]
     return {
         "variant": variant,
-        "device": end["device"],
+        "device": last["device"],
         "seconds_per_pair": f"{median:.6g}",
         "seconds_per_pair_low": f"{min(per_pair):.6g}",
         "seconds_per_pair_high": f"{max(per_pair):.6g}",
-        "tokens_per_second": f"{end['tokens'] / end['pairs'] / median:.6g}",
-        "peak_bytes_above_model": end["peak"],
-        "state_bytes_per_parameter": f"{end['state']:.4g}",
+        "tokens_per_second": f"{last['tokens'] / last['pairs'] / median:.6g}",
+        "peak_bytes_above_model": round(statistics.median(run["peak"] for run in runs)),
+        "state_bytes_per_parameter": f"{last['state']:.4g}",
     }
 
 
 def _worker(pipe, profile: Profile, seed: int, results_dir: str, data_dir, name, variant) -> None:
-    """Load, warm up, then run a block of steps whenever asked; at the end tell the sizes."""
+    """Load, warm up, run one block of steps, and send its time and the sizes."""
     study = Study(profile, seed, results_dir, data_dir)
     model = study.load_sft(name).train()
     rows = study.encoded(name, "train")
     mask = _mask(study, name, variant)
-    _give_back_freed_memory()
+    give_back_freed_memory()  # else heap that the set-up left free would hide what the steps take
     base = _reset_peak(study.device)
     step = _Stepper(study, name, model, mask, variant, rows)
     for _ in range(_WARM_UP):
         step()
-    pipe.send("ready")
-    pairs = tokens = 0
-    while pipe.recv() == "block":
-        start = time.perf_counter()
-        counts = [step() for _ in range(_STEPS)]
-        if study.device != "cpu":
-            torch.cuda.synchronize()
-        pipe.send(time.perf_counter() - start)
-        pairs, tokens = (sum(count) for count in zip(*counts, strict=False))
+    _wait_for(study.device)
+    start = time.perf_counter()
+    counts = [step() for _ in range(_STEPS)]
+    _wait_for(study.device)
+    seconds = time.perf_counter() - start
+    pairs, tokens = (sum(count) for count in zip(*counts, strict=True))
     parameters = sum(parameter.numel() for parameter in model.parameters())
     pipe.send(
         {
+            "seconds": seconds,
             "pairs": pairs,
             "tokens": tokens,
             "peak": max(0, _peak(study.device) - base),
@@ -187,21 +177,17 @@ def _worker(pipe, profile: Profile, seed: int, results_dir: str, data_dir, name,
     )
 
 
+def _wait_for(device: str) -> None:
+    if device != "cpu":
+        torch.cuda.synchronize()
+
+
 def _mask(study: Study, name: str, variant: str):
     """The variant's mask; made for `dense` too, so that all processes have the same past."""
     scores = weights.read_tensors(study.scores(name).file("scores.safetensors"))
     granularity = "row" if variant == "allo_row" else "scalar"
     mask = select_neurons(scores, study.profile.method.share, granularity=granularity)
     return None if variant == "dense" else mask
-
-
-def _give_back_freed_memory() -> None:
-    """Without this, heap that the set-up left free would hide what the steps take."""
-    gc.collect()
-    if sys.platform.startswith("linux"):
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc
-        if trim is not None:
-            trim(0)
 
 
 class _Stepper:

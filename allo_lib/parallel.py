@@ -13,6 +13,7 @@ from functools import lru_cache
 from allo_lib import arms
 from allo_lib.config import Profile
 from allo_lib.methods import PAPER_PROTOCOL
+from allo_lib.runtime import give_back_freed_memory
 from allo_lib.study import Study
 from allo_lib.workers import fork_server
 
@@ -51,6 +52,7 @@ def _run_groups(study: Study, name: str, groups: list[list[str]]) -> None:
         for method in (method for group in groups for method in group):
             _tell(method, arms.result(study, name, method), started)
         return
+    give_back_freed_memory()  # the workers need it, this process only waits
     with ProcessPoolExecutor(workers, mp_context=fork_server()) as pool:
         for group in groups:
             _wait_for_group(pool, study, name, group, started)

@@ -5,6 +5,7 @@ Values that the user has set in the environment are left alone.
 """
 
 import ctypes
+import gc
 import os
 import sys
 import warnings
@@ -36,3 +37,12 @@ def _keep_freed_memory() -> None:
     if hasattr(libc, "mallopt") and hasattr(libc, "gnu_get_libc_version"):
         libc.mallopt(_M_MMAP_MAX, 0)
         libc.mallopt(_M_TRIM_THRESHOLD, _LARGEST_INT)
+
+
+def give_back_freed_memory() -> None:
+    """Return freed heap to the system: before other processes need it, or memory is measured."""
+    gc.collect()
+    if sys.platform.startswith("linux"):
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc
+        if trim is not None:
+            trim(0)

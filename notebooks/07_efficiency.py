@@ -21,8 +21,8 @@
 # k\,(\underbrace{4}_{\text{index}} + \underbrace{4}_{\text{master}} + \underbrace{12}_{\text{gradient,
 # moments}}) = 20\,k\;\text{ (masked)}.$$
 #
-# Each variant trains DPO on the same pairs in a process of its own, the processes take turns, and
-# medians over blocks of steps are shown with their range. Times and memory are measurements of this
+# Each variant trains DPO on the same pairs, every block of steps in a process of its own, the variants
+# in turn; medians over the blocks are shown with their range. Times and memory are measurements of this
 # machine at this moment: they are in `tables/efficiency.csv`, not in `measurements.csv`, so that the
 # latter stays the same to the byte from run to run.
 
