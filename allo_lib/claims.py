@@ -7,7 +7,9 @@ Every effect is turned so that a positive number supports the claim. Verdicts:
   same data sets (the smallest effect of interest; of several parts the smallest), where the paper
   publishes one; else `inconclusive`.
 - *no worse* (C3): `reproduced` when the interval lies above minus MARGIN, `not reproduced` when it
-  lies below it, else `inconclusive`.
+  lies below it, else `inconclusive`. It takes a DPO that learned something (assay sensitivity, ICH
+  E10): where DPO is not shown to beat the starting model, nothing could have been worse than it,
+  and `reproduced` becomes `inconclusive`.
 - a claim of several parts needs all of them: its verdict is the weakest part's, which is the one
   shown (of equals, the smallest effect). Such a conjunction needs no correction for multiplicity
   (Berger 1982, intersection-union test); the claims themselves are not corrected for one another.
@@ -29,12 +31,13 @@ from allo_lib.comparisons import (
     compare,
     domains_of,
     index_of,
+    metric_by_seed,
     metric_difference,
     shared_names,
 )
 from allo_lib.errors import AlloError
 from allo_lib.measurements import Measurement
-from allo_lib.stats import WIDE, Interval, log_ratio_interval
+from allo_lib.stats import WIDE, Interval, difference_interval, log_ratio_interval
 
 MARGIN = 0.02  # C3: a loss of accuracy below two points counts as no worse
 REPRODUCED, NOT_REPRODUCED, INCONCLUSIVE = "reproduced", "not reproduced", "inconclusive"
@@ -200,8 +203,25 @@ def _parts(declared, domain, index, shared, paper) -> tuple[list[Part], list[str
     for (first, second), effect in zip(pairs, effects, strict=True):
         interval = compare(index, first, second, domain)
         verdict, reason = judge(interval, declared.kind, smallest)
+        if declared.kind == "no worse" and verdict == REPRODUCED:
+            verdict, reason = _sensitive(index, second.removesuffix("_paper"), domain, shared)
         parts.append(Part(f"{first} {word} {second}", interval, verdict, effect, reason))
     return parts, [text for text in told if text]
+
+
+def _sensitive(index, reference: str, domain: Domain, shared) -> tuple[str, str]:
+    """The verdict on "no worse than reference" where the interval allows it."""
+    if domain.prefix:  # the starting model ranks no pair: chance is what there is to beat
+        right = metric_by_seed(index, reference, "reward_accuracy", domain, shared)
+        values = {seed: value[:2] for seed, value in right.items()}
+        chance = dict.fromkeys(values, (0.5, 0.0))
+        learned = difference_interval(values, chance) if values else None
+    else:
+        learned = compare(index, reference, "sft_base", domain)
+    if learned is not None and learned.defined and learned.low > 0:
+        return REPRODUCED, ""
+    size = "" if learned is None else f" ({_size(learned.effect, domain.unit)} points)"
+    return INCONCLUSIVE, f"{reference} itself is not shown to beat the starting model{size}"
 
 
 def _loss_part(index, first, second, domain, shared) -> Part:

@@ -96,6 +96,25 @@ def test_planted_effects_get_their_verdicts(by_id, name, verdict):
     assert by_id[name].verdict == verdict, by_id[name].evidence
 
 
+@pytest.mark.parametrize(
+    "prefix, datasets", [("", ("chain", "scan")), ("reward_", ("hh_helpful",))]
+)
+@pytest.mark.parametrize("start, dpo, verdict", [
+    (0.50, 0.70, REPRODUCED), (0.50, 0.50, INCONCLUSIVE), (0.70, 0.70, INCONCLUSIVE),
+])  # fmt: skip
+def test_no_worse_than_a_dpo_that_learned_nothing_is_no_finding(
+    monkeypatch, prefix, datasets, start, dpo, verdict
+):
+    if prefix and start != 0.5:
+        pytest.skip("pairs have no starting accuracy but chance")
+    changed = {"sft_base": start, "dpo": dpo, "dpo_last10": dpo}
+    monkeypatch.setattr(synthetic_results, "ACCURACY", synthetic_results.ACCURACY | changed)
+    found = claims.compute(synthetic_results.rows(datasets=datasets, n=3000, prefix=prefix))
+    claim = next(claim for claim in found if claim.id == "C3")
+    assert claim.ci_low > -claims.MARGIN and claim.verdict == verdict
+    assert ("not shown to beat" in claim.evidence) == (verdict == INCONCLUSIVE)
+
+
 def test_effects_are_the_planted_ones(by_id):
     accuracy = synthetic_results.ACCURACY
     assert by_id["C4"].effect == pytest.approx(accuracy["allo"] - accuracy["dpo"], abs=0.02)
