@@ -16,7 +16,7 @@ from allo_lib.evaluation import pair_logps
 from allo_lib.importance import NeuronMask, select_neurons
 from allo_lib.rewriter import Correction
 from allo_lib.seeds import derive
-from allo_lib.stages import hand_over, run_stage
+from allo_lib.stages import run_stage
 from allo_lib.store import write_json
 from allo_lib.token_rewards import unaligned_weights
 from allo_lib.training import Log, Schedule
@@ -178,7 +178,6 @@ class _Run:
             max_grad_norm=config.max_grad_norm,
             label=name,
             masters=masters,
-            after=lambda optimizer: hand_over(optimizer, masters),
         )
 
     def _with_reference(self) -> list[dict]:

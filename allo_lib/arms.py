@@ -14,7 +14,7 @@ from allo_lib.methods import PAPER_PROTOCOL, Stage, stages_of
 from allo_lib.objectives import ON_REJECTED, ON_SOLUTIONS
 from allo_lib.search import Rates, Tried, best, search
 from allo_lib.seeds import derive
-from allo_lib.stages import hand_over, run_stage
+from allo_lib.stages import run_stage
 from allo_lib.store import Artifact, write_json
 from allo_lib.study import Study
 from allo_lib.token_rewards import key_tokens
@@ -191,7 +191,6 @@ def _train_stage(study: Study, name: str, stages, number: int, rate: float, mast
         max_grad_norm=method.max_grad_norm,
         label=f"{name}, {stage.objective} at {rate:g}",
         masters=masters,
-        after=lambda optimizer: hand_over(optimizer, masters),
     )
 
 

@@ -29,14 +29,15 @@ def run_stage(
     weight_decay: float = 0.0,
     max_grad_norm: float | None = 1.0,
     label: str = "training",
-    masters=None,
+    masters: dict | None = None,
     after=None,
 ) -> Log:
     """Train `model` in place with the entries of `mask` (None: all) and return the log.
 
     rows: for supervised objectives `prompt` and `response`; else encoded pairs with
     `chosen_reference` and `rejected_reference`, and what the objective reads besides.
-    masters: float32 values to start from where the weights hold them rounded, see MaskedAdamW.
+    masters: float32 values where the weights hold them rounded, see MaskedAdamW: the stage starts
+    from those in the dict and leaves its own there, for the next one.
     after: called with the optimizer before it is closed, for those who want its float32 masters.
     """
     optimizer = MaskedAdamW(
@@ -60,12 +61,8 @@ def run_stage(
         )
         if after is not None:
             after(optimizer)
+        if masters is not None:
+            masters |= optimizer.packed_masters()
         return log
     finally:
         optimizer.close()
-
-
-def hand_over(optimizer: MaskedAdamW, masters: dict | None) -> None:
-    """Put the optimizer's float32 values into `masters`, for the next stage (None: nowhere)."""
-    if masters is not None:
-        masters |= optimizer.packed_masters()

@@ -7,7 +7,7 @@ import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM
 
-from allo_lib import align, miniature, models, weights
+from allo_lib import align, alignment, miniature, models, weights
 from allo_lib.errors import AlloError
 from allo_lib.importance import NeuronMask
 
@@ -55,6 +55,24 @@ def test_all_stages_move_kept_entries_only(tokenizer, pairs, tmp_path):
         assert torch.equal(parameter[~kept], before[name][~kept])
         moved += int((parameter[kept] != before[name][kept]).sum())
     assert moved > 0.5 * result.mask.kept
+
+
+def test_learning_goes_on_from_the_masters_of_forgetting(tokenizer, pairs, tmp_path, monkeypatch):
+    begun, real = {}, alignment.run_stage
+
+    def spy(model, rows, objective, schedule, *, masters, **settings):
+        begun[objective] = None if masters is None else dict(masters)
+        return real(model, rows, objective, schedule, masters=masters, **settings)
+
+    monkeypatch.setattr(alignment, "run_stage", spy)
+    model = small_model(tokenizer).bfloat16()
+    # Rates at which bf16 weights hardly move: only the masters know of the forgetting.
+    rates = {"forgetting_rate": 1e-7, "importance_rate": 1e-3}
+    result = align(model, tokenizer, pairs, config=FAST | rates, output_dir=tmp_path)
+    assert begun["sft"] is None and begun["forgetting"] == {}
+    assert begun["learning"].keys() == {n for n, i in result.mask.indices.items() if i.numel()}
+    unrounded = [values != values.bfloat16().float() for _, values in begun["learning"].values()]
+    assert torch.cat(unrounded).float().mean() > 0.5
 
 
 def test_learning_raises_the_margin(tokenizer, pairs, tmp_path):

@@ -97,16 +97,19 @@ def test_planted_effects_get_their_verdicts(by_id, name, verdict):
 
 
 @pytest.mark.parametrize(
-    "prefix, datasets", [("", ("chain", "scan")), ("reward_", ("hh_helpful",))]
+    ("prefix", "datasets", "start", "dpo", "verdict"),
+    [
+        ("", ("chain", "scan"), 0.50, 0.70, REPRODUCED),
+        ("", ("chain", "scan"), 0.50, 0.50, INCONCLUSIVE),
+        ("", ("chain", "scan"), 0.70, 0.70, INCONCLUSIVE),
+        # Pairs have no starting accuracy but chance.
+        ("reward_", ("hh_helpful",), 0.50, 0.70, REPRODUCED),
+        ("reward_", ("hh_helpful",), 0.50, 0.50, INCONCLUSIVE),
+    ],
 )
-@pytest.mark.parametrize("start, dpo, verdict", [
-    (0.50, 0.70, REPRODUCED), (0.50, 0.50, INCONCLUSIVE), (0.70, 0.70, INCONCLUSIVE),
-])  # fmt: skip
 def test_no_worse_than_a_dpo_that_learned_nothing_is_no_finding(
     monkeypatch, prefix, datasets, start, dpo, verdict
 ):
-    if prefix and start != 0.5:
-        pytest.skip("pairs have no starting accuracy but chance")
     changed = {"sft_base": start, "dpo": dpo, "dpo_last10": dpo}
     monkeypatch.setattr(synthetic_results, "ACCURACY", synthetic_results.ACCURACY | changed)
     found = claims.compute(synthetic_results.rows(datasets=datasets, n=3000, prefix=prefix))
