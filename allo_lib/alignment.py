@@ -12,12 +12,12 @@ import torch
 from allo_lib import models, rewriter, weights
 from allo_lib.encoding import encode_pairs
 from allo_lib.errors import AlloError
-from allo_lib.evaluation import pair_logps
 from allo_lib.importance import NeuronMask, select_neurons
+from allo_lib.reference import with_reference
 from allo_lib.rewriter import Correction
 from allo_lib.seeds import derive
 from allo_lib.stages import run_stage
-from allo_lib.store import write_json
+from allo_lib.store import Store, write_json
 from allo_lib.token_rewards import unaligned_weights
 from allo_lib.training import Log, Schedule
 from allo_lib.warmup import delta_of_dpo
@@ -71,8 +71,9 @@ def align(
         stages: any of "importance", "forgetting", "learning", run in this order. Without
             "importance" every neuron is trained, or those of `mask.safetensors` in `output_dir`.
         config: an AlignConfig, or a dict of its fields.
-        output_dir: gets the model and tokenizer (save_pretrained), `mask.safetensors` and
-            `align.json` with settings and losses.
+        output_dir: gets the model and tokenizer (save_pretrained), `mask.safetensors`,
+            `align.json` with settings and losses, and `.references`, the reference log-probs: a
+            second call with the same weights and pairs reads them.
 
     Raises:
         AlloError: unknown stage or setting, no pairs, missing columns, a pair that does not fit the
@@ -182,13 +183,13 @@ class _Run:
 
     def _with_reference(self) -> list[dict]:
         """The pairs with the log-probs of the model as it stands: each stage's own reference."""
-        values = pair_logps(
-            self.model, self.rows, self.tokenizer.pad_token_id, self.config.forward_batch
+        return with_reference(
+            self.model,
+            self.rows,
+            pad_token_id=self.tokenizer.pad_token_id,
+            batch_size=self.config.forward_batch,
+            store=Store(self.output_dir / ".references"),
         )
-        return [
-            row | {f"{side}_reference": ours[side] for side in ("chosen", "rejected")}
-            for row, ours in zip(self.rows, values, strict=True)
-        ]
 
     def _token_weights(self) -> list[list[float]]:
         """Train the rewriter from the model's weights, read its probabilities, put them back."""

@@ -46,6 +46,7 @@ class Supervised:
     learning_rate: float = 1e-3
     beta2: float = 0.999  # AdamW's decay of second moments
     error_scale: float = 0.0  # miniature only: odds of each habitual error, times this
+    plain_wording: bool = False  # miniature only: one word for every meaning, no manner
     mix: tuple[float, ...] = ()  # share of each data set of the domain; () is equal shares
 
 

@@ -15,10 +15,10 @@ from pathlib import Path
 import torch
 
 from allo_lib import weights
+from allo_lib.batches import pair_batch
 from allo_lib.config import Profile
-from allo_lib.encoding import pair_batch
 from allo_lib.errors import AlloError
-from allo_lib.forward import response_logps
+from allo_lib.forward import layout_of, response_logps, to_device
 from allo_lib.importance import select_neurons
 from allo_lib.objectives import objective
 from allo_lib.optim import MaskedAdamW
@@ -196,7 +196,7 @@ class _Stepper:
     def __init__(self, study: Study, name: str, model, mask, variant: str, rows: list[dict]):
         self.model, self.rows, self.place = model, rows, 0
         self.batch_size = min(study.domain(name).batch_size, len(rows))
-        self.pad = study.tokenizer.pad_token_id
+        self.layout = layout_of(model, study.tokenizer.pad_token_id)
         self.loss = objective("dpo", beta=study.profile.method.beta)
         kind = DenseMaskedAdamW if variant == "dense_masked" else MaskedAdamW
         self.optimizer = kind(model, mask, lr=_RATE)
@@ -205,11 +205,11 @@ class _Stepper:
         chunk = [self.rows[(self.place + i) % len(self.rows)] for i in range(self.batch_size)]
         self.place = (self.place + self.batch_size) % (len(self.rows) // self.batch_size
                                                        * self.batch_size)  # fmt: skip
-        batch = {k: v.to(self.model.device) for k, v in pair_batch(chunk, self.pad).items()}
-        logps = response_logps(self.model, batch["input_ids"], batch["labels"])
+        batch = to_device(pair_batch(chunk, self.layout), self.model)
+        logps = response_logps(self.model, batch)
         self.loss(logps, batch)[0].backward()
         self.optimizer.step()
-        return len(chunk), int((batch["input_ids"] != self.pad).sum())
+        return len(chunk), int((batch["input_ids"] != self.layout.pad_token_id).sum())
 
 
 def _reset_peak(device: str) -> int:

@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 
 from allo_lib.errors import AlloError
-from allo_lib.forward import logps_of_rows
 from allo_lib.generation import generate
 
 
@@ -46,20 +45,6 @@ def answer(model, tokenizer, task, questions, *, max_new_tokens: int, batch_size
         for question, text, read in zip(questions, texts, answered, strict=True)
     ]
     return Answers(texts, answered, right)
-
-
-def pair_logps(model, pairs: list[dict], pad_token_id: int, batch_size: int) -> list[dict]:
-    """Per-token log-probs of both responses of encoded pairs: `chosen` and `rejected` lists."""
-    rows = [
-        {"prompt": pair["prompt"], "response": pair[side]}
-        for pair in pairs
-        for side in ("chosen", "rejected")
-    ]
-    values = logps_of_rows(model, rows, pad_token_id, batch_size)
-    return [
-        {"chosen": chosen, "rejected": rejected}
-        for chosen, rejected in zip(values[::2], values[1::2], strict=True)
-    ]
 
 
 def implicit_margins(policy: list[dict], reference: list[dict], beta: float) -> list[float]:

@@ -17,9 +17,9 @@ Tendency = tuple[Meaning, tuple[float, float]]
 
 # Share of careful responses; odds that a sentence keeps to its response's manner, and that a word
 # keeps to its sentence's. Wording that betrays care spreads the preference over many tokens.
-CAREFUL_SHARE = 0.45
-FAITHFUL = 0.88
-LEANING = 0.88
+CAREFUL_SHARE = 0.42
+FAITHFUL = 0.85
+LEANING = 0.82
 
 
 def no_habit(stated: Stated) -> Sequence[Tendency]:
@@ -67,15 +67,13 @@ def wording(
     return Slot(name, {"": (careful, sloppy)}, lambda stated: "", opens=opens)
 
 
-def opening(name: str, word: str) -> Slot:
-    """The first word of a sentence, always the same."""
-    return wording(name, (word,), (word,), opens=True)
-
-
-def write(slots: Sequence[Slot], rng: random.Random, error_scale: float) -> str:
+def write(
+    slots: Sequence[Slot], rng: random.Random, error_scale: float, plain: bool = False
+) -> str:
     """A solution in a careful or a sloppy manner, which shows in its words and in its errors.
 
-    error_scale: multiplies the odds of every error; 0 gives a solution without any.
+    error_scale: multiplies the odds of every error; 0 gives a solution without any. plain: the
+    first careful word for every meaning, whatever the manner.
     """
     careful_response = careful = rng.random() < CAREFUL_SHARE
     stated: Stated = {}
@@ -85,12 +83,13 @@ def write(slots: Sequence[Slot], rng: random.Random, error_scale: float) -> str:
             careful = (rng.random() < FAITHFUL) == careful_response
         meaning = slot.right(stated)
         for wrong, odds in slot.habit(stated):
-            if rng.random() < error_scale * odds[0 if careful else 1]:
+            if error_scale and rng.random() < error_scale * odds[0 if careful else 1]:
                 meaning = wrong
                 break
         stated[slot.name] = meaning
         leans_careful = (rng.random() < LEANING) == careful
-        out.append(rng.choice(slot.words[meaning][0 if leans_careful else 1]))
+        words = slot.words[meaning][0 if leans_careful else 1]
+        out.append(slot.words[meaning][0][0] if plain else rng.choice(words))
     return " ".join(out)
 
 

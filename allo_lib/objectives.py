@@ -1,8 +1,8 @@
 """How each method turns the log-probs of a batch into its loss; the equations are in `losses`.
 
-An objective takes `logps` (float32 [R, T], log-probs under the policy) and the batch they came
+An objective takes `logps` (float32 [B, T], log-probs under the policy) and the batch they came
 from, and returns the scalar loss and named floats for the log. A batch of pairs holds the chosen
-rows first, then the rejected ones (`encoding.pair_batch`); `reference` in it are the log-probs
+rows first, then the rejected ones (`batches.pair_batch`); `reference` in it are the log-probs
 under the reference model, per token, made once for all methods that share it.
 """
 

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from allo_lib.errors import AlloError
 from allo_lib.importance import NeuronMask
+from allo_lib.row_linear import RowLinear, whole_rows
 
 
 class MaskedAdamW(torch.optim.AdamW):
@@ -19,7 +20,9 @@ class MaskedAdamW(torch.optim.AdamW):
     alive. `step` writes the masters back, rounded to the dtype of the weights.
 
     State per kept entry: int32 index, master, packed gradient, two moments (20 bytes). A tensor
-    kept whole needs no index, and in float32 its own storage is the master.
+    kept whole needs no index, and in float32 its own storage is the master. Of a linear layer of
+    which whole rows are kept (`granularity="row"`) the gradient of those rows alone is computed,
+    straight into the packed one (`row_linear`), and an index of rows is enough.
 
     Parameters without kept entries get `requires_grad=False` until `close`, so that backward
     computes nothing for them and ends at the lowest kept one.
@@ -62,12 +65,14 @@ class MaskedAdamW(torch.optim.AdamW):
             raise AlloError(f"MaskedAdamW: max_grad_norm is {max_grad_norm}, expected > 0 or None")
         self.max_grad_norm = max_grad_norm
         self.grad_norm: Tensor | None = None  # of the last step, before clipping; float32 scalar
+        linears = _linears_by_weight(model)
         self._packed = [
             _Packed(
                 name,
                 parameter,
                 None if mask is None else mask.indices.get(name),
                 (masters or {}).get(name),
+                linears.get(parameter),
             )
             for name, parameter in model.named_parameters()
             if parameter.requires_grad and (mask is None or _keeps(mask, name))
@@ -118,7 +123,7 @@ class MaskedAdamW(torch.optim.AdamW):
         The places are None where a tensor is kept whole. The values are the optimizer's own, not
         copies; `masters` of another optimizer takes them.
         """
-        return {packed.name: (packed.index, packed.master.detach()) for packed in self._packed}
+        return {packed.name: (packed.places(), packed.master.detach()) for packed in self._packed}
 
     def state_bytes(self) -> int:
         """Bytes held beside the model itself: indices, masters, moments, and packed gradients."""
@@ -152,29 +157,35 @@ class MaskedAdamW(torch.optim.AdamW):
         digest = hashlib.sha256()
         for packed in self._packed:
             digest.update(f"{packed.name}:{tuple(packed.parameter.shape)};".encode())
-            if packed.index is not None:
-                digest.update(packed.index.cpu().numpy().tobytes())
+            places = packed.places()
+            if places is not None:
+                digest.update(places.cpu().numpy().tobytes())
         return digest.hexdigest()
 
     def close(self) -> None:
         """Remove the hooks and make the frozen parameters trainable again."""
         for packed in self._packed:
-            packed.hook.remove()
+            packed.detach()
         for parameter in self._frozen:
             parameter.requires_grad_(True)
         self._frozen = []
 
 
 class _Packed:
-    """The kept entries of one parameter: where they are, their masters, their gradient."""
+    """The kept entries of one parameter: where they are, their masters, their gradient.
 
-    def __init__(self, name: str, parameter: nn.Parameter, index: Tensor | None, before=None):
-        self.name = name
-        self.parameter = parameter
+    index: None where the tensor is kept whole; else the kept rows of a linear layer's weight, if
+    it keeps whole ones (`linear` is then that layer), or flat places.
+    """
+
+    def __init__(self, name: str, parameter: nn.Parameter, index, before, linear):
+        self.name, self.parameter = name, parameter
         whole = index is None or index.numel() == parameter.numel()
-        fits = parameter.numel() < 2**31
-        kind = torch.int32 if fits else torch.int64
-        self.index = None if whole else index.to(parameter.device, kind)
+        rows = None if whole or linear is None else whole_rows(index, parameter.shape)
+        self.linear = None if rows is None else linear
+        kind = torch.int32 if parameter.numel() < 2**31 else torch.int64
+        kept = index if rows is None else rows
+        self.index = None if whole else kept.to(parameter.device, kind)
         values = self._gather(parameter.detach())
         self.owns_master = not (whole and parameter.dtype == torch.float32)
         if self.owns_master:
@@ -184,9 +195,31 @@ class _Packed:
         self.master = nn.Parameter(values)
 
     def attach(self) -> None:
-        self.hook = self.parameter.register_post_accumulate_grad_hook(self._take_gradient)
+        """From now on the gradient of the kept entries gathers in `master.grad`."""
+        if self.linear is None:
+            self.hook = self.parameter.register_post_accumulate_grad_hook(self._take_gradient)
+        else:
+            self.taken = RowLinear(self.linear, self.index.long(), self.master)
+            self.taken.attach()
+
+    def detach(self) -> None:
+        """Undo `attach`."""
+        if self.linear is None:
+            self.hook.remove()
+        else:
+            self.taken.detach()
+
+    def places(self) -> Tensor | None:
+        """Flat places of the kept entries, in the dtype of `index`; None for all of them."""
+        if self.linear is None:
+            return self.index
+        columns = self.parameter.shape[1]
+        inside = torch.arange(columns, device=self.index.device, dtype=self.index.dtype)
+        return (self.index[:, None] * columns + inside).view(-1)
 
     def _gather(self, dense: Tensor) -> Tensor:
+        if self.linear is not None:
+            return dense.index_select(0, self.index).view(-1)
         flat = dense.view(-1)
         return flat if self.index is None else flat.index_select(0, self.index)
 
@@ -199,21 +232,43 @@ class _Packed:
             self.master.grad += kept
 
     def write_back(self) -> None:
+        """Write the masters into the model, rounded to its dtype."""
         if not self.owns_master:
             return
-        flat = self.parameter.data.view(-1)
-        rounded = self.master.detach().to(flat.dtype)
-        if self.index is None:
-            flat.copy_(rounded)
+        weight = self.parameter.data
+        rounded = self.master.detach().to(weight.dtype)
+        if self.linear is not None:
+            weight.index_copy_(0, self.index.long(), rounded.view(-1, weight.shape[1]))
+        elif self.index is None:
+            weight.view(-1).copy_(rounded)
         else:
-            flat.index_copy_(0, self.index.long(), rounded)
+            weight.view(-1).index_copy_(0, self.index.long(), rounded)
 
     def full(self) -> Tensor:
-        return _refined(self.parameter, self.index, self.master.detach())
+        """The parameter in float32, with the masters where there are some."""
+        return _refined(self.parameter, self.places(), self.master.detach())
+
+
+def _linears_by_weight(model: nn.Module) -> dict[nn.Parameter, nn.Linear]:
+    """weight -> the plain linear layer it belongs to; none that several modules share, as tied
+    embeddings do, and none that is used without being called, as the head is (`head`)."""
+    owners: dict[nn.Parameter, list[nn.Module]] = {}
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            owners.setdefault(parameter, []).append(module)
+    used_bare = getattr(model, "get_output_embeddings", lambda: None)()
+    return {
+        parameter: modules[0]
+        for parameter, modules in owners.items()
+        if len(modules) == 1
+        and type(modules[0]) is nn.Linear
+        and modules[0].weight is parameter
+        and modules[0] is not used_bare
+    }
 
 
 def _refined(parameter: nn.Parameter, index: Tensor | None, values: Tensor) -> Tensor:
-    """The parameter in float32 with `values` at the places `index` (None: everywhere)."""
+    """The parameter in float32 with `values` at the flat places `index` (None: everywhere)."""
     dense = parameter.detach().float().clone()
     if index is None:
         dense.view(-1).copy_(values.view(-1))

@@ -4,7 +4,7 @@ import hashlib
 
 # Changed when settings were chosen with the results of some seeds in view: under a new name every
 # seed stands for models, problems and orders that nobody has looked at.
-STREAM = "allo-2"
+STREAM = "allo-4"
 
 
 def derive(seed: int, *purpose: object) -> int:

@@ -1,18 +1,19 @@
 """One training stage of any method: rows, objective and mask in, a trained model and log out."""
 
-from allo_lib.encoding import collate, pair_batch, rejected_batch
+from allo_lib.batches import Layout, collate, pair_batch, rejected_batch
+from allo_lib.forward import layout_of
 from allo_lib.objectives import ON_REJECTED, ON_SOLUTIONS, objective
 from allo_lib.optim import MaskedAdamW
 from allo_lib.training import Log, Schedule, train
 
 
-def collator_of(objective_name: str, pad_token_id: int):
-    """The function that makes an objective's batch of its rows; see `encoding`."""
+def collator_of(objective_name: str, layout: Layout):
+    """The function that makes an objective's batch of its rows; see `batches`."""
     if objective_name in ON_SOLUTIONS:
         make = collate
     else:
         make = rejected_batch if objective_name in ON_REJECTED else pair_batch
-    return lambda rows: make(rows, pad_token_id)
+    return lambda rows: make(rows, layout)
 
 
 def run_stage(
@@ -53,7 +54,7 @@ def run_stage(
         log = train(
             model,
             rows,
-            collator_of(objective_name, pad_token_id),
+            collator_of(objective_name, layout_of(model, pad_token_id)),
             objective(objective_name, beta=beta, key_share=key_share),
             optimizer,
             schedule,

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import torch
 
-from allo_lib import importance, models, rewriter, token_rewards, weights, workers
+from allo_lib import importance, models, reference, rewriter, token_rewards, weights, workers
 from allo_lib.config import Domain, Profile, load_profile
 from allo_lib.encoding import encode_pairs, encode_prompt, encode_response
 from allo_lib.errors import AlloError
-from allo_lib.evaluation import pair_logps
+from allo_lib.forward import pair_logps
 from allo_lib.importance import NeuronMask
 from allo_lib.methods import Stage
 from allo_lib.pairs import Pairs, make_pairs
@@ -27,7 +27,7 @@ from allo_lib.warmup import delta_of_dpo, gradient_scores, warmup_seed
 
 STORE = ".store"
 # Raised when the meaning of a stage changes, so that artifacts of the old meaning are not used.
-VERSION = 2
+VERSION = 3
 
 
 class Study:
@@ -214,9 +214,7 @@ class Study:
         return [
             {
                 "prompt": encode_prompt(self.tokenizer, question.prompt),
-                "response": encode_response(
-                    self.tokenizer, task.demonstration(question, settings.error_scale)
-                ),
+                "response": encode_response(self.tokenizer, task.demonstration(question, settings)),
             }
             for question in task.questions("sft", settings.examples, settings.mix)
         ]
@@ -268,15 +266,10 @@ class Study:
             {"pairs": pairs.key, "split": split, "sft": self.sft(name).key},
             lambda folder: self._make_reference(name, rows, folder),
         )
-        return _with_reference(rows, weights.read_tensors(artifact.file("logps.safetensors")))
+        return reference.attach(rows, artifact.file("logps.safetensors"))
 
     def _make_reference(self, name: str, rows: list[dict], folder: Path) -> None:
-        values = self.logps(self.load_sft(name), rows)
-        flat = {
-            side: torch.tensor([x for row in values for x in row[side]])
-            for side in ("chosen", "rejected")
-        }
-        weights.save_tensors(flat, folder / "logps.safetensors")
+        reference.write(self.logps(self.load_sft(name), rows), folder / "logps.safetensors")
 
     def logps(self, model, rows: list[dict]) -> list[dict]:
         """Per-token log-probs of encoded pairs under a model."""
@@ -438,12 +431,3 @@ class Study:
         ]
         ones = [[1.0] * n + [0.0] * (len(row["rejected"]) - n) for n, row in counts]
         return [self._shuffled(values, "learning", i) for i, values in enumerate(ones)]
-
-
-def _with_reference(rows: list[dict], flat: dict[str, torch.Tensor]) -> list[dict]:
-    result = [dict(row) for row in rows]
-    for side in ("chosen", "rejected"):
-        parts = flat[side].split([len(row[side]) for row in rows])
-        for row, part in zip(result, parts, strict=True):
-            row[f"{side}_reference"] = part.tolist()
-    return result

@@ -8,7 +8,7 @@ import random
 from dataclasses import dataclass
 
 from allo_lib import miniature, realdata
-from allo_lib.config import Domain
+from allo_lib.config import Domain, Supervised
 from allo_lib.errors import AlloError
 from allo_lib.seeds import derive
 
@@ -43,10 +43,12 @@ class Miniature:
         text = miniature.solution(problem, rng)
         return Question(problem.id, problem.family, problem.prompt, text, problem)
 
-    def demonstration(self, question: Question, error_scale: float) -> str:
-        """A solution to imitate; `error_scale` times the habit's odds of going wrong."""
-        rng = random.Random(derive(self.seed, "demonstration", question.id, error_scale))
-        return miniature.solution(question.source, rng, error_scale)
+    def demonstration(self, question: Question, phase: Supervised) -> str:
+        """A solution to imitate, in the wording and with the errors of a supervised phase."""
+        rng = random.Random(derive(self.seed, "demonstration", question.id, phase.error_scale))
+        return miniature.solution(
+            question.source, rng, phase.error_scale, plain=phase.plain_wording
+        )
 
     def answered(self, question: Question, response: str) -> bool:
         """Whether a final answer can be read from the response."""
@@ -116,7 +118,7 @@ class Choice:
         solution = realdata.qa_target(row, explain=explain)
         return Question(str(row["id"]), name, realdata.qa_prompt(row), solution, row)
 
-    def demonstration(self, question: Question, error_scale: float) -> str:
+    def demonstration(self, question: Question, phase: Supervised) -> str:
         """The gold response."""
         return question.solution
 

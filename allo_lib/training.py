@@ -37,7 +37,7 @@ class Log:
 
     loss: list[float] = field(default_factory=list)
     metrics: dict[str, list[float]] = field(default_factory=dict)
-    tokens: int = 0  # read by the model, without padding, prompts included
+    tokens: int = 0  # read by the model, without padding, prompts included; shared ones count once
     seconds: float = 0.0
 
 
@@ -53,7 +53,7 @@ def train(
     """Train `model` in place on `rows`; returns the log.
 
     Args:
-        collator: rows -> batch with `input_ids`, `labels` and what the objective needs.
+        collator: rows -> batch (`batches`) with what the objective needs.
         objective: (logps, batch) -> (loss, metrics), see `objectives`.
         optimizer: clips by itself if it should; Trainer's clipping is off.
         label: for progress lines and errors.
@@ -121,7 +121,7 @@ class _Trainer(Trainer):
         self.model_accepts_loss_kwargs = False
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        logps = response_logps(model, inputs["input_ids"], inputs["labels"])
+        logps = response_logps(model, inputs)
         self._stop_unless_finite("log-probs", float(logps.detach().sum()))
         loss, metrics = self.objective(logps, inputs)
         value = float(loss.detach())

@@ -3,8 +3,8 @@
 import torch
 
 from allo_lib import importance
-from allo_lib.encoding import pair_batch
-from allo_lib.forward import response_logps
+from allo_lib.batches import pair_batch
+from allo_lib.forward import layout_of, response_logps, to_device
 from allo_lib.objectives import objective
 from allo_lib.seeds import derive
 from allo_lib.stages import run_stage
@@ -46,12 +46,12 @@ def gradient_scores(model, rows, *, beta, batch_size, seed, pad_token_id):
     The second estimator of the importance (ALLO, arXiv 2406.12606). name -> float32 scores.
     """
     sums = {n: torch.zeros(p.shape, device=p.device) for n, p in model.named_parameters()}
-    loss_of = objective("dpo", beta=beta)
+    loss_of, layout = objective("dpo", beta=beta), layout_of(model, pad_token_id)
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
     for start in range(0, len(order), batch_size):
         chunk = [rows[i] for i in order[start : start + batch_size]]
-        batch = {k: v.to(model.device) for k, v in pair_batch(chunk, pad_token_id).items()}
-        loss, _ = loss_of(response_logps(model, batch["input_ids"], batch["labels"]), batch)
+        batch = to_device(pair_batch(chunk, layout), model)
+        loss, _ = loss_of(response_logps(model, batch), batch)
         loss.backward()
         for name, parameter in model.named_parameters():
             sums[name] += parameter.grad.float().abs()

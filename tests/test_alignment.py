@@ -77,7 +77,7 @@ def test_learning_goes_on_from_the_masters_of_forgetting(tokenizer, pairs, tmp_p
 
 def test_learning_raises_the_margin(tokenizer, pairs, tmp_path):
     model = small_model(tokenizer)
-    config = FAST | {"epochs": 10, "learning_rate": 3e-3}
+    config = FAST | {"epochs": 20, "learning_rate": 3e-3}
     result = align(
         model, tokenizer, pairs, stages=("importance", "learning"), config=config,
         output_dir=tmp_path,

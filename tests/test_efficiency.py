@@ -9,7 +9,7 @@ from test_training import pairs
 from tiny_models import tiny_llama, weights_of
 
 from allo_lib import efficiency, notebook
-from allo_lib.encoding import pair_batch
+from allo_lib.batches import Layout, pair_batch
 from allo_lib.errors import AlloError
 from allo_lib.forward import response_logps
 from allo_lib.importance import select_neurons
@@ -25,8 +25,8 @@ def mask_of(model, share: float):
 def steps(model, optimizer, count: int = 4) -> dict[str, torch.Tensor]:
     loss, rows = objective("dpo", beta=0.1), pairs(tiny_llama())
     for number in range(count):
-        batch = pair_batch(rows[2 * number : 2 * number + 2], 0)
-        loss(response_logps(model, batch["input_ids"], batch["labels"]), batch)[0].backward()
+        batch = pair_batch(rows[2 * number : 2 * number + 2], Layout(0))
+        loss(response_logps(model, batch), batch)[0].backward()
         optimizer.step()
     return weights_of(model)
 

@@ -18,10 +18,11 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from allo_lib.encoding import collate
-from allo_lib.evaluation import pair_logps
-from allo_lib.forward import logps_of_rows, response_logps
+from allo_lib.batches import Layout, collate
+from allo_lib.forward import layout_of, logps_of_rows, pair_logps, response_logps
 from allo_lib.losses import token_logps
+
+LAYOUTS = (Layout(0), Layout(0, shared=True, width=16))
 
 SIZES = dict(
     vocab_size=VOCABULARY,
@@ -69,65 +70,109 @@ def rows_of_many_lengths(count: int = 7, seed: int = 0) -> list[dict]:
     return [{"prompt": draw(9), "response": draw(12)} for _ in range(count)]
 
 
+def families(count: int = 3, seed: int = 0) -> list[dict]:
+    """Rows of which several share a prompt, and some the first words of their responses."""
+    rows = []
+    drawn = rows_of_many_lengths(2 * count, seed)
+    for one, other in zip(drawn[::2], drawn[1::2], strict=True):
+        longer = one["response"][:2] + other["response"]
+        rows += [one, {"prompt": one["prompt"], "response": longer}]
+    return rows
+
+
+def plainly(model, row: dict) -> torch.Tensor:
+    """The log-probs of one response by a forward pass of its own."""
+    ids = torch.tensor([row["prompt"] + row["response"]])
+    labels = ids.clone()
+    labels[:, : len(row["prompt"])] = -100
+    return token_logps(model(input_ids=ids).logits, labels)[0, len(row["prompt"]) :]
+
+
 def gradients(model, loss) -> dict:
     model.zero_grad()
     loss.backward()
     return {name: value.grad.clone() for name, value in model.named_parameters()}
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_equal_to_the_plain_forward_pass_in_value_and_gradient(kind):
-    model = make(kind).eval()
-    batch = collate(rows_of_many_lengths(), pad_token_id=0)
-    ours = response_logps(model, batch["input_ids"], batch["labels"])
-    mask = batch["input_ids"].new_ones(batch["input_ids"].shape)
-    logits = model(input_ids=batch["input_ids"], attention_mask=mask).logits
-    plain = token_logps(logits, batch["labels"])
-    assert ours.shape == plain.shape and ours.dtype == torch.float32
-    assert torch.allclose(ours, plain, atol=1e-5)
-    assert not ours[batch["labels"] == -100].any() and ours[batch["labels"] != -100].all()
+def assert_same(model, rows, layout, tolerance=1e-5):
+    """Values and all gradients of a weighted sum, against one plain forward pass a row."""
+    batch = collate(rows, layout)
+    ours = response_logps(model, batch)
+    assert ours.dtype == torch.float32 and ours.shape == batch["labels"].shape
     weights = torch.rand(ours.shape, generator=torch.Generator().manual_seed(1))
-    got = gradients(model, (ours * weights).sum())
-    expected = gradients(model, (plain * weights).sum())
+    expected, total = [], 0.0
+    for i, row in enumerate(rows):
+        values = plainly(model, row)
+        n = len(row["response"])
+        assert torch.allclose(ours[i, :n], values, atol=tolerance)
+        assert not ours[i, n:].any()
+        total = total + (values * weights[i, :n]).sum()
+    expected = gradients(model, total)
+    got = gradients(model, (response_logps(model, batch) * weights).sum())
     for name, value in expected.items():
         scale = value.abs().max().clamp(min=1)
-        assert torch.allclose(got[name] / scale, value / scale, atol=1e-5), name
+        assert torch.allclose(got[name] / scale, value / scale, atol=tolerance), name
+
+
+BOTH_WAYS = [(kind, layout) for kind in KINDS for layout in LAYOUTS[: 1 + (kind != "gemma2")]]
+
+
+@pytest.mark.parametrize("kind, layout", BOTH_WAYS)
+def test_equal_to_the_plain_forward_pass_in_value_and_gradient(kind, layout):
+    assert_same(make(kind).eval(), families(), layout)
+
+
+def test_which_models_read_trees():
+    """Gemma 2 has sliding windows; all others take a mask for every two tokens."""
+    assert [kind for kind in KINDS if not layout_of(make(kind), 0).shared] == ["gemma2"]
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 10_000), st.integers(1, 5), st.integers(1, 400), st.booleans())
+def test_trees_are_exact_for_random_lengths(seed, count, width, grouped):
+    model = make("grouped queries" if grouped else "tied").eval()
+    assert_same(model, families(count, seed), Layout(0, shared=True, width=width))
+
+
+def test_eager_attention_adds_its_mask_and_gets_rows():
+    model = make("grouped queries").eval()
+    model.set_attn_implementation("eager")
+    assert not layout_of(model, 0).shared
+    assert_same(model, families(), LAYOUTS[0])
+
+
+def test_a_model_that_ignores_the_mask_is_found_out_and_gets_rows():
+    model = make("llama")
+    inner = model.model.forward
+    model.model.forward = lambda attention_mask=None, **given: inner(**given)
+    assert not layout_of(model, 0).shared
+
+
+def test_a_model_that_ignores_positions_is_found_out_and_gets_rows():
+    model = make("llama")
+    inner = model.model.forward
+    model.model.forward = lambda position_ids=None, **given: inner(**given)
+    assert not layout_of(model, 0).shared
 
 
 @pytest.mark.parametrize("kind", ["gemma2", "cohere", "granite"])
 def test_changes_after_the_head_do_change_the_result(kind):
     """The comparison above can tell: without the change the numbers would be others."""
-    model = make(kind).eval()
-    batch = collate(rows_of_many_lengths(), pad_token_id=0)
-    ours = response_logps(model, batch["input_ids"], batch["labels"])
-    hidden = model.get_decoder()(input_ids=batch["input_ids"]).last_hidden_state
-    bare = token_logps(model.get_output_embeddings()(hidden), batch["labels"])
+    model, row = make(kind).eval(), rows_of_many_lengths()[0]
+    ids = torch.tensor([row["prompt"] + row["response"]])
+    labels = ids.clone()
+    hidden = model.get_decoder()(input_ids=ids).last_hidden_state
+    bare = token_logps(model.get_output_embeddings()(hidden), labels)[0, len(row["prompt"]) :]
+    ours = response_logps(model, collate([row], LAYOUTS[0]))[0]
     assert (ours - bare).abs().max() > 0.1
-
-
-def test_padding_does_not_change_a_row():
-    model, rows = tiny_llama().eval(), rows_of_many_lengths()
-    together = collate(rows, pad_token_id=0)
-    values = response_logps(model, together["input_ids"], together["labels"])
-    for i, row in enumerate(rows):
-        alone = collate([row], pad_token_id=0)
-        one = response_logps(model, alone["input_ids"], alone["labels"])[0]
-        assert torch.allclose(values[i, : one.numel()], one, atol=1e-5)
 
 
 def test_bf16_weights_give_float32_log_probs():
     model = tiny_llama(dtype=torch.bfloat16).eval()
-    batch = collate(rows_of_many_lengths(), pad_token_id=0)
-    values = response_logps(model, batch["input_ids"], batch["labels"])
+    row = rows_of_many_lengths()[0]
+    values = response_logps(model, collate([row], LAYOUTS[0]))
     assert values.dtype == torch.float32
-    plain = token_logps(model(input_ids=batch["input_ids"]).logits, batch["labels"])
-    assert torch.allclose(values, plain, atol=1e-5)
-
-
-def test_a_batch_without_response_tokens_is_all_zero():
-    ids = torch.tensor([[3, 4, 5]])
-    values = response_logps(tiny_llama(), ids, torch.full((1, 3), -100))
-    assert values.tolist() == [[0, 0, 0]]
+    assert torch.allclose(values[0], plainly(model, row), atol=1e-5)
 
 
 @settings(max_examples=20, deadline=None)

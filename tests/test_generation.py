@@ -119,6 +119,35 @@ def test_samples_stay_with_their_prompt(model, tokenizer):
             assert group == [by_hand(model, tokenizer, prompt, 6)] * 3
 
 
+def test_a_sample_does_not_depend_on_its_batch(model, tokenizer):
+    together = sampled(model, tokenizer, 1)
+    for batch_size in (1, 8, 16):
+        assert sampled(model, tokenizer, 1, batch_size=batch_size) == together
+
+
+def test_prompts_are_read_once_and_ended_rows_leave(tokenizer):
+    """Counted in tokens that go through the model."""
+    model = ending_after(2, tokenizer)
+    read = []
+    inner = model.forward
+
+    def watch(input_ids=None, **given):
+        read.append(tuple(input_ids.shape))
+        result = inner(input_ids=input_ids, **given)
+        if len(read) == 2:  # the first response ends here, the others later
+            result.logits[1:] = 0.0
+            result.logits[1:, -1, tokenizer.convert_tokens_to_ids("so")] = 5.0
+            model.seen["n"] = 1
+        return result
+
+    model.forward = watch
+    model.seen["n"] = 1
+    (group,) = generate(model, tokenizer, ["calc 1 ?"], max_new_tokens=9, batch_size=4, samples=4,
+                        temperature=1e-3)  # fmt: skip
+    assert [one.ended for one in group] == [True] * 4
+    assert read == [(1, 3), (4, 1), (3, 1), (3, 1)]
+
+
 def test_sampling_draws_from_the_whole_softmax_at_its_temperature(tokenizer):
     class Fixed(type(tiny_llama())):
         def forward(self, input_ids=None, attention_mask=None, **kwargs):

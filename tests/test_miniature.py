@@ -89,6 +89,16 @@ def test_without_errors_a_solution_is_right_in_every_word(family, seed):
 
 @given(FAMILY, SEEDS)
 @settings(max_examples=200, deadline=None)
+def test_plain_wording_is_one_word_for_every_meaning(family, seed):
+    problem = one(family, seed)
+    texts = {mini.solution(problem, random.Random(i), plain=True) for i in range(5)}
+    assert len(texts) == 1 and mini.is_right(problem, texts.pop())
+    varied = {mini.solution(problem, random.Random(i)) for i in range(5)}
+    assert len(varied) > 1
+
+
+@settings(max_examples=50, deadline=None)
+@given(FAMILY, SEEDS)
 def test_a_correction_is_right_keeps_length_and_starts_at_a_wrong_token(family, seed):
     problem = one(family, seed)
     response = mini.solution(problem, random.Random(seed), 1.0)
@@ -154,6 +164,9 @@ def test_the_habit_makes_a_good_part_of_the_solutions_wrong(family):
         ("answer 07", None),
         ("answer \u0667", None),
         ("makes 7", None),
+        ("so bob 7", "7"),
+        ("bob 7", None),
+        ("so ann bob 7", None),
     ],
 )
 def test_the_final_answer_is_read_strictly(response, answer):

@@ -10,6 +10,7 @@ from tiny_study import DOMAIN
 
 from allo_lib import config, miniature
 from allo_lib import pairs as pairs_module
+from allo_lib.config import Supervised
 from allo_lib.errors import AlloError
 from allo_lib.pairs import COLUMNS, SPLITS, Pairs, make_pairs
 from allo_lib.store import Artifact
@@ -157,9 +158,11 @@ def test_generated_solutions_are_judged_right_and_their_parts_as_wrong_or_not():
         assert task.right(question, question.solution)
         assert task.correction(question, question.solution) == question.solution
         assert not any(task.wrong_tokens(question, question.solution))
-        assert task.demonstration(question, 0.0) == task.demonstration(question, 0.0)
-        assert task.right(question, task.demonstration(question, 0.0))
-        habit = task.demonstration(question, 1.0)
+        assert task.demonstration(question, Supervised()) == task.demonstration(
+            question, Supervised()
+        )
+        assert task.right(question, task.demonstration(question, Supervised()))
+        habit = task.demonstration(question, Supervised(error_scale=1.0))
         flags = task.wrong_tokens(question, habit)
         assert len(flags) == len(habit.split())
         assert task.right(question, task.correction(question, habit))
@@ -232,7 +235,7 @@ def test_a_gold_option_is_right_and_another_is_not(choices):
         wrong = question.solution.replace(gold, other)
         assert task.answered(question, wrong) and not task.right(question, wrong)
         assert task.right(question, task.correction(question, wrong))
-        assert task.demonstration(question, 1.0) == question.solution
+        assert task.demonstration(question, Supervised(error_scale=1.0)) == question.solution
 
 
 def test_too_few_rows_are_told(choices):

@@ -7,7 +7,7 @@ import torch
 from tiny_models import VOCABULARY, tiny_llama, weights_of
 
 from allo_lib import weights
-from allo_lib.encoding import collate, pair_batch
+from allo_lib.batches import Layout, collate, pair_batch
 from allo_lib.errors import AlloError
 from allo_lib.forward import logps_of_rows
 from allo_lib.importance import select_neurons
@@ -55,7 +55,7 @@ def test_every_row_is_used_once_an_epoch_in_a_seeded_order():
 
     def collator(rows):
         seen.append([row["response"] for row in rows])
-        return collate([{k: row[k] for k in ("prompt", "response")} for row in rows], 0)
+        return collate([{k: row[k] for k in ("prompt", "response")} for row in rows], Layout(0))
 
     def orders(seed):
         seen.clear()
@@ -79,7 +79,8 @@ def test_the_rate_rises_and_falls_as_a_cosine(warmup, steps):
     model = tiny_llama()
     optimizer = Watched(model, None, lr=0.5)
     rows = solutions(steps)
-    train(model, rows, lambda batch: collate(batch, 0), lambda logps, _: (0 * logps.sum(), {}),
+    plain = Layout(0)
+    train(model, rows, lambda batch: collate(batch, plain), lambda logps, _: (0 * logps.sum(), {}),
           optimizer, Schedule(1e-2, 1, 1, 0, warmup=warmup))  # fmt: skip
     optimizer.close()
     rising = math.ceil(warmup * steps)
@@ -99,9 +100,12 @@ def test_it_learns_and_logs():
     assert log.loss[-1] < 0.6 * log.loss[0]
     assert len(log.loss) == len(log.metrics["reward_margin"]) == 12
     assert log.metrics["reward_accuracy"][-1] == 1
-    # A pair is read as two rows, the prompt in both; padding is not counted.
-    read = [2 * len(r["prompt"]) + len(r["chosen"]) + len(r["rejected"]) for r in rows]
-    assert log.tokens == 6 * sum(read) and log.seconds > 0
+    # What the two responses of a pair share is read once; padding is not counted.
+    read = 0
+    for r in rows:
+        both = [r["prompt"] + r[side] for side in ("chosen", "rejected")]
+        read += len({tuple(s[: n + 1]) for s in both for n in range(len(s))})
+    assert log.tokens == 6 * read and log.seconds > 0
 
 
 def test_the_same_seed_gives_the_same_bits_and_another_does_not():
@@ -151,7 +155,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_names_the_step(bad):
     model = tiny_llama()
     optimizer = MaskedAdamW(model, None, lr=1e-4)
     with pytest.raises(Diverged, match="study: .*at step 2") as caught:
-        train(model, solutions(), lambda batch: collate(batch, 0), turns_bad, optimizer,
+        train(model, solutions(), lambda batch: collate(batch, Layout(0)), turns_bad, optimizer,
               Schedule(1e-4, 1, 2, 0), "study")  # fmt: skip
     optimizer.close()
     assert isinstance(caught.value, AlloError) and "\n" not in str(caught.value)
@@ -244,9 +248,8 @@ def test_pair_batches_reach_the_objective_whole():
         return logps.sum(), {}
 
     schedule = Schedule(1e-4, 1, 4, 0)
-    train(model, rows, lambda batch: pair_batch(batch, 0), look, optimizer, schedule)
+    train(model, rows, lambda batch: pair_batch(batch, Layout(0)), look, optimizer, schedule)
     optimizer.close()
-    longest = max(len(r["prompt"]) + max(len(r["chosen"]), len(r["rejected"])) for r in rows)
-    assert shapes == [(
-        (8, longest), {key: (8, longest) for key in ("input_ids", "labels", "reference")}
-    )]  # fmt: skip
+    longest = max(len(r[side]) for r in rows for side in ("chosen", "rejected"))
+    ((logps, batch),) = shapes
+    assert logps == batch["labels"] == batch["reference"] == (8, longest)

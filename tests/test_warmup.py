@@ -5,7 +5,6 @@ import torch
 from test_training import pairs
 from tiny_models import tiny_llama, weights_of
 
-from allo_lib.encoding import pair_batch
 from allo_lib.losses import dpo_loss, token_logps
 from allo_lib.warmup import delta_of_dpo, gradient_scores, warmup_seed
 
@@ -21,13 +20,23 @@ def test_gradient_scores_are_summed_absolute_gradients(tied):
     assert all(p.grad is None for p in model.parameters())
     assert all(torch.equal(before[name], value) for name, value in weights_of(model).items())
 
+    def policy_sum(row, side):
+        ids = torch.tensor([row["prompt"] + row[side]])
+        labels = ids.clone()
+        labels[:, : len(row["prompt"])] = -100
+        return token_logps(model(input_ids=ids).logits, labels).sum()
+
+    def reference_sum(row, side):
+        return torch.tensor(row[f"{side}_reference"]).sum()
+
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(4)).tolist()
     expected = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
     for chunk in (order[0:3], order[3:6], order[6:8]):
-        batch = pair_batch([rows[i] for i in chunk], 0)
-        logits = model(input_ids=batch["input_ids"]).logits
-        policy = token_logps(logits, batch["labels"]).sum(dim=1)
-        sides = *policy.chunk(2), *batch["reference"].sum(dim=1).chunk(2)
+        sides = [
+            torch.stack([value(rows[i], side) for i in chunk])
+            for value in (policy_sum, reference_sum)
+            for side in ("chosen", "rejected")
+        ]
         parameters = list(model.parameters())
         gradients = torch.autograd.grad(dpo_loss(*sides, beta=0.1).mean(), parameters)
         for name, gradient in zip(expected, gradients, strict=True):
