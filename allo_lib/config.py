@@ -145,7 +145,21 @@ class Compute:
 
     generation_batch: int = 256  # rows decoded together
     forward_batch: int = 64  # rows of a forward pass without gradients
-    timing_repeats: int = 5  # of each variant in 07_efficiency, after one warm-up
+
+
+@dataclass(frozen=True)
+class Timing:
+    """The DPO steps that 07_efficiency measures."""
+
+    domain: str = ""  # whose pairs; "" is the profile's first
+    pairs: int = 0  # in one step; 0 is the domain's batch size
+    # Tokens of a prompt, and of both responses together, of the pairs that are taken: those of the
+    # domain that come nearest. 0 takes the domain's training pairs as they come.
+    prompt: int = 0
+    responses: int = 0
+    repeats: int = 5  # processes of each variant, in turn
+    warm_up: int = 2  # steps of each before its clock starts
+    steps: int = 3  # ... and those it times
 
 
 @dataclass(frozen=True)
@@ -160,6 +174,7 @@ class Profile:
     method: Method = field(default_factory=Method)
     search: Search = field(default_factory=Search)
     compute: Compute = field(default_factory=Compute)
+    timing: Timing = field(default_factory=Timing)
     # Which mask overlaps 01_importance measures: of "orders", "halves", "estimators", "magnitude".
     stability: tuple[str, ...] = ("orders", "halves", "estimators", "magnitude")
     # Methods of the main table and rows of the ablation, by their names in measurements.csv.
@@ -316,6 +331,13 @@ def _check(profile: Profile) -> None:
     for share in (profile.method.share, profile.method.key_share, *profile.method.shares):
         if not 0 < share <= 1:
             raise AlloError(f"method: a share of {share} was given; expected 0 < share <= 1")
+    timing = profile.timing
+    if timing.domain and timing.domain not in profile.domains:
+        raise AlloError(
+            f"timing.domain: got {timing.domain!r}, expected one of {', '.join(profile.domains)}"
+        )
+    if min(timing.repeats, timing.warm_up, timing.steps) < 1:
+        raise AlloError("timing: repeats, warm_up and steps must be at least 1 each")
     for name, domain in profile.domains.items():
         if domain.kind not in DOMAIN_KINDS:
             raise AlloError(

@@ -37,8 +37,6 @@ COLUMNS = (
     "peak_bytes_above_model",
     "state_bytes_per_parameter",
 )
-_WARM_UP = 2  # steps before anything is timed
-_STEPS = 3  # steps of one timed block
 _RATE = 1e-6  # small enough that the weights, and so the arithmetic, stay the same
 
 
@@ -97,7 +95,7 @@ def measure(study: Study, name: str) -> list[dict]:
     """
     study.scores(name), study.encoded(name, "train")  # made here, read by the workers
     runs: dict[str, list[dict]] = {variant: [] for variant in VARIANTS}
-    for repeat in range(study.profile.compute.timing_repeats):
+    for repeat in range(study.profile.timing.repeats):
         for variant in VARIANTS if repeat % 2 == 0 else reversed(VARIANTS):
             runs[variant].append(_run(study, name, variant))
     return [_row(variant, runs[variant]) for variant in VARIANTS]
@@ -156,11 +154,11 @@ def _worker(pipe, profile: Profile, seed: int, results_dir: str, data_dir, name,
     give_back_freed_memory()  # else heap that the set-up left free would hide what the steps take
     base = _reset_peak(study.device)
     step = _Stepper(study, name, model, mask, variant, rows)
-    for _ in range(_WARM_UP):
+    for _ in range(study.profile.timing.warm_up):
         step()
     _wait_for(study.device)
     start = time.perf_counter()
-    counts = [step() for _ in range(_STEPS)]
+    counts = [step() for _ in range(study.profile.timing.steps)]
     _wait_for(study.device)
     seconds = time.perf_counter() - start
     pairs, tokens = (sum(count) for count in zip(*counts, strict=True))
