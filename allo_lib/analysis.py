@@ -10,8 +10,10 @@ from scipy.stats import mannwhitneyu
 from allo_lib import arms, measurements, miniature
 from allo_lib.errors import AlloError
 from allo_lib.importance import NeuronMask
+from allo_lib.methods import ROWS, share_name, stages_of
 from allo_lib.stats import concentration
 from allo_lib.study import Study
+from allo_lib.timed_steps import OwnSteps
 
 _LAYER = re.compile(r"\.layers\.(\d+)\.(.+?)\.weight$")
 # The share of the lowest tokens whose part of the negative log-ratio tells how concentrated it is.
@@ -112,6 +114,44 @@ def picture_rows(study: Study, name: str, values: list[list[float]], split: str,
     return [
         (tokens_of(study, row["rejected"]), value, f"rejected response {number}")
         for number, (row, value) in enumerate(zip(rows, values, strict=False), start=1)
+    ]
+
+
+def step_cost(study: Study, name: str, method: str) -> int:
+    """Floating-point operations of one step of a method of one DPO stage, on the first batch."""
+    (stage,) = stages_of(method, study.profile)
+    rows = study.encoded(name, "train")[: study.domain(name).batch_size]
+    mask = arms.mask_of(study, name, stage)
+    steps = OwnSteps(
+        study.load_sft(name).train(), mask, rows, method, study.tokenizer.pad_token_id,
+        beta=study.profile.method.beta, lr=0.0,
+    )  # fmt: skip
+    try:
+        return steps.count()
+    finally:
+        steps.close()
+
+
+def quality_and_cost(study: Study, name: str, found: dict) -> dict[str, list[tuple]]:
+    """For scalar neurons and for whole rows: (operations of a step relative to DPO on all neurons,
+    score, standard error, share) of every share in `found`, method -> result."""
+    dense = step_cost(study, name, "dpo")
+    series = {}
+    for label, suffix in (("scalar", ""), ("whole rows", ROWS)):
+        for share in shares_run(study, found, rows=bool(suffix)):
+            method = share_name(share) + suffix
+            point = (step_cost(study, name, method) / dense, *score_of(found[method]), share)
+            series.setdefault(label, []).append(point)
+    return series
+
+
+def shares_run(study: Study, methods, rows: bool = False) -> list[float]:
+    """Shares of neurons that were trained by DPO, scalar ones or whole rows, in ascending order."""
+    suffix = ROWS if rows else ""
+    return [
+        s
+        for s in sorted(study.profile.method.shares)
+        if s < 1 and share_name(s) + suffix in methods
     ]
 
 

@@ -184,7 +184,7 @@ def _train_stage(study: Study, name: str, stages, number: int, rate: float, mast
         stage.objective,
         schedule,
         pad_token_id=study.tokenizer.pad_token_id,
-        mask=_mask(study, name, stage),
+        mask=mask_of(study, name, stage),
         beta=method.beta,
         key_share=stage.key_share,
         weight_decay=method.weight_decay,
@@ -194,10 +194,11 @@ def _train_stage(study: Study, name: str, stages, number: int, rate: float, mast
     )
 
 
-def _mask(study: Study, name: str, stage: Stage):
+def mask_of(study: Study, name: str, stage: Stage):
+    """The neurons that a stage trains; None for all of them."""
     if stage.neurons == "all":
         return None
-    return study.mask(name, stage.neurons, stage.share, stage.estimator)
+    return study.mask(name, stage.neurons, stage.share, stage.estimator, stage.granularity)
 
 
 def _rows(study: Study, name: str, stage: Stage, first: bool) -> list[dict]:

@@ -160,6 +160,7 @@ class Timing:
     repeats: int = 5  # processes of each variant, in turn
     warm_up: int = 2  # steps of each before its clock starts
     steps: int = 3  # ... and those it times
+    peers: bool = False  # also TRL's and PEFT's ways, as far as they are installed
 
 
 @dataclass(frozen=True)

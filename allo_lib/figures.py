@@ -258,6 +258,43 @@ def share_sweep(
     return figure
 
 
+def quality_against_cost(
+    series: Mapping[str, Sequence[tuple[float, float, float, float]]],
+    reference: tuple[str, float] | None = None,
+    title: str = "",
+    ylabel: str = "accuracy (%)",
+) -> Figure:
+    """Score by what a training step costs: one line a series of (cost, score, error, share).
+
+    Costs are relative (1 is a step that trains all neurons), scores and standard errors fractions;
+    each point is labelled with its share, a fraction. `reference` = (label, score) draws a level.
+    """
+    figure, axis = subplots(size=(6.0, 3.8))
+    for place, (label, points) in enumerate(series.items()):
+        costs, values, errors, shares = np.asarray(sorted(points), float).T
+        axis.errorbar(
+            costs, 100 * values, yerr=100 * Z95 * errors, capsize=4, label=label, **_series(place)
+        )
+        for cost, value, share in zip(costs, values, shares, strict=True):
+            axis.annotate(
+                f"{100 * share:g}%",
+                (cost, 100 * value),
+                xytext=(6, -12 if place else 6),
+                textcoords="offset points",
+                size=9,
+            )
+    if reference:
+        axis.axhline(100 * reference[1], color=GREY, ls="--", label=reference[0])
+    axis.legend()
+    axis.margins(x=0.12)
+    axis.set(
+        xlabel="operations of a step (all neurons: 1)",
+        ylabel=f"{ylabel}, 95% interval",
+        title=title,
+    )
+    return figure
+
+
 def ablation_bars(
     effects: Mapping[str, tuple[float, float, float]],
     reference: str = "allo",
@@ -346,7 +383,8 @@ def claims_figure(claims: Sequence, title: str = "") -> Figure:
 
 
 def efficiency_bars(rows: Sequence[Mapping[str, str]], title: str = "") -> Figure:
-    """Rows of `tables/efficiency.csv`: time a pair, peak memory and bytes of optimizer state."""
+    """Rows of `tables/efficiency.csv`: time a pair (the line is the floor of its operations), peak
+    memory and bytes of optimizer state."""
     peaks = [float(row["peak_bytes_above_model"] or 0) for row in rows]
     unit, name = (1e9, "GB") if max(peaks) >= 1e9 else (1e6, "MB")
     panels = (
@@ -367,6 +405,10 @@ def efficiency_bars(rows: Sequence[Mapping[str, str]], title: str = "") -> Figur
         axis.bar_label(bars, texts, padding=3, size=9)
         axis.set_xlabel(label)
         axis.margins(x=0.22)
+    for place, row in enumerate(rows):
+        if row.get("floor_seconds_per_pair"):
+            floor = float(row["floor_seconds_per_pair"])
+            axes[0].plot((floor, floor), (place - 0.4, place + 0.4), color="black", lw=2)
     axes[0].set_yticks(range(len(names)), names)
     axes[0].invert_yaxis()
     figure.suptitle(title or None)

@@ -9,6 +9,7 @@ from allo_lib.config import Profile
 from allo_lib.errors import AlloError
 
 PAPER_PROTOCOL = "_paper"  # suffix of rows that run at the one rate that is best for plain DPO
+ROWS = "_rows"  # suffix of rows whose neurons are whole rows of the weight matrices
 
 
 @dataclass(frozen=True)
@@ -17,6 +18,7 @@ class Stage:
 
     objective: see `objectives`. rate: the field of config.Rates where its search begins.
     epochs: in units of the domain's `epochs`. neurons: "all", "top", "bottom" or "random" share.
+    granularity: what is kept or not, "scalar" entries or whole "row"s (`importance`).
     tokens: what forgetting weighs tokens by: "rewriter", "all", "random" or "oracle".
     reward_model: quality of the rewriter, see `rewriter`. rule: see token_rewards.
     key: whence the key tokens of learning: "policy", "reference" (a DPO model), "random", "oracle";
@@ -28,6 +30,7 @@ class Stage:
     epochs: int = 1
     neurons: str = "all"
     share: float = 0.1
+    granularity: str = "scalar"
     estimator: str = "delta"
     tokens: str = "rewriter"
     reward_model: str = "trained"
@@ -73,6 +76,12 @@ def _methods(profile: Profile) -> dict[str, tuple[Stage, ...]]:
     }  # fmt: skip
     masked = {
         share_name(value): (Stage("dpo", "top", neurons="top", share=value),)
+        for value in (*settings.shares, share)
+        if value < 1
+    } | {
+        f"{share_name(value)}{ROWS}": (
+            Stage("dpo", "top", neurons="top", share=value, granularity="row"),
+        )
         for value in (*settings.shares, share)
         if value < 1
     } | {

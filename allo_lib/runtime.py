@@ -17,14 +17,17 @@ _LARGEST_INT = 2**31 - 1
 
 
 def configure() -> None:
-    """Stop OpenMP threads from spinning and keep freed memory in the process.
+    """Stop OpenMP threads from spinning for long, and keep freed memory in the process.
 
-    Spinning threads of two processes slow each other by an order of magnitude. Memory given back to
+    Threads of two processes that spin for work slow each other by an order of magnitude; those that
+    never spin are woken through the kernel at every operation, which costs a small model all that a
+    second thread gains. A short spin, well under a millisecond, does neither. Memory given back to
     the system has to be touched page by page again at every step, which on virtual machines costs
     more than the arithmetic of a small model.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     os.environ.setdefault("KMP_BLOCKTIME", "0")
+    os.environ.setdefault("GOMP_SPINCOUNT", "100000")  # libgomp's own count, over the policy
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # Redrawn progress bars are off everywhere, so their missing widgets are nobody's concern.
     warnings.filterwarnings("ignore", message="IProgress not found")

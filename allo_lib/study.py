@@ -323,25 +323,39 @@ class Study:
         write_json(folder / "record.json", record | {"pairs": len(rows)})
 
     def mask(
-        self, name: str, order: str = "top", share: float = 0.1, variant: str = "delta"
+        self,
+        name: str,
+        order: str = "top",
+        share: float = 0.1,
+        variant: str = "delta",
+        granularity: str = "scalar",
     ) -> NeuronMask:
-        """The kept neurons of a domain; written as safetensors."""
+        """The kept neurons of a domain (`importance.select_neurons`); written as safetensors."""
         inputs = {
             "order": order,
             "share": share,
             "scores": self.scores(name, variant).key,
             "seed": self.seed,
+            "granularity": granularity,
         }
-        make = lambda folder: self._make_mask(name, order, share, variant, folder)  # noqa: E731
+
+        def make(folder: Path) -> None:
+            self._make_mask(name, order, share, variant, granularity, folder)
+
         return NeuronMask.load(self.store.get("mask", inputs, make).file("mask.safetensors"))
 
-    def _make_mask(self, name, order, share, variant, folder: Path) -> None:
+    def _make_mask(self, name, order, share, variant, granularity, folder: Path) -> None:
         scores = weights.read_tensors(self.scores(name, variant).file("scores.safetensors"))
         mask = importance.select_neurons(
-            scores, share, order=order, seed=derive(self.seed, "mask", name)
+            scores,
+            share,
+            order=order,
+            granularity=granularity,
+            seed=derive(self.seed, "mask", name),
         )
         mask.save(folder / "mask.safetensors")
-        write_json(folder / "record.json", importance.count_ties(scores, mask))
+        record = importance.count_ties(scores, mask) if granularity == "scalar" else {}
+        write_json(folder / "record.json", record | {"kept": mask.kept, "total": mask.total})
 
     # --- token rewards -----------------------------------------------------------------------
 

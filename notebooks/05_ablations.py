@@ -30,7 +30,7 @@ overrides = {}  # profile keys to change, dotted: {"domains.miniature.epochs": 2
 
 # %%
 from allo_lib import analysis, arms, figures, parallel, results
-from allo_lib.methods import share_name
+from allo_lib.methods import ROWS, share_name
 from allo_lib.notebook import percent, say, show, table
 from allo_lib.study import Study
 
@@ -76,6 +76,36 @@ for name in study.profile.domains:
          "Accuracy after DPO on the top share of neurons; bars are standard errors over problems.")
     say(f"**{name}**: " + ", ".join(f"{percent(s, 1)} of the neurons {percent(v)}"
                                     for s, (v, _) in zip(shares, scores, strict=True)) + ".")
+
+# %% [markdown]
+# ## Scalar entries, or whole rows?
+#
+# Of a linear layer $y = x W^\top$ the weight's gradient is $dW = dy^\top x$. When whole rows are kept, only
+# $dW_{\text{rows}} = dy_{:,\text{rows}}^\top x$ is computed, a share of one third of a step's arithmetic;
+# scattered entries need all of it. What do rows lose in quality for what they save?
+
+# %%
+for name in study.profile.domains:
+    series = analysis.quality_and_cost(study, name, found[name])
+    if not series:
+        continue
+    level = ("all neurons", analysis.score_of(found[name]["dpo"])[0])
+    figure = figures.quality_against_cost(series, level, title=name)
+    show(figure, study, f"05_rows_{name}", "Score after DPO on the top share of neurons against the "
+         "counted operations of a training step, scalar entries and whole rows; bars are 95% intervals.")
+    for label, points in series.items():
+        say(f"**{name}, {label}**: " + "; ".join(
+            f"{percent(share, 1)} of the neurons: {percent(score)} at {percent(cost)} of the operations"
+            for cost, score, _, share in points) + ".")
+
+# %%
+for name in study.profile.domains:
+    for share in analysis.shares_run(study, found[name], rows=True):
+        scalar, rows = (found[name].get(share_name(share) + suffix) for suffix in ("", ROWS))
+        if scalar is not None:
+            e = results.difference(rows, scalar)
+            say(f"**{name}, {percent(share)}**: rows minus scalars {100 * e.effect:+.1f} points "
+                f"[{100 * e.low:+.1f}, {100 * e.high:+.1f}], paired bootstrap over problems.")
 
 # %% [markdown]
 # ## Does the quality of the reward model matter? (C9)

@@ -15,16 +15,28 @@
 # # 07 Efficiency: what a step costs
 #
 # **Question.** If most neurons are redundant, is training the rest cheaper? (C10) The released code
-# keeps dense moments and multiplies the update by a dense mask: it saves nothing. Here the optimizer
-# holds state for kept entries only. With $k$ the kept share of all float32 weights, bytes per weight are
-# $$\underbrace{4 + 4 + 4}_{\text{gradient, two moments}} = 12 \;\text{ (dense)},\qquad
-# k\,(\underbrace{4}_{\text{index}} + \underbrace{4}_{\text{master}} + \underbrace{12}_{\text{gradient,
-# moments}}) = 20\,k\;\text{ (masked)}.$$
+# keeps dense moments and multiplies the update by a dense mask: it saves nothing. Here
 #
-# Each variant trains DPO on the same pairs, every block of steps in a process of its own, the variants
-# in turn; medians over the blocks are shown with their range. Times and memory are measurements of this
-# machine at this moment: they are in `tables/efficiency.csv`, not in `measurements.csv`, so that the
-# latter stays the same to the byte from run to run.
+# - the optimizer holds state for kept entries only. With $k$ the kept share of all float32 weights, bytes
+#   per weight are
+#   $$\underbrace{4 + 4 + 4}_{\text{gradient, two moments}} = 12 \;\text{ (dense)},\qquad
+#   k\,(\underbrace{4}_{\text{index}} + \underbrace{4}_{\text{master}} + \underbrace{12}_{\text{gradient,
+#   moments}}) = 20\,k\;\text{ (masked)};$$
+# - a dense gradient lives only until its kept entries are gathered, one parameter's at a time, and of whole
+#   rows no other gradient is made;
+# - the prompt is read once for both responses, and what begins alike is read once;
+# - the language-model head runs on response positions only, in chunks, its log-sum-exp kept and its logits
+#   made again in backward;
+# - the reference model's log-probs are computed once and kept.
+#
+# Each variant trains DPO on the same pairs, all of them in every step, every block of steps in a process of
+# its own, the variants in turn; medians over the blocks are shown with their range. Times and memory are
+# measurements of this machine at this moment: they are in `tables/efficiency.csv`, not in
+# `measurements.csv`, so that the latter stays the same to the byte from run to run.
+#
+# The **floor** is what a step would take if all its matrix products ran at the rate of a large one: the
+# operations counted in one step over the rate measured in the same process. What is above it is memory
+# traffic, small products, and everything that is no product.
 
 # %% tags=["parameters"]
 profile = "tiny"  # name, or path of a YAML file
@@ -34,29 +46,43 @@ overrides = {}  # profile keys to change, dotted: {"domains.miniature.epochs": 2
 seeds = None  # not read here; run_all.sh gives it to the last two notebooks alike
 
 # %%
+import math
+
 from allo_lib import claims, efficiency, figures, report
-from allo_lib.notebook import say, show, table
+from allo_lib.notebook import percent, say, show, table
 from allo_lib.study import Study
+from allo_lib.workload import domain_of, workload
 
 study = Study.open(profile, seed, results_dir, overrides)
-name = next(iter(study.profile.domains))
-rows = efficiency.measure(study, name)
+name = domain_of(study)
+pairs = workload(study)
+print(f"{len(pairs.rows)} pairs of {name} a step, {pairs.tokens / len(pairs.rows):.0f} tokens each, "
+      "prompts counted once")
+rows = efficiency.measure(study)
 efficiency.write(rows, study.results_dir / "tables" / "efficiency.csv")
-table(rows, f"Cost of a DPO step on {name}: `dense` AdamW, the released code's dense mask, this "
-      "project's masked AdamW on scalar neurons and on whole rows, both at the profile's share.")
+table(rows, f"Cost of a DPO step on {name}. `dense`: AdamW on all neurons; `dense_masked`: the released "
+      "code's dense mask; `allo_scalar`, `allo_row`: this project's masked AdamW on scalar neurons and on "
+      "whole rows, at the profile's share, all four with this project's forward pass. `trl_default`, "
+      "`trl_best` (reference computed before, no checkpointing), `peft` (LoRA of the same share): TRL's "
+      "DPOTrainer, where it is installed and the profile asks for it.")
 
 # %%
 show(figures.efficiency_bars(rows, title=f"cost of a DPO step, {name}"), study, "07_efficiency",
-     "Time per pair (median), peak memory above the process with the model loaded, and bytes of "
-     "optimizer state per model parameter.", every_seed=True)
+     "Time per pair (median, the floor of the counted operations as a line), peak memory above the process "
+     "with the model loaded, and bytes of optimizer state per model parameter.", every_seed=True)
 
 # %%
-for variant in ("allo_scalar", "allo_row"):
-    ratios = {column: efficiency.ratio(rows, variant, "dense_masked", column)
-              for column in ("seconds_per_pair", "peak_bytes_above_model", "state_bytes_per_parameter")}
-    say(f"**{variant}** against the dense mask: time {ratios['seconds_per_pair']:.2f}, peak memory "
-        f"{ratios['peak_bytes_above_model']:.2f}, optimizer state "
-        f"{ratios['state_bytes_per_parameter']:.2f} times as much.")
+compared = [("allo_scalar", "dense_masked"), ("allo_row", "dense_masked"), ("allo_row", "allo_scalar"),
+            ("allo_scalar", "trl_best"), ("allo_scalar", "trl_default"), ("allo_scalar", "peft")]
+for first, second in compared:
+    ratios = [efficiency.ratio(rows, first, second, column)
+              for column in ("seconds_per_pair", "peak_bytes_above_model", "state_bytes_per_parameter")]
+    if not all(map(math.isnan, ratios)):
+        say(f"**{first}** against {second}: time {ratios[0]:.2f}, peak memory {ratios[1]:.2f}, optimizer "
+            f"state {ratios[2]:.2f} times as much.")
+for row in rows:
+    share = float(row["floor_seconds_per_pair"]) / float(row["seconds_per_pair"])
+    say(f"{row['variant']}: {percent(share, 0)} of its time is the floor.")
 
 # %% [markdown]
 # ## C10 and the report

@@ -10,6 +10,7 @@ from tiny_models import tiny_llama, weights_of
 
 from allo_lib import efficiency, notebook
 from allo_lib.batches import Layout, pair_batch
+from allo_lib.dense_masked import DenseMaskedAdamW
 from allo_lib.errors import AlloError
 from allo_lib.forward import response_logps
 from allo_lib.importance import select_neurons
@@ -37,7 +38,7 @@ def test_the_dense_mask_and_the_masked_optimizer_train_the_same(share):
     ours, theirs = tiny_llama(), tiny_llama()
     settings = dict(lr=1e-3)
     masked = steps(ours, MaskedAdamW(ours, mask_of(ours, share), **settings))
-    dense = steps(theirs, efficiency.DenseMaskedAdamW(theirs, mask_of(theirs, share), **settings))
+    dense = steps(theirs, DenseMaskedAdamW(theirs, mask_of(theirs, share), **settings))
     for name in masked:
         assert torch.allclose(masked[name], dense[name], atol=2e-6), name
     assert any(not torch.equal(masked[n], value) for n, value in weights_of(tiny_llama()).items())
@@ -50,7 +51,7 @@ def test_bytes_of_the_dense_mask(dtype, per_entry):
     """bf16 mask, two float32 moments, the gradient, and masters where weights are bf16."""
     model = tiny_llama(dtype=dtype)
     count = sum(parameter.numel() for parameter in model.parameters())
-    optimizer = efficiency.DenseMaskedAdamW(model, mask_of(model, 0.1), lr=1e-3)
+    optimizer = DenseMaskedAdamW(model, mask_of(model, 0.1), lr=1e-3)
     assert optimizer.state_bytes() == per_entry * count
 
 
@@ -76,12 +77,12 @@ def test_a_process_that_ends_early_is_told_and_not_waited_for(tiny_study, monkey
     monkeypatch.setattr(efficiency, "_worker", _dies)
     monkeypatch.setattr(efficiency, "VARIANTS", ("dense",))
     with pytest.raises(AlloError, match="ended before its time"):
-        efficiency.measure(tiny_study, "miniature")
+        efficiency.measure(tiny_study)
 
 
 @pytest.mark.slow
 def test_every_variant_is_measured(tiny_study):
-    rows = efficiency.measure(tiny_study, "miniature")
+    rows = efficiency.measure(tiny_study)
     assert [row["variant"] for row in rows] == list(efficiency.VARIANTS)
     state = {row["variant"]: float(row["state_bytes_per_parameter"]) for row in rows}
     assert state["allo_scalar"] == pytest.approx(2.0, rel=0.02)  # 20 bytes for a tenth

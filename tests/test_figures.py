@@ -35,6 +35,11 @@ def every_figure() -> dict[str, Figure]:
         "main": figures.main_table_figure(MEASURED, paper),
         "claims": figures.claims_figure(found),
         "efficiency": figures.efficiency_bars(EFFICIENCY),
+        "cost": figures.quality_against_cost(
+            {"scalar": [(0.9, 0.7, 0.01, 0.1), (0.8, 0.6, 0.01, 0.01)],
+             "whole rows": [(0.7, 0.65, 0.01, 0.1)]},
+            ("all neurons", 0.72),
+        ),
         "tokens": figures.token_rewards_picture([(["a", "b"], [0.1, 0.9], "rejected")]),
     }
 
@@ -80,6 +85,7 @@ def test_no_text_is_smaller_than_nine_points(drawn):
         ("margin", ["training reward margin"]),
         ("main", ["not run", "+ Vanilla PPO"]),
         ("claims", ["reproduced", "not reproduced", "inconclusive", "C10", "accuracy, points"]),
+        ("cost", ["operations of a step (all neurons: 1)", "10%", "whole rows", "all neurons"]),
         ("efficiency", ["allo_scalar", "dense_masked", "(MB)", "seconds a pair"]),
     ],
 )
