@@ -43,19 +43,27 @@ def delta_of_dpo(model, rows, *, lr, beta, batch_size, epochs, seed, pad_token_i
 def gradient_scores(model, rows, *, beta, batch_size, seed, pad_token_id):
     """Scores sum over batches of |dL_DPO / dtheta_i| at theta; no update is made.
 
-    The second estimator of the importance (ALLO, arXiv 2406.12606). name -> float32 scores.
+    The second estimator of the importance (ALLO, arXiv 2406.12606). name -> float32 scores. Each
+    gradient is added and dropped as soon as it is complete: one of them is alive at a time.
     """
     sums = {n: torch.zeros(p.shape, device=p.device) for n, p in model.named_parameters()}
+    names = {parameter: name for name, parameter in model.named_parameters()}
+
+    def add(parameter: torch.nn.Parameter) -> None:
+        sums[names[parameter]] += parameter.grad.float().abs()
+        parameter.grad = None
+
+    hooks = [p.register_post_accumulate_grad_hook(add) for p in names if p.requires_grad]
     loss_of, layout = objective("dpo", beta=beta), layout_of(model, pad_token_id)
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
-    for start in range(0, len(order), batch_size):
-        chunk = [rows[i] for i in order[start : start + batch_size]]
-        batch = to_device(pair_batch(chunk, layout), model)
-        loss, _ = loss_of(response_logps(model, batch), batch)
-        loss.backward()
-        for name, parameter in model.named_parameters():
-            sums[name] += parameter.grad.float().abs()
-            parameter.grad = None
+    try:
+        for start in range(0, len(order), batch_size):
+            chunk = [rows[i] for i in order[start : start + batch_size]]
+            batch = to_device(pair_batch(chunk, layout), model)
+            loss_of(response_logps(model, batch), batch)[0].backward()
+    finally:
+        for hook in hooks:
+            hook.remove()
     return sums
 
 
