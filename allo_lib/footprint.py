@@ -5,11 +5,11 @@ can tell what another needs: weights and optimizer state from their counts, acti
 what autograd keeps of a real forward pass.
 """
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 from torch.autograd.graph import saved_tensors_hooks
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from allo_lib.batches import Layout, pair_batch
 from allo_lib.forward import response_logps, to_device
@@ -17,6 +17,9 @@ from allo_lib.head import CHUNK_BYTES
 
 STATE_BYTES = 20  # of a kept entry: index, master, gradient and two moments, 4 bytes each
 _CHUNKS = 3  # float32 logits, their softmax, and its copy in the dtype of the weights, at most
+
+# hidden size, feed-forward size, layers, heads; arXiv 2307.09288
+KNOWN = {"LLaMA 2 7B": (4096, 11008, 32, 32), "LLaMA 2 13B": (5120, 13824, 40, 40)}
 
 
 @dataclass(frozen=True)
@@ -47,32 +50,54 @@ def footprint(
         pairs: in one forward pass.
         dtype: of the weights and activations.
     """
-    # What the layers keep is the same for each: two small models tell it for any number of them.
-    layers = config.num_hidden_layers
-    one, two = (_activations(config, count, prompt, response, pairs, dtype) for count in (1, 2))
-    sizes = [p.numel() for p in _meta_model(config, layers, dtype).parameters()]
+    # All layers are alike: models of one and of two tell what any number of them holds.
+    one, two = (_meta_model(config, layers, dtype) for layers in (1, 2))
+    batch = pair_batch(_rows(prompt, response, pairs), Layout(0, True, config.hidden_size))
+
+    def of_all_layers(measure) -> int:
+        first = measure(one)
+        return first + (config.num_hidden_layers - 1) * (measure(two) - first)
+
+    count = of_all_layers(lambda model: sum(p.numel() for p in model.parameters()))
+    largest = max(p.numel() for p in one.parameters())
     width = torch.empty((), dtype=dtype).element_size()
     return Footprint(
-        weights=width * sum(sizes),
-        state=round(STATE_BYTES * share * sum(sizes)),
-        gradient=round(max(sizes) * (width + 4 * share)),
-        activations=one + (layers - 1) * (two - one),
+        weights=width * count,
+        state=round(STATE_BYTES * share * count),
+        gradient=round(largest * (width + 4 * share)),
+        activations=of_all_layers(lambda model: saved_bytes(model, batch)),
         logits=_CHUNKS * CHUNK_BYTES,
     )
+
+
+def of_known_models(shares, prompt: int, response: int) -> list[dict]:
+    """One row for each of `KNOWN` and each share, one pair at a time in bf16: GB by purpose."""
+    rows = []
+    for name, (hidden, feed_forward, layers, heads) in KNOWN.items():
+        config = LlamaConfig(
+            vocab_size=32000,
+            hidden_size=hidden,
+            intermediate_size=feed_forward,
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            tie_word_embeddings=False,
+        )
+        for share in shares:
+            found = footprint(config, share, prompt, response, pairs=1)
+            parts = {key: round(value / 1e9, 2) for key, value in asdict(found).items()}
+            rows.append(
+                {"model": name, "kept": share} | parts | {"all": round(found.total / 1e9, 2)}
+            )
+    return rows
 
 
 def _meta_model(config, layers: int, dtype):
     config = type(config).from_dict(config.to_dict() | {"num_hidden_layers": layers})
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(
+        model = AutoModelForCausalLM.from_config(
             config, dtype=dtype, attn_implementation="sdpa"
-        ).train()
-
-
-def _activations(config, layers: int, prompt: int, response: int, pairs: int, dtype) -> int:
-    """Bytes of all tensors that backward keeps of one forward pass, weights apart."""
-    model = _meta_model(config, layers, dtype)
-    return saved_bytes(model, pair_batch(_rows(prompt, response, pairs), _layout(config)))
+        )  # fmt: skip
+    return model.train()
 
 
 def saved_bytes(model, batch) -> int:
@@ -95,10 +120,6 @@ def saved_bytes(model, batch) -> int:
 
 def _storage(tensor: torch.Tensor) -> int:
     return tensor.untyped_storage()._cdata
-
-
-def _layout(config) -> Layout:
-    return Layout(0, shared=True, width=config.hidden_size)
 
 
 def _rows(prompt: int, response: int, pairs: int) -> list[dict]:

@@ -4,6 +4,7 @@ Neither is needed for the study. TRL comes with the tests' requirements, PEFT wi
 peft`; a peer that is not installed is left out of the comparison, with a line that says so.
 """
 
+import copy
 import importlib.util
 import tempfile
 import time
@@ -54,6 +55,7 @@ class TrlSteps:
             clock = _clock(warm_up, self.model.device)
             self.trainer = DPOTrainer(
                 model=self.model,
+                ref_model=self._second_copy(),
                 args=self._arguments(folder, warm_up + steps),
                 train_dataset=Dataset.from_list(self.texts),
                 processing_class=self.tokenizer,
@@ -85,6 +87,10 @@ class TrlSteps:
             disable_tqdm=True,
             **best,
         )
+
+    def _second_copy(self):
+        """TRL's default reference, which it would load by a name that not every model has."""
+        return copy.deepcopy(self.model) if self.variant == "trl_default" else None
 
     def _adapter(self):
         if self.variant != "peft":

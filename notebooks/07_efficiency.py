@@ -48,7 +48,7 @@ seeds = None  # not read here; run_all.sh gives it to the last two notebooks ali
 # %%
 import math
 
-from allo_lib import claims, efficiency, figures, report
+from allo_lib import claims, efficiency, figures, footprint, report
 from allo_lib.notebook import percent, say, show, table
 from allo_lib.study import Study
 from allo_lib.workload import domain_of, workload
@@ -83,6 +83,19 @@ for first, second in compared:
 for row in rows:
     share = float(row["floor_seconds_per_pair"]) / float(row["seconds_per_pair"])
     say(f"{row['variant']}: {percent(share, 0)} of its time is the floor.")
+
+# %% [markdown]
+# ## How large a model fits?
+#
+# Counted, not measured: weights and state from the shape of the model, activations by adding up what
+# autograd keeps of a forward pass on torch's meta device. One pair of 115 prompt and 165 tokens in each
+# response at a time, bf16 weights, no activation checkpointing; more pairs come by accumulation. Finding
+# the neurons first needs their scores: the accumulated $|\nabla|$ takes 4 bytes a weight, which may lie on
+# the host, while the delta of a dense DPO run needs all of the dense state.
+
+# %%
+fits = footprint.of_known_models([study.profile.method.share, 1.0], prompt=115, response=165)
+table(fits, "GB of a step of a masked stage, and of the same step with all neurons kept.")
 
 # %% [markdown]
 # ## C10 and the report

@@ -80,7 +80,7 @@ def test_loss_and_every_packed_gradient_are_those_of_the_plain_way(kind, granula
     assert "ends" in batch  # else nothing is shared, and nothing shown
     loss = objective("dpo", beta=BETA)(response_logps(ours, batch), batch)[0]
     loss.backward()
-    assert float(loss) == pytest.approx(float(expected), abs=1e-5)
+    assert loss.item() == pytest.approx(expected.item(), abs=1e-5)
     gradients = {name: p.grad.flatten() for name, p in plain.named_parameters()}
     for packed in optimizer._packed:
         kept = gradients[packed.name][mask.indices[packed.name]]
