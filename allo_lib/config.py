@@ -19,6 +19,7 @@ from allo_lib.errors import AlloError
 
 PROFILES = Path(__file__).parent / "profiles"
 SIZES = ("cpu", "gpu")
+MODEL_DTYPES = ("float32", "bfloat16", "auto")
 DOMAIN_KINDS = ("miniature", "choice", "preferences")
 
 
@@ -27,7 +28,9 @@ class Model:
     """Which weights the study starts from."""
 
     name: str = "micro"  # "micro" (trained here), "smollm2-135m-instruct", a hub id, or a folder
-    dtype: str = "float32"  # of the weights: "float32" or "bfloat16"; masters are always float32
+    # Of the weights: "float32", "bfloat16", or "auto" for bfloat16 where the device has units for it
+    # (`models.dtype_on`). Masters are always float32.
+    dtype: str = "float32"
     width: int = 128  # hidden size (micro only, as are the next five)
     layers: int = 3
     heads: int = 4
@@ -326,8 +329,10 @@ def _check(profile: Profile) -> None:
             raise AlloError(f"profile: {key} is empty")
     if not profile.domains:
         raise AlloError(f"profile {profile.name}: `domains` names no domain; name at least one")
-    if profile.model.dtype not in ("float32", "bfloat16"):
-        raise AlloError(f"model.dtype: expected float32 or bfloat16, got {profile.model.dtype!r}")
+    if profile.model.dtype not in MODEL_DTYPES:
+        raise AlloError(
+            f"model.dtype: expected one of {', '.join(MODEL_DTYPES)}, got {profile.model.dtype!r}"
+        )
     _check_numbers(dataclasses.asdict(profile), "")
     for share in (profile.method.share, profile.method.key_share, *profile.method.shares):
         if not 0 < share <= 1:

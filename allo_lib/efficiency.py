@@ -13,10 +13,9 @@ from pathlib import Path
 
 import torch
 
-from allo_lib import arithmetic, peers, weights
+from allo_lib import arithmetic, peers
 from allo_lib.config import Profile
 from allo_lib.errors import AlloError
-from allo_lib.importance import select_neurons
 from allo_lib.runtime import give_back_freed_memory
 from allo_lib.study import Study
 from allo_lib.timed_steps import OwnSteps
@@ -56,8 +55,10 @@ def measure(study: Study) -> list[dict]:
     Raises:
         AlloError: a process that ended before it had measured, for want of memory for instance.
     """
-    study.scores(domain_of(study)), workload(study)  # made here, read by the workers
     order = variants(study)
+    for variant in order:
+        _mask(study, variant)  # made here, read by the workers
+    workload(study)
     runs: dict[str, list[dict]] = {variant: [] for variant in order}
     for repeat in range(study.profile.timing.repeats):
         for variant in order if repeat % 2 == 0 else reversed(order):
@@ -121,7 +122,7 @@ def _worker(pipe, profile: Profile, seed: int, results_dir: str, data_dir, varia
     study = Study(profile, seed, results_dir, data_dir)
     timing, name = profile.timing, domain_of(study)
     model, load = study.load_sft(name).train(), workload(study)
-    mask = _mask(study, name, variant)
+    mask = _mask(study, variant)
     give_back_freed_memory()  # else heap that the set-up left free would hide what the steps take
     base = _reset_peak(study.device)
     steps = _steps(study, model, load, mask, variant)
@@ -153,12 +154,13 @@ def _steps(study: Study, model, load, mask, variant: str):
     return OwnSteps(model, mask, load.rows, variant, pad, beta=method.beta, lr=_RATE)
 
 
-def _mask(study: Study, name: str, variant: str):
-    """The variant's mask; made for all, so that all processes have the same past."""
-    scores = weights.read_tensors(study.scores(name).file("scores.safetensors"))
+def _mask(study: Study, variant: str):
+    """The variant's mask, read from the store; None where every entry is trained."""
+    if variant == "dense" or variant in peers.PEERS:
+        return None
     granularity = "row" if variant == "allo_row" else "scalar"
-    mask = select_neurons(scores, study.profile.method.share, granularity=granularity)
-    return None if variant == "dense" or variant in peers.PEERS else mask
+    share = study.profile.method.share
+    return study.mask(domain_of(study), share=share, granularity=granularity)
 
 
 def _reset_peak(device: str) -> int:

@@ -61,6 +61,11 @@ class Study:
             workers.start_early()
         return cls(loaded, seed, folder, os.environ.get("ALLO_DATA"))
 
+    @property
+    def dtype(self) -> str:
+        """Dtype of the weights on this machine."""
+        return models.dtype_on(self.device, self.profile.model.dtype)
+
     # --- models ------------------------------------------------------------------------------
 
     @cached_property
@@ -68,7 +73,7 @@ class Study:
         settings = self.profile.model
         if settings.name != "micro":
             model, tokenizer, note = models.load(
-                settings.name, dtype=settings.dtype, device=self.device
+                settings.name, dtype=self.dtype, device=self.device
             )
             self._note_weights(note)
             return model, tokenizer, note
@@ -160,7 +165,7 @@ class Study:
         return {
             "version": VERSION,
             "seed": self.seed,
-            "model": settings["model"],
+            "model": settings["model"] | {"dtype": self.dtype},
             "datasets": settings["domains"][name]["datasets"],
             "kind": settings["domains"][name]["kind"],
             "data": self._data_hash(name),

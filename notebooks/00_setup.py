@@ -81,7 +81,7 @@ for name in study.profile.domains:
         show(figure, study, f"00_sft_{name}",
              f"Loss of the supervised phases of {name}, seed {seed}; each has its own length.")
 weights = study.weights_note
-say(f"Weights: {weights['name']} ({weights['source']}).")
+say(f"Weights: {weights['name']} ({weights['source']}), as {study.dtype}.")
 
 # %% [markdown]
 # ## The preference pairs
