@@ -94,7 +94,7 @@ class Study:
         )
         note = {"name": "micro", "source": "trained from scratch in 00_setup"}
         self._note_weights(note)
-        return model.to(self.device), tokenizer, note
+        return model.to(self.device, models.DTYPES[self.dtype]), tokenizer, note
 
     def _note_weights(self, note: dict) -> None:
         """Leave for the manifest which weights the study started from."""

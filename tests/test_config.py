@@ -187,7 +187,7 @@ def test_files_that_are_not_text_are_refused(tmp_path):
         ({"model.width": None}, "width: expected int, got None"),
         ({"model.width": -1}, "model.width: got -1"),
         ({"model.name": 3}, "name: expected str, got 3"),
-        ({"model.dtype": "float16"}, "model.dtype: expected float32 or bfloat16, got 'float16'"),
+        ({"model.dtype": "float16"}, "expected one of float32, bfloat16, auto, got 'float16'"),
         ({"method.beta": "much"}, "beta: expected a number, got 'much'"),
         ({"method.beta": True}, "beta: expected float, got True"),
         ({"method.beta": [0.1]}, "beta: expected float"),

@@ -102,6 +102,27 @@ def test_load_in_bfloat16_rounds_every_weight(saved):
     assert same_weights(model, tiny_model().to(torch.bfloat16))
 
 
+@pytest.mark.parametrize(
+    "units, expected",
+    [
+        ({}, "float32"),
+        ({"avx2": True, "avx512_f": True, "avx512_bf16": False}, "float32"),
+        ({"avx512_bf16": True}, "bfloat16"),
+        ({"amx_bf16": True}, "bfloat16"),
+    ],
+)
+def test_auto_is_what_the_device_multiplies_fastest(monkeypatch, units, expected):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: units, raising=False)
+    assert models.dtype_on("cpu") == models.dtype_on("cpu", "auto") == expected
+    assert models.dtype_on("cuda") == models.dtype_on(torch.device("cuda", 1)) == "bfloat16"
+    assert models.dtype_on("cpu", "float16") == models.dtype_on("cuda", "float16") == "float16"
+
+
+def test_auto_without_a_torch_that_tells_is_float32(monkeypatch):
+    monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
+    assert models.dtype_on("cpu") == "float32"
+
+
 def test_publishers_sampling_settings_do_not_bend_greedy_decoding(saved):
     settings = {"repetition_penalty": 9.0, "do_sample": True, "temperature": 2.0, "top_k": 3}
     (saved / "generation_config.json").write_text(json.dumps(settings))

@@ -27,6 +27,16 @@ def test_unknown_profiles_keys_and_domains_are_refused(tmp_path, tiny_study):
         tiny_study.domain("maths")
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_weights_have_the_dtype_of_the_machine_and_artifacts_its_key(tmp_path, monkeypatch, dtype):
+    """Two machines that resolve `auto` differently share a profile's hash, but no artifact."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": dtype != "float32"})
+    study = open_study(tmp_path, model__dtype="auto")
+    assert study.dtype == dtype and study.model.dtype == getattr(torch, dtype)
+    assert study.inputs(DOMAIN)["model"]["dtype"] == dtype
+    assert study.profile.hash() == open_study(tmp_path, model__dtype="auto").profile.hash()
+
+
 def test_results_of_another_profile_are_left_alone(tmp_path):
     write_json(tmp_path / "manifest.json", {"profile_hash": "0" * 64})
     with pytest.raises(AlloError, match="holds results of profile hash 000000000000"):
