@@ -20,21 +20,31 @@ from allo_lib.stages import run_stage
 from allo_lib.store import Store, write_json
 from allo_lib.token_rewards import unaligned_weights
 from allo_lib.training import Log, Schedule
-from allo_lib.warmup import delta_of_dpo
+from allo_lib.warmup import delta_of_dpo, gradient_scores
 
 STAGES = ("importance", "forgetting", "learning")
+# Values of settings that are words, the default first.
+CHOICES = {"estimator": ("delta", "gradient"), "rewriter_neurons": ("all", "kept")}
 COLUMNS = ("prompt", "chosen", "rejected")
 
 
 @dataclass(frozen=True)
 class AlignConfig:
-    """Settings of `align`; learning rates are the ones to search, on data held out for it."""
+    """Settings of `align`; learning rates are the ones to search, on data held out for it.
+
+    With estimator "gradient" and rewriter_neurons "kept" no part needs dense optimizer state, which
+    is what keeps a large model from fitting one device.
+    """
 
     share: float = 0.1  # of all neurons that are kept; paper: 10%
+    # Scores: "delta" (|theta' - theta| / lr of a DPO run on all neurons; official code), or
+    # "gradient" (sum of |dL/dtheta| over the pairs, no update made).
+    estimator: str = "delta"
     importance_rate: float = 1e-6  # of the warm-up; official code
     forgetting_rate: float = 5e-7  # official code; try larger ones, see 01_importance
     learning_rate: float = 5e-6  # official code
     rewriter_rate: float = 1e-5  # of the reward model's training
+    rewriter_neurons: str = "all"  # that it trains: "all", or those "kept" by the mask
     beta: float = 0.1
     key_share: float = 0.2  # epsilon of the learning stage
     token_rule: str = "threshold"  # see token_rewards.unaligned_weights
@@ -118,24 +128,35 @@ class _Run:
         self.texts, self.rows = rows, encode_pairs(self.tokenizer, rows, longest)
 
     def importance(self) -> NeuronMask:
-        start = weights.snapshot(self.model)
+        mask = select_neurons(self._scores(), self.config.share)
+        mask.save(self.output_dir / "mask.safetensors")
+        return mask
+
+    def _scores(self) -> dict[str, torch.Tensor]:
+        config = self.config
+        common = {
+            "beta": config.beta,
+            "batch_size": config.batch_size,
+            "seed": derive(config.seed, "importance"),
+            "pad_token_id": self.tokenizer.pad_token_id,
+        }
+        rows = self._with_reference()
+        if config.estimator == "gradient":
+            self.logs["importance"] = Log()
+            return gradient_scores(self.model, rows, **common)
+        start = weights.snapshot(self.model, "cpu")
         scores, record = delta_of_dpo(
             self.model,
-            self._with_reference(),
-            lr=self.config.importance_rate,
-            beta=self.config.beta,
-            batch_size=self.config.batch_size,
-            epochs=self.config.epochs,
-            seed=derive(self.config.seed, "importance"),
-            pad_token_id=self.tokenizer.pad_token_id,
+            rows,
+            lr=config.importance_rate,
+            epochs=config.epochs,
             label="importance",
-            clip=self.config.max_grad_norm,
+            clip=config.max_grad_norm,
+            **common,
         )
         weights.restore(self.model, start)
         self.logs["importance"] = Log(loss=record["loss"])
-        mask = select_neurons(scores, self.config.share)
-        mask.save(self.output_dir / "mask.safetensors")
-        return mask
+        return scores
 
     def saved_mask(self) -> NeuronMask | None:
         path = self.output_dir / "mask.safetensors"
@@ -147,7 +168,7 @@ class _Run:
 
     def forgetting(self, mask) -> None:
         rows = self._with_reference()
-        for row, values in zip(rows, self._token_weights(), strict=True):
+        for row, values in zip(rows, self._token_weights(mask), strict=True):
             row["rejected_weights"] = values
         rate = self.config.forgetting_rate
         self.logs["forgetting"] = self._train(rows, "forgetting", rate, mask, 0.03, self.masters)
@@ -191,9 +212,9 @@ class _Run:
             store=Store(self.output_dir / ".references"),
         )
 
-    def _token_weights(self) -> list[list[float]]:
+    def _token_weights(self, mask) -> list[list[float]]:
         """Train the rewriter from the model's weights, read its probabilities, put them back."""
-        start, tokenizer = weights.snapshot(self.model), self.tokenizer
+        start, tokenizer = weights.snapshot(self.model, "cpu"), self.tokenizer
         examples = [
             Correction(
                 row["prompt"], *(_reply(row[side]) for side in ("chosen", "rejected", "chosen"))
@@ -203,7 +224,8 @@ class _Run:
         rows = rewriter.training_rows(tokenizer, examples, "trained", self.config.seed, plain=False)
         context = self.model.config.max_position_embeddings
         rows = [row for row in rows if len(row["prompt"]) + len(row["response"]) <= context]
-        self.logs["rewriter"] = self._train(rows, "sft", self.config.rewriter_rate, None, 0.1)
+        trained = mask if self.config.rewriter_neurons == "kept" else None
+        self.logs["rewriter"] = self._train(rows, "sft", self.config.rewriter_rate, trained, 0.1)
         values = rewriter.keep_probabilities(
             self.model, tokenizer, examples, self.config.forward_batch, plain=False
         )
@@ -221,13 +243,18 @@ def _reply(response) -> str:
 
 
 def _settings(config) -> AlignConfig:
-    if config is None or isinstance(config, AlignConfig):
-        return config or AlignConfig()
-    known = AlignConfig.__dataclass_fields__
-    unknown = sorted(set(config) - set(known))
-    if unknown:
-        raise AlloError(f"align: unknown setting {unknown[0]!r}; expected {', '.join(known)}")
-    return AlignConfig(**config)
+    if not isinstance(config, AlignConfig):
+        known = AlignConfig.__dataclass_fields__
+        unknown = sorted(set(config or {}) - set(known))
+        if unknown:
+            raise AlloError(f"align: unknown setting {unknown[0]!r}; expected {', '.join(known)}")
+        config = AlignConfig(**(config or {}))
+    for key, allowed in CHOICES.items():
+        if getattr(config, key) not in allowed:
+            raise AlloError(
+                f"align: {key} is {getattr(config, key)!r}; expected one of {', '.join(allowed)}"
+            )
+    return config
 
 
 def _chosen_stages(stages) -> tuple[str, ...]:

@@ -121,7 +121,7 @@ class Study:
     @cached_property
     def _initial(self) -> dict[str, torch.Tensor]:
         """The weights as they were loaded, on the CPU."""
-        return {name: value.cpu() for name, value in weights.snapshot(self._loaded[0]).items()}
+        return weights.snapshot(self._loaded[0], "cpu")
 
     def _kept(self, kind: str, inputs: dict, make) -> Artifact:
         """An artifact whose making uses the live model, which has its weights back afterwards.

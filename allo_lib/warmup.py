@@ -43,14 +43,15 @@ def delta_of_dpo(model, rows, *, lr, beta, batch_size, epochs, seed, pad_token_i
 def gradient_scores(model, rows, *, beta, batch_size, seed, pad_token_id):
     """Scores sum over batches of |dL_DPO / dtheta_i| at theta; no update is made.
 
-    The second estimator of the importance (ALLO, arXiv 2406.12606). name -> float32 scores. Each
-    gradient is added and dropped as soon as it is complete: one of them is alive at a time.
+    The second estimator of the importance (ALLO, arXiv 2406.12606). name -> float32 scores, on the
+    CPU. Each gradient is added and dropped as soon as it is complete: one of them is alive at a
+    time, and the model's device holds no sum.
     """
-    sums = {n: torch.zeros(p.shape, device=p.device) for n, p in model.named_parameters()}
+    sums = {n: torch.zeros(p.shape) for n, p in model.named_parameters()}
     names = {parameter: name for name, parameter in model.named_parameters()}
 
     def add(parameter: torch.nn.Parameter) -> None:
-        sums[names[parameter]] += parameter.grad.float().abs()
+        sums[names[parameter]] += parameter.grad.float().abs().cpu()
         parameter.grad = None
 
     hooks = [p.register_post_accumulate_grad_hook(add) for p in names if p.requires_grad]

@@ -10,9 +10,12 @@ from torch import Tensor
 from allo_lib.errors import AlloError
 
 
-def snapshot(model) -> dict[str, Tensor]:
-    """name -> copy of each parameter, on its device."""
-    return {name: value.detach().clone() for name, value in model.named_parameters()}
+def snapshot(model, device=None) -> dict[str, Tensor]:
+    """name -> copy of each parameter, on `device` (None: where the parameter is)."""
+    return {
+        name: value.detach().to(device or value.device, copy=True)
+        for name, value in model.named_parameters()
+    }
 
 
 @torch.no_grad()

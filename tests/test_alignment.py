@@ -1,5 +1,6 @@
 """`align` on a small model: the stages do what they say, and bad input is told in one line."""
 
+import gc
 import json
 
 import pytest
@@ -8,8 +9,10 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM
 
 from allo_lib import align, alignment, miniature, models, weights
+from allo_lib.alignment import AlignConfig
 from allo_lib.errors import AlloError
 from allo_lib.importance import NeuronMask
+from allo_lib.optim import MaskedAdamW
 
 FAST = {"batch_size": 4, "importance_rate": 1e-3, "forgetting_rate": 1e-2, "learning_rate": 1e-2}
 
@@ -75,6 +78,80 @@ def test_learning_goes_on_from_the_masters_of_forgetting(tokenizer, pairs, tmp_p
     assert torch.cat(unrounded).float().mean() > 0.5
 
 
+LEAN = {"estimator": "gradient", "rewriter_neurons": "kept"}
+
+
+def test_lean_settings_keep_by_gradient_and_train_kept_entries_only(
+    tokenizer, pairs, tmp_path, monkeypatch
+):
+    masks, real = {}, alignment.run_stage
+
+    def spy(model, rows, objective, schedule, *, mask, **settings):
+        masks[objective] = mask
+        return real(model, rows, objective, schedule, mask=mask, **settings)
+
+    monkeypatch.setattr(alignment, "run_stage", spy)
+    model = small_model(tokenizer)
+    before = weights.snapshot(model)
+    result = align(model, tokenizer, pairs, config=FAST | LEAN, output_dir=tmp_path)
+    assert masks["sft"] is masks["forgetting"] is masks["learning"] is result.mask
+    dense = align(
+        small_model(tokenizer), tokenizer, pairs, stages=("importance",), config=FAST,
+        output_dir=tmp_path / "delta",
+    )  # fmt: skip
+    assert result.mask.kept == dense.mask.kept and 0 < result.mask.overlap(dense.mask) < 1
+    for name, parameter in model.named_parameters():
+        kept = result.mask.dense(name)
+        assert torch.equal(parameter[~kept], before[name][~kept])
+
+
+def float_bytes_alive() -> int:
+    """Bytes of all floating-point tensors that Python knows of, each storage once."""
+    gc.collect()
+    found = {}
+    for thing in gc.get_objects():
+        if issubclass(type(thing), torch.Tensor) and thing.is_floating_point():
+            for tensor in (thing, thing.grad if thing.is_leaf else None):
+                if tensor is not None:
+                    found[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+    return sum(found.values())
+
+
+@pytest.mark.parametrize("lean", [True, False])
+def test_stages_hold_one_model_and_state_for_kept_entries(
+    tokenizer, pairs, tmp_path, monkeypatch, lean
+):
+    """Counted when most is alive, between backward and update: no second model, no dense state."""
+    model = small_model(tokenizer)
+    size = sum(p.nbytes for p in model.parameters())
+    before = float_bytes_alive()
+    most, real = {}, MaskedAdamW.step
+    stage = ["importance"]
+    begin = alignment.run_stage
+
+    def step(optimizer, closure=None):
+        most[stage[0]] = max(most.get(stage[0], 0), float_bytes_alive() - before)
+        return real(optimizer, closure)
+
+    def spy(model, rows, objective, schedule, **settings):
+        stage[0] = objective
+        return begin(model, rows, objective, schedule, **settings)
+
+    monkeypatch.setattr(MaskedAdamW, "step", step)
+    monkeypatch.setattr(alignment, "run_stage", spy)
+    config = FAST | (LEAN if lean else {})
+    align(model, tokenizer, pairs, config=config, output_dir=tmp_path)
+    # Master, two moments and the gradient of a tenth: 16 bytes of 4. Twice that where forgetting's
+    # masters wait for learning's. Some hundred bytes are buffers of the model and of the test.
+    kept = 0.1 * size * 4 + 4096
+    assert most["forgetting"] <= kept and most["learning"] <= 2 * kept
+    if lean:
+        assert "importance" not in most  # no optimizer at all
+        assert size <= most["sft"] <= size + kept  # the weights to go back to, on the host
+    else:
+        assert most["sft"] > 3 * size
+
+
 def test_learning_raises_the_margin(tokenizer, pairs, tmp_path):
     model = small_model(tokenizer)
     config = FAST | {"epochs": 20, "learning_rate": 3e-3}
@@ -121,6 +198,8 @@ def test_later_stages_take_the_saved_mask(tokenizer, pairs, tmp_path):
         ({"stages": ("learn",)}, "stages"),
         ({"stages": ()}, "stages"),
         ({"config": {"rate": 1}}, "unknown setting 'rate'"),
+        ({"config": {"estimator": "hessian"}}, "estimator is 'hessian'; expected one of delta"),
+        ({"config": AlignConfig(rewriter_neurons="top")}, "rewriter_neurons is 'top'"),
         ({"pairs": []}, "no pairs"),
         ({"pairs": [{"prompt": "calc", "chosen": "so 1"}]}, "lack the column 'rejected'"),
         ({"pairs": [{"prompt": "calc", "chosen": "so 1", "rejected": "so 1"}]}, "chosen equals"),

@@ -9,13 +9,13 @@ from hypothesis import strategies as st
 from tiny_models import VOCABULARY, tiny_llama, weights_of
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from allo_lib.batches import pair_batch
 from allo_lib.forward import layout_of, response_logps
 from allo_lib.importance import select_neurons
 from allo_lib.objectives import objective
 from allo_lib.optim import MaskedAdamW
+from allo_lib.stages import collator_of
 
-BETA = 0.1
+BETA, KEY_SHARE = 0.1, 0.4
 
 
 def grouped_queries():
@@ -31,23 +31,61 @@ def grouped_queries():
 MODELS = {"tied": lambda: tiny_llama(tied=True), "grouped queries": grouped_queries}
 
 
-def plain_logp(model, prompt: list[int], response: list[int]) -> torch.Tensor:
+def plain_logps(model, prompt: list[int], response: list[int]) -> torch.Tensor:
+    """Of every token of the response, by a forward pass of its own with whole logits."""
     ids = torch.tensor([[*prompt, *response]])
     logps = F.log_softmax(model(input_ids=ids).logits[0].float(), dim=-1)
     places = torch.arange(len(prompt), ids.shape[1])
-    return logps[places - 1, ids[0, places]].sum()
+    return logps[places - 1, ids[0, places]]
 
 
-def plain_loss(model, rows) -> torch.Tensor:
-    """DPO, arXiv 2305.18290 equation 7, a mean over pairs."""
-    losses = []
+def plain_ratio(model, row: dict, side: str) -> torch.Tensor:
+    return plain_logps(model, row["prompt"], row[side]) - torch.tensor(row[f"{side}_reference"])
+
+
+def plain_dpo(model, rows) -> torch.Tensor:
+    """arXiv 2305.18290 equation 7, a mean over pairs."""
+    margins = [
+        plain_ratio(model, row, "chosen").sum() - plain_ratio(model, row, "rejected").sum()
+        for row in rows
+    ]
+    return -F.logsigmoid(BETA * torch.stack(margins)).mean()
+
+
+def plain_forgetting(model, rows) -> torch.Tensor:
+    """Token-level NPO (arXiv 2404.05868) on rejected responses, over the number of weights."""
+    weights = torch.cat([torch.tensor(row["rejected_weights"]) for row in rows])
+    ratios = torch.cat([plain_ratio(model, row, "rejected") for row in rows])
+    total = (weights * F.logsigmoid(-BETA * ratios)).sum()
+    return -(2 / BETA) * total / max(1, int((weights != 0).sum()))
+
+
+def plain_learning(model, rows) -> torch.Tensor:
+    """DPO whose rejected log-ratio is summed over the key tokens, the lowest ones, alone."""
+    margins = []
     for row in rows:
-        chosen, rejected = (
-            plain_logp(model, row["prompt"], row[side]) - sum(row[f"{side}_reference"])
-            for side in ("chosen", "rejected")
-        )
-        losses.append(-F.logsigmoid(BETA * (chosen - rejected)))
-    return torch.stack(losses).mean()
+        rejected = plain_ratio(model, row, "rejected")
+        count = max(1, round(KEY_SHARE * len(rejected)))
+        lowest = sorted(range(len(rejected)), key=lambda i: (rejected[i].item(), i))[:count]
+        margins.append(plain_ratio(model, row, "chosen").sum() - rejected[lowest].sum())
+    return -F.logsigmoid(BETA * torch.stack(margins)).mean()
+
+
+PLAIN = {"dpo": plain_dpo, "forgetting": plain_forgetting, "learning": plain_learning}
+
+
+def encoded(parts, seed: int) -> list[dict]:
+    """Pairs with reference log-probs, and weights of which about half are zero."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = []
+    for prompt, chosen, rejected in parts:
+        row = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+        for side in ("chosen", "rejected"):
+            drawn = torch.rand(2, len(row[side]), generator=generator)
+            row[f"{side}_reference"] = (-5 * drawn[0]).tolist()
+            row[f"{side}_weights"] = (drawn[1] - 0.5).clamp_min(0).tolist()
+        rows.append(row)
+    return rows
 
 
 tokens = st.lists(st.integers(2, VOCABULARY - 1), min_size=1, max_size=9)
@@ -56,29 +94,24 @@ pair = st.tuples(tokens, tokens, tokens).filter(lambda parts: parts[1] != parts[
 
 @pytest.mark.parametrize("kind", MODELS)
 @pytest.mark.parametrize("granularity", ["scalar", "row"])
-@settings(deadline=None, max_examples=25)
+@pytest.mark.parametrize("name", PLAIN)
+@settings(deadline=None, max_examples=12)
 @given(parts=st.lists(pair, min_size=1, max_size=4), seed=st.integers(0, 99))
-def test_loss_and_every_packed_gradient_are_those_of_the_plain_way(kind, granularity, parts, seed):
-    generator = torch.Generator().manual_seed(seed)
-    rows = [
-        {"prompt": prompt, "chosen": chosen, "rejected": rejected}
-        | {
-            f"{side}_reference": (-5 * torch.rand(len(text), generator=generator)).tolist()
-            for side, text in (("chosen", chosen), ("rejected", rejected))
-        }
-        for prompt, chosen, rejected in parts
-    ]
+def test_loss_and_every_packed_gradient_are_those_of_the_plain_way(
+    name, kind, granularity, parts, seed
+):
+    rows = encoded(parts, seed)
     plain, ours = MODELS[kind](), MODELS[kind]()
-    expected = plain_loss(plain, rows)
+    expected = PLAIN[name](plain, rows)
     expected.backward()
 
     mask = select_neurons(
         weights_of(ours), 0.2, order="random", granularity=granularity, seed=seed
     )
     optimizer = MaskedAdamW(ours, mask, lr=1e-3)
-    batch = pair_batch(rows, layout_of(ours, 0))
+    batch = collator_of(name, layout_of(ours, 0))(rows)
     assert "ends" in batch  # else nothing is shared, and nothing shown
-    loss = objective("dpo", beta=BETA)(response_logps(ours, batch), batch)[0]
+    loss = objective(name, beta=BETA, key_share=KEY_SHARE)(response_logps(ours, batch), batch)[0]
     loss.backward()
     assert loss.item() == pytest.approx(expected.item(), abs=1e-5)
     gradients = {name: p.grad.flatten() for name, p in plain.named_parameters()}
