@@ -7,7 +7,7 @@ from collections import defaultdict
 import numpy as np
 from scipy.stats import mannwhitneyu
 
-from allo_lib import arms, measurements, miniature
+from allo_lib import arms, measurements, miniature, results
 from allo_lib.errors import AlloError
 from allo_lib.importance import NeuronMask
 from allo_lib.methods import ROWS, share_name, stages_of
@@ -143,6 +143,12 @@ def quality_and_cost(study: Study, name: str, found: dict) -> dict[str, list[tup
             point = (step_cost(study, name, method) / dense, *score_of(found[method]), share)
             series.setdefault(label, []).append(point)
     return series
+
+
+def trained_before(study: Study, name: str) -> dict[str, dict]:
+    """Method -> result of those of the profile's methods whose results the store has."""
+    methods = results.methods_of(study, name)
+    return {m: arms.result(study, name, m) for m in methods if arms.is_done(study, name, m)}
 
 
 def shares_run(study: Study, methods, rows: bool = False) -> list[float]:

@@ -28,7 +28,7 @@ class Model:
     """Which weights the study starts from."""
 
     name: str = "micro"  # "micro" (trained here), "smollm2-135m-instruct", a hub id, or a folder
-    # Of the weights: "float32", "bfloat16", or "auto" for bfloat16 where the device has units for it
+    # Of the weights: "float32", "bfloat16", or "auto" for bfloat16 on devices with units for it
     # (`models.dtype_on`). Masters are always float32.
     dtype: str = "float32"
     width: int = 128  # hidden size (micro only, as are the next five)

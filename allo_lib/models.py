@@ -80,7 +80,7 @@ def micro_llama(
 
 
 def dtype_on(device, wanted="auto") -> str:
-    """The dtype of the weights: `wanted`, and for "auto" the one that the device multiplies fastest.
+    """The dtype of the weights: `wanted`, or for "auto" the one that the device multiplies fastest.
 
     That is bfloat16 on an accelerator or on a CPU with units for it (AVX-512 BF16 or AMX). Without
     them torch makes bfloat16 products an order of magnitude slower than float32 ones.

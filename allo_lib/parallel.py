@@ -12,7 +12,7 @@ from functools import lru_cache
 
 from allo_lib import arms
 from allo_lib.config import Profile
-from allo_lib.methods import PAPER_PROTOCOL
+from allo_lib.methods import PAPER_PROTOCOL, stages_of
 from allo_lib.runtime import give_back_freed_memory
 from allo_lib.study import Study
 from allo_lib.workers import fork_server
@@ -60,7 +60,10 @@ def _run_groups(study: Study, name: str, groups: list[list[str]]) -> None:
 
 def _wait_for_group(pool, study: Study, name: str, group: list[str], started: float) -> None:
     settings = (study.profile, study.seed, str(study.results_dir), study.data_dir)
-    waiting = {pool.submit(_in_worker, *settings, name, method): method for method in group}
+    waiting = {
+        pool.submit(_in_worker, *settings, name, method): method
+        for method in _longest_first(study.profile, group)
+    }
     try:
         for future in as_completed(waiting):
             future.result()
@@ -69,6 +72,16 @@ def _wait_for_group(pool, study: Study, name: str, group: list[str], started: fl
         for future in waiting:
             future.cancel()
         raise
+
+
+def _longest_first(profile: Profile, methods: list[str]) -> list[str]:
+    """By epochs of training in all, so that no worker ends long after the others."""
+
+    def epochs(method: str) -> int:
+        candidates = 1 if method.endswith(PAPER_PROTOCOL) else profile.search.candidates
+        return candidates * sum(stage.epochs for stage in stages_of(method, profile))
+
+    return sorted(methods, key=epochs, reverse=True)
 
 
 def _in_worker(profile: Profile, seed: int, results_dir: str, data_dir, name, method) -> None:

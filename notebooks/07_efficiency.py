@@ -48,7 +48,7 @@ seeds = None  # not read here; run_all.sh gives it to the last two notebooks ali
 # %%
 import math
 
-from allo_lib import claims, efficiency, figures, footprint, report
+from allo_lib import analysis, claims, efficiency, figures, footprint, report
 from allo_lib.notebook import percent, say, show, table
 from allo_lib.study import Study
 from allo_lib.workload import domain_of, workload
@@ -85,13 +85,31 @@ for row in rows:
     say(f"{row['variant']}: {percent(share, 0)} of its time is the floor.")
 
 # %% [markdown]
+# ## What do whole rows cost in quality?
+#
+# Rows save arithmetic, but a row is kept or left as a whole. The curve of 05_ablations, of what this
+# seed has trained: score after DPO against the counted operations of a step.
+
+# %%
+measured = study.results_dir / "measurements.csv"
+for name in study.profile.domains if measured.is_file() else ():
+    series = analysis.quality_and_cost(study, name, analysis.trained_before(study, name))
+    if len(series) < 2:
+        say(f"{name}: no curve, as rows and scalars were not both trained.")
+        continue
+    show(figures.quality_against_cost(series, title=name), study, f"07_quality_{name}",
+         f"Score after DPO on the top share of neurons of {name}, scalar entries and whole rows, against the "
+         f"counted operations of a step; bars are 95% intervals over problems, seed {study.seed}.")
+
+# %% [markdown]
 # ## How large a model fits?
 #
 # Counted, not measured: weights and state from the shape of the model, activations by adding up what
 # autograd keeps of a forward pass on torch's meta device. One pair of 115 prompt and 165 tokens in each
 # response at a time, bf16 weights, no activation checkpointing; more pairs come by accumulation. Finding
-# the neurons first needs their scores: the accumulated $|\nabla|$ takes 4 bytes a weight, which may lie on
-# the host, while the delta of a dense DPO run needs all of the dense state.
+# the neurons first needs their scores: the accumulated $|\nabla|$ takes 4 bytes a weight, which lie on the
+# host, while the delta of a dense DPO run needs all of the dense state. `align` takes the first way, and
+# trains its reward model on kept neurons too, with `{"estimator": "gradient", "rewriter_neurons": "kept"}`.
 
 # %%
 fits = footprint.of_known_models([study.profile.method.share, 1.0], prompt=115, response=165)
@@ -103,7 +121,7 @@ table(fits, "GB of a step of a masked stage, and of the same step with all neuro
 # The claims, the tables and `report.html` are made again, now with these numbers.
 
 # %%
-if (study.results_dir / "measurements.csv").is_file():
+if measured.is_file():
     report.rebuild(study.results_dir)
     for claim in claims.read(study.results_dir / "claims.csv"):
         if claim.id.startswith("C10"):

@@ -367,9 +367,18 @@ def test_workers_and_one_process_find_the_same(tiny_study, begun):
 
 @pytest.mark.slow
 def test_a_worker_s_error_reaches_the_user(begun):
-    study = open_study(begun, compute__workers=2)
-    with pytest.raises(AlloError, match="'orpo2?' is not known"):
-        parallel._run_groups(study, DOMAIN, [["orpo", "orpo2"]])
+    study = open_study(begun, compute__workers=2, search__candidates=0)
+    with pytest.raises(AlloError, match="candidates is 0"):
+        parallel._run_groups(study, DOMAIN, [["dpo", "npo"]])
+
+
+def test_workers_begin_with_what_takes_longest(profile):
+    """npo: one stage of two epochs; allo: two of one; a row of the paper's protocol: one model."""
+    asked = ["sft_base", "dpo_paper", "dpo", "npo", "dpo_top10", "allo"]
+    order = parallel._longest_first(profile, asked)
+    assert order == ["npo", "allo", "dpo", "dpo_top10", "dpo_paper", "sft_base"]
+    with pytest.raises(AlloError, match="'orpo' is not known"):
+        parallel._longest_first(profile, ["orpo"])
 
 
 def test_every_known_method_has_a_rate_and_an_objective(profile):

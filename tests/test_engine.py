@@ -105,9 +105,7 @@ def test_loss_and_every_packed_gradient_are_those_of_the_plain_way(
     expected = PLAIN[name](plain, rows)
     expected.backward()
 
-    mask = select_neurons(
-        weights_of(ours), 0.2, order="random", granularity=granularity, seed=seed
-    )
+    mask = select_neurons(weights_of(ours), 0.2, order="random", granularity=granularity, seed=seed)
     optimizer = MaskedAdamW(ours, mask, lr=1e-3)
     batch = collator_of(name, layout_of(ours, 0))(rows)
     assert "ends" in batch  # else nothing is shared, and nothing shown
