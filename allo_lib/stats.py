@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -38,6 +38,11 @@ class Interval:
     def seed_sd(self) -> float:
         """The standard deviation over seeds; NaN with one."""
         return float(np.std(self.by_seed, ddof=1)) if len(self.by_seed) > 1 else math.nan
+
+    def within(self, least: float, most: float) -> "Interval":
+        """The interval cut to where its quantity can lie; cutting loses no coverage."""
+        low, high = (min(max(end, least), most) for end in (self.low, self.high))
+        return replace(self, low=low, high=high) if self.defined else self
 
     @property
     def defined(self) -> bool:

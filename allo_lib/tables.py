@@ -246,7 +246,8 @@ def _cell(index, method: str, dataset: str, domain: Domain) -> Interval | None:
     names = domain.datasets if dataset == AVERAGE else (dataset,)
     metric = f"{domain.prefix}accuracy"
     found = metric_by_seed(index, method, metric, Domain(domain.name, names), ())
-    return _over_seeds(found)
+    interval = _over_seeds(found)
+    return interval and interval.within(0.0, 1.0)
 
 
 def _loss(index, method: str, domain: Domain) -> Interval | None:
@@ -310,7 +311,7 @@ def _how(rows: Sequence[Measurement]) -> str:
     if len(seeds) > 1:
         return (
             f"Means over seeds {', '.join(map(str, seeds))} ± standard error over seeds; "
-            "intervals of single methods: Student's t over seeds."
+            "intervals of single methods: Student's t over seeds, cut at 0 and 100%."
         )
     return f"Seed {seeds[0]}, ± standard error over problems; normal intervals."
 

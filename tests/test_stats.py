@@ -185,3 +185,14 @@ def test_concentration_of_a_single_bad_token():
 def test_concentration_needs_finite_and_some_negative(bad):
     with pytest.raises(AlloError, match="log-ratios must be finite"):
         stats.concentration(bad)
+
+
+def test_an_interval_is_cut_to_where_its_quantity_can_lie():
+    wide = stats.mean_interval({0: 0.99, 1: 0.99, 2: 0.5})
+    assert wide.low < 0 or wide.high > 1
+    cut = wide.within(0.0, 1.0)
+    assert (cut.low, cut.high) == (max(0.0, wide.low), 1.0)
+    assert (cut.effect, cut.stderr, cut.seeds) == (wide.effect, wide.stderr, wide.seeds)
+    inside = stats.mean_interval({0: 0.5, 1: 0.51, 2: 0.52})
+    assert inside.within(0.0, 1.0) == inside
+    assert not stats.mean_interval({4: 0.5}).within(0.0, 1.0).defined

@@ -1,6 +1,7 @@
 """Tables: numbers beside the paper's, marks of best and second best, gaps said."""
 
 import csv
+from dataclasses import replace
 
 import pytest
 
@@ -111,3 +112,15 @@ def test_the_papers_numbers_are_read_as_fractions():
     assert gap == pytest.approx(table["allo"]["qa_avg"] - table["dpo"]["qa_avg"], abs=2e-4)
     assert published.difference(table, "allo", "dpo", ["chain"]) is None
     assert published.difference(table, "allo", "allo_random_tokens", ["ecqa"]) is None
+
+
+def test_no_accuracy_has_an_interval_beyond_0_or_100(rows):
+    changed = [
+        replace(row, value=0.4 if row.seed == 0 else 0.99)
+        if (row.method, row.metric) == ("allo", "accuracy")
+        else row
+        for row in rows
+    ]
+    (domain,) = domains_of(changed)
+    found = tables.method_interval(changed, "allo", domain)
+    assert found.high == 1.0 and 0 <= found.low < found.effect
