@@ -272,6 +272,7 @@ def answers(study: Study, name: str, model, split: str) -> Answers:
         study.task(name).questions(split, getattr(domain, split)),
         max_new_tokens=domain.max_new_tokens,
         batch_size=study.profile.compute.generation_batch,
+        drafts=study.drafts(name, split),
     )
 
 

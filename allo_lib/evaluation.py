@@ -20,8 +20,12 @@ class Answers:
         return sum(self.right) / len(self.right)
 
 
-def answer(model, tokenizer, task, questions, *, max_new_tokens: int, batch_size: int) -> Answers:
+def answer(
+    model, tokenizer, task, questions, *, max_new_tokens: int, batch_size: int, drafts=None
+) -> Answers:
     """Greedy decoding of every question, judged by the task; an unended response has no answer.
+
+    drafts: guesses at the responses, see `generation`.
 
     Raises:
         AlloError: no questions, of which there is no accuracy.
@@ -34,6 +38,7 @@ def answer(model, tokenizer, task, questions, *, max_new_tokens: int, batch_size
         [question.prompt for question in questions],
         max_new_tokens=max_new_tokens,
         batch_size=batch_size,
+        drafts=drafts,
     )
     texts = [group[0].text for group in responses]
     answered = [

@@ -4,6 +4,11 @@ The loop is our own, on the key-value cache of `transformers`, as `generate` the
 every row until the last one has ended: here a prompt is read once for all its samples, and rows
 that have ended leave the batch. Every sample draws from a generator of its own, so that it does not
 depend on which others share its batch.
+
+Greedy decoding takes drafts, such as the responses of the model that a training started from. A
+draft is read together with its prompt, in one pass, and kept as far as the model would have written
+it itself (greedy speculative decoding, arXiv 2211.17192): the responses are those of decoding token
+by token, up to the rounding of a near tie.
 """
 
 from dataclasses import dataclass
@@ -13,6 +18,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from allo_lib.encoding import encode_prompt
+from allo_lib.head import likeliest
 from allo_lib.seeds import derive
 
 # Rows leave the batch together, when this share of it has ended: leaving copies the cache.
@@ -37,76 +43,141 @@ def generate(
     samples: int = 1,
     temperature: float | None = None,
     seed: int = 0,
+    drafts: list[list[int]] | None = None,
 ) -> list[list[Response]]:
     """`samples` responses to each prompt, greedy when `temperature` is None, else sampled.
 
     Prompts of like length share a batch of at most `batch_size` responses, padded on the left. The
     draws of a sample follow from `seed`, the number of its prompt and its own number alone.
+
+    drafts: for greedy decoding, a guess at each response as token ids, of any length; whatever they
+    are, they change the cost alone. Models with sliding windows do without them.
     """
     encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]
     order = sorted(range(len(encoded)), key=lambda i: (len(encoded[i]), i))
     rows = max(1, batch_size // samples)
+    drafted = drafts is not None and temperature is None and samples == 1 and _sees_all(model)
     model.eval()
     results: list[list[Response]] = [[] for _ in prompts]
     with torch.inference_mode():
         for start in range(0, len(order), rows):
             chunk = order[start : start + rows]
             batch = _left_padded([encoded[i] for i in chunk], tokenizer.pad_token_id, model.device)
-            draws = None if temperature is None else _draws(chunk, samples, max_new_tokens, seed)
-            decoding = _Decoding(model, batch, samples, tokenizer.eos_token_id, temperature, draws)
-            ids = decoding.run(max_new_tokens)
+            decoding = _Decoding(model, tokenizer.eos_token_id, max_new_tokens)
+            if drafted:
+                decoding.read_drafts(batch, [drafts[i] for i in chunk])
+            elif temperature is None:
+                decoding.read_prompts(batch, samples)
+            else:
+                draws = _draws(chunk, samples, max_new_tokens, seed)
+                decoding.read_prompts(batch, samples, temperature, draws)
+            ids = decoding.run()
             for position, i in enumerate(chunk):
                 own = ids[position * samples : (position + 1) * samples]
                 results[i] = [_response(tokenizer, one) for one in own]
     return results
 
 
-class _Decoding:
-    """One batch: `rows` are the responses that have not ended, by their number in the batch."""
+def _sees_all(model) -> bool:
+    """Whether every layer attends to all tokens before; rejected ones leave holes in the cache."""
+    kinds = getattr(model.config.get_text_config(), "layer_types", None) or ("full_attention",)
+    return set(kinds) == {"full_attention"}
 
-    def __init__(self, model, batch, samples: int, end: int, temperature, draws: Tensor | None):
-        self.model, self.end, self.temperature = model, end, temperature
-        count = len(batch["input_ids"]) * samples
-        self.ids: list[list[int]] = [[] for _ in range(count)]
-        self.rows = torch.arange(count, device=model.device)
-        self.draws = None if draws is None else draws.to(model.device)
-        self.mask = batch["attention_mask"]
+
+class _Decoding:
+    """One batch. Lists and tensors over `rows`, the responses that have not left, by number.
+
+    chosen: the next token of each. lengths: tokens of its response before that. over: whether the
+    response has come to its end or its limit. positions: [rows, 1], of the last token read.
+    """
+
+    def __init__(self, model, end: int, limit: int):
+        self.model, self.end, self.limit = model, end, limit
         self.cache = DynamicCache(config=model.config)
-        self.positions = (self.mask.cumsum(1) - 1).clamp_min(0)
-        self.logits = self._read(batch["input_ids"])
+        self.temperature, self.draws = None, None
+
+    def read_prompts(self, batch, samples: int, temperature=None, draws=None) -> None:
+        """Begin with the prompts alone, each read once for all its samples."""
+        self._begin(batch, samples)
+        self.temperature = temperature
+        self.draws = None if draws is None else draws.to(self.model.device)
+        positions = (self.mask.cumsum(1) - 1).clamp_min(0)
+        logits = self._read(batch["input_ids"], positions)
+        self.positions = positions[:, -1:]
         if samples > 1:
             self.cache.batch_repeat_interleave(samples)
             self.mask = self.mask.repeat_interleave(samples, dim=0)
             self.positions = self.positions.repeat_interleave(samples, dim=0)
-            self.logits = self.logits.repeat_interleave(samples, dim=0)
+            logits = logits.repeat_interleave(samples, dim=0)
+        self.chosen = self._choose(logits)
 
-    def run(self, max_new_tokens: int) -> list[list[int]]:
+    def read_drafts(self, batch, drafts: list[list[int]]) -> None:
+        """Begin with prompts and drafts, and keep of each draft what the model agrees with."""
+        self._begin(batch, 1)
+        drafts = [draft[: self.limit] for draft in drafts]
+        width, length = batch["input_ids"].shape[1], max(map(len, drafts))
+        guess = torch.full((len(drafts), length), -1)
+        for i, draft in enumerate(drafts):
+            guess[i, : len(draft)] = torch.tensor(draft, dtype=torch.int64)
+        guess = guess.to(self.model.device)
+        self.mask = torch.cat([self.mask, (guess >= 0).long()], dim=1)
+        positions = (self.mask.cumsum(1) - 1).clamp_min(0)
+        output = self.model.get_decoder()(
+            input_ids=torch.cat([batch["input_ids"], guess.clamp_min(0)], dim=1),
+            attention_mask=self.mask,
+            position_ids=positions,
+            past_key_values=self.cache,
+            use_cache=True,
+        )
+        hidden = output.last_hidden_state[:, width - 1 :]
+        head = self.model.get_output_embeddings()
+        own = likeliest(hidden.flatten(0, 1), head.weight, getattr(head, "bias", None))
+        own = own.view(len(drafts), length + 1)
+        agreed = (own[:, :-1] == guess).long().cumprod(dim=1)
+        self.lengths = agreed.sum(dim=1)
+        self.mask[:, width:] = agreed
+        self.positions = positions[:, width - 1 : width] + self.lengths[:, None]
+        self.chosen = own.gather(1, self.lengths[:, None])[:, 0]
+        ends = (guess == self.end) & agreed.bool()
+        self.over = ends.any(dim=1) | (self.lengths >= self.limit)
+        for ids, row, count in zip(self.ids, guess.tolist(), self.lengths.tolist(), strict=True):
+            ids.extend(row[:count])
+
+    def run(self) -> list[list[int]]:
         """The tokens of every response, with its end token if it has come to it."""
-        ended = torch.zeros(len(self.rows), dtype=torch.bool, device=self.rows.device)
-        for number in range(max_new_tokens):
-            chosen = self._choose(number)
-            for row, token, done in zip(
-                self.rows.tolist(), chosen.tolist(), ended.tolist(), strict=True
-            ):
-                if not done:
-                    self.ids[row].append(token)
-            ended |= chosen == self.end
-            if ended.all() or number + 1 == max_new_tokens:
-                break
-            if ended.float().mean() >= _LEAVE_AT:
-                stay = (~ended).nonzero()[:, 0]
-                self._keep(stay)
-                chosen, ended = chosen[stay], ended[stay]
+        self._take()
+        while not self.over.all():
+            if self.over.float().mean() >= _LEAVE_AT:
+                self._keep((~self.over).nonzero()[:, 0])
             self.mask = torch.cat([self.mask, self.mask.new_ones(len(self.mask), 1)], dim=1)
-            self.positions = self.positions[:, -1:] + 1
-            self.logits = self._read(chosen[:, None])
+            self.positions = self.positions + 1
+            self.chosen = self._choose(self._read(self.chosen[:, None], self.positions))
+            self._take()
         return self.ids
 
-    def _read(self, input_ids: Tensor) -> Tensor:
+    def _begin(self, batch, samples: int) -> None:
+        count, device = len(batch["input_ids"]) * samples, self.model.device
+        self.ids: list[list[int]] = [[] for _ in range(count)]
+        self.rows = torch.arange(count, device=device)
+        self.lengths = torch.zeros(count, dtype=torch.int64, device=device)
+        self.over = torch.zeros(count, dtype=torch.bool, device=device)
+        self.mask = batch["attention_mask"]
+
+    def _take(self) -> None:
+        """Add the chosen tokens to the responses that are not over."""
+        for row, token, over in zip(
+            self.rows.tolist(), self.chosen.tolist(), self.over.tolist(), strict=True
+        ):
+            if not over:
+                self.ids[row].append(token)
+        self.lengths = self.lengths + (~self.over).long()
+        self.over = self.over | (self.chosen == self.end) | (self.lengths >= self.limit)
+
+    def _read(self, input_ids: Tensor, positions: Tensor) -> Tensor:
         output = self.model(
             input_ids=input_ids,
             attention_mask=self.mask,
-            position_ids=self.positions,
+            position_ids=positions,
             past_key_values=self.cache,
             use_cache=True,
             logits_to_keep=1,
@@ -115,15 +186,16 @@ class _Decoding:
 
     def _keep(self, rows: Tensor) -> None:
         self.cache.batch_select_indices(rows)
-        self.mask, self.positions = self.mask[rows], self.positions[rows]
-        self.rows = self.rows[rows]
+        for name in ("mask", "positions", "rows", "chosen", "lengths", "over"):
+            setattr(self, name, getattr(self, name)[rows])
 
-    def _choose(self, number: int) -> Tensor:
+    def _choose(self, logits: Tensor) -> Tensor:
         """The next token: the likeliest, or the one where the draw falls in the cumulated odds."""
         if self.draws is None:
-            return self.logits.argmax(dim=-1)
-        odds = torch.softmax(self.logits / self.temperature, dim=-1).cumsum(dim=-1)
-        point = self.draws[self.rows, number, None] * odds[:, -1:]
+            return logits.argmax(dim=-1)
+        odds = torch.softmax(logits / self.temperature, dim=-1).cumsum(dim=-1)
+        drawn = self.draws[self.rows, self.lengths.clamp_max(self.limit - 1)]
+        point = drawn[:, None] * odds[:, -1:]
         return torch.searchsorted(odds, point, right=True)[:, 0].clamp_max(odds.shape[1] - 1)
 
 

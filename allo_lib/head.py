@@ -26,6 +26,19 @@ def target_logps(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: T
     return _TargetLogps.apply(hidden, weight, bias, targets)
 
 
+@torch.no_grad()
+def likeliest(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """argmax over the vocabulary of hidden @ weight.T + bias: int64 [N], the first of equal ones.
+
+    hidden [N, H], weight [V, H], bias [V] or None. What some models do after the head (scaling by a
+    positive number, capping) keeps the order of logits, and so this.
+    """
+    best = torch.empty(len(hidden), dtype=torch.int64, device=hidden.device)
+    for part in _chunks(len(hidden), weight):
+        best[part] = _logits(hidden[part], weight, bias).argmax(dim=-1)
+    return best
+
+
 class _TargetLogps(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, targets):

@@ -5,8 +5,8 @@ on how many of them there were.
 """
 
 import os
-import sys
 import time
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from functools import lru_cache
 
@@ -19,20 +19,26 @@ from allo_lib.workers import fork_server
 
 # Rows that read the trained model of another row, which has to be there first.
 _AFTER_DPO = ("allo_key_reference",)
+Row = tuple[str, str]  # domain and method
 
 
-def run_methods(study: Study, name: str, methods: list[str]) -> dict[str, dict]:
-    """Results of methods on a domain, in the order asked; missing ones are trained first."""
-    missing = [method for method in methods if not arms.is_done(study, name, method)]
-    groups = [missing]
-    later = [m for m in missing if m.endswith(PAPER_PROTOCOL) or m in _AFTER_DPO]
-    if later and not arms.is_done(study, name, "dpo"):
-        first = [m for m in missing if m not in later]
-        groups = [first if "dpo" in first else ["dpo", *first], later]
-    if missing:
-        prepare(study, name)
-        _run_groups(study, name, groups)
-    return {method: arms.result(study, name, method) for method in methods}
+def run_methods(study: Study, asked: Mapping[str, Sequence[str]]) -> dict[str, dict[str, dict]]:
+    """Results of methods by domain, in the order asked: domain -> method -> result.
+
+    What is missing is trained first, that of all domains side by side.
+    """
+    missing = {
+        name: [method for method in methods if not arms.is_done(study, name, method)]
+        for name, methods in asked.items()
+    }
+    for name, methods in missing.items():
+        if methods:
+            prepare(study, name)
+    _run_groups(study, _groups(study, missing))
+    return {
+        name: {method: arms.result(study, name, method) for method in methods}
+        for name, methods in asked.items()
+    }
 
 
 def prepare(study: Study, name: str) -> None:
@@ -41,47 +47,64 @@ def prepare(study: Study, name: str) -> None:
     study.encoded(name, "heldout")
     study.scores(name)
     study.keep_probabilities(name, "train")
+    if study.task(name) is not None:
+        study.drafts(name, "dev"), study.drafts(name, "test")
 
 
-def _run_groups(study: Study, name: str, groups: list[list[str]]) -> None:
-    """Train the methods of each group side by side, one group after the other."""
-    most = max(map(len, groups))
+def _groups(study: Study, missing: Mapping[str, Sequence[str]]) -> list[list[Row]]:
+    """What can be trained at once; then what reads the trained model of another row."""
+    first: list[Row] = []
+    later: list[Row] = []
+    for name, methods in missing.items():
+        after = [m for m in methods if m.endswith(PAPER_PROTOCOL) or m in _AFTER_DPO]
+        if not after or arms.is_done(study, name, "dpo"):
+            first += [(name, method) for method in methods]
+            continue
+        now = [method for method in methods if method not in after]
+        first += [(name, method) for method in (now if "dpo" in now else ["dpo", *now])]
+        later += [(name, method) for method in after]
+    return [group for group in (first, later) if group]
+
+
+def _run_groups(study: Study, groups: list[list[Row]]) -> None:
+    """Train the rows of each group side by side, one group after the other."""
+    most = max(map(len, groups), default=0)
     workers = min(study.profile.compute.workers, os.cpu_count() or 1, most)
     started = time.perf_counter()
     if workers < 2:
-        for method in (method for group in groups for method in group):
-            _tell(method, arms.result(study, name, method), started)
+        for name, method in (row for group in groups for row in group):
+            _tell(name, method, arms.result(study, name, method), started)
         return
     give_back_freed_memory()  # the workers need it, this process only waits
     with ProcessPoolExecutor(workers, mp_context=fork_server()) as pool:
         for group in groups:
-            _wait_for_group(pool, study, name, group, started)
+            _wait_for_group(pool, study, group, started)
 
 
-def _wait_for_group(pool, study: Study, name: str, group: list[str], started: float) -> None:
+def _wait_for_group(pool, study: Study, group: list[Row], started: float) -> None:
     settings = (study.profile, study.seed, str(study.results_dir), study.data_dir)
     waiting = {
-        pool.submit(_in_worker, *settings, name, method): method
-        for method in _longest_first(study.profile, group)
+        pool.submit(_in_worker, *settings, *row): row
+        for row in _longest_first(study.profile, group)
     }
     try:
         for future in as_completed(waiting):
             future.result()
-            _tell(waiting[future], arms.result(study, name, waiting[future]), started)
+            _tell(*waiting[future], arms.result(study, *waiting[future]), started)
     except BaseException:
         for future in waiting:
             future.cancel()
         raise
 
 
-def _longest_first(profile: Profile, methods: list[str]) -> list[str]:
+def _longest_first(profile: Profile, rows: list[Row]) -> list[Row]:
     """By epochs of training in all, so that no worker ends long after the others."""
 
-    def epochs(method: str) -> int:
-        candidates = 1 if method.endswith(PAPER_PROTOCOL) else profile.search.candidates
-        return candidates * sum(stage.epochs for stage in stages_of(method, profile))
+    def epochs(row: Row) -> int:
+        candidates = 1 if row[1].endswith(PAPER_PROTOCOL) else profile.search.candidates
+        return candidates * sum(stage.epochs for stage in stages_of(row[1], profile))
 
-    return sorted(methods, key=epochs, reverse=True)
+    return sorted(rows, key=epochs, reverse=True)
 
 
 def _in_worker(profile: Profile, seed: int, results_dir: str, data_dir, name, method) -> None:
@@ -106,8 +129,7 @@ def _study(profile_hash: str, seed: int, results_dir: str, data_dir, held: _Held
     return Study(held.profile, seed, results_dir, data_dir)
 
 
-def _tell(method: str, found: dict, started: float) -> None:
+def _tell(name: str, method: str, found: dict, started: float) -> None:
     rates = ", ".join(f"{rate:g}" for rate in found["rates"]) or "none"
-    seconds = time.perf_counter() - started
-    print(f"{method}: best rates {rates}, dev {found['dev']:.3f} ({seconds:.0f} s)", flush=True)
-    sys.stdout.flush()
+    told = f"{name}, {method}: best rates {rates}, dev {found['dev']:.3f}"
+    print(f"{told} ({time.perf_counter() - started:.0f} s)", flush=True)

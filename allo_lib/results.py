@@ -167,8 +167,7 @@ def update(study: Study, seeds: list[int]) -> list[Measurement]:
         of_seed = study if seed == study.seed else Study(
             study.profile, seed, study.results_dir, study.data_dir
         )  # fmt: skip
-        for name in study.profile.domains:
-            run_methods(of_seed, name, methods_of(of_seed, name))
+        run_methods(of_seed, {name: methods_of(of_seed, name) for name in study.profile.domains})
         rows = measurements.merge(rows, seed_rows(of_seed))
     path.parent.mkdir(parents=True, exist_ok=True)
     measurements.write(path, rows)

@@ -15,6 +15,7 @@ from allo_lib.config import Domain, Profile, load_profile
 from allo_lib.encoding import encode_pairs, encode_prompt, encode_response
 from allo_lib.errors import AlloError
 from allo_lib.forward import pair_logps
+from allo_lib.generation import generate
 from allo_lib.importance import NeuronMask
 from allo_lib.methods import Stage
 from allo_lib.pairs import Pairs, make_pairs
@@ -280,6 +281,34 @@ class Study:
         """Per-token log-probs of encoded pairs under a model."""
         batch = self.profile.compute.forward_batch
         return pair_logps(model, rows, self.tokenizer.pad_token_id, batch)
+
+    @lru_cache
+    def drafts(self, name: str, split: str) -> list[list[int]]:
+        """The SFT model's greedy responses to the problems of a split, as token ids.
+
+        Trained models mostly write the same, so that their evaluation begins from these.
+        """
+        inputs = self.inputs(name, "max_new_tokens", "explain", split)
+        inputs |= {"sft": self.sft(name).key, "split": split}
+        make = lambda folder: self._make_drafts(name, split, folder)  # noqa: E731
+        return self._kept("drafts", inputs, make).json("drafts.json")
+
+    def _make_drafts(self, name: str, split: str, folder: Path) -> None:
+        domain = self.domain(name)
+        questions = self.task(name).questions(split, getattr(domain, split))
+        groups = generate(
+            self.load_sft(name),
+            self.tokenizer,
+            [question.prompt for question in questions],
+            max_new_tokens=domain.max_new_tokens,
+            batch_size=self.profile.compute.generation_batch,
+        )
+        # A response that was cut off has no end token to begin from.
+        ids = [encode_response(self.tokenizer, one.text) for (one,) in groups]
+        write_json(
+            folder / "drafts.json",
+            [row if one.ended else row[:-1] for row, (one,) in zip(ids, groups, strict=True)],
+        )
 
     # --- importance --------------------------------------------------------------------------
 

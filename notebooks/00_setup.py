@@ -114,18 +114,19 @@ table([{"": key, "text": str(pair[key])} for key in ("prompt", "chosen", "reject
 # Plain DPO is trained from $\theta$ on the pairs, at the best of equally many learning rates on the
 # development split (never on the test split). If it did not rank held-out pairs better than chance,
 # or ended near 100%, no method could be told from another. RFT, which imitates the right responses
-# ([arXiv 2308.01825](https://arxiv.org/abs/2308.01825)), shows what the chosen side alone is worth.
+# ([arXiv 2308.01825](https://arxiv.org/abs/2308.01825)), shows what the chosen side alone is worth, and
+# SFT on as many gold solutions what more of the same would have been.
 
 # %%
-for name in study.profile.domains:
-    asked = ["sft_base", "dpo", "dpo_long", "rft"]
-    asked = asked[:2] + [m for m in asked[2:] if m in results.methods_of(study, name)]
-    found = parallel.run_methods(study, name, asked)
+others = ("dpo_long", "rft", "sft")
+asked = {name: ["sft_base", "dpo", *(m for m in others if m in results.methods_of(study, name))]
+         for name in study.profile.domains}
+for name, found in parallel.run_methods(study, asked).items():
     (before, error), (after, error_after) = (analysis.score_of(found[m]) for m in ("sft_base", "dpo"))
     say(f"**{name}**: the SFT model scores {percent(before)} (standard error {percent(error)}), DPO "
         f"{percent(after)} ({percent(error_after)}), with held-out reward accuracy "
         f"{percent(analysis.reward_accuracy(found['dpo']))}. The others: "
-        + ", ".join(f"{m} {percent(analysis.score_of(found[m])[0])}" for m in asked[2:]) + ".")
+        + ", ".join(f"{m} {percent(analysis.score_of(found[m])[0])}" for m in asked[name][2:]) + ".")
 
 # %%
 for name in study.profile.domains:

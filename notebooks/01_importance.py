@@ -109,9 +109,9 @@ paper_arms = ["dpo_paper", "dpo_top10_paper", "dpo_last10_paper"]
 percentage = f"{share * 100:g}".replace(".", "p")
 arms_of_study = [arm.replace("10", percentage) for arm in arms_of_study]
 paper_arms = [arm.replace("10", percentage) for arm in paper_arms]
-found = {name: parallel.run_methods(study, name, [
-    arm for arm in arms_of_study + paper_arms if arm in results.methods_of(study, name)])
-    for name in study.profile.domains}
+found = parallel.run_methods(study, {
+    name: [arm for arm in arms_of_study + paper_arms if arm in results.methods_of(study, name)]
+    for name in study.profile.domains})
 
 # %%
 for name in study.profile.domains:

@@ -108,8 +108,8 @@ print(key_tokens(ratio, torch.ones(1, 5, dtype=torch.bool), share=0.4))
 # the lowest tokens. If it all sat in one token, choosing tokens could not matter.
 
 # %%
+parallel.run_methods(study, {name: ["dpo_long"] for name in study.profile.domains})
 for name in study.profile.domains:
-    parallel.run_methods(study, name, ["dpo_long"])
     ratios = analysis.log_ratios(study, name, "dpo_long", "heldout")
     held = analysis.concentration_of(ratios)
     curve = stats.concentration([value for row in ratios for value in row])

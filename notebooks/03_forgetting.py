@@ -56,12 +56,14 @@ print(float(npo_loss(logps, logps, weights, beta=0.1)), 2 / 0.1 * math.log(2))
 # them matters.
 
 # %%
-found = {}
+here = ("allo", "allo_all_tokens_forgetting", "allo_no_learning")
+beside = ("allo_no_forgetting", "allo_all_tokens_learning")  # of 04_learning: no core stays idle
+found = parallel.run_methods(study, {
+    name: ["sft_base", *(m for m in (*here, *beside) if m in results.methods_of(study, name))]
+    for name in study.profile.domains})
 for name in study.profile.domains:
-    wanted = ("allo", "allo_all_tokens_forgetting", "allo_no_learning")
-    asked = ["sft_base", *(m for m in wanted if m in results.methods_of(study, name))]
-    found[name] = parallel.run_methods(study, name, asked)
-    losses = {f"first stage of {m}": [found[name][m]["loss"][0]] for m in asked[1:]}
+    found[name] = {m: found[name][m] for m in ("sft_base", *here) if m in found[name]}
+    losses = {f"first stage of {m}": [one["loss"][0]] for m, one in found[name].items() if one["loss"]}
     figure = figures.loss_curves(losses, title=f"forgetting, {name}", ylabel="NPO loss")
     show(figure, study, f"03_forgetting_{name}",
          f"Loss of the forgetting stage of {name}; it starts at 2/beta ln 2 = "

@@ -61,7 +61,7 @@ print(float(dpo_loss(zero, zero, zero, zero)[0]), math.log(2))
 asked = ["dpo", "dpo_long", "allo", "allo_no_forgetting", "allo_all_tokens_learning"]
 controls = {name: ["sft_base", *(m for m in asked if m in results.methods_of(study, name))]
             for name in study.profile.domains}
-found = {name: parallel.run_methods(study, name, controls[name]) for name in study.profile.domains}
+found = parallel.run_methods(study, controls)
 for name in study.profile.domains:
     tried = found[name]["allo"]["tried"]
     table([{"forgetting rate": one["rates"][0], "learning rate": one["rates"][1], "dev": one["dev"],

@@ -36,7 +36,7 @@ from allo_lib.study import Study
 
 study = Study.open(profile, seed, results_dir, overrides)
 asked = {name: results.methods_of(study, name) for name in study.profile.domains}
-found = {name: parallel.run_methods(study, name, asked[name]) for name in study.profile.domains}
+found = parallel.run_methods(study, asked)
 
 # %% [markdown]
 # ## Everything against ALLO

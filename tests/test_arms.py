@@ -349,19 +349,19 @@ def test_methods_come_in_the_order_asked_and_dpo_before_what_reads_it(begun, mon
 
     monkeypatch.setattr(arms, "result", result)
     asked = ["dpo_paper", "sft_base", "npo"]
-    found = parallel.run_methods(study, DOMAIN, asked)
+    found = parallel.run_methods(study, {DOMAIN: asked})[DOMAIN]
     assert list(found) == asked and all(found[m]["method"] == m for m in asked)
     assert made == ["dpo", "sft_base", "npo", "dpo_paper"]
     made.clear()
-    assert parallel.run_methods(study, DOMAIN, asked) == found and made == []
+    assert parallel.run_methods(study, {DOMAIN: asked}) == {DOMAIN: found} and made == []
 
 
 @pytest.mark.slow
 def test_workers_and_one_process_find_the_same(tiny_study, begun):
     study = open_study(begun, compute__workers=2)
     asked = ["dpo", "npo", "allo", "dpo_paper"]
-    ours = parallel.run_methods(study, DOMAIN, asked)
-    theirs = parallel.run_methods(tiny_study, DOMAIN, asked)
+    ours = parallel.run_methods(study, {DOMAIN: asked})
+    theirs = parallel.run_methods(tiny_study, {DOMAIN: asked})
     assert ours == theirs
 
 
@@ -369,16 +369,26 @@ def test_workers_and_one_process_find_the_same(tiny_study, begun):
 def test_a_worker_s_error_reaches_the_user(begun):
     study = open_study(begun, compute__workers=2, search__candidates=0)
     with pytest.raises(AlloError, match="candidates is 0"):
-        parallel._run_groups(study, DOMAIN, [["dpo", "npo"]])
+        parallel._run_groups(study, [[(DOMAIN, "dpo"), (DOMAIN, "npo")]])
 
 
 def test_workers_begin_with_what_takes_longest(profile):
     """npo: one stage of two epochs; allo: two of one; a row of the paper's protocol: one model."""
     asked = ["sft_base", "dpo_paper", "dpo", "npo", "dpo_top10", "allo"]
-    order = parallel._longest_first(profile, asked)
-    assert order == ["npo", "allo", "dpo", "dpo_top10", "dpo_paper", "sft_base"]
+    order = parallel._longest_first(profile, [("a", "dpo"), *(("b", method) for method in asked)])
+    expected = ["npo", "allo", "dpo", "dpo", "dpo_top10", "dpo_paper", "sft_base"]
+    assert [method for _, method in order] == expected and ("a", "dpo") in order
     with pytest.raises(AlloError, match="'orpo' is not known"):
-        parallel._longest_first(profile, ["orpo"])
+        parallel._longest_first(profile, [("a", "orpo")])
+
+
+def test_domains_share_the_workers_and_each_waits_for_its_own_dpo(tiny_study, monkeypatch):
+    monkeypatch.setattr(arms, "is_done", lambda study, name, method: (name, method) == ("a", "dpo"))
+    missing = {"a": ["dpo_paper", "npo"], "b": ["allo", "dpo_paper"], "c": ["dpo_paper", "dpo"]}
+    first, later = parallel._groups(tiny_study, missing)
+    assert first == [("a", "dpo_paper"), ("a", "npo"), ("b", "dpo"), ("b", "allo"), ("c", "dpo")]
+    assert later == [("b", "dpo_paper"), ("c", "dpo_paper")]
+    assert parallel._groups(tiny_study, {"a": [], "b": []}) == []
 
 
 def test_every_known_method_has_a_rate_and_an_objective(profile):

@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tiny_models import tiny_llama
 
-from allo_lib import miniature, models
+from allo_lib import generation, miniature, models
 from allo_lib.encoding import encode_prompt
 from allo_lib.errors import AlloError
 from allo_lib.evaluation import answer, implicit_margins
@@ -58,6 +60,55 @@ def test_left_padding_and_batches_do_not_change_greedy_responses(model, tokenize
     assert greedy(model, tokenizer, PROMPTS, batch_size=1) == together
     assert greedy(model, tokenizer, PROMPTS, batch_size=2) == together
     assert greedy(model, tokenizer, PROMPTS[::-1], batch_size=3) == together[::-1]
+
+
+def token_ids(model, tokenizer, prompt: str, steps: int) -> list[int]:
+    """`by_hand` as token ids, its end token included."""
+    one = by_hand(model, tokenizer, prompt, steps)
+    return encode_prompt(tokenizer, one.text) + [tokenizer.eos_token_id] * one.ended
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data(), batch_size=st.integers(1, 5), limit=st.integers(1, 14))
+def test_drafts_never_change_a_response(model, tokenizer, data, batch_size, limit):
+    """Right ones, ones that go astray somewhere, too short or too long ones, and nonsense."""
+    drafts = []
+    for prompt in PROMPTS:
+        right = token_ids(model, tokenizer, prompt, 14)
+        kept = right[: data.draw(st.integers(0, len(right)), label="kept")]
+        words = st.integers(0, len(tokenizer) - 1)
+        drafts.append(kept + data.draw(st.lists(words, max_size=6), label="added"))
+    groups = generate(
+        model, tokenizer, PROMPTS, max_new_tokens=limit, batch_size=batch_size, drafts=drafts
+    )
+    assert [one for (one,) in groups] == [by_hand(model, tokenizer, p, limit) for p in PROMPTS]
+
+
+def test_right_drafts_cost_one_pass_and_wrong_ones_what_is_left(model, tokenizer, monkeypatch):
+    read = []
+    decoder, inner = model.get_decoder(), model.get_decoder().forward
+
+    def watch(input_ids=None, **given):
+        read.append(input_ids.shape[1])
+        return inner(input_ids=input_ids, **given)
+
+    monkeypatch.setattr(decoder, "forward", watch)
+    prompt = PROMPTS[0]
+    right = token_ids(model, tokenizer, prompt, 12)
+    width = len(encode_prompt(tokenizer, prompt))
+    monkeypatch.setattr(model, "get_decoder", lambda: decoder)
+    for draft, left in ((right, 0), (right[:-3], 2), ([], len(right) - 1)):
+        read.clear()
+        generate(model, tokenizer, [prompt], max_new_tokens=12, batch_size=1, drafts=[draft])
+        assert read == [width + len(draft), *[1] * left]
+
+
+def test_drafts_are_left_aside_where_layers_have_windows(monkeypatch):
+    model = tiny_llama()
+    assert generation._sees_all(model)
+    windows = ["full_attention", "sliding_attention"]
+    monkeypatch.setattr(model.config, "layer_types", windows, raising=False)
+    assert not generation._sees_all(model)
 
 
 def ending_after(steps: int, tokenizer):

@@ -202,7 +202,7 @@ def test_another_run_of_the_seed_measures_the_same_bytes(whole, tmp_path):
     """Made by the library alone, in another order: what a method gives hangs on nothing else."""
     study = open_study(tmp_path / "out")
     for method in reversed(results.methods_of(study, DOMAIN)):
-        results.run_methods(study, DOMAIN, [method])
+        results.run_methods(study, {DOMAIN: [method]})
     results.update(study, [0])
     first = (whole[0] / "measurements.csv").read_bytes()
     assert (study.results_dir / "measurements.csv").read_bytes() == first
