@@ -85,7 +85,7 @@ def _wait_for_group(pool, study: Study, group: list[Row], started: float) -> Non
     settings = (study.profile, study.seed, str(study.results_dir), study.data_dir)
     waiting = {
         pool.submit(_in_worker, *settings, *row): row
-        for row in _longest_first(study.profile, group)
+        for row in _longest_first(study, group)
     }
     try:
         for future in as_completed(waiting):
@@ -97,14 +97,21 @@ def _wait_for_group(pool, study: Study, group: list[Row], started: float) -> Non
         raise
 
 
-def _longest_first(profile: Profile, rows: list[Row]) -> list[Row]:
-    """By epochs of training in all, so that no worker ends long after the others."""
+def _longest_first(study: Study, rows: list[Row]) -> list[Row]:
+    """By tokens of training in all, so that no worker ends long after the others."""
+    tokens = {name: _tokens(study.encoded(name, "train")) for name in dict(rows)}
 
-    def epochs(row: Row) -> int:
-        candidates = 1 if row[1].endswith(PAPER_PROTOCOL) else profile.search.candidates
-        return candidates * sum(stage.epochs for stage in stages_of(row[1], profile))
+    def size(row: Row) -> int:
+        name, method = row
+        candidates = 1 if method.endswith(PAPER_PROTOCOL) else study.profile.search.candidates
+        epochs = sum(stage.epochs for stage in stages_of(method, study.profile))
+        return candidates * epochs * tokens[name]
 
-    return sorted(rows, key=epochs, reverse=True)
+    return sorted(rows, key=size, reverse=True)
+
+
+def _tokens(pairs: list[dict]) -> int:
+    return sum(len(pair[key]) for pair in pairs for key in ("prompt", "chosen", "rejected"))
 
 
 def _in_worker(profile: Profile, seed: int, results_dir: str, data_dir, name, method) -> None:
