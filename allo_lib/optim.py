@@ -113,6 +113,11 @@ class MaskedAdamW(torch.optim.AdamW):
             packed.master.grad = None
         return loss
 
+    @property
+    def trained(self) -> tuple[str, ...]:
+        """Names of the parameters that keep entries."""
+        return tuple(packed.name for packed in self._packed)
+
     def master_weights(self) -> dict[str, Tensor]:
         """name -> float32 copy of each trained parameter, unkept entries taken from the model."""
         return {packed.name: packed.full() for packed in self._packed}

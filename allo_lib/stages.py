@@ -50,6 +50,9 @@ def run_stage(
         max_grad_norm=max_grad_norm,
         masters=masters,
     )
+    if masters is not None:
+        for name in optimizer.trained:
+            masters.pop(name, None)  # copied: not held twice while the stage runs
     try:
         log = train(
             model,
