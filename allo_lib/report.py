@@ -20,9 +20,9 @@ BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 PROFILES = ("tiny", "smollm2")
 _OF_SEED = re.compile(r"_seed(\d+)\.png$")
 _EFFICIENCY = {"variant", "device", "seconds_per_pair", "peak_bytes_above_model"}
+# What stands beside a domain of whose data sets the paper has none.
 _PAPER_AVERAGE = {
     "questions": ("qa_avg", "paper, mean of 4 question sets"),
-    "maths": ("math_avg", "paper, mean of 4 maths sets"),
     "helpfulness": ("instructions_avg", "paper, instruction following (win rate)"),
 }
 _STYLE = """
@@ -99,8 +99,7 @@ def _draw_domain(rows, domain, folder: Path, paper_dir) -> list[Path]:
     own = {method: tables.method_interval(rows, method, domain) for method in published.LABELS}
     measured = {m: (found.effect, *_ends(found)) for m, found in own.items() if found}
     if measured:
-        column, title = _PAPER_AVERAGE.get(domain.name, _PAPER_AVERAGE["questions"])
-        paper = {name: row[column] for name, row in published.main_results(paper_dir).items()}
+        paper, title = _paper_beside(domain, paper_dir)
         titles = {"title": f"{domain.name}: {', '.join(domain.datasets)}", "paper_title": title}
         figure = figures.main_table_figure(measured, paper, unit=domain.unit, **titles)
         caption = "All methods: measured, and the paper's own numbers on its models and data."
@@ -121,6 +120,18 @@ def _draw_domain(rows, domain, folder: Path, paper_dir) -> list[Path]:
         caption = "ALLO with one thing changed: paired differences to ALLO on the same problems."
         paths.append(figures.save(figure, folder, f"ablations_{domain.name}", caption))
     return paths
+
+
+def _paper_beside(domain, paper_dir) -> tuple[dict[str, float], str]:
+    """The paper's number of each method on the domain's own data sets, as far as it has them, else
+    an average of its own; and which it is."""
+    table = published.main_results(paper_dir)
+    own = [name for name in domain.datasets if name in table["dpo"]]
+    if not own:
+        column, title = _PAPER_AVERAGE.get(domain.name, _PAPER_AVERAGE["questions"])
+        return {method: row[column] for method, row in table.items()}, title
+    mean = {method: sum(row[name] for name in own) / len(own) for method, row in table.items()}
+    return mean, f"paper, {', '.join(own)}"
 
 
 def _ablations(rows, domain) -> dict[str, tuple[float, float, float]]:
@@ -265,7 +276,8 @@ def _profile_block(folder: Path, link: str) -> str:
     rows = read_measurements(folder / "measurements.csv")
     seeds = ", ".join(map(str, sorted({row.seed for row in rows})))
     lines = [f"### `{folder.name}` (seeds {seeds})", ""]
-    for figure in sorted((folder / "figures").glob("main_*.png"))[:1]:
+    figure = folder / "figures" / f"main_{domains_of(rows)[0].name}.png"
+    if figure.exists():
         lines += [f"![{caption_of(figure)}]({link}/figures/{figure.name})", ""]
     lines += ["| claim | | effect | 95% interval | verdict |", "| --- | --- | --- | --- | --- |"]
     claims = claims_module.read(folder / "claims.csv")

@@ -1,11 +1,12 @@
 """The report and README block: rebuilt from measurements alone, self-contained, escaped."""
 
 import base64
+import csv
 import html.parser
 
 import pytest
 
-from allo_lib import claims, measurements, report
+from allo_lib import claims, comparisons, measurements, published, report
 from allo_lib.errors import AlloError
 from tests import synthetic_results
 
@@ -131,3 +132,22 @@ def test_readme_without_markers_is_named(results, tmp_path):
     (tmp_path / "README.md").write_text("# Title\n")
     with pytest.raises(AlloError, match="lacks the markers"):
         report.update_readme(tmp_path / "README.md", results.parent)
+
+
+def test_the_paper_stands_beside_with_its_numbers_of_the_same_data_sets():
+    with open(published.PAPER_DIR / "main_results.csv", encoding="utf-8", newline="") as file:
+        (allo,) = [row for row in csv.DictReader(file) if row["method"] == "+ ALLO"]
+    domain = comparisons.Domain("questions", ("ecqa", "qasc"))
+    numbers, title = report._paper_beside(domain, None)
+    assert numbers["allo"] == pytest.approx((float(allo["ecqa"]) + float(allo["qasc"])) / 200)
+    assert title == "paper, ecqa, qasc"
+    numbers, _ = report._paper_beside(comparisons.Domain("miniature", ("chain",)), None)
+    assert numbers["allo"] == pytest.approx(float(allo["qa_avg"]) / 100)
+
+
+def test_readme_shows_the_main_figure_of_the_first_domain(tmp_path):
+    folder = tmp_path / "tiny"
+    measurements.write(folder / "measurements.csv", synthetic_results.rows((0,)))
+    report.rebuild(folder)
+    (folder / "figures" / "main_a.png").write_bytes(b"")  # earlier by name
+    assert "(results/tiny/figures/main_miniature.png)" in report.readme_block(tmp_path)
