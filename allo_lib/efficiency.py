@@ -19,7 +19,7 @@ from allo_lib.errors import AlloError
 from allo_lib.runtime import give_back_freed_memory
 from allo_lib.study import Study
 from allo_lib.timed_steps import OwnSteps
-from allo_lib.workers import fork_server
+from allo_lib.workers import fork_server, leave_with_parent
 from allo_lib.workload import domain_of, workload
 
 VARIANTS = ("dense", "dense_masked", "allo_scalar", "allo_row")
@@ -119,6 +119,7 @@ def _row(variant: str, runs: list[dict]) -> dict:
 
 def _worker(pipe, profile: Profile, seed: int, results_dir: str, data_dir, variant: str) -> None:
     """Load, warm up, run one block of steps, and send its time and the sizes."""
+    leave_with_parent()
     study = Study(profile, seed, results_dir, data_dir)
     timing, name = profile.timing, domain_of(study)
     model, load = study.load_sft(name).train(), workload(study)

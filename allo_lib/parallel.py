@@ -15,7 +15,7 @@ from allo_lib.config import Profile
 from allo_lib.methods import PAPER_PROTOCOL, stages_of
 from allo_lib.runtime import give_back_freed_memory
 from allo_lib.study import Study
-from allo_lib.workers import fork_server
+from allo_lib.workers import fork_server, leave_with_parent
 
 # Rows that read the trained model of another row, which has to be there first.
 _AFTER_DPO = ("allo_key_reference",)
@@ -76,7 +76,8 @@ def _run_groups(study: Study, groups: list[list[Row]]) -> None:
             _tell(name, method, arms.result(study, name, method), started)
         return
     give_back_freed_memory()  # the workers need it, this process only waits
-    with ProcessPoolExecutor(workers, mp_context=fork_server()) as pool:
+    settings = {"mp_context": fork_server(), "initializer": leave_with_parent}
+    with ProcessPoolExecutor(workers, **settings) as pool:
         for group in groups:
             _wait_for_group(pool, study, group, started)
 

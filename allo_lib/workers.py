@@ -2,6 +2,8 @@
 
 import contextlib
 import multiprocessing
+import os
+import threading
 from multiprocessing import forkserver
 
 import torch
@@ -22,6 +24,21 @@ def start_early() -> None:
     """Start the server now, so that it imports while the caller does something else."""
     fork_server()
     forkserver.ensure_running()
+
+
+def leave_with_parent() -> None:
+    """In a worker: end as soon as the process that asked for it has ended, in whatever way.
+
+    Without this a worker would finish its training after a run was killed, and take the cores from
+    the run that goes on. The store is made for a process that ends in the middle of writing.
+    """
+    parent = multiprocessing.parent_process()
+
+    def wait() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 @contextlib.contextmanager
