@@ -180,6 +180,7 @@ def _job(run: Run, notebook: Path, seed: int | None) -> Job:
         failed=str(target.with_suffix(".failed.ipynb")),
         scratch=str(scratch / notebook.name),
         report=str(scratch / "report.json"),
+        workers=run.profile.compute.workers > 1,
     )
 
 

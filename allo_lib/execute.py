@@ -35,6 +35,7 @@ class Job:
     failed: str  # ... and when it did not
     scratch: str  # the copy while it runs; same file system as `target`
     report: str  # JSON file that says why it failed
+    workers: bool = False  # whether its profile trains in workers, whose server then starts early
 
 
 def run(job: Job) -> int:
@@ -46,7 +47,7 @@ def run(job: Job) -> int:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
     Path(job.scratch).unlink(missing_ok=True)
     status, reason = 0, None
-    with _own_kernel():
+    with _own_kernel("allo_lib.kernel" if job.workers else "ipykernel_launcher"):
         try:
             papermill.execute_notebook(
                 job.notebook,
@@ -72,14 +73,15 @@ def run(job: Job) -> int:
 
 
 @contextlib.contextmanager
-def _own_kernel():
-    """Make the kernel name `python3` mean this interpreter, and keep Jupyter out of the home."""
+def _own_kernel(program: str):
+    """Make the kernel name `python3` mean this interpreter running the module `program`, and keep
+    Jupyter out of the home."""
     with tempfile.TemporaryDirectory() as folder:
         spec = Path(folder, "kernels", "python3", "kernel.json")
         spec.parent.mkdir(parents=True)
         # Frozen modules off as ipykernel itself does for its debugger; what the kernel program
         # (not the notebook's code) logs would only stand between the notebook's lines.
-        python = [sys.executable, "-Xfrozen_modules=off", "-m", "ipykernel_launcher"]
+        python = [sys.executable, "-Xfrozen_modules=off", "-m", program]
         argv = [*python, "--log-level=CRITICAL", "-f", "{connection_file}"]
         told = {"argv": argv, "display_name": "Python 3", "language": "python"}
         spec.write_text(json.dumps(told), encoding="utf-8")

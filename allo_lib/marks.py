@@ -15,7 +15,9 @@ from allo_lib.errors import AlloError
 # Notebooks up to this number run once for each seed, later ones once over all seeds.
 LAST_OF_A_SEED = 5
 # Modules that start notebooks and never run inside one: changing them makes no result stale.
-STARTERS = {"cli", "driver", "environment", "execute", "manifest", "marks", "status", "verify"}
+STARTERS = {
+    "cli", "driver", "environment", "execute", "kernel", "manifest", "marks", "status", "verify",
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,8 +6,6 @@ import os
 import threading
 from multiprocessing import forkserver
 
-import torch
-
 
 def fork_server():
     """The multiprocessing context of the workers.
@@ -21,7 +19,10 @@ def fork_server():
 
 
 def start_early() -> None:
-    """Start the server now, so that it imports while the caller does something else."""
+    """Start the server now, so that it imports while the caller does something else.
+
+    Needs no torch itself: a kernel calls it before it imports anything (`kernel`).
+    """
     fork_server()
     forkserver.ensure_running()
 
@@ -48,6 +49,8 @@ def torch_threads(number: int):
     Results depend on the number by rounding, so whatever is trained in a worker must take as many
     when it is trained elsewhere.
     """
+    import torch
+
     before = torch.get_num_threads()
     if number:
         torch.set_num_threads(number)

@@ -83,6 +83,19 @@ def test_a_failing_notebook_is_kept_named_and_ends_the_run(project):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("workers", [1, 2])
+def test_the_server_of_workers_starts_with_the_kernel(project, workers):
+    look = "import pathlib, psutil\n"
+    look += "found = [' '.join(child.cmdline()) for child in psutil.Process().children()]\n"
+    look += "pathlib.Path(results_dir, '.store', 'children').write_text('\\n'.join(found))"
+    write_notebook(project / "notebooks", "00_first", look)
+    ended = run_all(project, "toy.yaml", "-p", "compute.workers", str(workers), "--only", "00")
+    assert ended.returncode == 0, ended.stderr
+    told = (project / "results" / "toy" / ".store" / "children").read_text()
+    assert ("forkserver" in told) == (workers > 1)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_a_stopped_run_leaves_no_kernel_and_goes_on(project, number):
     waiting = "from pathlib import Path\nimport os, time\n"
