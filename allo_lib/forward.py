@@ -9,12 +9,12 @@ from torch import Tensor
 from allo_lib.batches import Layout, collate, side
 from allo_lib.head import target_logps
 from allo_lib.losses import IGNORED
-from allo_lib.prefix_tree import sees
+from allo_lib.prefix_tree import blocks, sees
 
 # Config keys of models that change their logits after the head: those take the plain way.
 _AFTER_HEAD = ("final_logit_softcapping", "logit_scale", "logits_scaling")
-# The attention of transformers that takes a bool mask for every two tokens.
-_TAKES_MASKS = "sdpa"
+# The attentions of transformers that take a mask for every two tokens, and how it is made.
+_MASKS = {"sdpa": sees, "flex_attention": blocks}
 # How far hidden states of the same sequence may lie apart, relative to the largest, by dtype.
 _SAME = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 3e-2}
 # model -> whether it reads trees; what was found once holds while the model lives
@@ -27,7 +27,7 @@ def response_logps(model, batch: dict[str, Tensor]) -> Tensor:
     The language-model head runs on the positions before response tokens only, and once for
     positions that several responses share.
     """
-    reads = _reads(batch)
+    reads = _reads(model, batch)
     if any(getattr(model.config, key, None) for key in _AFTER_HEAD):
         logits = model(**reads).logits.flatten(0, 1)[batch["before"]]
         logps = -F.cross_entropy(logits.float(), batch["targets"], reduction="none")
@@ -54,7 +54,7 @@ def layout_of(model, pad_token_id: int) -> Layout:
 def _reads_trees(model, pad_token_id: int) -> bool:
     config = model.config.get_text_config()
     kinds = set(getattr(config, "layer_types", None) or ("full_attention",))
-    takes_masks = config._attn_implementation == _TAKES_MASKS
+    takes_masks = config._attn_implementation in _MASKS
     if not takes_masks or kinds != {"full_attention"} or config.vocab_size < 16:
         return False
     training = model.training
@@ -81,13 +81,16 @@ def _reads_trees(model, pad_token_id: int) -> bool:
 def _before_responses(model, batch: dict[str, Tensor]) -> Tensor:
     """Hidden states before response tokens of all sequences, one after the other."""
     batch = to_device(batch, model)
-    hidden = model.get_decoder()(**_reads(batch)).last_hidden_state.flatten(0, 1)
+    hidden = model.get_decoder()(**_reads(model, batch)).last_hidden_state.flatten(0, 1)
     return hidden[batch["before"][batch["place"][batch["labels"] != IGNORED]]]
 
 
-def _reads(batch: dict[str, Tensor]) -> dict:
+def _reads(model, batch: dict[str, Tensor]) -> dict:
     reads = {key: batch[key] for key in ("input_ids", "position_ids")} | {"use_cache": False}
-    return reads | ({"attention_mask": sees(batch["ends"])} if "ends" in batch else {})
+    if "ends" not in batch:
+        return reads
+    mask_of = _MASKS[model.config.get_text_config()._attn_implementation]
+    return reads | {"attention_mask": mask_of(batch["ends"])}
 
 
 def to_device(batch: dict[str, Tensor], model) -> dict[str, Tensor]:

@@ -1,9 +1,10 @@
 """Responses of a model: greedy ones for evaluation, sampled ones for preference pairs.
 
-The loop is our own, on the key-value cache of `transformers`, as `generate` there goes on with
-every row until the last one has ended: here a prompt is read once for all its samples, and rows
-that have ended leave the batch. Every sample draws from a generator of its own, so that it does not
-depend on which others share its batch.
+On a CPU the loop is our own, on the key-value cache of `transformers`, as `generate` there goes on
+with every row until the last one has ended: here a prompt is read once for all its samples, and
+rows that have ended leave the batch. Every sample draws from a generator of its own, so that it
+does not depend on which others share its batch. On a GPU, where launching kernels costs more than
+ended rows do, `static_decoding` takes its place.
 
 Greedy decoding takes drafts, such as the responses of the model that a training started from. A
 draft is read together with its prompt, in one pass, and kept as far as the model would have written
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from allo_lib import static_decoding
 from allo_lib.encoding import encode_prompt
 from allo_lib.head import likeliest
 from allo_lib.seeds import derive
@@ -48,7 +50,8 @@ def generate(
     """`samples` responses to each prompt, greedy when `temperature` is None, else sampled.
 
     Prompts of like length share a batch of at most `batch_size` responses, padded on the left. The
-    draws of a sample follow from `seed`, the number of its prompt and its own number alone.
+    draws of a sample follow from `seed`, the number of its prompt and its own number alone (on a
+    GPU from `seed` and its place among the batches).
 
     drafts: for greedy decoding, a guess at each response as token ids, of any length; whatever they
     are, they change the cost alone. Models with sliding windows do without them.
@@ -58,6 +61,19 @@ def generate(
     rows = max(1, batch_size // samples)
     drafted = drafts is not None and temperature is None and samples == 1 and _sees_all(model)
     model.eval()
+    if not drafted and _takes_compiled_steps(model):
+        groups = static_decoding.decode(
+            model,
+            encoded,
+            pad=tokenizer.pad_token_id,
+            end=tokenizer.eos_token_id,
+            max_new_tokens=max_new_tokens,
+            rows=rows,
+            samples=samples,
+            temperature=temperature,
+            seed=seed,
+        )
+        return [[_response(tokenizer, ids) for ids in group] for group in groups]
     results: list[list[Response]] = [[] for _ in prompts]
     with torch.inference_mode():
         for start in range(0, len(order), rows):
@@ -82,6 +98,10 @@ def _sees_all(model) -> bool:
     """Whether every layer attends to all tokens before; rejected ones leave holes in the cache."""
     kinds = getattr(model.config.get_text_config(), "layer_types", None) or ("full_attention",)
     return set(kinds) == {"full_attention"}
+
+
+def _takes_compiled_steps(model) -> bool:
+    return model.device.type == "cuda"
 
 
 class _Decoding:

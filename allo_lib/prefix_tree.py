@@ -71,6 +71,17 @@ def sees(ends: Tensor) -> Tensor:
     return (before & (places[:, None] < ends[:, None, :]))[:, None]
 
 
+def blocks(ends: Tensor):
+    """`sees` as a block mask of FlexAttention [R, 1, L, L], which skips blocks that see nothing."""
+    from torch.nn.attention.flex_attention import create_block_mask  # slow to load, seldom used
+
+    def visible(row, head, i, j):
+        return (j <= i) & (i < ends[row, j])
+
+    rows, length = ends.shape
+    return create_block_mask(visible, rows, None, length, length, device=ends.device)
+
+
 def arrange(sizes: Sequence[int], width: int) -> list[list[int]]:
     """Rows of a batch, each a list of trees (by number), that cost the least arithmetic.
 

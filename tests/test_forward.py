@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import VOCABULARY, tiny_llama
+from torch.nn.attention.flex_attention import flex_attention
 from transformers import (
     CohereConfig,
     CohereForCausalLM,
@@ -17,6 +18,7 @@ from transformers import (
     Qwen2Config,
     Qwen2ForCausalLM,
 )
+from transformers.integrations import flex_attention as flex_integration
 
 from allo_lib.batches import Layout, collate
 from allo_lib.forward import layout_of, logps_of_rows, pair_logps, response_logps
@@ -132,6 +134,29 @@ def test_which_models_read_trees():
 def test_trees_are_exact_for_random_lengths(seed, count, width, grouped):
     model = make("grouped queries" if grouped else "tied").eval()
     assert_same(model, families(count, seed), Layout(0, shared=True, width=width))
+
+
+@pytest.fixture
+def flex(monkeypatch):
+    """FlexAttention as torch has it on a CPU: not compiled, and without a backward pass."""
+    monkeypatch.setattr(
+        flex_integration.WrappedFlexAttention, "__call__", lambda self: flex_attention
+    )
+    return "flex_attention"
+
+
+@pytest.mark.filterwarnings("ignore:.*flex_attention called without torch.compile")
+@pytest.mark.parametrize("kind", ["llama", "grouped queries", "qwen2"])
+def test_flex_attention_reads_trees_as_sdpa_does(kind, flex):
+    rows = families(4)
+    model = make(kind).eval()
+    expected = logps_of_rows(model, rows, 0, batch_size=3)
+    model = make(kind).eval()
+    model.set_attn_implementation(flex)
+    assert layout_of(model, 0).shared
+    found = logps_of_rows(model, rows, 0, batch_size=3)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours == pytest.approx(theirs, abs=1e-5)
 
 
 def test_eager_attention_adds_its_mask_and_gets_rows():

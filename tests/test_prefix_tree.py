@@ -47,6 +47,23 @@ def test_a_token_sees_exactly_its_path(sequences):
             assert seen[node].nonzero()[:, 0].tolist() == path[: place + 1]
 
 
+@given(st.lists(st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=5), min_size=1,
+                         max_size=3), min_size=1, max_size=3))  # fmt: skip
+def test_block_masks_say_the_same(rows):
+    trees = [prefix_tree.grow(sequences) for sequences in rows]
+    length = max(map(len, trees))
+    ends = torch.tensor([t.ends + list(range(len(t) + 1, length + 1)) for t in trees])
+    mask = prefix_tree.blocks(ends)
+    places = torch.arange(length)
+    told = [
+        [[bool(mask.mask_mod(r, 0, i, j)) for j in places] for i in places]
+        for r in range(len(rows))
+    ]
+    assert told == prefix_tree.sees(ends)[:, 0].tolist()
+    assert mask.shape == (len(rows), 1, length, length)
+
+
+
 @settings(deadline=None)
 @given(SEQUENCES)
 def test_separate_trees_share_nothing(sequences):
