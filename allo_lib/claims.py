@@ -14,7 +14,8 @@ Every effect is turned so that a positive number supports the claim. Verdicts:
   shown (of equals, the smallest effect). Such a conjunction needs no correction for multiplicity
   (Berger 1982, intersection-union test); the claims themselves are not corrected for one another.
 
-C1-C3 give each arm its own best learning rate; C1p-C3p use the paper's protocol, one rate for all.
+Training losses (C1, C1p) are compared step by step, as both arms read the same pairs in the same
+order. C1-C3 give each arm its own best learning rate; C1p-C3p use the paper's protocol, one rate for all.
 The first domain that was measured has the plain ids; others add theirs, as in `C4:helpfulness`.
 """
 
@@ -36,8 +37,8 @@ from allo_lib.comparisons import (
     shared_names,
 )
 from allo_lib.errors import AlloError
-from allo_lib.measurements import Measurement
-from allo_lib.stats import WIDE, Interval, difference_interval, log_ratio_interval
+from allo_lib.measurements import LOSS_GAP, Measurement
+from allo_lib.stats import WIDE, Interval, difference_interval, log_ratio_interval, mean_interval
 
 MARGIN = 0.02  # C3: a loss of accuracy below two points counts as no worse
 REPRODUCED, NOT_REPRODUCED, INCONCLUSIVE = "reproduced", "not reproduced", "inconclusive"
@@ -224,9 +225,22 @@ def _sensitive(index, reference: str, domain: Domain, shared) -> tuple[str, str]
     return INCONCLUSIVE, f"{reference} itself is not shown to beat the starting model{size}"
 
 
+def loss_pairs(methods: Iterable[str]) -> list[tuple[str, str]]:
+    """The (method, baseline) pairs of `methods` whose training losses are compared."""
+    methods = set(methods)
+    declared = [pair for one in DECLARED if one.kind == "lower loss" for pair in one.pairs]
+    return [pair for pair in declared if set(pair) <= methods]
+
+
 def _loss_part(index, first, second, domain, shared) -> Part:
     sides = (second, "train_loss"), (first, "train_loss")
     interval = metric_difference(index, *sides, domain, shared)
+    gaps = metric_by_seed(index, first, f"{LOSS_GAP}{second}", domain, shared)
+    if interval is not None and interval.seeds == tuple(gaps):
+        values, stderrs, steps = zip(*gaps.values(), strict=True)
+        values = dict(zip(gaps, (-value for value in values), strict=True))
+        stderrs = dict(zip(gaps, stderrs, strict=True))
+        interval = mean_interval(values, stderrs, sum(steps), few=True)
     return Part(f"loss of {second} minus {first}", interval, *_named(judge(interval, "above")))
 
 

@@ -21,6 +21,8 @@ from allo_lib.errors import AlloError
 AVERAGE = "average"
 GAIN = "gain_over:"
 LOSS = "loss_to:"
+# Training loss minus that of a baseline, step by step: both see the same pairs in the same order.
+LOSS_GAP = "train_loss_minus:"
 # The prefix of a metric that counts held-out preference pairs instead of answered problems.
 REWARD = "reward_"
 _NAME = re.compile(r"[A-Za-z0-9_.:+\-]+")

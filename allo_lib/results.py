@@ -5,7 +5,7 @@ import statistics
 from pathlib import Path
 
 from allo_lib import arms, importance, measurements
-from allo_lib.claims import wanted_pairs
+from allo_lib.claims import loss_pairs, wanted_pairs
 from allo_lib.config import Profile
 from allo_lib.errors import AlloError
 from allo_lib.importance import NeuronMask
@@ -66,6 +66,9 @@ def seed_rows(study: Study) -> list[Measurement]:
             rows += _method_rows(study, name, method, found)
         for method, baseline in wanted_pairs(results):
             rows += _paired_rows(study, name, method, baseline, results)
+        for method, baseline in loss_pairs(results):
+            losses = (results[one]["loss"][-1] for one in (method, baseline))
+            rows.append(loss_gap(study.seed, method, baseline, name, *losses))
         rows += overlap_rows(study, name)
     return rows
 
@@ -104,9 +107,34 @@ def _of(found: dict, dataset: str) -> list[list]:
 
 def train_loss(seed: int, method: str, name: str, losses: list[float]) -> Measurement:
     """Mean training loss of the last quarter of the steps of the last stage."""
-    tail = losses[-max(2, len(losses) // 4) :]
-    stderr = statistics.stdev(tail) / len(tail) ** 0.5 if len(tail) > 1 else 0.0
-    return Measurement(seed, method, name, "train_loss", statistics.fmean(tail), stderr, len(tail))
+    return _mean(seed, method, name, "train_loss", _last_quarter(losses))
+
+
+def loss_gap(
+    seed: int, method: str, baseline: str, name: str, losses: list[float], others: list[float]
+) -> Measurement:
+    """Training loss minus the baseline's, the mean over the last quarter of the steps.
+
+    Both arms read the same pairs in the same order, so steps are compared one by one and what makes
+    some batches harder than others cancels. AlloError for runs of unequal length.
+    """
+    if len(losses) != len(others):
+        raise AlloError(
+            f"{method} made {len(losses)} steps and {baseline} {len(others)}: a comparison step by "
+            "step needs equally many"
+        )
+    gaps = [ours - theirs for ours, theirs in zip(losses, others, strict=True)]
+    metric = f"{measurements.LOSS_GAP}{baseline}"
+    return _mean(seed, method, name, metric, _last_quarter(gaps))
+
+
+def _last_quarter(values: list[float]) -> list[float]:
+    return values[-max(2, len(values) // 4) :]
+
+
+def _mean(seed: int, method: str, name: str, metric: str, values: list[float]) -> Measurement:
+    stderr = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
+    return Measurement(seed, method, name, metric, statistics.fmean(values), stderr, len(values))
 
 
 def _margin_rows(study: Study, name: str, method: str, margins: list[float]) -> list[Measurement]:

@@ -122,12 +122,16 @@ def paired_interval(
 
 
 def mean_interval(
-    values: Mapping[int, float], stderrs: Mapping[int, float] | None = None, n: int = 0
+    values: Mapping[int, float],
+    stderrs: Mapping[int, float] | None = None,
+    n: int = 0,
+    few: bool = False,
 ) -> Interval:
     """The mean of one value a seed.
 
     Several seeds: Student's t interval over seeds. One seed: a normal interval from its standard
-    error if that is known and positive, else none at all.
+    error if that is known and positive, else none at all; with `few`, Student's t interval of n - 1
+    degrees of freedom, as the error itself is known from `n` values only.
     """
     from scipy.stats import norm, t
 
@@ -144,6 +148,9 @@ def mean_interval(
         stderr = stderrs[seeds[0]]
         half = norm.ppf((1 + LEVEL) / 2) * stderr
         kind = "normal interval from the standard error, one seed"
+        if few:
+            half = t.ppf((1 + LEVEL) / 2, n - 1) * stderr
+            kind = f"t interval over {n} steps, one seed"
     else:
         stderr, half, kind = math.nan, math.nan, "one seed without a standard error: no interval"
     ends = float(mean - half), float(mean + half)

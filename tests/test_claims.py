@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import numpy as np
 import pytest
 
 from allo_lib import claims
@@ -268,3 +269,26 @@ def test_bad_claims_files_are_named(tmp_path):
     (tmp_path / "claims.csv").write_text("id,effect\nC1,2\n")
     with pytest.raises(AlloError, match="has columns id,effect"):
         claims.read(tmp_path / "claims.csv")
+
+
+def test_losses_of_one_seed_are_compared_by_their_steps():
+    """Student's t over the paired steps, against scipy's own test of the differences."""
+    from scipy.stats import ttest_1samp
+
+    gaps = np.array([-0.02, -0.05, -0.01, -0.04, -0.03])
+    rows = [
+        Measurement(0, "dpo_top10", "questions", "train_loss", 0.57, 0.4, 5),
+        Measurement(0, "dpo", "questions", "train_loss", 0.60, 0.4, 5),
+        Measurement(0, "dpo", "ecqa", "accuracy", 0.5, 0.1, 9),
+    ]
+    (unpaired,) = [c for c in claims.compute(rows) if c.id == "C1"]
+    assert unpaired.verdict == INCONCLUSIVE
+    error = float(gaps.std(ddof=1) / 5**0.5)
+    rows.append(
+        Measurement(0, "dpo_top10", "questions", "train_loss_minus:dpo", gaps.mean(), error, 5)
+    )
+    (paired,) = [c for c in claims.compute(rows) if c.id == "C1"]
+    ends = ttest_1samp(-gaps, 0).confidence_interval(0.95)
+    assert (paired.ci_low, paired.ci_high) == pytest.approx((ends.low, ends.high))
+    assert paired.effect == pytest.approx(unpaired.effect) == pytest.approx(0.03)
+    assert paired.verdict == REPRODUCED and "5 steps" in paired.evidence

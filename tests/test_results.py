@@ -11,12 +11,12 @@ from allo_lib import analysis, arms, importance, measurements, results
 from allo_lib.errors import AlloError
 from allo_lib.importance import NeuronMask
 
-METHODS = ["sft_base", "dpo", "npo", "allo"]
+METHODS = ["sft_base", "dpo", "dpo_top10", "npo", "allo"]
 
 
 @pytest.fixture(scope="module")
 def study(tiny_study):
-    """The tiny study as if its profile had three methods only."""
+    """The tiny study as if its profile had four methods only."""
     folder = tiny_study.results_dir
     return open_study(folder, methods=METHODS[1:], ablations=[])
 
@@ -151,6 +151,25 @@ def test_the_training_loss_is_that_of_the_last_quarter():
     assert row.stderr == pytest.approx(1 / 3**0.5)
     short = results.train_loss(0, "dpo", "x", [4.0])
     assert (short.value, short.stderr, short.n) == (4.0, 0.0, 1)
+
+
+def test_losses_are_compared_step_by_step():
+    """Of eight steps the last two count; a batch that is hard for both tells nothing of either."""
+    ours, theirs = [5.0] * 6 + [3.0, 10.0], [0.0] * 6 + [4.0, 10.5]
+    row = results.loss_gap(1, "dpo_top10", "dpo", "x", ours, theirs)
+    assert (row.method, row.metric, row.n) == ("dpo_top10", "train_loss_minus:dpo", 2)
+    assert row.value == -0.75 and row.stderr == pytest.approx(0.25)
+    with pytest.raises(AlloError, match="dpo_top10 made 8 steps and dpo 7"):
+        results.loss_gap(1, "dpo_top10", "dpo", "x", ours, theirs[1:])
+
+
+def test_the_gap_is_the_difference_of_the_losses(rows):
+    gaps = [row for row in rows if row.metric.startswith("train_loss_minus:")]
+    assert gaps
+    for row in gaps:
+        theirs = value(rows, row.metric.partition(":")[2], row.dataset, "train_loss")
+        ours = value(rows, row.method, row.dataset, "train_loss")
+        assert row.value == pytest.approx(ours.value - theirs.value) and row.n == ours.n
 
 
 def test_overlap_rows_stand_beside_chance(study, rows):
