@@ -4,28 +4,68 @@ The stages are those of the study, by the same functions: importance (`warmup`),
 (`rewriter`, `token_rewards`), forgetting and learning (`stages`).
 """
 
+import contextlib
+import math
+import shutil
+import sys
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from types import NoneType
 
 import torch
 
-from allo_lib import models, rewriter, weights
-from allo_lib.encoding import encode_pairs
+from allo_lib import models, rewriter, warning_signs, weights
+from allo_lib.checkpoints import Checkpoints
+from allo_lib.config import fingerprint
+from allo_lib.encoding import encode_pairs, special_tokens_in
 from allo_lib.errors import AlloError
-from allo_lib.importance import NeuronMask, select_neurons
-from allo_lib.reference import with_reference
+from allo_lib.importance import NeuronMask, count_ties, select_neurons
+from allo_lib.reference import rows_hash, weights_hash, with_reference
 from allo_lib.rewriter import Correction
 from allo_lib.seeds import derive
 from allo_lib.stages import run_stage
 from allo_lib.store import Store, write_json
-from allo_lib.token_rewards import unaligned_weights
+from allo_lib.token_rewards import RULES, unaligned_weights
 from allo_lib.training import Log, Schedule
 from allo_lib.warmup import delta_of_dpo, gradient_scores
 
 STAGES = ("importance", "forgetting", "learning")
 # Values of settings that are words, the default first.
-CHOICES = {"estimator": ("delta", "gradient"), "rewriter_neurons": ("all", "kept")}
+CHOICES = {
+    "estimator": ("delta", "gradient"),
+    "rewriter_neurons": ("all", "kept"),
+    "token_rule": RULES,
+}
 COLUMNS = ("prompt", "chosen", "rejected")
+
+# What numbers among the settings may be; NaN is above and below nothing.
+_NUMBER = (int, float)
+_RATE = (_NUMBER, "a finite number above 0", lambda value: 0 < value < math.inf)
+_SHARE = (_NUMBER, "a number above 0 and at most 1", lambda value: 0 < value <= 1)
+_COUNT = (int, "a whole number of at least 1", lambda value: value >= 1)
+_LIMITS = {
+    "share": _SHARE,
+    "importance_rate": _RATE,
+    "forgetting_rate": _RATE,
+    "learning_rate": _RATE,
+    "rewriter_rate": _RATE,
+    "beta": _RATE,
+    "key_share": _SHARE,
+    "token_threshold": (_NUMBER, "a number from 0 to 1", lambda value: 0 <= value <= 1),
+    "batch_size": _COUNT,
+    "epochs": _COUNT,
+    "forward_batch": _COUNT,
+    "max_length": _COUNT,
+    "max_grad_norm": _RATE,
+    "seed": (int, "a whole number of at least 0", lambda value: value >= 0),
+    "checkpoint_minutes": (_NUMBER, "a number of at least 0", lambda value: value >= 0),
+}
+_MAY_BE_NONE = ("max_length", "max_grad_norm")
+_EXPECTED = (
+    "expected one split of a datasets.Dataset, or a list of dicts, with the columns "
+    + ", ".join(COLUMNS)
+)
 
 
 @dataclass(frozen=True)
@@ -55,6 +95,8 @@ class AlignConfig:
     max_length: int | None = None  # tokens of a row; None is the model's context
     max_grad_norm: float = 1.0
     seed: int = 0
+    # Of training, between two checkpoints that the same call goes on from if stopped; 0: none.
+    checkpoint_minutes: float = 5.0
 
 
 @dataclass
@@ -83,7 +125,9 @@ def align(
         config: an AlignConfig, or a dict of its fields.
         output_dir: gets the model and tokenizer (save_pretrained), `mask.safetensors`,
             `align.json` with settings and losses, and `.references`, the reference log-probs: a
-            second call with the same weights and pairs reads them.
+            second call with the same weights and pairs reads them. While stages are trained
+            `.checkpoints` holds what the same call, of the same weights, pairs and settings, goes
+            on from if this one is stopped.
 
     Raises:
         AlloError: unknown stage or setting, no pairs, missing columns, a pair that does not fit the
@@ -99,6 +143,7 @@ def align(
     if "learning" in run.stages:
         run.learning(mask)
     run.save()
+    run.forget_checkpoints()
     return AlignResult(model, mask, run.logs, run.output_dir)
 
 
@@ -115,20 +160,36 @@ class _Run:
         self.masters: dict = {}  # float32 values of kept entries, handed from stage to stage
 
     def read(self, pairs) -> None:
-        rows = [dict(row) for row in pairs]
-        if not rows:
-            raise AlloError("align: no pairs were given; expected at least one")
-        missing = [name for name in COLUMNS if name not in rows[0]]
-        if missing:
-            raise AlloError(
-                f"align: pairs lack the column {missing[0]!r}; expected {', '.join(COLUMNS)}"
-            )
+        if self.output_dir.exists() and not self.output_dir.is_dir():
+            raise AlloError(f"align: output_dir {self.output_dir} is a file; name a folder")
+        _check_model(self.model)
+        if "importance" in self.stages and self.config.estimator == "delta":
+            _check_unfrozen(self.model)
+        rows = _rows(pairs)
+        for number, row in enumerate(rows):
+            _check_pair(self.tokenizer, row, f"align: pair {number}")
         context = self.model.config.max_position_embeddings
         longest = min(self.config.max_length or context, context)
         self.texts, self.rows = rows, encode_pairs(self.tokenizer, rows, longest)
+        settings = asdict(self.config) | {"checkpoint_minutes": None, "stages": self.stages}
+        begins = [weights_hash(self.model), rows_hash(self.rows), settings]
+        self._begun = self.output_dir / ".checkpoints" / fingerprint(begins)[:24]
+
+    def checkpoints(self, stage: str) -> Checkpoints:
+        """Where a stage of this very call goes on from."""
+        return Checkpoints(self._begun / stage, self.config.checkpoint_minutes)
+
+    def forget_checkpoints(self) -> None:
+        """All stages are saved: nothing will go on from them."""
+        shutil.rmtree(self._begun, ignore_errors=True)
+        with contextlib.suppress(OSError):  # another call's may be there
+            self._begun.parent.rmdir()
 
     def importance(self) -> NeuronMask:
-        mask = select_neurons(self._scores(), self.config.share)
+        scores = self._scores()
+        mask = select_neurons(scores, self.config.share)
+        ties = count_ties(scores, mask)
+        _warn(warning_signs.arbitrary_mask(**ties, kept=mask.kept, total=mask.total))
         mask.save(self.output_dir / "mask.safetensors")
         return mask
 
@@ -152,6 +213,7 @@ class _Run:
             epochs=config.epochs,
             label="importance",
             clip=config.max_grad_norm,
+            checkpoints=self.checkpoints("importance"),
             **common,
         )
         weights.restore(self.model, start)
@@ -200,6 +262,7 @@ class _Run:
             max_grad_norm=config.max_grad_norm,
             label=name,
             masters=masters,
+            checkpoints=self.checkpoints(name),
         )
 
     def _with_reference(self) -> list[dict]:
@@ -230,7 +293,9 @@ class _Run:
             self.model, tokenizer, examples, self.config.forward_batch, plain=False
         )
         weights.restore(self.model, start)
-        return [self._weights_of(row) for row in values]
+        chosen = [self._weights_of(row) for row in values]
+        _warn(warning_signs.no_choice_of_tokens(chosen))
+        return chosen
 
     def _weights_of(self, probabilities: list[float]) -> list[float]:
         inside = torch.ones(1, len(probabilities), dtype=torch.bool)
@@ -238,14 +303,97 @@ class _Run:
         return unaligned_weights(torch.tensor([probabilities]), inside, rule, threshold)[0].tolist()
 
 
+def _warn(found: str | None) -> None:
+    if found:
+        print(f"warning: {found}", file=sys.stderr, flush=True)
+
+
 def _reply(response) -> str:
     return response if isinstance(response, str) else response[-1]["content"]
 
 
+def _check_model(model) -> None:
+    if not any(value.requires_grad for value in model.parameters()):
+        raise AlloError(
+            "align: every parameter of the model is frozen; expected some to train: call "
+            "model.requires_grad_(True)"
+        )
+    models.check_finite(model)
+    if getattr(model.config, "max_position_embeddings", None) is None:
+        raise AlloError(
+            "align: the model's config does not say how many tokens it reads; set "
+            "model.config.max_position_embeddings"
+        )
+
+
+def _check_unfrozen(model) -> None:
+    for name, value in model.named_parameters():
+        if not value.requires_grad:
+            raise AlloError(
+                f"align: {name} is frozen, but the scores of estimator 'delta' are of a run that "
+                "trains every parameter: unfreeze it, or choose estimator 'gradient'"
+            )
+
+
+def _rows(pairs) -> list[dict]:
+    """The pairs as dicts with the three columns; AlloError for anything else."""
+    if not isinstance(pairs, Iterable):
+        raise AlloError(f"align: pairs is a {type(pairs).__name__}; {_EXPECTED}")
+    rows = list(pairs)
+    if not rows:
+        raise AlloError("align: no pairs were given; expected at least one")
+    for number, row in enumerate(rows):
+        if not isinstance(row, Mapping):
+            kind = type(row).__name__
+            raise AlloError(f"align: pair {number} is a {kind}, not a dict; {_EXPECTED}")
+        missing = [name for name in COLUMNS if name not in row]
+        if missing:
+            raise AlloError(
+                f"align: pairs lack the column {missing[0]!r} (pair {number}); expected "
+                f"{', '.join(COLUMNS)}"
+            )
+    return [dict(row) for row in rows]
+
+
+def _check_pair(tokenizer, row: dict, place: str) -> None:
+    """What the encoding of a pair would pass over, though it hardly is what its author meant."""
+    for key in COLUMNS:
+        if isinstance(row[key], str):
+            found = special_tokens_in(tokenizer, row[key])
+            if found:
+                raise AlloError(
+                    f"{place}: the {key} string contains the special token {found[0]!r}; give chat "
+                    "messages, whose template writes such tokens and whose content is read as "
+                    "plain text, or take it out"
+                )
+        elif key != "prompt" and isinstance(row[key], (list, tuple)) and len(row[key]) > 1:
+            _check_repeats(row["prompt"], row[key][:-1], f"{place}: {key}")
+
+
+def _check_repeats(prompt, before, place: str) -> None:
+    """The last message is the reply; what stands before it may only be the prompt once more."""
+    asked = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    if [_turn(message) for message in before] != [_turn(message) for message in asked or []]:
+        raise AlloError(
+            f"{place} has {len(before)} messages before the reply that are not the prompt; put "
+            "them into the prompt"
+        )
+
+
+def _turn(message):
+    if not isinstance(message, dict):
+        return message
+    return message.get("role"), message.get("content")
+
+
 def _settings(config) -> AlignConfig:
     if not isinstance(config, AlignConfig):
+        if not isinstance(config, (Mapping, NoneType)):
+            raise AlloError(
+                f"align: config is a {type(config).__name__}; expected an AlignConfig or a dict"
+            )
         known = AlignConfig.__dataclass_fields__
-        unknown = sorted(set(config or {}) - set(known))
+        unknown = sorted(str(key) for key in set(config or {}) - set(known))
         if unknown:
             raise AlloError(f"align: unknown setting {unknown[0]!r}; expected {', '.join(known)}")
         config = AlignConfig(**(config or {}))
@@ -254,11 +402,18 @@ def _settings(config) -> AlignConfig:
             raise AlloError(
                 f"align: {key} is {getattr(config, key)!r}; expected one of {', '.join(allowed)}"
             )
+    for key, (kind, expected, fits) in _LIMITS.items():
+        value = getattr(config, key)
+        if value is None and key in _MAY_BE_NONE:
+            continue
+        if isinstance(value, bool) or not isinstance(value, kind) or not fits(value):
+            raise AlloError(f"align: {key} is {value!r}; expected {expected}")
     return config
 
 
 def _chosen_stages(stages) -> tuple[str, ...]:
-    unknown = [stage for stage in stages if stage not in STAGES]
-    if unknown or not stages:
-        raise AlloError(f"align: stages {tuple(stages)!r} given; expected some of {STAGES}")
-    return tuple(stage for stage in STAGES if stage in stages)
+    given = [stages] if isinstance(stages, str) or not isinstance(stages, Iterable) else [*stages]
+    unknown = [stage for stage in given if stage not in STAGES]
+    if unknown or not given or isinstance(stages, str):
+        raise AlloError(f"align: stages {stages!r} given; expected a tuple with some of {STAGES}")
+    return tuple(stage for stage in STAGES if stage in given)

@@ -1,5 +1,6 @@
 """Training and measuring the methods: every candidate of a search, and the result of a method."""
 
+import shutil
 from dataclasses import asdict
 from pathlib import Path
 
@@ -115,7 +116,8 @@ def _make_result(study: Study, name: str, method: str, folder: Path) -> None:
     write_json(folder / "record.json", record)
     kept = method.removesuffix(PAPER_PROTOCOL) in KEPT
     for rates, artifact in candidates.items():
-        if stages and not (kept and rates == chosen.rates):
+        diverged = records[rates]["dev"] == DIVERGED  # its batch may be wanted
+        if stages and not diverged and not (kept and rates == chosen.rates):
             study.store.drop(artifact)
 
 
@@ -134,10 +136,12 @@ def _make_candidate(study, name, stages, rates, folder: Path) -> None:
     model = study.load_sft(name)
     start = weights.snapshot(model)
     try:
-        logs = _train_stages(study, name, stages, rates)
+        logs = _train_stages(study, name, stages, rates, folder)
     except Diverged as error:
         # A rate that is too large is a result of the search, not a reason to stop the study.
         print(error, flush=True)
+        if error.batch is not None:
+            shutil.copy(error.batch, folder)
         write_json(folder / "record.json", {"dev": DIVERGED, "displacement": None,
                                             "train_margin": None})  # fmt: skip
         return
@@ -145,6 +149,7 @@ def _make_candidate(study, name, stages, rates, folder: Path) -> None:
     record = {
         "stages": [asdict(stage) for stage in stages],
         "loss": [log.loss for log in logs],
+        "watch": [log.metrics for log in logs],
         "tokens": [log.tokens for log in logs],
         "train_margin": _mean_of_last_quarter(margins) if margins else None,
         "displacement": weights.displacement(model, start),
@@ -159,16 +164,16 @@ def _mean_of_last_quarter(values: list[float]) -> float:
     return sum(tail) / len(tail)
 
 
-def _train_stages(study: Study, name: str, stages, rates: Rates) -> list[Log]:
+def _train_stages(study: Study, name: str, stages, rates: Rates, folder: Path) -> list[Log]:
     """Train the live model through all stages; float32 masters pass from each to the next."""
     masters: dict = {}
     return [
-        _train_stage(study, name, stages, number, rate, masters)
+        _train_stage(study, name, stages, number, rate, masters, folder)
         for number, rate in enumerate(rates)
     ]
 
 
-def _train_stage(study: Study, name: str, stages, number: int, rate: float, masters: dict) -> Log:
+def _train_stage(study, name, stages, number: int, rate, masters: dict, folder: Path) -> Log:
     """Train the live model, as it stands, through one stage."""
     stage, domain, method = stages[number], study.domain(name), study.profile.method
     schedule = Schedule(
@@ -191,6 +196,7 @@ def _train_stage(study: Study, name: str, stages, number: int, rate: float, mast
         max_grad_norm=method.max_grad_norm,
         label=f"{name}, {stage.objective} at {rate:g}",
         masters=masters,
+        checkpoints=study.checkpoints(folder, f"stage-{number}"),
     )
 
 

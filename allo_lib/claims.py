@@ -15,7 +15,8 @@ Every effect is turned so that a positive number supports the claim. Verdicts:
   (Berger 1982, intersection-union test); the claims themselves are not corrected for one another.
 
 Training losses (C1, C1p) are compared step by step, as both arms read the same pairs in the same
-order. C1-C3 give each arm its own best learning rate; C1p-C3p use the paper's protocol, one rate for all.
+order. C1-C3 give each arm its own best learning rate; C1p-C3p use the paper's protocol, one rate
+for all.
 The first domain that was measured has the plain ids; others add theirs, as in `C4:helpfulness`.
 """
 

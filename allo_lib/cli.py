@@ -9,12 +9,11 @@ import sys
 import time
 from pathlib import Path
 
-import yaml
-
 from allo_lib import driver, marks, status, verify
-from allo_lib.config import load_profile
+from allo_lib.config import Profile, load_profile, parse_yaml
 from allo_lib.environment import ROOT
 from allo_lib.errors import AlloError
+from allo_lib.methods import stages_of
 
 DATA_VARIABLE = "ALLO_DATA"
 DEFAULT_PROFILE = "tiny"
@@ -69,7 +68,7 @@ def test(arguments: list[str]) -> int:
 def run(arguments: list[str]) -> int:
     parser = _parser("run the notebooks of a profile")
     parser.add_argument("--seeds", default="0", metavar="0,1,2", help="seeds, default 0")
-    parser.add_argument("--only", default="", metavar="01,05", help="numbers of notebooks")
+    parser.add_argument("--only", metavar="01,05", help="numbers of notebooks")
     parser.add_argument("--fresh", action="store_true", help="remove earlier results first")
     _add_data(parser)
     options = parser.parse_args(arguments)
@@ -137,13 +136,17 @@ def _add_data(parser: _Parser) -> None:
 
 def _run_of(options: argparse.Namespace) -> marks.Run:
     """Check everything that was typed before anything is touched."""
+    for name in ("only", "out", "data"):
+        if getattr(options, name, None) == "":
+            raise AlloError(f"--{name} is empty: give it a value, or leave the option out")
     overrides = {name: parse_value(name, value) for name, value in options.overrides}
     profile = load_profile(options.profile, overrides)
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", profile.name):
         raise AlloError(
             f"profile name {profile.name!r} cannot name a folder: use letters, digits, . _ -"
         )
-    results = Path(options.out).resolve() if options.out else ROOT / "results" / profile.name
+    _check_methods(profile)
+    results = folder_of(options.out, "--out") if options.out else ROOT / "results" / profile.name
     path = Path(options.profile)
     asked = marks.Run(
         given=str(path.resolve()) if path.suffix in (".yaml", ".yml") else options.profile,
@@ -153,15 +156,30 @@ def _run_of(options: argparse.Namespace) -> marks.Run:
         seeds=parse_seeds(getattr(options, "seeds", "0")),
         data=data_folder(getattr(options, "data", None)),
     )
-    only = parse_only(getattr(options, "only", ""), marks.notebooks(asked))
+    only = parse_only(getattr(options, "only", None) or "", marks.notebooks(asked))
     return dataclasses.replace(asked, only=only)
+
+
+def _check_methods(profile: Profile) -> None:
+    """AlloError for a method that there is not, before anything is trained for hours."""
+    asked = [*profile.methods, *profile.ablations]
+    for domain in profile.domains.values():
+        asked += [*domain.methods, *domain.ablations]
+    for name in asked:
+        # Names with a share, such as dpo_last10, follow `method.share`; runs of some notebooks
+        # may have set that and need none of them.
+        if not any(letter.isdigit() for letter in name):
+            stages_of(name, profile)
 
 
 def parse_seeds(text: str) -> tuple[int, ...]:
     """`0,1,2` as numbers. AlloError for text, negative numbers, and a seed named twice."""
     parts = [part.strip() for part in text.split(",")]
-    if not all(part.isascii() and part.isdigit() and int(part) < 2**32 for part in parts):
-        raise AlloError(f"--seeds {text!r}: expected whole numbers from 0 to 2^32 - 1, as in 0,1,2")
+    # By length first: Python refuses to read numbers of thousands of digits.
+    if not all(re.fullmatch("[0-9]{1,10}", part) and int(part) < 2**32 for part in parts):
+        raise AlloError(
+            f"--seeds {_cut(text)!r}: expected whole numbers from 0 to 2^32 - 1, as in 0,1,2"
+        )
     seeds = tuple(int(part) for part in parts)
     if len(set(seeds)) < len(seeds):
         raise AlloError(f"--seeds {text!r}: a seed is named twice; name each once")
@@ -176,19 +194,22 @@ def parse_only(text: str, notebooks: list[Path]) -> tuple[str, ...]:
     asked = [f"{part.strip():0>2}" if part.strip() else part for part in text.split(",")]
     for number in asked:
         if number not in known:
-            raise AlloError(f"--only {text!r}: expected numbers of notebooks: {', '.join(known)}")
+            raise AlloError(
+                f"--only {_cut(text)!r}: expected numbers of notebooks: {', '.join(known)}"
+            )
     return tuple(asked)
 
 
 def parse_value(name: str, text: str):
     """A typed `-p` value: number, text, true, false, null, or a flat list of them; never code."""
+    shown_as = f"-p {_cut(name)} {_cut(text)!r}"
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise AlloError(f"-p {name} {text!r}: not a number, text or list of them") from None
+        value = parse_yaml(text)
+    except AlloError as error:
+        raise AlloError(f"{shown_as}: not a number, text or list of them ({error})") from None
     items = value if isinstance(value, list) else [value]
     if not all(item is None or isinstance(item, (str, int, float)) for item in items):
-        raise AlloError(f"-p {name} {text!r}: expected a number, a text, or a list of them")
+        raise AlloError(f"{shown_as}: expected a number, a text, or a list of them")
     # YAML 1.1 reads 1e-4 as text because it has no point.
     items = [
         float(item) if isinstance(item, str) and _EXPONENT.fullmatch(item) else item
@@ -202,13 +223,28 @@ def data_folder(given: str | None) -> Path | None:
     text = given or os.environ.get(DATA_VARIABLE)
     if not text:
         return None
-    folder = Path(text).resolve()
     source = "--data" if given else DATA_VARIABLE
+    folder = folder_of(text, source)
     if not folder.is_dir():
         raise AlloError(f"{source} {text}: no such folder; name one that holds the data sets")
     if not any(folder.iterdir()):
         raise AlloError(f"{source} {text}: the folder is empty; name one that holds the data sets")
     return folder
+
+
+def folder_of(text: str, source: str) -> Path:
+    """The absolute path of a folder, there or not; AlloError for one that cannot be."""
+    try:
+        path = Path(text).resolve()
+        path.is_dir()
+    except (OSError, ValueError) as error:  # too long, or with a NUL
+        reason = getattr(error, "strerror", None) or error
+        raise AlloError(f"{source} {_cut(text)!r}: no path ({reason}); name a folder") from None
+    return path
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def shown(path: Path) -> str:

@@ -4,10 +4,13 @@ Every key, with its unit and its source, is described beside its field here; the
 `allo_lib/profiles/` hold the values. `load_profile` checks names and types before anything runs.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import math
+import re
+import reprlib
 import types
 import typing
 from dataclasses import dataclass, field
@@ -21,6 +24,23 @@ PROFILES = Path(__file__).parent / "profiles"
 SIZES = ("cpu", "gpu")
 MODEL_DTYPES = ("float32", "bfloat16", "auto")
 DOMAIN_KINDS = ("miniature", "choice", "preferences")
+TOKEN_RULES = ("threshold", "soft", "released")  # of token_rewards, which would import torch
+STABILITY = ("orders", "halves", "estimators", "magnitude")
+LARGEST = 2**31 - 1  # of any count
+
+# Numbers that must be above zero wherever they stand, by their last name ...
+_POSITIVE = {
+    "width", "layers", "heads", "feed_forward", "context", "initializer_range", "epochs",
+    "batch_size", "learning_rate", "samples", "per_question", "temperature", "dense", "top",
+    "random", "last", "forgetting", "learning", "supervised", "max_new_tokens", "max_length",
+    "beta", "warmup_rate_factor", "max_grad_norm", "workers", "generation_batch", "forward_batch",
+}  # fmt: skip
+# ... and those that must not exceed one, which a decay of moments may not even reach.
+_AT_MOST_ONE = {"token_threshold", "forgetting_warmup", "learning_warmup"}
+_BELOW_ONE = {"beta2"}
+# Domains and data sets become names of folders and of rows of tables.
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+_MISREAD = re.compile(r"[+-]?0[0-7_]+|.*:.*")  # octal and base 60 in YAML 1.1: 010 is 8, 1:30 is 90
 
 
 @dataclass(frozen=True)
@@ -148,6 +168,8 @@ class Compute:
 
     generation_batch: int = 256  # rows decoded together
     forward_batch: int = 64  # rows of a forward pass without gradients
+    # Of training, between two checkpoints that a stopped run goes on from; 0 makes none.
+    checkpoint_minutes: float = 5.0
 
 
 @dataclass(frozen=True)
@@ -180,7 +202,7 @@ class Profile:
     compute: Compute = field(default_factory=Compute)
     timing: Timing = field(default_factory=Timing)
     # Which mask overlaps 01_importance measures: of "orders", "halves", "estimators", "magnitude".
-    stability: tuple[str, ...] = ("orders", "halves", "estimators", "magnitude")
+    stability: tuple[str, ...] = STABILITY
     # Methods of the main table and rows of the ablation, by their names in measurements.csv.
     methods: tuple[str, ...] = ()
     ablations: tuple[str, ...] = ()
@@ -191,7 +213,14 @@ class Profile:
 
     def hash(self) -> str:
         """SHA-256 (hex) of every value that can change a result."""
-        return fingerprint(self.to_dict())
+        return settings_hash(self.to_dict())
+
+
+def settings_hash(settings: dict) -> str:
+    """Profile.hash of `Profile.to_dict`: all of it but what cannot change a result."""
+    compute = dict(settings.get("compute", {}))
+    compute.pop("checkpoint_minutes", None)
+    return fingerprint(settings | {"compute": compute})
 
 
 def fingerprint(value) -> str:
@@ -220,10 +249,13 @@ def load_profile(name: str, overrides: dict | None = None, device: str | None = 
         if not isinstance(sizes, dict) or set(sizes) != set(SIZES):
             raise AlloError(f"{path.name}: `sizes` needs exactly the keys {', '.join(SIZES)}")
         if not isinstance(sizes[size] or {}, dict):
-            raise AlloError(f"{path.name}: sizes.{size}: expected a section, got {sizes[size]!r}")
-        raw = _overlay(raw, sizes[size] or {})
+            given = _short(sizes[size])
+            raise AlloError(f"{path.name}: sizes.{size}: expected a section, got {given}")
+        raw = _laid_over(raw, sizes[size] or {}, path)
         raw["size"] = size
     raw.setdefault("name", path.stem)
+    if not isinstance(overrides or {}, dict):
+        raise AlloError(f"overrides: expected a dict of keys and values, got {_short(overrides)}")
     for key, value in (overrides or {}).items():
         _set_dotted(raw, key, value)
     profile = _build(Profile, raw, where=path.name)
@@ -236,19 +268,79 @@ def _profile_path(name: str) -> Path:
     if str(name) in known:
         return PROFILES / f"{name}.yaml"
     path = Path(str(name))
-    if path.suffix in (".yaml", ".yml") and path.is_file():
-        return path
+    with contextlib.suppress(OSError):  # a name too long for the file system
+        if path.suffix in (".yaml", ".yml") and path.is_file():
+            return path
     raise AlloError(
-        f"no profile {str(name)!r}: expected one of {', '.join(known)}, or the path of a YAML file"
+        f"no profile {_short(str(name))}: expected one of {', '.join(known)}, or the path of a "
+        "YAML file"
     )
+
+
+class _Loader(yaml.SafeLoader):
+    """Plain values of YAML, no objects; what it would quietly misread is an error.
+
+    That is a key given twice, of which YAML keeps the last, and octal and base-60 numbers.
+    """
+
+    def compose_mapping_node(self, anchor):
+        node = super().compose_mapping_node(anchor)
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in seen:
+                raise yaml.MarkedYAMLError(
+                    problem=f"the key {_short(key.value)} is given twice; give it once",
+                    problem_mark=key.start_mark,
+                )
+            seen.add(key.value if isinstance(key, yaml.ScalarNode) else id(key))
+        return node
+
+
+def _decimal(loader: _Loader, node):
+    kind = node.tag.rpartition(":")[2]
+    if _MISREAD.fullmatch(str(node.value)):
+        raise yaml.MarkedYAMLError(
+            problem=f"{_short(node.value)} is octal or base 60 in YAML; write a decimal number, or "
+            "a text in quotes",
+            problem_mark=node.start_mark,
+        )
+    return getattr(loader, f"construct_yaml_{kind}")(node)
+
+
+for _kind in ("int", "float"):
+    _Loader.add_constructor(f"tag:yaml.org,2002:{_kind}", _decimal)
+
+
+def parse_yaml(text: str):
+    """The value of a YAML text: plain scalars, lists and dicts; nothing is ever constructed or run.
+
+    Raises:
+        AlloError: for everything else, in one line: where it is and what is wrong with it.
+    """
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except RecursionError as error:
+        raise AlloError("it is nested too deeply; expected a few levels") from error
+    except (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError) as error:
+        # yaml lets through what Python says of a date without such a day or of a tag on a wrong
+        # value.
+        reason = " ".join(_reason(error).split())
+        raise AlloError(reason if len(reason) <= 300 else f"{reason[:297]}...") from error
+
+
+def _reason(error: Exception) -> str:
+    mark = getattr(error, "problem_mark", None)
+    if mark is None:
+        return str(error)
+    context = f"{error.context}: " if error.context else ""
+    return f"line {mark.line + 1}, column {mark.column + 1}: {context}{error.problem}"
 
 
 def _read_yaml(path: Path) -> dict:
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        reason = " ".join(str(error).split())
-        raise AlloError(f"{path.name} is not readable YAML ({reason}): mend the file") from error
+        raw = parse_yaml(path.read_text(encoding="utf-8"))
+    except (AlloError, UnicodeDecodeError, OSError) as error:
+        raise AlloError(f"{path.name} is not readable YAML ({error}): mend the file") from error
     if not isinstance(raw, dict):
         raise AlloError(f"{path.name} holds a {type(raw).__name__}: expected keys with values")
     return raw
@@ -260,6 +352,13 @@ def _size(device: str | None) -> str:
 
         device = "cuda" if torch.cuda.is_available() else "cpu"
     return "cpu" if device == "cpu" else "gpu"
+
+
+def _laid_over(raw: dict, top: dict, path: Path) -> dict:
+    try:
+        return _overlay(raw, top)
+    except RecursionError:
+        raise AlloError(f"{path.name}: sizes: a section that holds itself; write it out") from None
 
 
 def _overlay(base: dict, top: dict) -> dict:
@@ -282,12 +381,12 @@ def _set_dotted(raw: dict, key: str, value) -> None:
 def _build(kind, raw, where: str):
     """Fill dataclass `kind` from dict `raw`, checking names and types all the way down."""
     if not isinstance(raw, dict):
-        raise AlloError(f"{where}: expected a section with keys, got {raw!r}")
+        raise AlloError(f"{where}: expected a section with keys, got {_short(raw)}")
     hints = typing.get_type_hints(kind)
-    unknown = sorted(str(key) for key in raw if key not in hints)
+    unknown = sorted(_short(key) for key in raw if key not in hints)
     if unknown:
         raise AlloError(
-            f"{where}: unknown key {unknown[0]!r}; expected one of {', '.join(sorted(hints))}"
+            f"{where}: unknown key {unknown[0]}; expected one of {', '.join(sorted(hints))}"
         )
     values = {key: _convert(hints[key], value, f"{where}: {key}") for key, value in raw.items()}
     return kind(**values)
@@ -298,21 +397,25 @@ def _convert(hint, value, where: str):
         return _build(hint, value, where)
     if isinstance(hint, types.GenericAlias) and hint.__origin__ is dict:
         if not isinstance(value, dict):
-            raise AlloError(f"{where}: expected named sections, got {value!r}")
+            raise AlloError(f"{where}: expected named sections, got {_short(value)}")
+        for key in value:
+            _check_name(key, where)
         kind = hint.__args__[1]
-        return {str(key): _convert(kind, item, f"{where}.{key}") for key, item in value.items()}
+        return {key: _convert(kind, item, f"{where}.{key}") for key, item in value.items()}
     if isinstance(hint, types.GenericAlias) and hint.__origin__ is tuple:
         if not isinstance(value, (list, tuple)):
-            raise AlloError(f"{where}: expected a list, got {value!r}")
+            raise AlloError(f"{where}: expected a list, got {_short(value)}")
         return tuple(_convert(hint.__args__[0], item, where) for item in value)
     if hint is float and isinstance(value, str):
         value = _number(value, where)  # YAML 1.1 reads 1e-4 (no dot) as text
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
+        value = float(value) if abs(value) < 2**1000 else math.inf
     if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
-        raise AlloError(f"{where}: expected {hint.__name__}, got {value!r}")
+        raise AlloError(f"{where}: expected {hint.__name__}, got {_short(value)}")
     if hint is float and not math.isfinite(value):
         raise AlloError(f"{where}: expected a finite number, got {value!r}")
+    if hint is str and any("\ud800" <= c <= "\udfff" for c in value):
+        raise AlloError(f"{where}: half of a surrogate pair in {_short(value)}; expected text")
     return value
 
 
@@ -320,7 +423,22 @@ def _number(text: str, where: str) -> float:
     try:
         return float(text)
     except ValueError:
-        raise AlloError(f"{where}: expected a number, got {text!r}") from None
+        raise AlloError(f"{where}: expected a number, got {_short(text)}") from None
+
+
+def _check_name(name, where: str) -> None:
+    if not (isinstance(name, str) and _NAME.fullmatch(name)):
+        raise AlloError(f"{where}: {_short(name)} cannot name a folder; use letters, digits, . _ -")
+
+
+def _short(value) -> str:
+    """`repr`, cut: a list that repeats itself by YAML's aliases can be longer than the memory."""
+    cut = reprlib.Repr()
+    cut.maxlevel, cut.maxlist, cut.maxdict, cut.maxstring, cut.maxlong = 2, 4, 4, 60, 40
+    try:
+        return cut.repr(value)
+    except ValueError:  # a number of more digits than Python writes out
+        return "a number of thousands of digits"
 
 
 def _check(profile: Profile) -> None:
@@ -344,19 +462,81 @@ def _check(profile: Profile) -> None:
         )
     if min(timing.repeats, timing.warm_up, timing.steps) < 1:
         raise AlloError("timing: repeats, warm_up and steps must be at least 1 each")
+    _check_words(profile)
     for name, domain in profile.domains.items():
-        if domain.kind not in DOMAIN_KINDS:
+        _check_domain(name, domain)
+
+
+def _check_words(profile: Profile) -> None:
+    rule = profile.method.token_rule
+    if rule not in TOKEN_RULES:
+        raise AlloError(
+            f"method.token_rule: expected one of {', '.join(TOKEN_RULES)}, got {_short(rule)}"
+        )
+    for word in profile.stability:
+        if word not in STABILITY:
             raise AlloError(
-                f"domains.{name}.kind: got {domain.kind!r}, expected {', '.join(DOMAIN_KINDS)}"
+                f"stability: expected some of {', '.join(STABILITY)}, got {_short(word)}"
             )
-        if not domain.datasets:
-            raise AlloError(f"domains.{name}.datasets: empty; name at least one data set")
+    for key in ("stability", "methods", "ablations"):
+        _check_once(getattr(profile, key), key)
+    width, heads = profile.model.width, profile.model.heads
+    if profile.model.name == "micro" and width % (2 * heads):
+        raise AlloError(f"model.width: got {width}, expected a multiple of 2 * heads = {2 * heads}")
+
+
+def _check_domain(name: str, domain: Domain) -> None:
+    if domain.kind not in DOMAIN_KINDS:
+        raise AlloError(
+            f"domains.{name}.kind: got {_short(domain.kind)}, expected {', '.join(DOMAIN_KINDS)}"
+        )
+    if not domain.datasets:
+        raise AlloError(f"domains.{name}.datasets: empty; name at least one data set")
+    for dataset in domain.datasets:
+        _check_name(dataset, f"domains.{name}.datasets")
+    for key in ("datasets", "methods", "ablations"):
+        _check_once(getattr(domain, key), f"domains.{name}.{key}")
+    for phase in ("pretrain", "sft"):
+        _check_mix(getattr(domain, phase).mix, len(domain.datasets), f"domains.{name}.{phase}.mix")
+
+
+def _check_once(words: tuple[str, ...], where: str) -> None:
+    twice = [word for word in dict.fromkeys(words) if words.count(word) > 1]
+    if twice:
+        raise AlloError(f"{where}: {_short(twice[0])} is named twice; name each once")
+
+
+def _check_mix(mix: tuple[float, ...], datasets: int, where: str) -> None:
+    if mix and (len(mix) != datasets or abs(sum(mix) - 1) > 1e-6):
+        raise AlloError(
+            f"{where}: got {_short(list(mix))}, expected a share for each of the {datasets} data "
+            "sets, 1 together"
+        )
 
 
 def _check_numbers(value, where: str) -> None:
-    """Every number of a profile is a count, a rate or a share: none may be negative."""
+    """Numbers of a profile are counts, rates or shares: none is negative, some not zero."""
     if isinstance(value, dict):
         for key, item in value.items():
             _check_numbers(item, f"{where}.{key}".lstrip("."))
-    elif isinstance(value, (int, float)) and not isinstance(value, bool) and value < 0:
-        raise AlloError(f"{where}: got {value}, expected zero or more")
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            _check_numbers(item, where)
+    elif isinstance(value, (int, float)) and not isinstance(value, bool):
+        _check_number(value, where, where.rpartition(".")[2])
+
+
+def _check_number(value, where: str, name: str) -> None:
+    expected = None
+    if value < 0:
+        expected = "zero or more"
+    elif value == 0 and name in _POSITIVE:
+        expected = "more than zero"
+    elif isinstance(value, int) and value > LARGEST:
+        expected = f"at most {LARGEST}"
+    elif value > 1 and name in _AT_MOST_ONE:
+        expected = "at most 1"
+    elif value >= 1 and name in _BELOW_ONE:
+        expected = "less than 1"
+    if expected:
+        raise AlloError(f"{where}: got {_short(value)}, expected {expected}")

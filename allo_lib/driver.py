@@ -52,10 +52,10 @@ def run_study(run: Run, fresh: bool = False) -> list[str]:
 
     Returns the files that were written or changed, relative to the results folder. Raises
     NotebookError at the first notebook that fails, Stopped on a signal, and AlloError when the
-    results folder belongs to something else.
+    results folder belongs to something else or cannot be written.
     """
     check_folder(run, fresh)
-    with _signals(), _only_run(run.results):
+    with _signals(), _disk_errors_told(run.results), _only_run(run.results):
         if fresh:
             clear(run.results)
         before = _snapshot(run.results)
@@ -256,6 +256,18 @@ def _snapshot(results: Path) -> dict[str, tuple[int, int]]:
 
 def _changed(before: dict, after: dict) -> list[str]:
     return [name for name in after if after[name] != before.get(name)]
+
+
+@contextlib.contextmanager
+def _disk_errors_told(results: Path):
+    try:
+        yield
+    except OSError as error:
+        reason = " ".join(str(error).split())
+        raise AlloError(
+            f"cannot write into {results} ({reason}): free space or permit writing, then run "
+            "again; what is done is kept"
+        ) from error
 
 
 @contextlib.contextmanager

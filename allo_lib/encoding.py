@@ -1,48 +1,194 @@
-"""From text to token ids: prompts, responses, and pairs of them."""
+"""From text to token ids: prompts, responses, and pairs of them.
+
+What people wrote is text: the name of a special token inside it, such as `<|im_end|>`, is encoded
+as the letters that it is made of, and only the chat template and the end of a response give the
+token itself. A tokenizer that cannot tell the two apart refuses such a text.
+"""
 
 from allo_lib.errors import AlloError
 
+ROLES = ("system", "developer", "user", "assistant", "tool", "function")
+BEFORE_A_REPLY = ("user", "tool", "function")  # what the last message of a prompt may be
+
 
 def encode_prompt(tokenizer, prompt) -> list[int]:
-    """Token ids of a prompt: a string as it stands, chat messages by the tokenizer's template."""
+    """Token ids of a prompt: a string as it stands, chat messages by the tokenizer's template.
+
+    Raises:
+        AlloError: neither of the two, messages in an order that leaves nothing to reply to or that
+            the template refuses, text that is no Unicode, or a special token's name in it that the
+            tokenizer cannot read as text.
+    """
     if isinstance(prompt, str):
-        return tokenizer(prompt, add_special_tokens=False)["input_ids"]
-    return tokenizer.apply_chat_template(
-        prompt, add_generation_prompt=True, tokenize=True, return_dict=False
-    )
+        return encode_text(tokenizer, prompt)
+    check_messages(prompt, BEFORE_A_REPLY)
+    return _encode_chat(tokenizer, prompt)
 
 
 def encode_response(tokenizer, response) -> list[int]:
     """Token ids of a response, ended by the end token, which is part of it.
 
-    A response may be a string or chat messages, of which the last one is the reply.
+    A response may be a string or chat messages, of which the last one is the reply. Raises
+    AlloError as `encode_prompt` does, and when the last message is not the assistant's.
     """
-    text = response if isinstance(response, str) else response[-1]["content"]
+    if not isinstance(response, str):
+        check_messages(response, ("assistant",))
+        response = response[-1]["content"]
+    return [*encode_text(tokenizer, response), tokenizer.eos_token_id]
+
+
+def encode_text(tokenizer, text: str) -> list[int]:
+    """Token ids of plain text, without any special token; AlloError where that cannot be."""
+    check_text(text)
+    special = _special_ids(tokenizer)
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    return [*ids, tokenizer.eos_token_id]
+    if not special.isdisjoint(ids):
+        ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    for token in ids:
+        if token in special:
+            raise _unreadable(tokenizer.convert_ids_to_tokens(token))
+    return ids
+
+
+def check_text(text) -> None:
+    """AlloError unless `text` is a string of whole characters, which tokenizers need."""
+    if not isinstance(text, str):
+        raise AlloError(f"{_short(text)} is no text; expected a string")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise AlloError(
+            f"half of a surrogate pair at character {error.start}; expected valid Unicode: mend or "
+            "drop the text"
+        ) from None
+
+
+def check_messages(messages, last: tuple[str, ...]) -> None:
+    """AlloError unless `messages` are chat messages of which the last has one of the roles `last`.
+
+    A message is a dict with `role`, one of ROLES, and `content`, text. A system message is first.
+    """
+    if not isinstance(messages, (list, tuple)):
+        raise AlloError(f"{_short(messages)} given; expected a string or a list of chat messages")
+    if not messages:
+        raise AlloError("the list of chat messages is empty; expected at least one")
+    for number, message in enumerate(messages):
+        _check_message(message, f"message {number}")
+        if number and message["role"] in ("system", "developer"):
+            raise AlloError(f"message {number} is the {message['role']}'s; put it first")
+    role = messages[-1]["role"]
+    if role not in last:
+        raise AlloError(f"the last message is of role {role!r}, expected {' or '.join(last)}")
+
+
+def _check_message(message, place: str) -> None:
+    if not isinstance(message, dict) or not {"role", "content"} <= set(message):
+        raise AlloError(f"{place} is {_short(message)}; expected a dict with role and content")
+    if message["role"] not in ROLES:
+        raise AlloError(
+            f"{place}: role is {_short(message['role'])}, expected one of {', '.join(ROLES)}"
+        )
+    try:
+        check_text(message["content"])
+    except AlloError as error:
+        raise AlloError(f"{place}: {error}") from None
+
+
+def special_tokens_in(tokenizer, text: str) -> list[str]:
+    """Names of the tokenizer's special tokens that a text contains, the one for unknown aside."""
+    names = tokenizer.convert_ids_to_tokens(sorted(_special_ids(tokenizer)))
+    return [name for name in names if name in text]
+
+
+def _special_ids(tokenizer) -> set[int]:
+    added = tokenizer.added_tokens_decoder.items()
+    ids = {number for number, token in added if token.special} | set(tokenizer.all_special_ids)
+    # Any word may be unknown; that one only counts where it has another meaning, too.
+    meant = {tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.bos_token_id}
+    return ids - ({tokenizer.unk_token_id} - meant)
+
+
+def _encode_chat(tokenizer, messages) -> list[int]:
+    texts = [message["content"] for message in messages]
+    names = {name for text in texts for name in special_tokens_in(tokenizer, text)}
+    if not names:
+        return _render(tokenizer, messages)
+    ids = _render(tokenizer, messages, sanitize_control_tokens=True)
+    # Versions of transformers that do not know this argument pass over it in silence.
+    without = [message | {"content": _without(message["content"], names)} for message in messages]
+    special = _special_ids(tokenizer)
+    if _count(ids, special) != _count(_render(tokenizer, without), special):
+        raise _unreadable(sorted(names)[0])
+    return ids
+
+
+def _render(tokenizer, messages, **settings) -> list[int]:
+    try:
+        return tokenizer.apply_chat_template(
+            list(messages),
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=False,
+            **settings,
+        )
+    except Exception as error:
+        # Templates are programs: each has exceptions of its own for what it does not take.
+        reason = " ".join(str(error).split())[:200]
+        raise AlloError(
+            f"the tokenizer's chat template does not take these messages ({reason}); give messages "
+            "in its order, or strings"
+        ) from error
+
+
+def _without(text: str, names: set[str]) -> str:
+    for name in sorted(names, key=len, reverse=True):
+        text = text.replace(name, "x")
+    return text
+
+
+def _count(ids: list[int], special: set[int]) -> int:
+    return sum(token in special for token in ids)
+
+
+def _unreadable(name: str) -> AlloError:
+    return AlloError(
+        f"the text contains the special token {name!r}, which this tokenizer cannot read as plain "
+        "text; take it out of the text"
+    )
+
+
+def _short(value) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def encode_pairs(tokenizer, pairs, max_length: int) -> list[dict[str, list[int]]]:
     """`prompt`, `chosen`, `rejected` of each pair as token ids.
 
     Raises:
-        AlloError: a pair whose chosen equals its rejected response, or one whose prompt and longer
-            response do not fit into `max_length` tokens.
+        AlloError: a pair that cannot be encoded, whose chosen equals its rejected response, whose
+            prompt is empty, or whose prompt and longer response do not fit into `max_length`
+            tokens.
     """
-    encoded = []
-    for number, pair in enumerate(pairs):
-        row = {
-            "prompt": encode_prompt(tokenizer, pair["prompt"]),
-            "chosen": encode_response(tokenizer, pair["chosen"]),
-            "rejected": encode_response(tokenizer, pair["rejected"]),
-        }
-        if row["chosen"] == row["rejected"]:
-            raise AlloError(f"pair {number}: chosen equals rejected; leave the pair out")
-        length = len(row["prompt"]) + max(len(row["chosen"]), len(row["rejected"]))
-        if length > max_length:
-            raise AlloError(
-                f"pair {number}: {length} tokens, but the longest row is {max_length}; "
-                "shorten the prompt or leave the pair out"
-            )
-        encoded.append(row)
-    return encoded
+    return [_encode_pair(tokenizer, pair, n, max_length) for n, pair in enumerate(pairs)]
+
+
+def _encode_pair(tokenizer, pair, number: int, max_length: int) -> dict[str, list[int]]:
+    row = {}
+    for key in ("prompt", "chosen", "rejected"):
+        try:
+            encode = encode_prompt if key == "prompt" else encode_response
+            row[key] = encode(tokenizer, pair[key])
+        except AlloError as error:
+            raise AlloError(f"pair {number}, {key}: {error}") from error
+    if row["chosen"] == row["rejected"]:
+        raise AlloError(f"pair {number}: chosen equals rejected; leave the pair out")
+    if not row["prompt"]:
+        raise AlloError(f"pair {number}: the prompt has no tokens; give one or leave the pair out")
+    length = len(row["prompt"]) + max(len(row["chosen"]), len(row["rejected"]))
+    if length > max_length:
+        raise AlloError(
+            f"pair {number}: {length} tokens, but the longest row is {max_length}; "
+            "shorten the prompt or leave the pair out"
+        )
+    return row

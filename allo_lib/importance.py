@@ -6,15 +6,17 @@ matrices are kept as the variant `granularity="row"`.
 
 import hashlib
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from allo_lib.errors import AlloError
+from allo_lib.weights import UNREADABLE, told
 
 ORDERS = ("top", "bottom", "random")
 SCOPES = ("global", "tensor")
@@ -118,9 +120,9 @@ class NeuronMask:
             with safe_open(str(path), framework="pt") as file:
                 metadata = file.metadata() or {}
                 tensors = {name: file.get_tensor(name) for name in file.keys()}
-        except (SafetensorError, OSError, UnicodeDecodeError) as error:
+        except UNREADABLE as error:
             raise AlloError(
-                f"{path} is not a readable mask file ({error}): make it anew"
+                f"{path} is not a readable mask file ({told(error)}): make it anew"
             ) from error
         if _HEADER not in metadata:
             raise AlloError(f"{path} is no mask: it lacks the header {_HEADER!r}; expected a mask")
@@ -130,8 +132,12 @@ class NeuronMask:
         for name, index in tensors.items():
             if not _well_formed(index, _numel(shapes[name])):
                 raise AlloError(
-                    f"{path}: {name} has unsorted or out-of-range indices; make it anew"
+                    f"{path}: {_name(name)} has unsorted or out-of-range indices; make it anew"
                 )
+            if granularity == "row" and not _whole_rows(index.long(), shapes[name]):
+                raise AlloError(f"{path}: {_name(name)} keeps parts of rows; make it anew")
+        if not sum(index.numel() for index in tensors.values()):
+            raise AlloError(f"{path} keeps nothing of any tensor; make it anew")
         indices = {name: tensors[name].long() for name in shapes}
         return cls(indices, shapes, granularity)
 
@@ -329,13 +335,33 @@ def _read_header(path, text: str) -> tuple[str, dict[str, tuple[int, ...]]]:
         header = json.loads(text)
         given, granularity = header["format"], header["granularity"]
         shapes = {name: tuple(shape) for name, shape in header["shapes"].items()}
-    except (KeyError, ValueError, TypeError, AttributeError) as error:
+    except (KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise damaged from error
-    sizes = [size for shape in shapes.values() for size in shape]
-    counts = all(type(size) is int and size >= 0 for size in sizes)
-    if given != _FORMAT or granularity not in GRANULARITIES or not counts:
+    if type(given) is not int or given != _FORMAT or granularity not in GRANULARITIES:
+        raise damaged
+    if not all(_is_shape(shape) for shape in shapes.values()):
         raise damaged
     return granularity, shapes
+
+
+def _is_shape(sizes: tuple) -> bool:
+    """Whether these are sizes of dimensions, of a tensor whose entries int64 can count."""
+    if not all(type(size) is int and size >= 0 for size in sizes):
+        return False
+    return math.prod(max(size, 1) for size in sizes) < 2**63
+
+
+def _whole_rows(index: Tensor, shape: tuple[int, ...]) -> bool:
+    if not index.numel():
+        return True
+    width = _numel(shape) if len(shape) < 2 else _numel(shape[1:])
+    rows = index[::width].div(width, rounding_mode="floor")
+    return torch.equal(index, _expand_rows(rows, shape))
+
+
+def _name(name: str) -> str:
+    """A tensor's name as a message can show it: a damaged file may hold any characters."""
+    return name if len(name) <= 80 and name.isprintable() else f"{ascii(name)[:77]}..."
 
 
 def _well_formed(index: Tensor, size: int) -> bool:
@@ -343,7 +369,8 @@ def _well_formed(index: Tensor, size: int) -> bool:
         return False
     if not index.numel():
         return True
-    ascending = index.numel() < 2 or int(index.diff().min()) > 0
+    # Compared, not subtracted: differences of damaged numbers can wrap around.
+    ascending = bool((index[1:] > index[:-1]).all())
     return ascending and int(index[0]) >= 0 and int(index[-1]) < size
 
 

@@ -5,6 +5,7 @@ import csv
 import hashlib
 import json
 import os
+import re
 import subprocess
 from pathlib import Path
 
@@ -14,12 +15,15 @@ NAME = "manifest.json"
 STORE = ".store"  # artifacts and marks of finished notebooks; local, never committed
 SEED_FOLDER = "seed"  # with the seed's number behind it
 ALL_SEEDS = "all"  # the group of the notebooks that run once over all seeds
+# What a run that was killed while it wrote a file may leave beside it.
+_HALF_WRITTEN = re.compile(r"\.(manifest\.json|measurements\.csv)\.\d+(\.tmp)?")
 
 
 def file_hashes(results: Path) -> dict[str, str]:
     """SHA-256 (hex) of every file under `results`, by relative path.
 
-    Left out: the store, the manifest itself, and copies of notebooks that failed.
+    Left out: the store, the manifest itself, copies of notebooks that failed, and half-written
+    files of a killed run.
     """
     return {
         name: hashlib.sha256((results / name).read_bytes()).hexdigest()
@@ -34,6 +38,7 @@ def file_names(results: Path) -> list[str]:
         if Path(folder) == results:
             subfolders[:] = [name for name in subfolders if name != STORE]
         found += [Path(folder, name).relative_to(results).as_posix() for name in names]
+    found = [name for name in found if not _HALF_WRITTEN.fullmatch(name)]
     return sorted(n for n in found if n != NAME and not n.endswith(".failed.ipynb"))
 
 
@@ -61,12 +66,16 @@ def write_json(path: Path, value) -> None:
     """Write `value` as JSON so that `path` is at any moment the old file or the new one, whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with temporary.open("w", encoding="utf-8") as handle:
-        json.dump(value, handle, indent=1, ensure_ascii=False)
-        handle.write("\n")
-        handle.flush()
-        os.fsync(handle.fileno())
-    os.replace(temporary, path)
+    try:
+        with temporary.open("w", encoding="utf-8") as handle:
+            json.dump(value, handle, indent=1, ensure_ascii=False)
+            handle.write("\n")
+            handle.flush()
+            os.fsync(handle.fileno())
+        os.replace(temporary, path)
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def build(

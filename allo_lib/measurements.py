@@ -7,6 +7,7 @@ exact paired bootstrap needs no list of problems. Values are fractions; timings 
 so that two runs of one seed write the same bytes.
 """
 
+import contextlib
 import csv
 import io
 import math
@@ -118,7 +119,8 @@ def merge(old: Iterable[Measurement], new: Iterable[Measurement]) -> list[Measur
 def write(path: str | Path, rows: Iterable[Measurement]) -> None:
     """Write rows sorted, with fixed number formats and LF ends; the file is whole or unchanged.
 
-    Raises AlloError for a value that is not finite, a bad name or a row given twice.
+    Raises AlloError for a value that is not finite, a bad name, a row given twice, or a disk that
+    does not take the file.
     """
     rows = _sorted(rows)
     for row in rows:
@@ -128,11 +130,26 @@ def write(path: str | Path, rows: Iterable[Measurement]) -> None:
     writer = csv.writer(buffer, lineterminator="\n")
     writer.writerow(COLUMNS)
     writer.writerows([_format(cell) for cell in astuple(row)] for row in rows)
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    _replace(Path(path), buffer.getvalue().encode("utf-8"))
+
+
+def _replace(path: Path, content: bytes) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_bytes(buffer.getvalue().encode("utf-8"))
-    os.replace(temporary, path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())  # else a power cut may leave the new name on an empty file
+        os.replace(temporary, path)
+    except OSError as error:
+        reason = " ".join(str(error).split())
+        raise AlloError(
+            f"cannot write {path} ({reason}): free space or permit writing, then run again"
+        ) from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def read(path: str | Path) -> list[Measurement]:

@@ -3,7 +3,6 @@
 import hashlib
 
 import torch
-from safetensors import SafetensorError
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -51,7 +50,7 @@ def micro_llama(
     sizes = dict(vocab_size=vocab_size, width=width, layers=layers, heads=heads)
     sizes |= dict(feed_forward=feed_forward, context=context)
     for key, value in sizes.items():
-        if int(value) != value or value < 1:
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise AlloError(f"{key}={value!r}: expected a whole number of at least 1")
     if width % (2 * heads):
         raise AlloError(f"width={width}: expected a multiple of 2 * heads = {2 * heads}")
@@ -111,8 +110,8 @@ def load(name, *, dtype="float32", device="cpu", cache_dir=None, revision=None):
         parameters.
 
     Raises:
-        AlloError: unknown dtype, nothing loadable under that name, incomplete weights, no pad or
-            end token.
+        AlloError: unknown dtype, nothing loadable under that name, incomplete weights or some that
+            are not finite in that dtype, no pad or end token.
     """
     if dtype not in DTYPES:
         raise AlloError(f"dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
@@ -121,6 +120,7 @@ def load(name, *, dtype="float32", device="cpu", cache_dir=None, revision=None):
     model, tokenizer = _from_pretrained(source, DTYPES[dtype], None if packaged else revision)
     _choose_pad(tokenizer)
     check_tokenizer(tokenizer, model)
+    check_finite(model)
     model.config.pad_token_id = tokenizer.pad_token_id
     model.generation_config = GenerationConfig(
         pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id
@@ -145,7 +145,8 @@ def _from_pretrained(source, dtype, revision):
         model, report = AutoModelForCausalLM.from_pretrained(
             source, dtype=dtype, use_safetensors=True, output_loading_info=True, **safe
         )
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
+    except Exception as error:
+        # Each of hub, configuration, tokenizer and weights has exceptions of its own for damage.
         reason = " ".join(str(error).split())[:300]
         raise AlloError(
             f"model {str(source)!r} cannot be loaded ({reason}); expected "
@@ -180,8 +181,14 @@ def check_tokenizer(tokenizer, model) -> None:
     A response's end token is learned and padding is not, so the two must differ.
 
     Raises:
-        AlloError: no pad or end token, the same one for both, or token ids beyond the embedding.
+        AlloError: no pad or end token, the same one for both, token ids beyond the embedding, or
+            not a language model with its tokenizer at all.
     """
+    if not hasattr(tokenizer, "eos_token_id") or not hasattr(tokenizer, "get_vocab"):
+        raise AlloError(
+            f"the tokenizer is a {type(tokenizer).__name__}; expected one of transformers, such as "
+            "AutoTokenizer.from_pretrained gives"
+        )
     if tokenizer.eos_token_id is None:
         raise AlloError(
             "the tokenizer has no end token; expected one that ends a response: set it with "
@@ -194,14 +201,34 @@ def check_tokenizer(tokenizer, model) -> None:
             f"{tokenizer.eos_token!r}: set it with tokenizer.pad_token = '<a token of its "
             "vocabulary that no text contains>'"
         )
-    rows = model.get_input_embeddings().weight.shape[0]
-    highest = max(tokenizer.get_vocab().values())
+    rows = _embedding_rows(model)
+    highest = max(tokenizer.get_vocab().values(), default=-1)
     if highest >= rows:
         raise AlloError(
             f"the tokenizer's highest token id is {highest}, the model's embedding has {rows} "
             f"rows; expected ids below that: call model.resize_token_embeddings({highest + 1}) and "
             "train the new rows, or use the tokenizer that belongs to the model"
         )
+
+
+def _embedding_rows(model) -> int:
+    try:
+        return model.get_input_embeddings().weight.shape[0]
+    except (AttributeError, NotImplementedError, TypeError) as error:
+        raise AlloError(
+            f"the model is a {type(model).__name__} without token embeddings; expected a causal "
+            "language model of transformers, such as AutoModelForCausalLM.from_pretrained gives"
+        ) from error
+
+
+def check_finite(model) -> None:
+    """AlloError naming the first parameter that holds NaN or infinity: damage or overflow."""
+    for name, value in model.named_parameters():
+        if not torch.isfinite(value).all():
+            raise AlloError(
+                f"weights of {name} hold NaN or infinity in {str(value.dtype).split('.')[-1]}; "
+                "load them in a dtype of larger range, such as float32, or get them again"
+            )
 
 
 def weights_hash(model) -> str:

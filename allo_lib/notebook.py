@@ -12,6 +12,12 @@ def say(text: str) -> None:
     display(Markdown(text))
 
 
+def warn(*found: str | None) -> None:
+    """Show the warnings among `found` (`warning_signs`), in the log of a run too."""
+    for text in filter(None, found):
+        print(f"warning: {text}", flush=True)
+
+
 def table(rows: list[dict], caption: str = "") -> None:
     """Show a list of equally keyed rows as a table; text is escaped."""
     import pandas

@@ -1,6 +1,7 @@
 """AdamW that trains a mask: state for kept entries only, all others never change by a bit."""
 
 import hashlib
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -8,6 +9,8 @@ from torch import Tensor, nn
 from allo_lib.errors import AlloError
 from allo_lib.importance import NeuronMask
 from allo_lib.row_linear import RowLinear, whole_rows
+
+_WATCHED = 2**20  # kept entries, about, that `moved` looks at
 
 
 class MaskedAdamW(torch.optim.AdamW):
@@ -65,6 +68,11 @@ class MaskedAdamW(torch.optim.AdamW):
             raise AlloError(f"MaskedAdamW: max_grad_norm is {max_grad_norm}, expected > 0 or None")
         self.max_grad_norm = max_grad_norm
         self.grad_norm: Tensor | None = None  # of the last step, before clipping; float32 scalar
+        # Called with that norm before anything changes; what it raises ends the step there.
+        self.check_gradient: Callable[[Tensor], None] | None = None
+        # Set `watch` to have every step leave in `moved` which share of the kept entries it changed
+        # in the model's own dtype, by every so many of them: bf16 rounds small updates away.
+        self.watch, self.moved = False, None
         linears = _linears_by_weight(model)
         self._packed = [
             _Packed(
@@ -105,13 +113,25 @@ class MaskedAdamW(torch.optim.AdamW):
                 loss = closure()
         masters = [packed.master for packed in self._packed if packed.master.grad is not None]
         self.grad_norm = nn.utils.get_total_norm([m.grad for m in masters]) if masters else None
+        if masters and self.check_gradient is not None:
+            self.check_gradient(self.grad_norm)
+        before = self._sample() if self.watch else []
         if masters and self.max_grad_norm is not None:
             nn.utils.clip_grads_with_norm_(masters, self.max_grad_norm, self.grad_norm)
         super().step()
         for packed in self._packed:
             packed.write_back()
             packed.master.grad = None
+        if self.watch:
+            changed = [(a != b).sum() for a, b in zip(before, self._sample(), strict=True)]
+            self.moved = float(sum(changed)) / sum(values.numel() for values in before)
         return loss
+
+    def _sample(self) -> list[Tensor]:
+        """Copies of evenly chosen kept values as the model holds them; all of them if few."""
+        kept = sum(packed.master.numel() for packed in self._packed)
+        stride = max(1, kept // _WATCHED)
+        return [packed.sample(stride) for packed in self._packed]
 
     @property
     def trained(self) -> tuple[str, ...]:
@@ -248,6 +268,16 @@ class _Packed:
             weight.view(-1).copy_(rounded)
         else:
             weight.view(-1).index_copy_(0, self.index.long(), rounded)
+
+    def sample(self, stride: int) -> Tensor:
+        """A copy of every `stride`-th kept value, or of all in every `stride`-th kept row."""
+        weight = self.parameter.detach()
+        if self.linear is not None:
+            return weight.index_select(0, self.index[::stride]).view(-1)
+        flat = weight.view(-1)
+        if self.index is None:
+            return flat[::stride].clone()
+        return flat.index_select(0, self.index[::stride])
 
     def full(self) -> Tensor:
         """The parameter in float32, with the masters where there are some."""

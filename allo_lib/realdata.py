@@ -53,6 +53,11 @@ def load_rows(name, split, data_dir=None) -> list[dict]:
     for number, line in enumerate(_text(path).split("\n"), start=1):
         if line.strip():
             rows.append(_parse(line, f"{path}, line {number}"))
+            if ("question" in rows[-1]) != ("question" in rows[0]):
+                raise AlloError(
+                    f"{path}, line {number}: questions and preferences in one file; give each "
+                    "data set one kind"
+                )
     if not rows:
         raise AlloError(f"{path} holds no rows; expected one JSON object a line")
     _check_ids(rows, path)
@@ -91,10 +96,19 @@ def _text(path: Path) -> str:
 
 def _parse(line, place) -> dict:
     try:
-        row = json.loads(line)
+        row = json.loads(line, object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
         raise AlloError(f"{place}: not JSON ({error}); expected one object a line") from error
     check_row(row, place)
+    return row
+
+
+def _unique(pairs) -> dict:
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"the key {_short(twice)} is there twice")
     return row
 
 
@@ -133,6 +147,14 @@ def _check_question(row, place) -> None:
             f"{place}: answer is {_short(answer)}, expected a letter from A to "
             f"{LETTERS[len(choices) - 1]}, one for each option"
         )
+    # `_stem` takes the options off the end again; without them it would take the question.
+    lines = [f"({letter}) {text}" for letter, text in zip(LETTERS, choices, strict=False)]
+    options = "\n" + "\n".join(lines)
+    if not _filled(row["question"].removesuffix(options)) or not row["question"].endswith(options):
+        raise AlloError(
+            f"{place}: question is {_short(row['question'])}, expected a text and then its "
+            f"options, one a line, from {_short(lines[0])} to {_short(lines[-1])}"
+        )
 
 
 def _check_ids(rows, path) -> None:
@@ -140,7 +162,9 @@ def _check_ids(rows, path) -> None:
     for row in rows:
         if "question" in row:
             if row["id"] in seen:
-                raise AlloError(f"{path}: id {row['id']!r} occurs twice; expected one row an id")
+                raise AlloError(
+                    f"{path}: id {_short(row['id'])} occurs twice; expected one row an id"
+                )
             seen.add(row["id"])
 
 
@@ -184,7 +208,13 @@ def _load_from_hub(name, split) -> list[dict]:
             f"data set {name!r} cannot be read from the hub ({reason}); {_both_ways(name)}"
         ) from error
     convert = ecqa_row if name == "ecqa" else hh_row
-    rows = [convert(entry, f"{name}-{split}-{i}") for i, entry in enumerate(table)]
+    try:
+        rows = [convert(entry, f"{name}-{split}-{i}") for i, entry in enumerate(table)]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise AlloError(
+            f"data set {name!r} of the hub has columns of another form ({_short(error)}); "
+            f"{_both_ways(name)}"
+        ) from error
     rows = [row for row in rows if row is not None]
     for row in rows:
         check_row(row, row.get("id", f"{path} {split}"))
@@ -247,6 +277,7 @@ def qa_target(row, style="text", explain=0) -> str:
     `explain` statements of the human explanation (0 none, at most what there is; True is 1) come
     before `The answer is: <option>`.
     """
+    _check_style(style, row)
     statements = [_sentence(line) for line in (row["solution"] or "").split("\n") if line.strip()]
     return " " + " ".join(statements[: int(explain)] + [_final(row, style)])
 
@@ -315,8 +346,10 @@ def _plain(text) -> str:
 def _check_style(style, row) -> None:
     if style not in ("text", "letter"):
         raise AlloError(f"style {style!r}: expected 'text' or 'letter'")
-    if not row["choices"]:
-        raise AlloError(f"question {row.get('id')!r} has no options; expected multiple choice")
+    if not row.get("choices"):
+        raise AlloError(
+            f"question {_short(row.get('id'))} has no options; expected multiple choice"
+        )
 
 
 # --- preferences -------------------------------------------------------------------------------
@@ -331,9 +364,16 @@ def preference_pairs(rows, tokenizer=None, max_tokens=None):
     included, exceed `max_tokens` are dropped, and a warning says how many.
 
     Raises:
-        AlloError: no pair left, `max_tokens` without a tokenizer, or a malformed prompt.
+        AlloError: no pair left, `max_tokens` without a tokenizer, or a malformed row or prompt.
     """
     import datasets
+
+    for number, row in enumerate(rows):
+        check_row(row, f"pair {number}")
+        if "question" in row:
+            raise AlloError(
+                f"pair {number} is a question; expected the keys {', '.join(PREFERENCE_FIELDS)}"
+            )
 
     if max_tokens is not None and tokenizer is None:
         raise AlloError(f"max_tokens={max_tokens} without a tokenizer: give the one to count with")

@@ -32,6 +32,7 @@ def run_stage(
     label: str = "training",
     masters: dict | None = None,
     after=None,
+    checkpoints=None,
 ) -> Log:
     """Train `model` in place with the entries of `mask` (None: all) and return the log.
 
@@ -39,6 +40,7 @@ def run_stage(
     `chosen_reference` and `rejected_reference`, and what the objective reads besides.
     masters: float32 values where the weights hold them rounded, see MaskedAdamW: the stage starts
     from those in the dict and leaves its own there, for the next one.
+    checkpoints: see `training.train`.
     after: called with the optimizer before it is closed, for those who want its float32 masters.
     """
     optimizer = MaskedAdamW(
@@ -62,6 +64,7 @@ def run_stage(
             optimizer,
             schedule,
             label,
+            checkpoints,
         )
         if after is not None:
             after(optimizer)

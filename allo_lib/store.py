@@ -6,9 +6,11 @@ half artifact, and it is read only after its hashes agree.
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import sys
 import time
@@ -17,11 +19,18 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from safetensors import SafetensorError, safe_open
+
 from allo_lib.config import fingerprint
 from allo_lib.errors import AlloError
 
 MANIFEST = "manifest.json"
 _KEY_LENGTH = 24  # hex digits in the folder's name: 96 bits
+# What is not there is damage, which is made anew; any other OSError tells of the disk, not of what
+# lies on it.
+_GONE = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
+_FULL_OR_BROKEN = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS}
+_SAFETENSORS_ON_DISK = re.compile(r"Error while serializing: (I/O error|IoError)")
 
 
 @dataclass(frozen=True)
@@ -38,8 +47,14 @@ class Artifact:
         return self.path / name
 
     def json(self, name: str = "record.json"):
-        """A JSON file of the artifact, parsed."""
-        return json.loads(self.file(name).read_text(encoding="utf-8"))
+        """A JSON file of the artifact, parsed; AlloError when it was damaged after its check."""
+        try:
+            return json.loads(self.file(name).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise AlloError(
+                f"cannot read {self.file(name)} ({_one_line(error)}): run again; what is damaged "
+                "is made anew"
+            ) from error
 
 
 class Store:
@@ -57,10 +72,13 @@ class Store:
             inputs: JSON values: settings that matter, keys of input artifacts, a version of the
                 stage's meaning.
             make: called with an empty folder to write the files of the artifact into.
+
+        Raises:
+            AlloError: the disk takes or gives no data, or an OSError of `make`; nothing is changed.
         """
         key = fingerprint({"kind": kind, "inputs": inputs})[:_KEY_LENGTH]
         path = self.folder / kind / key
-        if path in self._checked and path.is_dir():
+        if path in self._checked and os.path.isdir(path):
             return self._checked[path]
         artifact = self._read(kind, key, path) or self._make(kind, key, path, inputs, make)
         self._checked[path] = artifact
@@ -81,20 +99,20 @@ class Store:
         shutil.rmtree(aside, ignore_errors=True)
 
     def _read(self, kind: str, key: str, path: Path) -> Artifact | None:
-        if not path.is_dir():
-            return None
         try:
-            manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-            damaged = [n for n, digest in manifest["files"].items() if sha256(path / n) != digest]
-            seconds = float(manifest["seconds"])
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            damaged, seconds = [MANIFEST], 0.0
-        if not damaged:
-            return Artifact(kind, key, path, seconds)
-        aside = path.with_name(f"{key}.damaged-{uuid.uuid4().hex[:8]}")
-        with contextlib.suppress(FileNotFoundError):  # another process was quicker
-            path.rename(aside)
-        print(f"{kind}/{key}: {damaged[0]} is damaged; set aside, made anew", file=sys.stderr)
+            if not path.is_dir():
+                return None
+            damaged, seconds = _inspect(path)
+            if damaged is None:
+                return Artifact(kind, key, path, seconds)
+            with contextlib.suppress(FileNotFoundError):  # another process was quicker
+                path.rename(path.with_name(f"{key}.damaged-{uuid.uuid4().hex[:8]}"))
+        except OSError as error:
+            raise AlloError(
+                f"cannot read {kind} in {path} ({_one_line(error)}): mend the disk or permit "
+                "reading, then run again; or delete that folder to have it made anew"
+            ) from error
+        print(f"{kind}/{key}: {damaged} is damaged; set aside, made anew", file=sys.stderr)
         return None
 
     def _make(self, kind, key, path, inputs, make) -> Artifact:
@@ -104,16 +122,39 @@ class Store:
             temporary.mkdir(parents=True)
             make(temporary)
             seconds = round(time.perf_counter() - start, 3)
-            _seal(temporary, {"kind": kind, "key": key, "seconds": seconds, "inputs": inputs})
+            seal(temporary, {"kind": kind, "key": key, "seconds": seconds, "inputs": inputs})
             self._publish(temporary, path)
+            shutil.rmtree(partial_of(temporary), ignore_errors=True)
         except OSError as error:
-            raise AlloError(
-                f"cannot write {kind} to {self.folder} ({error}): free space or permit writing, "
-                "then run again; what is done is kept"
-            ) from error
+            raise AlloError(self._failure(kind, error)) from error
+        except SafetensorError as error:
+            if not _SAFETENSORS_ON_DISK.match(str(error)):
+                raise
+            raise AlloError(self._failure(kind, error)) from error
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
         return Artifact(kind, key, path, seconds)
+
+    def _failure(self, kind: str, error: Exception) -> str:
+        """One line that blames the store's disk only for what happened there."""
+        if self._happened_here(error):
+            return (
+                f"cannot write {kind} to {self.folder} ({_one_line(error)}): free space or permit "
+                "writing, then run again; what is done is kept"
+            )
+        return (
+            f"cannot make {kind} ({_one_line(error)}): mend that, then run again; what is done is "
+            "kept"
+        )
+
+    def _happened_here(self, error: Exception) -> bool:
+        if isinstance(error, SafetensorError):
+            return True
+        if isinstance(error, FileNotFoundError):  # what was to be read, nothing that was written
+            return False
+        if isinstance(error.filename, (str, os.PathLike)):
+            return Path(error.filename).absolute().is_relative_to(self.folder.absolute())
+        return error.errno in _FULL_OR_BROKEN  # a failing write names no file
 
     def _publish(self, temporary: Path, path: Path) -> None:
         try:
@@ -123,6 +164,31 @@ class Store:
                 raise
             return  # another process finished the same artifact first; its bytes serve as well
         _fsync(path.parent)
+
+
+def _inspect(path: Path) -> tuple[str | None, float]:
+    """A damaged file of an artifact, None if it is sound; and what it cost, in seconds.
+
+    Raises OSError when the disk does not say whether there is damage.
+    """
+    try:
+        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        seconds = float(manifest["seconds"])
+        damaged = [name for name, digest in manifest["files"].items() if _lost(path / name, digest)]
+    except (*_GONE, ValueError, KeyError, TypeError, AttributeError):
+        return MANIFEST, 0.0
+    return (damaged[0] if damaged else None), seconds
+
+
+def _lost(path: Path, digest: str) -> bool:
+    try:
+        return sha256(path) != digest
+    except _GONE:
+        return True
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 def sha256(path: Path) -> str:
@@ -137,15 +203,43 @@ def write_json(path: Path, value) -> None:
     path.write_text(text + "\n", encoding="utf-8")
 
 
-def _seal(folder: Path, manifest: dict) -> None:
+def partial_of(folder: Path) -> Path:
+    """Where a maker may keep what an interrupted run goes on from.
+
+    folder: the one that `Store.get` calls `make` with. Every try at the same artifact has the same
+    place, and it is removed as soon as the artifact is whole.
+    """
+    key = folder.name.split(".")[1]
+    return folder.with_name(f".{key}.partial")
+
+
+def seal(folder: Path, manifest: dict) -> None:
+    """Write the manifest of a folder, with the hashes of its files, and all of it to the disk.
+
+    Raises OSError when the disk does not take it all.
+    """
     files = sorted(p for p in folder.rglob("*") if p.is_file())
     for path in files:
         _fsync(path)
+        _check_whole(path)
     manifest["files"] = {str(p.relative_to(folder)): sha256(p) for p in files}
     manifest["bytes"] = sum(p.stat().st_size for p in files)
     write_json(folder / MANIFEST, manifest)
     _fsync(folder / MANIFEST)
+    _check_whole(folder / MANIFEST)
     _fsync(folder)
+
+
+def _check_whole(path: Path) -> None:
+    """OSError when a file ends too early by its own form: the hash of a torn file would seal it."""
+    try:
+        if path.suffix == ".json":
+            json.loads(path.read_text(encoding="utf-8"))
+        elif path.suffix == ".safetensors":
+            with safe_open(str(path), framework="np"):
+                pass  # opening it compares the length of the file with its header
+    except (ValueError, SafetensorError) as error:
+        raise OSError(errno.EIO, "less arrived than was written", str(path)) from error
 
 
 def _fsync(path: Path) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from allo_lib import importance, models, reference, rewriter, token_rewards, weights, workers
+from allo_lib.checkpoints import Checkpoints
 from allo_lib.config import Domain, Profile, load_profile
 from allo_lib.encoding import encode_pairs, encode_prompt, encode_response
 from allo_lib.errors import AlloError
@@ -21,7 +22,7 @@ from allo_lib.methods import Stage
 from allo_lib.pairs import Pairs, make_pairs
 from allo_lib.seeds import derive
 from allo_lib.stages import run_stage
-from allo_lib.store import Artifact, Store, write_json
+from allo_lib.store import Artifact, Store, partial_of, write_json
 from allo_lib.tasks import open_task
 from allo_lib.training import Schedule
 from allo_lib.warmup import delta_of_dpo, gradient_scores, warmup_seed
@@ -210,8 +211,10 @@ class Study:
             if not settings.examples:
                 continue
             rows = self._demonstrations(name, settings)
-            log = self._supervise(rows, settings, f"{name}, {phase}", domain.max_length)
-            record[phase] = {"loss": log.loss, "seconds": log.seconds, "tokens": log.tokens}
+            label, begun = f"{name}, {phase}", self.checkpoints(folder, phase)
+            log = self._supervise(rows, settings, label, domain.max_length, begun)
+            record[phase] = {"loss": log.loss, "seconds": log.seconds, "tokens": log.tokens,
+                             "watch": log.metrics}  # fmt: skip
         weights.save(self.model, folder / "model.safetensors")
         write_json(folder / "record.json", record)
 
@@ -225,7 +228,11 @@ class Study:
             for question in task.questions("sft", settings.examples, settings.mix)
         ]
 
-    def _supervise(self, rows: list[dict], settings, label: str, max_length: int):
+    def checkpoints(self, folder: Path, stage: str) -> Checkpoints:
+        """Where one training stage of the artifact that is made in `folder` goes on from."""
+        return Checkpoints(partial_of(folder) / stage, self.profile.compute.checkpoint_minutes)
+
+    def _supervise(self, rows, settings, label: str, max_length: int, checkpoints: Checkpoints):
         rows = [r for r in rows if len(r["prompt"]) + len(r["response"]) <= max_length]
         schedule = Schedule(
             settings.learning_rate, settings.epochs, settings.batch_size, derive(self.seed, label)
@@ -239,6 +246,7 @@ class Study:
             betas=(0.9, settings.beta2),
             max_grad_norm=self.profile.method.max_grad_norm,
             label=label,
+            checkpoints=checkpoints,
         )
 
     # --- pairs -------------------------------------------------------------------------------
@@ -351,6 +359,7 @@ class Study:
                 epochs=1,
                 label=f"{name}, importance ({variant})",
                 clip=method.max_grad_norm,
+                checkpoints=self.checkpoints(folder, "warm-up"),
                 **common,
             )
         weights.save_tensors(scores, folder / "scores.safetensors")
@@ -412,7 +421,8 @@ class Study:
             self.tokenizer, examples, quality, derive(self.seed, label), self.plain
         )
         self.load_sft(name)
-        log = self._supervise(rows, domain.rewriter, label, self.context)
+        begun = self.checkpoints(folder, "rewriter")
+        log = self._supervise(rows, domain.rewriter, label, self.context, begun)
         weights.save(self.model, folder / "model.safetensors")
         record = {"loss": log.loss, "examples": len(rows), "tokens": log.tokens}
         write_json(folder / "record.json", record)

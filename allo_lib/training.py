@@ -1,22 +1,23 @@
 """The one training loop: `transformers.Trainer` around an objective, an optimizer and rows."""
 
 import math
+import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 
 import torch
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from allo_lib.errors import AlloError
+from allo_lib import checkpoints as kept
+from allo_lib import weights
+from allo_lib.checkpoints import Checkpoints
+from allo_lib.errors import AlloError, Diverged
 from allo_lib.forward import response_logps
 
 _PRINT_EVERY = 15.0  # seconds between progress lines, short runs print none
-
-
-class Diverged(AlloError):
-    """Training reached NaN or infinity: the learning rate is too large."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,12 @@ class Schedule:
 
 @dataclass
 class Log:
-    """One entry per optimizer step (or forward pass, under accumulation), in order."""
+    """One entry per optimizer step (or forward pass, under accumulation), in order.
+
+    metrics: what the objective tells (`reward_margin`, `reward_accuracy`), and per optimizer step
+    `grad_norm`, over the kept entries before clipping, and `moved`, the share of kept entries whose
+    value in the model's dtype the step changed.
+    """
 
     loss: list[float] = field(default_factory=list)
     metrics: dict[str, list[float]] = field(default_factory=dict)
@@ -49,18 +55,22 @@ def train(
     optimizer: torch.optim.Optimizer,
     schedule: Schedule,
     label: str = "training",
+    checkpoints: Checkpoints | None = None,
 ) -> Log:
     """Train `model` in place on `rows`; returns the log.
 
     Args:
         collator: rows -> batch (`batches`) with what the objective needs.
         objective: (logps, batch) -> (loss, metrics), see `objectives`.
-        optimizer: clips by itself if it should; Trainer's clipping is off.
+        optimizer: a MaskedAdamW; it clips by itself if it should, Trainer's clipping is off.
         label: for progress lines and errors.
+        checkpoints: where the training goes on from if it was interrupted, and what it leaves
+            there in case it is; None for neither.
 
     Raises:
         AlloError: no rows.
-        Diverged: log-probs or loss are NaN or infinite; told with the step.
+        Diverged: log-probs, loss or gradient are NaN or infinite; told with the step. The weights
+            are those before that step, and its batch is kept beside the checkpoints.
     """
     if not rows:
         raise AlloError(f"{label}: no rows to train on; give at least one")
@@ -73,13 +83,23 @@ def train(
             data_collator=collator,
             optimizers=(optimizer, None),
         )
-        trainer.objective, trainer.log_ = objective, Log()
-        trainer.label = label
+        log = Log()
+        trainer.objective, trainer.log_, trainer.label = objective, log, label
+        trainer.checkpoints, trainer.optimizer_ = checkpoints, optimizer
+        trainer.started = started
         trainer.remove_callback(PrinterCallback)
-        trainer.add_callback(_Progress(label, trainer.log_))
-        trainer.train()
-    trainer.log_.seconds = round(time.perf_counter() - started, 3)
-    return trainer.log_
+        trainer.add_callback(_Watch(optimizer, log))
+        trainer.add_callback(_Progress(label, log))
+        if checkpoints is not None:
+            trainer.add_callback(_WhenDue(checkpoints))
+        begun = checkpoints.latest() if checkpoints is not None else None
+        optimizer.check_gradient, optimizer.watch = trainer.stop_unless_gradient_finite, True
+        try:
+            trainer.train(resume_from_checkpoint=None if begun is None else str(begun))
+        finally:
+            optimizer.check_gradient, optimizer.watch = None, False
+    log.seconds = round(log.seconds + time.perf_counter() - started, 3)
+    return log
 
 
 def _arguments(folder: str, schedule: Schedule, device: torch.device) -> TrainingArguments:
@@ -114,6 +134,9 @@ class _Trainer(Trainer):
     objective: Callable
     log_: Log
     label: str
+    checkpoints: Checkpoints | None
+    optimizer_: torch.optim.Optimizer  # as it was given; Trainer wraps its own
+    started: float  # time.perf_counter() when this process began the training
 
     def __init__(self, **arguments):
         super().__init__(**arguments)
@@ -121,6 +144,7 @@ class _Trainer(Trainer):
         self.model_accepts_loss_kwargs = False
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        self._batch = inputs
         logps = response_logps(model, inputs)
         self._stop_unless_finite("log-probs", float(logps.detach().sum()))
         loss, metrics = self.objective(logps, inputs)
@@ -135,10 +159,87 @@ class _Trainer(Trainer):
 
     def _stop_unless_finite(self, what: str, value: float) -> None:
         if not math.isfinite(value):
-            step = self.state.global_step
-            raise Diverged(
-                f"{self.label}: the {what} became {value} at step {step}; lower the learning rate"
+            step, batch = self.state.global_step, self._keep_batch()
+            told = f"; the batch is in {batch}" if batch else ""
+            error = Diverged(
+                f"{self.label}: the {what} became {value} at step {step}; "
+                f"lower the learning rate{told}"
             )
+            error.batch = batch
+            raise error
+
+    def stop_unless_gradient_finite(self, norm: torch.Tensor) -> None:
+        """Called by the optimizer before it changes anything."""
+        self._stop_unless_finite("gradient norm", float(norm))
+
+    def _keep_batch(self) -> Path | None:
+        """The batch of this step as a file beside the checkpoints."""
+        if self.checkpoints is None:
+            return None
+        path = self.checkpoints.folder / f"not-finite-at-step-{self.state.global_step}.safetensors"
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            weights.save_tensors(dict(self._batch), path)
+        except OSError as error:
+            print(f"{self.label}: the batch could not be kept ({error})", file=sys.stderr)
+            return None
+        return path
+
+    # Trainer saves and resumes by these; its own versions pickle.
+
+    def _save_checkpoint(self, model, trial) -> None:
+        seconds = self.log_.seconds + time.perf_counter() - self.started
+        log = asdict(self.log_) | {"seconds": seconds}
+
+        def fill(folder: Path) -> None:
+            weights.save(self.model, folder / "model.safetensors")
+            self.state.save_to_json(str(folder / "trainer_state.json"))
+            kept.write_state(folder, self.optimizer_, self.lr_scheduler, log)
+
+        self.checkpoints.write(self.state.global_step, fill)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:
+        path = Path(resume_from_checkpoint, "model.safetensors")
+        weights.restore(self.model, weights.read_tensors(path))
+
+    def _load_optimizer_and_scheduler(self, checkpoint) -> None:
+        if checkpoint is None:
+            return
+        before = kept.read_state(Path(checkpoint), self.optimizer_, self.lr_scheduler)
+        for name, value in before.items():
+            setattr(self.log_, name, value)
+        step = self.state.global_step
+        print(f"{self.label}: goes on from its checkpoint at step {step}", flush=True)
+
+    def _load_rng_state(self, checkpoint) -> None:
+        if checkpoint is not None:
+            kept.read_random_state(Path(checkpoint))
+
+
+class _Watch(TrainerCallback):
+    """Logs of every step how large its gradient was and how much of the model it moved."""
+
+    def __init__(self, optimizer, log: Log):
+        self.optimizer, self.log = optimizer, log
+
+    def on_step_end(self, args, state, control, **_):
+        for name, value in (
+            ("grad_norm", self.optimizer.grad_norm),
+            ("moved", self.optimizer.moved),
+        ):
+            if value is not None:
+                self.log.metrics.setdefault(name, []).append(float(value))
+
+
+class _WhenDue(TrainerCallback):
+    """Asks Trainer for a checkpoint when it is time for one."""
+
+    def __init__(self, checkpoints: Checkpoints):
+        self.checkpoints = checkpoints
+
+    def on_step_end(self, args, state, control, **_):
+        at_end = state.global_step >= state.max_steps
+        control.should_save = self.checkpoints.due(at_end)
 
 
 class _Progress(TrainerCallback):

@@ -7,7 +7,7 @@ import tempfile
 from pathlib import Path
 
 from allo_lib import driver, manifest
-from allo_lib.config import fingerprint, load_profile
+from allo_lib.config import load_profile, settings_hash
 from allo_lib.errors import AlloError
 from allo_lib.marks import Run
 
@@ -35,7 +35,7 @@ def check_files(run: Run) -> list[str]:
     """One line for every file that is not what the manifest says, and for a changed profile."""
     told = manifest.read(run.results)
     problems = []
-    if fingerprint(told.get("settings")) != told["profile_hash"]:
+    if settings_hash(told.get("settings") or {}) != told["profile_hash"]:
         problems.append(f"{manifest.NAME}: its settings do not have its profile hash")
     if told["profile_hash"] != run.profile.hash():
         problems.append(

@@ -11,7 +11,8 @@ from allo_lib.stages import run_stage
 from allo_lib.training import Schedule
 
 
-def delta_of_dpo(model, rows, *, lr, beta, batch_size, epochs, seed, pad_token_id, label, clip):
+def delta_of_dpo(model, rows, *, lr, beta, batch_size, epochs, seed, pad_token_id, label, clip,
+                 checkpoints=None):  # fmt: skip
     """Scores |theta' - theta| / lr of vanilla DPO on every entry (`importance.delta_scores`).
 
     `model` holds theta, which is also the reference of `rows` (encoded pairs with
@@ -34,6 +35,7 @@ def delta_of_dpo(model, rows, *, lr, beta, batch_size, epochs, seed, pad_token_i
         max_grad_norm=clip,
         label=label,
         after=lambda optimizer: after.update(optimizer.master_weights()),
+        checkpoints=checkpoints,
     )
     scores = importance.delta_scores(before, after, lr)
     record = {"loss": log.loss, "lr": lr} | _moved(before, after)

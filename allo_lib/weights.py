@@ -9,6 +9,12 @@ from torch import Tensor
 
 from allo_lib.errors import AlloError
 
+# What safetensors and torch raise for one damaged file or another.
+UNREADABLE = (
+    SafetensorError, OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError,
+    OverflowError,
+)  # fmt: skip
+
 
 def snapshot(model, device=None) -> dict[str, Tensor]:
     """name -> copy of each parameter, on `device` (None: where the parameter is)."""
@@ -25,10 +31,11 @@ def restore(model, weights: dict[str, Tensor]) -> None:
     if set(parameters) != set(weights):
         odd = sorted(set(parameters) ^ set(weights))[0]
         raise AlloError(f"weights and model differ: {odd!r} is in only one of them")
-    for name, value in weights.items():
+    for name, value in weights.items():  # all first: a refusal leaves the model as it was
         if parameters[name].shape != value.shape:
             shapes = tuple(value.shape), tuple(parameters[name].shape)
             raise AlloError(f"weights of {name} have shape {shapes[0]}, the model has {shapes[1]}")
+    for name, value in weights.items():
         parameters[name].copy_(value)
 
 
@@ -46,8 +53,16 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     """Named tensors of a safetensors file; AlloError when it is damaged."""
     try:
         return load_file(str(path))
-    except (SafetensorError, OSError) as error:
-        raise AlloError(f"{path} is not a readable safetensors file ({error})") from error
+    except UNREADABLE as error:
+        raise AlloError(
+            f"{path} is not a readable safetensors file ({told(error)}); make it anew"
+        ) from error
+
+
+def told(error: Exception) -> str:
+    """What an exception says, in one line of at most 200 characters."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 200 else f"{text[:197]}..."
 
 
 @torch.no_grad()

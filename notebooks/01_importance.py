@@ -5,6 +5,8 @@
 #     text_representation:
 #       extension: .py
 #       format_name: percent
+#       format_version: '1.3'
+#       jupytext_version: 1.19.6
 #   kernelspec:
 #     display_name: Python 3
 #     language: python
@@ -30,8 +32,18 @@ results_dir = ""  # "" is results/<profile>
 overrides = {}  # profile keys to change, dotted: {"domains.miniature.epochs": 2}
 
 # %%
-from allo_lib import analysis, arms, figures, importance, parallel, published, results, weights
-from allo_lib.notebook import percent, say, show, table
+from allo_lib import (
+    analysis,
+    arms,
+    figures,
+    importance,
+    parallel,
+    published,
+    results,
+    warning_signs,
+    weights,
+)  # fmt: skip
+from allo_lib.notebook import percent, say, show, table, warn
 from allo_lib.study import Study
 
 study = Study.open(profile, seed, results_dir, overrides)
@@ -65,6 +77,7 @@ for name in study.profile.domains:
     table([{"pairs": record["pairs"], "lr": record["lr"], "moved, float32": record["moved_float32"],
             "moved, bfloat16": record["moved_bfloat16"], "kept": mask.kept, "of": mask.total} | ties],
           f"{name}: the importance run, entries moved (shares), the mask and how arbitrary it is.")
+    warn(warning_signs.arbitrary_mask(**ties, kept=mask.kept, total=mask.total))
 
 # %% [markdown]
 # ## Where the key neurons sit
@@ -94,6 +107,7 @@ for name in study.profile.domains:
     for row in results.overlap_rows(study, name):
         if row.metric == "mask_overlap":
             say(f"{row.method}: overlap {row.value:.3f}, chance {chance:.3f}.")
+            warn(warning_signs.weak_overlap(f"{name}, {row.method}", row.value, chance))
 
 # %% [markdown]
 # ## The empirical study (C1-C3)

@@ -5,6 +5,8 @@
 #     text_representation:
 #       extension: .py
 #       format_name: percent
+#       format_version: '1.3'
+#       jupytext_version: 1.19.6
 #   kernelspec:
 #     display_name: Python 3
 #     language: python
@@ -32,8 +34,8 @@ overrides = {}  # profile keys to change, dotted: {"domains.miniature.epochs": 2
 # %%
 import torch
 
-from allo_lib import analysis, figures, parallel, stats, token_pictures
-from allo_lib.notebook import html, percent, say, show, table
+from allo_lib import analysis, figures, methods, parallel, stats, token_pictures, warning_signs
+from allo_lib.notebook import html, percent, say, show, table, warn
 from allo_lib.study import Study
 from allo_lib.token_rewards import key_tokens, unaligned_weights
 
@@ -74,8 +76,9 @@ for name in study.profile.domains:
          f"Held-out rejected responses of {name}, tokens coloured by the rewriter's probability.")
     chosen = analysis.selected_share(study, name, "trained")
     say(f"**{name}**: the threshold rule selects {percent(chosen)} of the rejected tokens of the "
-        "training pairs."
-        + (" **None or all of them: forgetting has nothing to choose.**" if chosen in (0, 1) else ""))
+        "training pairs.")
+    allo = methods.stages_of("allo", study.profile)[0]
+    warn(warning_signs.no_choice_of_tokens(study.forgetting_weights(name, allo)))
 
 # %% [markdown]
 # ## Does it find the wrong decisions?

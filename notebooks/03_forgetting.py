@@ -5,6 +5,8 @@
 #     text_representation:
 #       extension: .py
 #       format_name: percent
+#       format_version: '1.3'
+#       jupytext_version: 1.19.6
 #   kernelspec:
 #     display_name: Python 3
 #     language: python
@@ -34,9 +36,9 @@ import math
 
 import torch
 
-from allo_lib import analysis, figures, parallel, results
+from allo_lib import analysis, figures, parallel, results, warning_signs
 from allo_lib.losses import npo_loss
-from allo_lib.notebook import methods_table, say, show
+from allo_lib.notebook import methods_table, say, show, warn
 from allo_lib.study import Study
 
 study = Study.open(profile, seed, results_dir, overrides)
@@ -89,6 +91,7 @@ for name in study.profile.domains:
     word = "above" if change > 2 * noise else "below" if change < -2 * noise else "no different from"
     say(f"**{name}**: {last} ends {word} the SFT model ({100 * change:+.1f} points, standard "
         f"error of the difference at most {100 * noise:.1f}).")
+    warn(warning_signs.far_below(f"{name}, {last}", alone, start, noise))
 
 # %% [markdown]
 # ## Which tokens it pushed down

@@ -5,6 +5,8 @@
 #     text_representation:
 #       extension: .py
 #       format_name: percent
+#       format_version: '1.3'
+#       jupytext_version: 1.19.6
 #   kernelspec:
 #     display_name: Python 3
 #     language: python
@@ -32,9 +34,9 @@ import math
 
 import torch
 
-from allo_lib import analysis, figures, parallel, results, token_pictures
+from allo_lib import analysis, figures, parallel, results, token_pictures, warning_signs
 from allo_lib.losses import dpo_loss, token_dpo_loss
-from allo_lib.notebook import html, methods_table, percent, say, show, table
+from allo_lib.notebook import html, methods_table, percent, say, show, table, warn
 from allo_lib.study import Study
 
 study = Study.open(profile, seed, results_dir, overrides)
@@ -81,6 +83,10 @@ for name in study.profile.domains:
     allo, dpo = (analysis.score_of(found[name][m])[0] for m in ("allo", "dpo_long"))
     say(f"**{name}**: ALLO {percent(allo)}, DPO with as many updates {percent(dpo)}: "
         f"{100 * (allo - dpo):+.1f} points on this seed. 06_evaluation has the interval.")
+    (both, error), (start, error_start) = (
+        analysis.score_of(found[name][m]) for m in ("allo", "sft_base"))
+    warn(warning_signs.far_below(f"{name}, both stages of ALLO", both, start,
+                                 math.hypot(error, error_start)))
 
 # %% [markdown]
 # ## What ALLO made less likely

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from allo_lib import align, alignment, miniature, models, weights
 from allo_lib.alignment import AlignConfig
+from allo_lib.checkpoints import Checkpoints
 from allo_lib.errors import AlloError
 from allo_lib.importance import NeuronMask
 from allo_lib.optim import MaskedAdamW
@@ -79,6 +80,34 @@ def test_learning_goes_on_from_the_masters_of_forgetting(tokenizer, pairs, tmp_p
 
 
 LEAN = {"estimator": "gradient", "rewriter_neurons": "kept"}
+
+
+@pytest.mark.parametrize("stopped", [3, 6, 11, 14, 22])
+def test_a_stopped_call_goes_on_and_ends_with_the_same_weights(
+    stopped, tokenizer, pairs, tmp_path, monkeypatch
+):
+    """Four stages of six steps each: the call is stopped within one or at the end of one."""
+    settings = FAST | {"epochs": 2, "checkpoint_minutes": 1e-9}
+    whole = small_model(tokenizer)
+    align(whole, tokenizer, pairs, config=settings, output_dir=tmp_path / "whole")
+    written, write = [], Checkpoints.write
+
+    def stop(self, step, fill):
+        write(self, step, fill)
+        written.append(step)
+        if len(written) == stopped:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Checkpoints, "write", stop)
+        model = small_model(tokenizer)
+        align(model, tokenizer, pairs, config=settings, output_dir=tmp_path / "again")
+    assert (tmp_path / "again" / ".checkpoints").is_dir()
+    again = small_model(tokenizer)
+    align(again, tokenizer, pairs, config=settings, output_dir=tmp_path / "again")
+    for (name, first), second in zip(whole.named_parameters(), again.parameters(), strict=True):
+        assert torch.equal(first, second), name
+    assert not (tmp_path / "again" / ".checkpoints").exists()
 
 
 def test_lean_settings_keep_by_gradient_and_train_kept_entries_only(

@@ -296,7 +296,7 @@ def test_an_unfinished_run_is_not_mixed_with_another_profile(study, project):
 
 def test_a_manifest_that_was_not_written_in_time_is_written_later(study, monkeypatch):
     run, ran = study
-    with monkeypatch.context() as patch, pytest.raises(OSError):
+    with monkeypatch.context() as patch, pytest.raises(cli.AlloError, match="full.*free space"):
         patch.setattr(driver, "write_manifest", lambda *_: (_ for _ in ()).throw(OSError("full")))
         driver.run_study(run)
     assert manifest.read(run.results) is None

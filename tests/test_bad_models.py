@@ -1,0 +1,470 @@
+"""Models, tokenizers and settings that `align` and `load` cannot use, told before anything runs."""
+
+import json
+import types
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from refusals import read_or_refused, refused, tree
+from safetensors.torch import load_file, save_file
+from tiny_models import tiny_llama
+from tokenizers import Tokenizer, pre_tokenizers
+from tokenizers import models as tokenizer_models
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from allo_lib import align, alignment, models
+from allo_lib.alignment import AlignConfig, AlignResult
+
+WORDS = ["<pad>", "<eos>", "<unk>", *(f"w{i}" for i in range(30))]  # as many as tiny_llama has
+PAIRS = [{"prompt": "w1 w2", "chosen": "w3", "rejected": f"w{4 + i}"} for i in range(4)]
+NAN, INF = float("nan"), float("inf")
+QUICK = {"batch_size": 4, "importance_rate": 1e-3, "forgetting_rate": 1e-3, "learning_rate": 1e-3}
+fuzzing = settings(
+    max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+
+
+def words(vocabulary=WORDS, **special):
+    ids = {word: i for i, word in enumerate(vocabulary)}
+    core = Tokenizer(tokenizer_models.WordLevel(ids, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    names = dict(pad_token="<pad>", eos_token="<eos>", unk_token="<unk>") | special
+    return PreTrainedTokenizerFast(tokenizer_object=core, **names)
+
+
+# --- what is usable, however odd -----------------------------------------------------------------
+
+
+def untied():
+    return tiny_llama(tied=False)
+
+
+def tied():
+    return tiny_llama(tied=True)
+
+
+def larger_vocabulary():
+    model = tiny_llama()
+    model.resize_token_embeddings(64)
+    return model
+
+
+def partly_frozen():
+    model = tiny_llama()
+    model.model.embed_tokens.weight.requires_grad_(False)
+    return model
+
+
+def without_pad_in_its_config():
+    model = tiny_llama()
+    model.config.pad_token_id = None
+    return model
+
+
+@pytest.mark.parametrize("make", [untied, tied, larger_vocabulary, without_pad_in_its_config])
+def test_models_that_differ_in_what_does_not_matter_are_aligned(tmp_path, make):
+    stages = ("importance", "learning")
+    result = align(make(), words(), PAIRS, stages=stages, config=QUICK, output_dir=tmp_path)
+    assert isinstance(result, AlignResult) and result.mask.kept
+    assert (tmp_path / "model.safetensors").is_file()
+
+
+def test_a_partly_frozen_model_keeps_its_frozen_weights(tmp_path):
+    model = partly_frozen()
+    frozen = model.model.embed_tokens.weight.clone()
+    config = QUICK | {"estimator": "gradient"}
+    result = align(model, words(), PAIRS, config=config, output_dir=tmp_path)
+    assert torch.equal(model.model.embed_tokens.weight, frozen) and result.mask.kept
+
+
+# --- models --------------------------------------------------------------------------------------
+
+
+class Buffers(torch.nn.Module):
+    """A module without a single parameter."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("weight", torch.ones(3, 3))
+        self.config = tiny_llama().config
+
+
+class Frozen(Buffers):
+    """Embeddings and all else as buffers: a module that looks like a language model."""
+
+    def get_input_embeddings(self):
+        return self
+
+
+def altered(**changes):
+    model = tiny_llama()
+    for name, value in changes.items():
+        setattr(model.config, name, value)
+    return model
+
+
+def without_context():
+    model = tiny_llama()
+    model.config = types.SimpleNamespace(pad_token_id=0)
+    return model
+
+
+def with_entry(value, dtype=torch.float32):
+    model = tiny_llama(dtype=dtype)
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight[3, 5] = value
+    return model
+
+
+DOWN = "weights of model.layers.1.mlp.down_proj.weight hold NaN or infinity in "
+MODELS = {
+    "nothing": (lambda: None, "the model is a NoneType without token embeddings; expected a"),
+    "a name": (lambda: "gpt2", "the model is a str without token embeddings"),
+    "a function": (lambda: tiny_llama, "the model is a function without token embeddings"),
+    "weights": (lambda: tiny_llama().state_dict(), "the model is a OrderedDict without token"),
+    "a plain layer": (lambda: torch.nn.Linear(3, 3), "the model is a Linear without token embed"),
+    "embeddings alone": (lambda: torch.nn.Embedding(33, 4), "the model is a Embedding without"),
+    "buffers only": (Buffers, "the model is a Buffers without token embeddings"),
+    "buffers as embeddings": (Frozen, "highest token id is 32, the model's embedding has 3 rows"),
+    "a decoder's layers": (lambda: tiny_llama().model.layers, "the model is a ModuleList without"),
+    "all frozen": (lambda: tiny_llama().requires_grad_(False), "every parameter of the model is"),
+    "NaN": (lambda: with_entry(NAN), DOWN + "float32; load them in a dtype of larger range"),
+    "infinity": (lambda: with_entry(INF), DOWN + "float32"),
+    "bfloat16 infinity": (lambda: with_entry(-INF, torch.bfloat16), DOWN + "bfloat16"),
+    "float16 overflow": (lambda: with_entry(1e6, torch.float16), DOWN + "float16"),
+    "partly frozen": (partly_frozen, "embed_tokens.weight is frozen, but the scores of estimator"),
+    "no context": (without_context, "the model's config does not say how many tokens it reads"),
+    "context too short": (
+        lambda: altered(max_position_embeddings=3),
+        "pair 0: 4 tokens, but the longest row is 3",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("make", "told"), MODELS.values(), ids=MODELS)
+def test_a_bad_model_is_told_before_anything_is_written(tmp_path, make, told):
+    with refused(told):
+        align(make(), words(), PAIRS, output_dir=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("estimator", "told"),
+    [("delta", "importance: the log-probs became nan at step 0"), ("gradient", "holds NaN; check")],
+)
+def test_activations_that_overflow_are_told_and_no_weight_is_lost(tmp_path, estimator, told):
+    model = tiny_llama(dtype=torch.float16)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(0).add_(6e4)
+        model.model.norm.weight.fill_(6e4)
+    before = models.weights_hash(model)
+    with refused(told):
+        align(model, words(), PAIRS, config={"estimator": estimator}, output_dir=tmp_path)
+    assert models.weights_hash(model) == before
+    assert not (tmp_path / "model.safetensors").exists()
+
+
+# --- tokenizers ----------------------------------------------------------------------------------
+
+TOKENIZERS = {
+    "nothing": (lambda: None, "the tokenizer is a NoneType; expected one of transformers, such as"),
+    "a name": (lambda: "gpt2", "the tokenizer is a str; expected one of transformers"),
+    "a function": (lambda: str.split, "the tokenizer is a method_descriptor; expected one of"),
+    "one of tokenizers": (lambda: words().backend_tokenizer, "the tokenizer is a Tokenizer; exp"),
+    "the model": (tiny_llama, "the tokenizer is a LlamaForCausalLM; expected one of transformers"),
+    "no pad": (lambda: words(pad_token=None), "the tokenizer has no pad token; expected a pad"),
+    "no end": (lambda: words(eos_token=None), "the tokenizer has no end token; expected one that"),
+    "neither": (lambda: words(eos_token=None, pad_token=None), "the tokenizer has no end token"),
+    "pad is end": (lambda: words(pad_token="<eos>"), "the tokenizer has one token for pad and end"),
+    "a word more": (lambda: words([*WORDS, "w30"]), "highest token id is 33, the model's"),
+    "a pad added": (
+        lambda: words(pad_token="<padding>"),
+        "call model.resize_token_embeddings(34) and train the new rows",
+    ),
+    "thousands more": (lambda: words([*WORDS, *map(str, range(9999))]), "token id is 10031"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("make", "told"), TOKENIZERS.values(), ids=TOKENIZERS)
+def test_a_bad_tokenizer_is_told_before_anything_is_written(tmp_path, make, told):
+    model = tiny_llama()
+    with refused(told):
+        align(model, make(), PAIRS, output_dir=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+# --- settings ------------------------------------------------------------------------------------
+
+SETTINGS = {
+    "list": ([("share", 0.1)], "align: config is a list; expected an AlignConfig or a dict"),
+    "path": ("align.yaml", "align: config is a str; expected an AlignConfig or a dict"),
+    "number": (0.1, "align: config is a float; expected an AlignConfig or a dict"),
+    "class": (AlignConfig, "align: config is a type; expected an AlignConfig or a dict"),
+    "unknown": ({"lr": 1e-4}, "align: unknown setting 'lr'; expected share, estimator"),
+    "in capitals": ({"Beta": 0.1}, "align: unknown setting 'Beta'"),
+    "no name": ({3: 1}, "align: unknown setting '3'"),
+    "two kinds of names": ({3: 1, "x": 2}, "align: unknown setting '3'"),
+    "share zero": ({"share": 0}, "align: share is 0; expected a number above 0 and at most 1"),
+    "share in percent": ({"share": 10}, "align: share is 10; expected a number above 0 and at mo"),
+    "share negative": ({"share": -0.1}, "align: share is -0.1; expected a number above 0"),
+    "share NaN": ({"share": NAN}, "align: share is nan; expected a number above 0"),
+    "share a text": ({"share": "0.1"}, "align: share is '0.1'; expected a number above 0"),
+    "share true": ({"share": True}, "align: share is True; expected a number above 0"),
+    "share none": ({"share": None}, "align: share is None; expected a number above 0"),
+    "rate zero": ({"learning_rate": 0}, "learning_rate is 0; expected a finite number above 0"),
+    "rate negative": ({"forgetting_rate": -1e-6}, "forgetting_rate is -1e-06; expected a finite"),
+    "rate infinite": ({"importance_rate": INF}, "importance_rate is inf; expected a finite number"),
+    "rate NaN": ({"rewriter_rate": NAN}, "rewriter_rate is nan; expected a finite number above 0"),
+    "rate a text": ({"learning_rate": "5e-6"}, "learning_rate is '5e-6'; expected a finite number"),
+    "rate a tensor": ({"learning_rate": torch.tensor(1.0)}, "learning_rate is tensor(1.)"),
+    "beta zero": ({"beta": 0.0}, "align: beta is 0.0; expected a finite number above 0"),
+    "beta negative": ({"beta": -0.1}, "align: beta is -0.1; expected a finite number above 0"),
+    "key share zero": ({"key_share": 0}, "align: key_share is 0; expected a number above 0 and at"),
+    "key share two": ({"key_share": 2.0}, "align: key_share is 2.0; expected a number above 0"),
+    "rule": ({"token_rule": "hard"}, "align: token_rule is 'hard'; expected one of thresh"),
+    "rule a list": ({"token_rule": ["soft"]}, "align: token_rule is ['soft']; expected one of"),
+    "estimator none": ({"estimator": None}, "align: estimator is None; expected one of delta"),
+    "neurons true": ({"rewriter_neurons": True}, "rewriter_neurons is True; expected one of all"),
+    "threshold above": ({"token_threshold": 1.5}, "token_threshold is 1.5; expected a number"),
+    "threshold below": ({"token_threshold": -1}, "token_threshold is -1; expected a number from 0"),
+    "threshold NaN": ({"token_threshold": NAN}, "token_threshold is nan; expected a number from"),
+    "no batch": ({"batch_size": 0}, "batch_size is 0; expected a whole number of at least 1"),
+    "half a batch": ({"batch_size": 0.5}, "batch_size is 0.5; expected a whole number of at least"),
+    "a batch of 16.0": ({"batch_size": 16.0}, "batch_size is 16.0; expected a whole number"),
+    "no epochs": ({"epochs": 0}, "epochs is 0; expected a whole number of at least 1"),
+    "epochs true": ({"epochs": True}, "epochs is True; expected a whole number of at least 1"),
+    "epochs negative": ({"epochs": -1}, "epochs is -1; expected a whole number of at least 1"),
+    "forward batch": ({"forward_batch": 0}, "forward_batch is 0; expected a whole number of at"),
+    "length zero": ({"max_length": 0}, "max_length is 0; expected a whole number of at least 1"),
+    "length negative": ({"max_length": -5}, "max_length is -5; expected a whole number of at lea"),
+    "length infinite": ({"max_length": INF}, "max_length is inf; expected a whole number"),
+    "norm zero": ({"max_grad_norm": 0}, "max_grad_norm is 0; expected a finite number above 0"),
+    "norm negative": ({"max_grad_norm": -1.0}, "max_grad_norm is -1.0; expected a finite number"),
+    "seed negative": ({"seed": -1}, "align: seed is -1; expected a whole number of at least 0"),
+    "seed a text": ({"seed": "0"}, "align: seed is '0'; expected a whole number of at least 0"),
+    "seed none": ({"seed": None}, "align: seed is None; expected a whole number of at least 0"),
+    "minutes negative": ({"checkpoint_minutes": -1}, "checkpoint_minutes is -1; expected a number"),
+    "minutes NaN": ({"checkpoint_minutes": NAN}, "checkpoint_minutes is nan; expected a number of"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("config", "told"), SETTINGS.values(), ids=SETTINGS)
+def test_a_bad_setting_is_told_before_anything_is_written(tmp_path, config, told):
+    with refused(told):
+        align(tiny_llama(), words(), PAIRS, config=config, output_dir=tmp_path / "out")
+    if isinstance(config, dict) and set(config) <= set(AlignConfig.__dataclass_fields__):
+        with refused(told):  # a dict of the fields and the class itself are checked alike
+            alignment._settings(AlignConfig(**config))
+    assert not (tmp_path / "out").exists()
+
+
+STAGES = {
+    "none": (None, "align: stages None given; expected a tuple with some of ('importance',"),
+    "number": (3, "align: stages 3 given; expected a tuple with some of"),
+    "true": (True, "align: stages True given; expected a tuple with some of"),
+    "a word": ("learning", "align: stages 'learning' given; expected a tuple with some of"),
+    "another word": ("all", "align: stages 'all' given; expected a tuple with some of"),
+    "empty list": ([], "align: stages [] given; expected a tuple with some of"),
+    "in capitals": (("Learning",), "align: stages ('Learning',) given; expected a tuple"),
+    "one too many": (("learning", "rewriter"), "align: stages ('learning', 'rewriter') given"),
+    "number inside": (("learning", 2), "align: stages ('learning', 2) given; expected a tuple"),
+    "list inside": ([["learning"]], "align: stages [['learning']] given; expected a tuple"),
+}
+
+
+@pytest.mark.parametrize(("stages", "told"), STAGES.values(), ids=STAGES)
+def test_bad_stages_are_told_before_anything_is_written(tmp_path, stages, told):
+    with refused(told):
+        align(tiny_llama(), words(), PAIRS, stages=stages, output_dir=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_file_in_the_place_of_the_folder_is_told_and_kept(tmp_path):
+    (tmp_path / "out").write_text("mine")
+    with refused("align: output_dir", "is a file; name a folder"):
+        align(tiny_llama(), words(), PAIRS, output_dir=tmp_path / "out")
+    assert (tmp_path / "out").read_text() == "mine"
+
+
+@pytest.mark.parametrize("raw", [b"", b"\x80\x04cos\nsystem\n(S'touch ran'\ntR.", b"x" * 99])
+def test_a_damaged_mask_in_the_folder_is_told_and_kept(tmp_path, monkeypatch, raw):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mask.safetensors").write_bytes(raw)
+    model = tiny_llama()
+    before = models.weights_hash(model)
+    with refused("mask.safetensors is not a readable mask file"):
+        align(model, words(), PAIRS, stages=("learning",), config=QUICK, output_dir=tmp_path)
+    assert models.weights_hash(model) == before
+    assert tree(tmp_path) == {(tmp_path / "mask.safetensors").relative_to(tmp_path): raw}
+
+
+values = st.none() | st.booleans() | st.integers(-5, 5) | st.floats() | st.text(max_size=3)
+
+
+@fuzzing
+@given(st.dictionaries(st.sampled_from([*AlignConfig.__dataclass_fields__]), values, max_size=3))
+def test_any_settings_are_taken_or_refused(config):
+    taken = read_or_refused(lambda: alignment._settings(config))
+    assert taken is None or taken == AlignConfig(**config)
+
+
+# --- folders of models ---------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    tiny_llama().save_pretrained(folder)
+    words().save_pretrained(folder)
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def config_with(**changes):
+    def change(files):
+        told = json.loads(files["config.json"]) | changes
+        return files | {"config.json": json.dumps(told).encode()}
+
+    return change
+
+
+def file_as(name, raw):
+    return lambda files: files | {name: raw}
+
+
+def file_dropped(name):
+    return lambda files: {key: raw for key, raw in files.items() if key != name}
+
+
+PICKLE = b"\x80\x04cos\nsystem\n(S'touch ran'\ntR."
+FOLDERS = {
+    "empty": lambda files: {},
+    "no config": file_dropped("config.json"),
+    "config empty": file_as("config.json", b""),
+    "config a list": file_as("config.json", b"[1]"),
+    "config cut": file_as("config.json", b'{"model_type": "llama"'),
+    "config not UTF-8": file_as("config.json", b'{"model_type": "\xff"}'),
+    "unknown kind": config_with(model_type="allo"),
+    "kind a number": config_with(model_type=3),
+    "no language model": config_with(model_type="vit"),
+    "heads that do not divide": config_with(num_attention_heads=3),
+    "no heads": config_with(num_attention_heads=0),
+    "wider than its weights": config_with(hidden_size=32),
+    "longer vocabulary than its weights": config_with(vocab_size=40),
+    "size a text": config_with(hidden_size="sixteen"),
+    "size negative": config_with(vocab_size=-33),
+    "unknown activation": config_with(hidden_act="wave"),
+    "no weights": file_dropped("model.safetensors"),
+    "weights empty": file_as("model.safetensors", b""),
+    "weights pickled": file_as("model.safetensors", PICKLE),
+    "only pickled weights": lambda files: file_dropped("model.safetensors")(
+        files | {"pytorch_model.bin": PICKLE}
+    ),
+    "weights cut": lambda files: files | {"model.safetensors": files["model.safetensors"][:-9]},
+    "no tokenizer": lambda files: {k: v for k, v in files.items() if "tokenizer" not in k},
+    "tokenizer empty": file_as("tokenizer.json", b""),
+    "tokenizer a list": file_as("tokenizer.json", b"[]"),
+    "tokenizer cut": lambda files: files | {"tokenizer.json": files["tokenizer.json"][:-50]},
+    "tokenizer of another kind": file_as("tokenizer.json", b'{"model": {"type": "Magic"}}'),
+    "tokenizer's settings cut": file_as("tokenizer_config.json", b"{"),
+}
+
+
+@pytest.mark.parametrize("change", FOLDERS.values(), ids=FOLDERS)
+def test_a_folder_that_holds_no_model_is_told(tmp_path, monkeypatch, saved, change):
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for name, raw in change(saved).items():
+        (folder / name).write_bytes(raw)
+    before = tree(tmp_path)
+    with refused(
+        f"model '{folder}' cannot be loaded (", "; expected 'smollm2-135m-instruct', a hub"
+    ):
+        models.load(str(folder))
+    assert tree(tmp_path) == before  # no pickle ran
+
+
+def test_the_folder_that_the_cases_depart_from_is_loaded(tmp_path, saved):
+    for name, raw in saved.items():
+        (tmp_path / name).write_bytes(raw)
+    assert isinstance(models.load(str(tmp_path))[0], type(tiny_llama()))
+
+
+@pytest.mark.parametrize(
+    ("value", "dtype", "told"),
+    [
+        (NAN, "float32", "hold NaN or infinity in float32"),
+        (INF, "bfloat16", "hold NaN or infinity in bfloat16"),
+        (1e6, "float16", "model.norm.weight hold NaN or infinity in float16; load them in a dtype"),
+    ],
+)
+def test_weights_that_no_dtype_or_not_this_one_holds_are_told(tmp_path, saved, value, dtype, told):
+    for name, raw in saved.items():
+        (tmp_path / name).write_bytes(raw)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["model.norm.weight"][2] = value
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with refused(told):
+        models.load(str(tmp_path), dtype=dtype)
+
+
+NAMES = {
+    "upwards": "../../../none",
+    "with a blank": "no such model",
+    "three parts": "a/b/c",
+    "empty": "",
+    "NUL": "a\x00b",
+    "line break": "a\nb",
+    "code": "$(touch ran)",
+    "option": "--help",
+}
+
+
+@pytest.mark.parametrize("name", NAMES.values(), ids=NAMES)
+def test_a_name_of_no_model_is_told(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with refused("cannot be loaded ("):
+        models.load(name)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("dtype", ["", "half", "torch.float32", "FLOAT32", "int8", None, 32])
+def test_an_unknown_dtype_is_told(dtype):
+    with refused(f"dtype {dtype!r}: expected one of float32, bfloat16, float16"):
+        models.load("smollm2-135m-instruct", dtype=dtype)
+
+
+# --- micro models --------------------------------------------------------------------------------
+
+MICRO = dict(vocab_size=9, width=8, layers=1, heads=2, feed_forward=8, context=8, seed=0)
+MICRO |= dict(initializer_range=0.05, pad_token_id=0, eos_token_id=1)
+SIZES = {
+    "no words": ({"vocab_size": 0}, "vocab_size=0: expected a whole number of at least 1"),
+    "layers negative": ({"layers": -2}, "layers=-2: expected a whole number of at least 1"),
+    "half a head": ({"heads": 0.5}, "heads=0.5: expected a whole number of at least 1"),
+    "context NaN": ({"context": NAN}, "context=nan: expected a whole number of at least 1"),
+    "width infinite": ({"width": INF}, "width=inf: expected a whole number of at least 1"),
+    "width a text": ({"width": "8"}, "width='8': expected a whole number of at least 1"),
+    "width none": ({"width": None}, "width=None: expected a whole number of at least 1"),
+    "odd heads": ({"width": 6}, "width=6: expected a multiple of 2 * heads = 4"),
+    "pad none": ({"pad_token_id": None}, "pad_token_id=None, eos_token_id=1: expected two"),
+    "end negative": ({"eos_token_id": -1}, "eos_token_id=-1: expected two different ids from 0"),
+    "end past": ({"eos_token_id": 9}, "eos_token_id=9: expected two different ids from 0 to 8"),
+}
+
+
+@pytest.mark.parametrize(("change", "told"), SIZES.values(), ids=SIZES)
+def test_a_micro_model_of_no_size_is_told(change, told):
+    with refused(told):
+        models.micro_llama(**MICRO | change)
+
+
+def test_a_published_model_is_an_automodel(tmp_path, saved):
+    """What the messages advise to use is what the functions take."""
+    for name, raw in saved.items():
+        (tmp_path / name).write_bytes(raw)
+    models.check_tokenizer(words(), AutoModelForCausalLM.from_pretrained(tmp_path))

@@ -1,0 +1,643 @@
+"""A disk that is full, breaks or tears what it was given never leads to a wrong result.
+
+Every operation by which the store changes the disk is counted; then each of them in turn goes wrong
+in every way, always in a fresh folder, and what is left and what a second run gives are looked at.
+"""
+
+import builtins
+import contextlib
+import dataclasses
+import errno
+import io
+import json
+import os
+import re
+import resource
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+from conftest import PROFILE, write_notebook
+from safetensors import SafetensorError
+
+from allo_lib import cli, driver, manifest, marks, measurements, weights
+from allo_lib.errors import AlloError
+from allo_lib.importance import NeuronMask
+from allo_lib.store import MANIFEST, Store, write_json
+
+ERRORS = {"full": errno.ENOSPC, "broken": errno.EIO}
+TORN = ("torn", "torn later", "torn and killed")
+KINDS = ("full once", "full", "broken once", "broken", "killed", "power cut", *TORN)
+DEADLY = ("killed", "power cut", "torn and killed")
+# What is left of a torn file; a missing line end alone would not make JSON wrong.
+CUTS = {"nothing": lambda size: 0, "half": lambda size: size // 2, "most": lambda size: size - 2}
+NEEDS_SPACE = ("mkdir", "open", "write", "fsync", "tensors")
+
+
+@pytest.fixture(autouse=True)
+def quick_disk(monkeypatch):
+    """Nothing is forced to the real disk: the injector only counts who asks for it."""
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+
+
+class Died(BaseException):
+    """The process is gone: nothing of it may run any more, no clean-up either."""
+
+
+# --- the injector ------------------------------------------------------------------------------
+
+
+class Faults:
+    """Counts what changes the disk under `root`; one of these operations goes wrong.
+
+    kind: one of KINDS, or "none". at: the number of the operation; of the file written for TORN.
+    steps: (operation, path) of all that were tried.
+    """
+
+    def __init__(self, root: Path, kind: str = "none", at: int = -1, cut: str = "half"):
+        self.root, self.kind, self.at, self.cut = root, kind, at, CUTS[cut]
+        self.steps: list[tuple[str, str]] = []
+        self.written: list[int] = []  # inodes, in the order of writing
+        self.unsynced: set[int] = set()
+        self.dead = self.paused = False
+
+    def step(self, name: str, path) -> None:
+        """Called before each operation; raises what it fails with."""
+        if self.dead:
+            raise Died
+        number = len(self.steps)
+        self.steps.append((name, str(path)))
+        if number == self.at and self.kind in ("killed", "power cut"):
+            self.die()
+        what, once = self.kind.split(" ")[0], self.kind.endswith(" once")
+        if what in ERRORS and (number == self.at if once else number >= self.at):
+            if number == self.at or what == "broken" or name in NEEDS_SPACE:
+                raise OSError(ERRORS[what], os.strerror(ERRORS[what]))
+
+    def landed(self, path) -> None:
+        """Called when a file was written, before anything was forced to the disk."""
+        inode, number = os.stat(path).st_ino, len(self.written)
+        self.written.append(inode)
+        self.unsynced.add(inode)
+        if number == self.at and self.kind in ("torn", "torn and killed"):
+            self.tear({inode})
+            if self.kind != "torn":
+                self.die()
+
+    def die(self) -> None:
+        self.dead = True
+        if self.kind == "power cut":
+            self.tear(self.unsynced)
+        raise Died
+
+    def tear(self, inodes: set[int]) -> None:
+        """Cut the files of these inodes off, wherever they have been moved to."""
+        for path in self.root.rglob("*"):
+            if path.is_file() and path.stat().st_ino in inodes:
+                os.truncate(path, self.cut(path.stat().st_size))
+
+    def mine(self, path) -> bool:
+        if self.paused or not isinstance(path, (str, os.PathLike)):
+            return False
+        return Path(path).is_relative_to(self.root)
+
+    @contextlib.contextmanager
+    def pause(self):
+        """What happens inside belongs to another process and works."""
+        self.paused = True
+        try:
+            yield
+        finally:
+            self.paused = False
+
+    @contextlib.contextmanager
+    def injected(self, monkeypatch):
+        """Let the operations of this process go through here."""
+        with monkeypatch.context() as patch:
+            for module in (builtins, io):
+                patch.setattr(module, "open", self._open(io.open))
+            patch.setattr(os, "open", self._counted("open", os.open, unless="dir_fd"))
+            patch.setattr(os, "mkdir", self._counted("mkdir", os.mkdir))
+            patch.setattr(os, "rename", self._counted("rename", os.rename))
+            patch.setattr(os, "replace", self._counted("rename", os.replace))
+            patch.setattr(os, "fsync", self._fsync(os.fsync))
+            patch.setattr(os, "unlink", self._removing(os.unlink))
+            patch.setattr(os, "rmdir", self._removing(os.rmdir))
+            real = safetensors.torch.serialize_file
+            patch.setattr(safetensors.torch, "serialize_file", self._serialize(real))
+            yield self
+
+    def _counted(self, name, real, unless=None):
+        def call(path, *rest, **more):
+            # A folder that is removed is opened by its parent's descriptor: that is no writing.
+            if unless in more:
+                self._alive()
+            elif self.mine(path):
+                self.step(name, path)
+            return real(path, *rest, **more)
+
+        return call
+
+    def _alive(self) -> None:
+        if self.dead:
+            raise Died
+
+    def _removing(self, real):
+        def call(*given, **more):
+            self._alive()
+            return real(*given, **more)
+
+        return call
+
+    def _fsync(self, real):
+        def call(descriptor):
+            inode = os.fstat(descriptor).st_ino
+            if not self.paused:
+                self.step("fsync", inode)
+            real(descriptor)
+            self.unsynced.discard(inode)
+
+        return call
+
+    def _open(self, real):
+        def call(path, mode="r", *rest, **more):
+            if not self.mine(path) or mode.startswith("r"):
+                return real(path, mode, *rest, **more)
+            self.step("open", path)
+            return Handle(self, real(path, mode, *rest, **more), path)
+
+        return call
+
+    def _serialize(self, real):
+        def call(tensors, path, metadata=None):
+            if not self.mine(path):
+                return real(tensors, path, metadata=metadata)
+            try:
+                self.step("tensors", path)
+            except OSError as error:
+                Path(path).write_bytes(b"\x40")  # some versions of safetensors leave a part
+                reason = f"{error.strerror} (os error {error.errno})"
+                raise SafetensorError(f"Error while serializing: I/O error: {reason}") from None
+            real(tensors, path, metadata=metadata)
+            self.landed(path)
+
+        return call
+
+
+class Handle:
+    """An open file, all of whose bytes go to the disk at once when it is flushed or closed."""
+
+    def __init__(self, faults: Faults, file, path):
+        self._faults, self._file, self._path, self._waiting = faults, file, path, False
+
+    def __getattr__(self, name):
+        return getattr(self._file, name)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+    def write(self, data):
+        self._waiting = True
+        return self._file.write(data)
+
+    def flush(self) -> None:
+        if not self._waiting:
+            return
+        self._waiting = False
+        try:
+            self._faults.step("write", self._path)
+        except BaseException:
+            self._file.flush()
+            os.truncate(self._path, os.stat(self._path).st_size // 2)
+            raise
+        self._file.flush()
+        self._faults.landed(self._path)
+
+    def close(self) -> None:
+        try:
+            self.flush()
+        finally:
+            self._file.close()
+
+
+# --- what is stored ----------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """`prepare` is done without faults; `act` is what meets them, and gives its result."""
+
+    act: Callable[[Path], object]
+    prepare: Callable[[Path], None] = lambda folder: None
+
+
+ROWS = {"train": [{"id": i, "text": "x" * i} for i in range(9)], "dev": [], "record": {"pairs": 9}}
+TENSORS = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.full((5,), 0.25)}
+MASK = NeuronMask({"a": torch.tensor([0, 4]), "b": torch.tensor([], dtype=torch.int64)},
+                  {"a": (2, 3), "b": (5,)})  # fmt: skip
+
+
+def never(folder):
+    raise AssertionError("the artifact was there and is made again")
+
+
+def write_rows(folder: Path) -> None:
+    for name, rows in ROWS.items():
+        write_json(folder / f"{name}.json", rows)
+
+
+def make_json(folder: Path):
+    made = Store(folder).get("pairs", {"n": 1}, write_rows)
+    return {name: made.json(f"{name}.json") for name in ROWS}
+
+
+def write_tensors(folder: Path) -> None:
+    weights.save_tensors(TENSORS, folder / "model.safetensors")
+    (folder / "deep").mkdir()
+    weights.save_tensors({"c": TENSORS["b"]}, folder / "deep" / "scores.safetensors")
+    MASK.save(folder / "mask.safetensors")
+    write_json(folder / "record.json", {"kept": MASK.kept})
+
+
+def make_tensors(folder: Path):
+    made = Store(folder).get("scores", {"n": 2}, write_tensors)
+    model = weights.read_tensors(made.file("model.safetensors"))
+    deep = weights.read_tensors(made.file("deep/scores.safetensors"))
+    mask = NeuronMask.load(made.file("mask.safetensors"))
+    kept = {name: index.tolist() for name, index in mask.indices.items()}
+    return {n: t.tolist() for n, t in (model | deep).items()}, kept, made.json()
+
+
+def make_result(folder: Path):
+    """As a method does: train candidates, measure the better one, drop the other."""
+    store = Store(folder)
+
+    def write(target: Path) -> None:
+        tried = [store.get("candidate", {"rate": r}, candidate(r)) for r in (1, 2)]
+        best = max(tried, key=lambda one: one.json()["dev"])
+        values = weights.read_tensors(best.file("model.safetensors"))
+        write_json(target / "record.json", {"sum": sum(values["a"].flatten().tolist())})
+        store.drop(tried[0])
+
+    return store.get("result", {"n": 3}, write).json()
+
+
+def candidate(rate: int):
+    def write(target: Path) -> None:
+        weights.save_tensors({"a": TENSORS["a"] * rate}, target / "model.safetensors")
+        write_json(target / "record.json", {"dev": rate / 2})
+
+    return write
+
+
+def drop_and_make(folder: Path):
+    store = Store(folder)
+    store.drop(store.get("pairs", {"n": 1}, write_rows))
+    return make_json(folder)
+
+
+def damage(folder: Path) -> None:
+    make_tensors(folder)
+    (path,) = folder.glob("scores/*/deep/scores.safetensors")
+    path.write_bytes(path.read_bytes()[:-1] + b"\x01")
+
+
+CASES = {
+    "json": Case(make_json),
+    "tensors": Case(make_tensors),
+    "result": Case(make_result),
+    "dropped": Case(drop_and_make, make_json),
+    "damaged": Case(make_tensors, damage),
+}
+
+
+# --- what must hold ----------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Right:
+    """What the action gives and leaves without faults."""
+
+    value: object
+    files: dict[str, bytes]  # of everything that may be there, by path in the store
+    inputs: dict[str, tuple[str, dict]]
+    steps: list
+    written: int
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    """Bytes of the artifacts' files, without manifests: they hold wall seconds."""
+    found = [p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST]
+    found = [p for p in found if ".damaged-" not in str(p)]
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in found}
+
+
+def begin(folder: Path, case: Case) -> dict[str, tuple[bytes, int]]:
+    """An earlier artifact and what the case prepares; the earlier one's files and times."""
+    Store(folder).get("earlier", {"n": 0}, write_rows)
+    case.prepare(folder)
+    return stamps(folder / "earlier")
+
+
+def stamps(folder: Path) -> dict[str, tuple[bytes, int]]:
+    found = [p for p in folder.rglob("*") if p.is_file()]
+    return {str(p.relative_to(folder)): (p.read_bytes(), p.stat().st_mtime_ns) for p in found}
+
+
+def run_right(folder: Path, case: Case, monkeypatch) -> Right:
+    """The action without faults; what it drops is looked at too."""
+    begin(folder / "counted", case)
+    with Faults(folder / "counted").injected(monkeypatch) as faults:
+        value = case.act(folder / "counted")
+    with monkeypatch.context() as patch:
+        patch.setattr(Store, "drop", lambda self, artifact: None)
+        begin(folder / "kept", case)
+        assert case.act(folder / "kept") == value
+    told = {}
+    for path in (folder / "kept").glob(f"*/*/{MANIFEST}"):
+        if ".damaged-" not in path.parent.name:
+            read = json.loads(path.read_text())
+            told[read["key"]] = read["kind"], read["inputs"]
+    return Right(value, files_of(folder / "kept"), told, faults.steps, len(faults.written))
+
+
+def left_behind(folder: Path) -> list[str]:
+    """Temporary folders and files."""
+    return [str(p.relative_to(folder)) for p in folder.rglob("*") if p.name.startswith(".")]
+
+
+def run_with(faults: Faults, act, monkeypatch, *allowed):
+    """(how it ended, its result) of an action that meets faults."""
+    try:
+        with faults.injected(monkeypatch):
+            return "done", act()
+    except allowed as error:
+        assert "\n" not in str(error) and str(error)
+        return "told", error
+    except Died:
+        return "died", None
+
+
+def check(folder: Path, case: Case, right: Right, before: dict) -> None:
+    """Everything that is there is right, and a run without faults ends as it should."""
+    for kind, inputs in right.inputs.values():
+        if kind == "earlier" or not Store(folder).has(kind, inputs):
+            continue
+        path = Store(folder).get(kind, inputs, never).path.relative_to(folder).as_posix()
+        assert {n: b for n, b in files_of(folder).items() if n.startswith(path)} == {
+            n: b for n, b in right.files.items() if n.startswith(path)
+        }
+    Store(folder).get("earlier", {"n": 0}, never)
+    assert stamps(folder / "earlier") == before
+    assert case.act(folder) == right.value
+    assert stamps(folder / "earlier") == before
+    ours = {n: b for n, b in files_of(folder).items() if "/." not in n}
+    assert ours.items() <= right.files.items()
+
+
+def try_one(folder, kind, at, cut, case, right, monkeypatch) -> str:
+    before = begin(folder, case)
+    faults = Faults(folder, kind, at, cut)
+    ended, found = run_with(faults, lambda: case.act(folder), monkeypatch, AlloError)
+    if ended == "done":
+        assert found == right.value
+    if kind in DEADLY:
+        assert ended == "died"
+    else:
+        assert left_behind(folder) == []
+    if kind == "torn later":
+        assert ended == "done"
+        faults.tear({faults.written[at]})
+    check(folder, case, right, before)
+    if kind not in TORN:  # whole or absent: what was published had reached the disk before
+        assert len(list(folder.glob("*/*.damaged-*"))) <= (case.prepare is damage)
+    shutil.rmtree(folder)
+    return ended
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", CASES)
+def test_no_fault_at_any_write_leads_to_a_wrong_result(name, kind, tmp_path, monkeypatch, capsys):
+    case, ends = CASES[name], []
+    right = run_right(tmp_path / "right", case, monkeypatch)
+    number = right.written if kind in TORN else len(right.steps)
+    for at in range(number):
+        for cut in CUTS if kind in TORN else ("half",):
+            given = kind, at, cut, case, right, monkeypatch
+            ends.append(try_one(tmp_path / "tried", *given))
+    assert len(ends) >= 4
+    if kind in ("full", "broken") and name != "dropped":
+        assert set(ends) == {"told"}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_kind_of_operation_is_among_them(name, tmp_path, monkeypatch):
+    steps = run_right(tmp_path, CASES[name], monkeypatch).steps
+    assert {step for step, _ in steps} >= {"mkdir", "open", "write", "fsync", "rename"}
+    assert ("tensors" in dict(steps)) == (name in ("tensors", "result", "damaged"))
+
+
+# --- safetensors, reading, and what is not the store's fault ------------------------------------
+
+
+def test_a_disk_that_is_really_full_under_safetensors_is_told_in_one_line(tmp_path):
+    def make(folder):
+        weights.save_tensors({"a": torch.zeros(1 << 18)}, folder / "model.safetensors")
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, hard))
+    try:
+        with pytest.raises(AlloError, match="cannot write sft .*File too large") as told:
+            Store(tmp_path).get("sft", {}, make)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "\n" not in str(told.value) and left_behind(tmp_path) == []
+
+
+@pytest.mark.parametrize("text", [
+    "Error while serializing: I/O error: No space left on device (os error 28)",
+    'Error while serializing: IoError(Os { code: 28, kind: StorageFull, message: "No space" })',
+])  # fmt: skip
+def test_what_safetensors_says_of_the_disk_is_told(text, tmp_path):
+    def make(folder):
+        raise SafetensorError(text)
+
+    with pytest.raises(AlloError, match="cannot write sft .*No space.*free space"):
+        Store(tmp_path).get("sft", {}, make)
+
+
+def test_what_safetensors_says_of_tensors_is_a_mistake_of_the_program(tmp_path):
+    def make(folder):
+        raise SafetensorError("Error while serializing: InvalidTensorView")
+
+    with pytest.raises(SafetensorError):
+        Store(tmp_path).get("sft", {}, make)
+    assert left_behind(tmp_path) == []
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.EACCES, errno.EMFILE])
+@pytest.mark.parametrize("name", [MANIFEST, "train.json"])
+def test_what_cannot_be_read_is_told_and_stays_where_it_is(number, name, tmp_path, monkeypatch):
+    make_json(tmp_path)
+    before, real = stamps(tmp_path), io.open
+
+    def fail(path, *rest, **more):
+        if Path(path).name == name:
+            raise OSError(number, os.strerror(number), str(path))
+        return real(path, *rest, **more)
+
+    for method in ("get", "has"):
+        with monkeypatch.context() as patch:
+            patch.setattr(io, "open", fail)
+            patch.setattr(builtins, "open", fail)
+            given = ("pairs", {"n": 1}, never)[: 3 if method == "get" else 2]
+            with pytest.raises(AlloError, match=f"cannot read pairs .*{os.strerror(number)}"):
+                getattr(Store(tmp_path), method)(*given)
+    assert stamps(tmp_path) == before
+    Store(tmp_path).get("pairs", {"n": 1}, never)
+
+
+def test_damage_that_cannot_be_set_aside_is_told(tmp_path, monkeypatch):
+    damage(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rename", lambda *_: (_ for _ in ()).throw(OSError(errno.EROFS, "no")))
+        with pytest.raises(AlloError, match="cannot read scores"):
+            make_tensors(tmp_path)
+    assert make_tensors(tmp_path)
+
+
+def test_a_file_that_is_torn_after_its_check_is_never_taken_for_another(tmp_path):
+    store = Store(tmp_path)
+    for name, content in ROWS.items():
+        made = store.get("pairs", {"n": 1}, write_rows)
+        path = made.file(f"{name}.json")
+        whole = path.read_bytes()
+        for size in range(len(whole) - 1):
+            path.write_bytes(whole[:size])
+            with pytest.raises(AlloError, match="run again") as told:
+                store.get("pairs", {"n": 1}, never).json(f"{name}.json")
+            assert "\n" not in str(told.value)
+        path.write_bytes(whole)
+        assert made.json(f"{name}.json") == content
+
+
+@pytest.mark.parametrize("tear", ["data", "manifest"])
+def test_an_artifact_of_which_a_block_was_never_written_is_made_anew(tear, tmp_path):
+    """After a power cut a file may have its length and hold zeros."""
+    made = Store(tmp_path).get("pairs", {"n": 1}, write_rows)
+    path = made.file(MANIFEST if tear == "manifest" else "train.json")
+    path.write_bytes(path.read_bytes()[:20] + bytes(path.stat().st_size - 20))
+    assert make_json(tmp_path) == {name: rows for name, rows in ROWS.items()}
+
+
+@pytest.mark.parametrize("error", [
+    FileNotFoundError(errno.ENOENT, "No such file or directory", "/data/rows.jsonl"),
+    OSError(errno.ENOSPC, "No space left on device", "/scratch/cache"),
+    ConnectionResetError(errno.ECONNRESET, "Connection reset by peer"),
+    OSError("the model is not there:\n- neither here\n- nor there"),
+])  # fmt: skip
+def test_an_error_of_the_maker_is_not_blamed_on_the_store(error, tmp_path):
+    def make(folder):
+        raise error
+
+    with pytest.raises(AlloError, match="cannot make sft") as told:
+        Store(tmp_path).get("sft", {}, make)
+    assert "\n" not in str(told.value) and "free space" not in str(told.value)
+    assert str(error).split("\n")[0] in str(told.value) and told.value.__cause__ is error
+    assert left_behind(tmp_path) == []
+
+
+def test_an_error_of_an_artifact_inside_another_is_told_once(tmp_path):
+    def inner(folder):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(AlloError, match="cannot write inner") as told:
+        Store(tmp_path).get("outer", {}, lambda _: Store(tmp_path).get("inner", {}, inner))
+    assert "outer" not in str(told.value) and left_behind(tmp_path) == []
+
+
+# --- measurements ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS[:6])
+def test_measurements_are_at_any_moment_the_old_or_the_new(kind, tmp_path, monkeypatch):
+    path = tmp_path / "measurements.csv"
+    rows = [measurements.Measurement(s, "dpo", "toy", "accuracy", 0.5, 0.1, 9) for s in range(3)]
+    measurements.write(path, rows[:1])
+    with Faults(tmp_path).injected(monkeypatch) as faults:
+        measurements.write(path, rows)
+    for at in range(len(faults.steps)):
+        measurements.write(path, rows[:1])
+        broken = Faults(tmp_path, kind, at)
+        run_with(broken, lambda: measurements.write(path, rows), monkeypatch, AlloError)
+        assert measurements.read(path) in (rows[:1], rows)
+        measurements.write(path, rows)
+        assert measurements.read(path) == rows
+
+
+# --- marks and the manifest of the driver -------------------------------------------------------
+
+
+@pytest.fixture
+def small_run(tmp_path, monkeypatch):
+    """Starts an empty results folder, and gives its `Run` and how to run it under faults."""
+    project = tmp_path / "project"
+    (project / "notebooks").mkdir(parents=True)
+    (project / "toy.yaml").write_text(PROFILE)
+    for name in ("00_first", "06_merge"):
+        write_notebook(project / "notebooks", name, "pass")
+    machine = {"device": "cpu", "threads": 1, "python": "3", "versions": {"torch": "2"}}
+    monkeypatch.setattr(driver, "machine", lambda: machine)
+    monkeypatch.setattr(manifest, "commit_of", lambda root: {"commit": "abc", "dirty": False})
+    path = project / "toy.yaml"
+    run = marks.Run(str(path), cli.load_profile(str(path)), project / "results" / "toy",
+                    notebooks=project / "notebooks")  # fmt: skip
+
+    def start(kind: str = "none", at: int = -1, cut: str = "half"):
+        faults = Faults(run.results, kind, at, cut)
+        monkeypatch.setattr(driver, "execute", lambda run, job: _notebook(faults, run, job))
+        ended, _ = run_with(faults, lambda: driver.run_study(run), monkeypatch, AlloError)
+        return ended, faults.steps
+
+    return run, start
+
+
+def _notebook(faults: Faults, run, job) -> None:
+    """Stands in for a notebook's own process."""
+    with faults.pause():
+        target = Path(job.target)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(f"{target.name}\n")
+        if "seeds" in job.parameters:
+            lines = "".join(f"{s},sft,toy,accuracy,0.5,0.1,9\n" for s in job.parameters["seeds"])
+            header = ",".join(measurements.COLUMNS)
+            (run.results / "measurements.csv").write_text(f"{header}\n{lines}")
+
+
+def outputs(results: Path) -> dict[str, str]:
+    """What a reader sees, without wall times."""
+    found = {name: (results / name).read_text() for name in manifest.file_names(results)}
+    told = json.dumps(manifest.read(results))
+    return found | {manifest.NAME: re.sub(r'("\d\d_\w+": )[\d.]+', r"\1 0", told)}
+
+
+@pytest.mark.parametrize("kind", KINDS[:6])
+def test_a_run_goes_on_after_any_fault_of_its_marks_and_manifest(kind, small_run):
+    run, start = small_run
+    run.results.parent.mkdir()
+    ended, steps = start()
+    right = outputs(run.results)
+    assert ended == "done" and {"rename", "write", "fsync"} <= {step for step, _ in steps}
+    for at in range(len(steps)):
+        shutil.rmtree(run.results)
+        ended, _ = start(kind, at)
+        harmless = kind.endswith("once") and steps[at][0] == "mkdir"  # of a folder that is there
+        assert ended == ("died" if kind in DEADLY else "told") or harmless
+        assert start()[0] == "done"
+        assert outputs(run.results) == right
