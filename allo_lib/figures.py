@@ -445,6 +445,7 @@ def _forest(axis, unit: str, group: Sequence) -> None:
     axis.set_ylim(len(group) - 0.4, -0.6)
     axis.grid(axis="y", color="#eeeeee")
     axis.set_xlabel(f"{unit}, points" if scale == 100 else unit)
+    axis.locator_params(axis="x", nbins=7)  # more of them, in small units, run into each other
 
 
 def _main_label(method: str) -> str:

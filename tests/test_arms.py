@@ -131,7 +131,9 @@ def test_both_stages_of_allo_keep_to_the_mask_and_start_at_their_own_zero(tiny_s
     assert learning[0] == pytest.approx(torch.tensor(2.0).log().item(), abs=1e-5)
 
 
-def test_learning_starts_from_the_masters_that_forgetting_ended_with(tiny_study, monkeypatch):
+def test_learning_starts_from_the_masters_that_forgetting_ended_with(
+    tiny_study, monkeypatch, tmp_path
+):
     seen = []
 
     def spy(*arguments, masters, **settings):
@@ -142,7 +144,8 @@ def test_learning_starts_from_the_masters_that_forgetting_ended_with(tiny_study,
 
     monkeypatch.setattr(arms, "run_stage", spy)
     tiny_study.load_sft(DOMAIN)
-    arms._train_stages(tiny_study, DOMAIN, stages_of("allo", tiny_study.profile), (1e-4, 1e-3))
+    stages = stages_of("allo", tiny_study.profile)
+    arms._train_stages(tiny_study, DOMAIN, stages, (1e-4, 1e-3), tmp_path / ".key.try")
     (first, ended), (second, _) = seen
     assert first == {} and second.keys() == ended.keys()
     for name, (places, values) in second.items():
@@ -315,10 +318,10 @@ def test_the_development_split_is_part_of_a_candidate(tiny_study):
 
 
 def test_a_rate_that_diverges_loses_and_all_of_them_are_told(begun, monkeypatch, capsys):
-    def train_stage(study, name, stages, number, rate, masters):
+    def train_stage(study, name, stages, number, rate, masters, folder):
         if rate > limit:
             raise Diverged("the loss became nan at step 1; lower the learning rate")
-        return real(study, name, stages, number, rate, masters)
+        return real(study, name, stages, number, rate, masters, folder)
 
     study = open_study(begun)
     centre = study.domain(DOMAIN).rates.dense

@@ -21,7 +21,11 @@ from allo_lib.rewriter import (
 class Letters:
     """A tokenizer whose tokens are characters, so that nothing in a prompt is lost."""
 
-    eos_token_id, pad_token_id = 1, 0
+    eos_token_id, pad_token_id, bos_token_id, unk_token_id = 1, 0, None, None
+    added_tokens_decoder, all_special_ids = {}, [0, 1]
+
+    def convert_ids_to_tokens(self, ids):
+        return [chr(number) for number in ids]
 
     def __call__(self, text, add_special_tokens=False):
         return {"input_ids": [ord(letter) for letter in text]}
