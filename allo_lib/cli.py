@@ -202,7 +202,8 @@ def parse_only(text: str, notebooks: list[Path]) -> tuple[str, ...]:
 
 def parse_value(name: str, text: str):
     """A typed `-p` value: number, text, true, false, null, or a flat list of them; never code."""
-    shown_as = f"-p {_cut(name)} {_cut(text)!r}"
+    key = _cut(name) if name.isprintable() else repr(_cut(name))
+    shown_as = f"-p {key} {_cut(text)!r}"
     try:
         value = parse_yaml(text)
     except AlloError as error:

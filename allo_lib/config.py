@@ -318,7 +318,11 @@ def parse_yaml(text: str):
         AlloError: for everything else, in one line: where it is and what is wrong with it.
     """
     try:
-        return yaml.load(text, Loader=_Loader)
+        loader = _Loader(text)
+        try:
+            return loader.get_single_data()
+        finally:
+            loader.dispose()
     except RecursionError as error:
         raise AlloError("it is nested too deeply; expected a few levels") from error
     except (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError) as error:
