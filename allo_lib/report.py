@@ -58,14 +58,23 @@ def rebuild(results_dir: str | Path, paper_dir: str | Path | None = None) -> lis
 
 
 def read_efficiency(path: str | Path) -> list[dict[str, str]]:
-    """Rows of `tables/efficiency.csv`; none when notebook 07 has not been run yet."""
-    try:
-        rows = list(csv.DictReader(Path(path).read_text(encoding="utf-8").splitlines()))
-    except FileNotFoundError:
+    """Rows of `tables/efficiency.csv`; none when notebook 07 has not been run yet.
+
+    AlloError when the file is no text or lacks columns.
+    """
+    if not Path(path).exists():
         return []
+    rows = list(csv.DictReader(_text(Path(path)).splitlines()))
     if rows and not set(rows[0]) >= _EFFICIENCY:
         raise AlloError(f"{path} lacks columns: expected {', '.join(sorted(_EFFICIENCY))}")
     return rows
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise AlloError(f"{path} cannot be read as UTF-8 text ({error}): make it anew") from error
 
 
 def draw(
@@ -155,8 +164,9 @@ def _error(interval) -> float:
 def build(results_dir: str | Path) -> Path:
     """Write `report.html`: claims, tables and figures of the folder on one self-contained page.
 
-    Needs `claims.csv`; raises AlloError without it. All text is escaped, nothing is loaded from
-    elsewhere, and the same files give the same bytes.
+    Needs `claims.csv`; raises AlloError without it, and for a table that is no text or a figure
+    that is no picture. All text is escaped, nothing is loaded from elsewhere, and the same files
+    give the same bytes.
     """
     folder = Path(results_dir)
     name = html.escape(folder.resolve().name)
@@ -228,7 +238,11 @@ def _figure_html(path: Path) -> str:
     if not path.exists():
         return ""
     picture = base64.b64encode(path.read_bytes()).decode("ascii")
-    text = html.escape(caption_of(path) or path.stem.replace("_", " "), quote=True)
+    try:
+        caption = caption_of(path)
+    except (OSError, ValueError) as error:
+        raise AlloError(f"{path} is not a readable picture: make it anew") from error
+    text = html.escape(caption or path.stem.replace("_", " "), quote=True)
     source = f"data:image/png;base64,{picture}"
     return f'<figure><img alt="{text}" src="{source}"><figcaption>{text}</figcaption></figure>'
 
@@ -237,7 +251,7 @@ def _table_html(path: Path) -> str:
     """A Markdown table as `tables.markdown` writes it: title, one table, caption."""
     parts = []
     grid: list[str] = []
-    for line in [*path.read_text(encoding="utf-8").splitlines(), ""]:
+    for line in [*_text(path).splitlines(), ""]:
         if line.startswith("|"):
             cells = [_inline(cell.strip()) for cell in line.strip().strip("|").split("|")]
             tag = "td" if grid else "th"

@@ -14,6 +14,28 @@ import warnings
 _M_TRIM_THRESHOLD = -1
 _M_MMAP_MAX = -4
 _LARGEST_INT = 2**31 - 1
+# What cuBLAS needs to add up in one order; read when CUDA starts.
+_CUBLAS = ("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+ON_CPU = {
+    "repeats": "same commit, versions, seed and number of threads: the same bytes; else within the "
+    "tolerances of allo_lib/verify.py",
+    "not deterministic": [],
+}
+# From the documentation of torch.use_deterministic_algorithms and from torch's attention kernels,
+# for the operations that this library runs.
+ON_GPU = {
+    "repeats": "not to the byte: torch takes deterministic algorithms where it has them "
+    "(use_deterministic_algorithms(True, warn_only=True), CUBLAS_WORKSPACE_CONFIG=:4096:8, "
+    "cudnn.benchmark off)",
+    "not deterministic": [
+        "backward of scaled_dot_product_attention: the flash, memory-efficient and cuDNN kernels "
+        "add in any order as long as torch only warns",
+        "attention by FlexAttention: compiled kernels, of which torch promises nothing",
+        "decoding compiled by torch.compile: its kernels may differ between compilations",
+        "cumsum of floating-point numbers, in sampling",
+    ],
+}
 
 
 def configure() -> None:
@@ -33,6 +55,23 @@ def configure() -> None:
     warnings.filterwarnings("ignore", message="IProgress not found")
     if sys.platform.startswith("linux") and "MALLOC_MMAP_MAX_" not in os.environ:
         _keep_freed_memory()
+
+
+def make_deterministic(device: str) -> None:
+    """On a GPU ("cuda"), have torch take deterministic algorithms where it has them.
+
+    To be called before CUDA starts. Operations without such an algorithm run all the same and warn;
+    `ON_GPU` lists those, and the manifest states them. On a CPU there is nothing to switch.
+    """
+    if device != "cuda":
+        return
+    import torch
+
+    os.environ.setdefault(*_CUBLAS)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    # Filling new memory finds mistakes in kernels; it costs time and changes no result.
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.backends.cudnn.benchmark = False
 
 
 def _keep_freed_memory() -> None:

@@ -20,6 +20,7 @@ from allo_lib.generation import generate
 from allo_lib.importance import NeuronMask
 from allo_lib.methods import Stage
 from allo_lib.pairs import Pairs, make_pairs
+from allo_lib.runtime import make_deterministic
 from allo_lib.seeds import derive
 from allo_lib.stages import run_stage
 from allo_lib.store import Artifact, Store, partial_of, write_json
@@ -40,6 +41,7 @@ class Study:
         self.results_dir, self.data_dir = Path(results_dir), data_dir
         self.store = Store(self.results_dir / STORE)
         self.device = "cuda" if profile.size == "gpu" else "cpu"
+        make_deterministic(self.device)
         if profile.compute.threads:
             torch.set_num_threads(profile.compute.threads)
 

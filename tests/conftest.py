@@ -44,6 +44,24 @@ def write_notebook(folder: Path, name: str, code: str) -> Path:
     return path
 
 
+def chromium() -> str | None:
+    """The Chromium of this machine, for tests marked `browser`."""
+    return next(filter(None, map(shutil.which, ("chromium", "chromium-browser"))), None)
+
+
+def pytest_collection_modifyitems(config, items):
+    """Leave out the tests of a browser where there is none, and say so in one line."""
+    left_out = [item for item in items if item.get_closest_marker("browser")]
+    if left_out and chromium() is None:
+        items[:] = [item for item in items if item not in left_out]
+        config.hook.pytest_deselected(items=left_out)
+        reporter = config.pluginmanager.get_plugin("terminalreporter")
+        reporter.write_line(
+            f"{len(left_out)} tests marked browser are left out: no chromium here "
+            "(apt-get install chromium)"
+        )
+
+
 @pytest.fixture
 def project(tmp_path):
     """A checkout with the real commands and library and three quick stand-in notebooks."""

@@ -1,0 +1,175 @@
+"""What comes out again to the byte, what within a tolerance, and what is said of GPUs."""
+
+import dataclasses
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_study import open_study
+
+from allo_lib import manifest, models, reference, runtime, verify, weights
+from allo_lib.environment import child_environment
+from allo_lib.forward import pair_logps
+from allo_lib.importance import NeuronMask, delta_scores, select_neurons
+from allo_lib.stages import run_stage
+from allo_lib.study import Study
+from allo_lib.training import Schedule
+from allo_lib.workers import torch_threads
+
+# Wide enough, and of enough tokens (some 5,000), for torch to split the work among threads.
+WORDS, WIDTH, PAIRS = 512, 128, 48
+RATE = 1e-3
+
+
+def new_model():
+    return models.micro_llama(
+        WORDS, width=WIDTH, layers=2, heads=4, feed_forward=2 * WIDTH, context=128,
+        initializer_range=0.05, seed=0, pad_token_id=0, eos_token_id=1,
+    )  # fmt: skip
+
+
+def new_pairs() -> list[dict]:
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(length):
+        return torch.randint(2, WORDS, (length,), generator=generator).tolist()
+
+    return [
+        {"prompt": draw(30), "chosen": draw(40 + i % 5), "rejected": draw(40 - i % 7)}
+        for i in range(PAIRS)
+    ]
+
+
+def train(model, rows, mask=None) -> None:
+    run_stage(model, rows, "dpo", Schedule(RATE, 2, 8, 0), pad_token_id=0, mask=mask)
+
+
+def run_through(folder, threads: int):
+    """Reference, warm-up, mask and a masked stage, their files written into `folder`."""
+    folder.mkdir()
+    with torch_threads(threads):
+        model, rows = new_model(), new_pairs()
+        before = weights.snapshot(model)
+        reference.write(pair_logps(model, rows, 0, 16), folder / "reference.safetensors")
+        rows = reference.attach(rows, folder / "reference.safetensors")
+        train(model, rows)
+        mask = select_neurons(delta_scores(before, weights.snapshot(model), RATE), 0.1)
+        mask.save(folder / "mask.safetensors")
+        weights.restore(model, before)
+        train(model, rows, mask)
+        weights.save(model, folder / "model.safetensors")
+    return folder
+
+
+# A process that computes as an older processor would; other kinds of processors pass over these.
+OTHER_MACHINE = {
+    "ATEN_CPU_CAPABILITY": "default", "MKL_CBWR": "COMPATIBLE", "ONEDNN_MAX_CPU_ISA": "SSE41"
+}  # fmt: skip
+IN_A_CHILD = """
+import sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+import test_repeat
+test_repeat.run_through(Path(sys.argv[2]), 1)
+"""
+OTHERS = ("2 threads", "3 threads", "another machine")
+
+
+@pytest.fixture(scope="module")
+def ends(tmp_path_factory):
+    """Folders of the same stages, by what was different."""
+    base = tmp_path_factory.mktemp("repeat")
+    for name in ("1 thread", "2 threads", "2 threads again", "3 threads"):
+        run_through(base / name, int(name[0]))
+    command = [sys.executable, "-c", IN_A_CHILD, Path(__file__).parent, base / "another machine"]
+    subprocess.run(command, env=child_environment() | OTHER_MACHINE, check=True)
+    return base
+
+
+def tensors(folder, name: str) -> torch.Tensor:
+    found = weights.read_tensors(folder / f"{name}.safetensors")
+    return torch.cat([found[key].flatten() for key in sorted(found)])
+
+
+@pytest.mark.parametrize("name", ["reference", "mask", "model"])
+def test_the_same_seed_and_threads_give_the_same_bytes(ends, name):
+    first, again = (ends / f"2 threads{more}" / f"{name}.safetensors" for more in ("", " again"))
+    assert first.read_bytes() == again.read_bytes()
+
+
+@pytest.mark.parametrize("other", OTHERS)
+def test_elsewhere_log_probs_of_the_same_weights_agree(ends, other):
+    here, there = (tensors(ends / name, "reference") for name in ("1 thread", other))
+    assert len(here) > 3000 and (here - there).abs().max() <= verify.LOGP_TOLERANCE
+
+
+@pytest.mark.parametrize("other", OTHERS)
+def test_elsewhere_trained_weights_agree(ends, other):
+    here, there = (tensors(ends / name, "model") for name in ("1 thread", other))
+    assert (here - there).abs().max() <= verify.WEIGHT_TOLERANCE * RATE
+    begin = weights.snapshot(new_model())
+    begin = torch.cat([begin[key].flatten() for key in sorted(begin)])
+    assert (here - begin).abs().max() > RATE  # so far did they go
+
+
+@pytest.mark.parametrize("other", OTHERS)
+def test_elsewhere_masks_agree(ends, other):
+    here, there = (NeuronMask.load(ends / n / "mask.safetensors") for n in ("1 thread", other))
+    assert here.kept == there.kept and here.overlap(there) >= verify.MASK_AGREEMENT
+
+
+# --- on a GPU ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def switched(monkeypatch):
+    """What is set in torch, as a dict that fills; nothing of it reaches this process."""
+    found = {}
+
+    def note(mode, **settings):
+        found.update(mode=mode, **settings)
+
+    monkeypatch.setattr(torch, "use_deterministic_algorithms", note)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
+    yield found
+    torch.utils.deterministic.fill_uninitialized_memory = fill
+
+
+def of_size(size: str, folder) -> Study:
+    profile = dataclasses.replace(open_study(folder).profile, size=size)
+    return Study(profile, 0, folder)
+
+
+def test_a_study_on_a_gpu_takes_deterministic_algorithms(switched, tmp_path):
+    assert of_size("gpu", tmp_path).device == "cuda"
+    assert switched == {"mode": True, "warn_only": True}
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    assert not torch.backends.cudnn.benchmark
+
+
+def test_what_the_user_has_set_for_cublas_stays(switched, tmp_path, monkeypatch):
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
+    of_size("gpu", tmp_path)
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":16:8"
+
+
+def test_a_study_on_a_cpu_switches_nothing(switched, tmp_path):
+    of_size("cpu", tmp_path)
+    assert switched == {} and "CUBLAS_WORKSPACE_CONFIG" not in os.environ
+    assert torch.backends.cudnn.benchmark
+
+
+@pytest.mark.parametrize(("size", "stated"), [("cpu", runtime.ON_CPU), ("gpu", runtime.ON_GPU)])
+def test_the_manifest_states_what_does_not_repeat(tmp_path, size, stated):
+    profile = dataclasses.replace(open_study(tmp_path).profile, size=size)
+    told = manifest.build(tmp_path, profile, {}, {}, {"device": "x"}, {"commit": None})
+    assert told["deterministic"] == stated
+    assert bool(stated["not deterministic"]) == (size == "gpu")
+    manifest.write_json(tmp_path / manifest.NAME, told)
+    assert manifest.read(tmp_path)["deterministic"] == told["deterministic"]

