@@ -6,6 +6,7 @@ The stages are those of the study, by the same functions: importance (`warmup`),
 
 import contextlib
 import math
+import os
 import shutil
 import sys
 from collections.abc import Iterable, Mapping
@@ -134,7 +135,8 @@ def align(
             model's context or whose responses are equal, a tokenizer without pad or end token, or a
             loss that is not finite.
     """
-    run = _Run(model, tokenizer, _settings(config), _chosen_stages(stages), Path(output_dir))
+    folder = _folder(output_dir)
+    run = _Run(model, tokenizer, _settings(config), _chosen_stages(stages), folder)
     run.read(pairs)
     run.output_dir.mkdir(parents=True, exist_ok=True)
     mask = run.importance() if "importance" in run.stages else run.saved_mask()
@@ -160,8 +162,6 @@ class _Run:
         self.masters: dict = {}  # float32 values of kept entries, handed from stage to stage
 
     def read(self, pairs) -> None:
-        if self.output_dir.exists() and not self.output_dir.is_dir():
-            raise AlloError(f"align: output_dir {self.output_dir} is a file; name a folder")
         _check_model(self.model)
         if "importance" in self.stages and self.config.estimator == "delta":
             _check_unfrozen(self.model)
@@ -409,6 +409,14 @@ def _settings(config) -> AlignConfig:
         if isinstance(value, bool) or not isinstance(value, kind) or not fits(value):
             raise AlloError(f"align: {key} is {value!r}; expected {expected}")
     return config
+
+
+def _folder(output_dir) -> Path:
+    if not isinstance(output_dir, (str, os.PathLike)) or not str(output_dir):
+        raise AlloError(f"align: output_dir is {output_dir!r}; name the folder to write to")
+    if Path(output_dir).exists() and not Path(output_dir).is_dir():
+        raise AlloError(f"align: output_dir {output_dir} is a file; name a folder")
+    return Path(output_dir)
 
 
 def _chosen_stages(stages) -> tuple[str, ...]:

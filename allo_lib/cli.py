@@ -10,10 +10,11 @@ import time
 from pathlib import Path
 
 from allo_lib import driver, marks, status, verify
-from allo_lib.config import Profile, load_profile, parse_yaml
+from allo_lib.config import Profile
 from allo_lib.environment import ROOT
 from allo_lib.errors import AlloError
 from allo_lib.methods import stages_of
+from allo_lib.profile_files import load_profile, parse_yaml
 
 DATA_VARIABLE = "ALLO_DATA"
 DEFAULT_PROFILE = "tiny"

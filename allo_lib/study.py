@@ -12,7 +12,7 @@ import torch
 
 from allo_lib import importance, models, reference, rewriter, token_rewards, weights, workers
 from allo_lib.checkpoints import Checkpoints
-from allo_lib.config import Domain, Profile, load_profile
+from allo_lib.config import Domain, Profile
 from allo_lib.encoding import encode_pairs, encode_prompt, encode_response
 from allo_lib.errors import AlloError
 from allo_lib.forward import pair_logps
@@ -20,6 +20,7 @@ from allo_lib.generation import generate
 from allo_lib.importance import NeuronMask
 from allo_lib.methods import Stage
 from allo_lib.pairs import Pairs, make_pairs
+from allo_lib.profile_files import load_profile
 from allo_lib.runtime import make_deterministic
 from allo_lib.seeds import derive
 from allo_lib.stages import run_stage
@@ -104,7 +105,9 @@ class Study:
         """Leave for the manifest which weights the study started from."""
         path = self.store.folder / "notes" / "weights.json"
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, note)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        write_json(temporary, note)
+        os.replace(temporary, path)  # other processes read it while this one writes
 
     @property
     def model(self):

@@ -7,9 +7,10 @@ import tempfile
 from pathlib import Path
 
 from allo_lib import driver, manifest
-from allo_lib.config import load_profile, settings_hash
+from allo_lib.config import settings_hash
 from allo_lib.errors import AlloError
 from allo_lib.marks import Run
+from allo_lib.profile_files import load_profile
 
 TOLERANCE = 1e-9  # absolute, on values and standard errors
 # Another number of threads, or another processor, adds up in another order. Of 48 pairs under a

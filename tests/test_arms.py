@@ -8,10 +8,10 @@ import torch
 from tiny_study import DOMAIN, PROFILE, open_study
 
 from allo_lib import arms, methods, parallel, weights
-from allo_lib.config import load_profile
 from allo_lib.errors import AlloError
 from allo_lib.evaluation import implicit_margins
 from allo_lib.methods import Stage, share_name, stages_of
+from allo_lib.profile_files import load_profile
 from allo_lib.stages import run_stage
 from allo_lib.training import Diverged
 

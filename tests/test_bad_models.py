@@ -281,6 +281,12 @@ def test_bad_stages_are_told_before_anything_is_written(tmp_path, stages, told):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("folder", [None, "", 3, ["out"]])
+def test_a_folder_is_named(folder):
+    with refused("align: output_dir is", repr(folder), "name the folder"):
+        align(tiny_llama(), words(), PAIRS, output_dir=folder)
+
+
 def test_a_file_in_the_place_of_the_folder_is_told_and_kept(tmp_path):
     (tmp_path / "out").write_text("mine")
     with refused("align: output_dir", "is a file; name a folder"):

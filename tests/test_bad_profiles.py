@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from refusals import read_or_refused, refused, tree
 
 from allo_lib import config
-from allo_lib.config import load_profile, parse_yaml
+from allo_lib.profile_files import load_profile, parse_yaml
 
 SMALL = {"domains": {"toy": {"datasets": ["chain", "scan"]}}}
 TOY = "domains: {toy: {datasets: [chain]}}\n"

@@ -8,8 +8,8 @@ import pytest
 from conftest import ROOT
 
 from allo_lib import manifest, verify
-from allo_lib.config import load_profile
 from allo_lib.marks import Run
+from allo_lib.profile_files import load_profile
 
 FOLDERS = sorted(path.parent for path in (ROOT / "results").glob(f"*/{manifest.NAME}"))
 NAMES = [folder.name for folder in FOLDERS]

@@ -5,15 +5,17 @@ import json
 import subprocess
 import sys
 import types
+import typing
 
 import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from allo_lib import config
-from allo_lib.config import Profile, fingerprint, load_profile
+from allo_lib import config, profile_files
+from allo_lib.config import Profile, fingerprint
 from allo_lib.errors import AlloError
+from allo_lib.profile_files import load_profile
 
 SMALL = {
     "domains": {"miniature": {"kind": "miniature", "datasets": ["chains", "shops"]}},
@@ -100,16 +102,26 @@ def test_the_hash_follows_every_value_and_nothing_else(write):
     assert len(hash_of()) == 64 and int(hash_of(), 16)
 
 
+def test_keys_of_later_commits_change_the_hash_only_when_they_are_used(write):
+    path = write(SMALL)
+    before = load_profile(path).to_dict()
+    for key, unused in config._LATER.items():
+        assert before.pop(key) == unused
+        assert load_profile(path, {key: not unused}).hash() != load_profile(path).hash()
+    assert config.settings_hash(before) == load_profile(path).hash()
+
+
 def test_the_hash_is_the_same_in_another_process(write):
     path = write(SMALL)
-    program = f"from allo_lib.config import load_profile; print(load_profile({str(path)!r}).hash())"
+    program = "from allo_lib.profile_files import load_profile\n"
+    program += f"print(load_profile({str(path)!r}).hash())"
     for hash_seed in ("1", "2"):
         run = subprocess.run(
             [sys.executable, "-c", program],
             capture_output=True,
             text=True,
             check=True,
-            cwd=config.PROFILES.parents[1],
+            cwd=profile_files.PROFILES.parents[1],
             env={"PYTHONHASHSEED": hash_seed, "PATH": ""},
         )
         assert run.stdout.strip() == load_profile(path).hash()
@@ -143,7 +155,7 @@ def refused(path, told, **arguments):
 def test_unknown_profiles_are_refused_with_the_known_names(monkeypatch, tmp_path, name):
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(SMALL))
     (tmp_path / "real.yaml").write_text(yaml.safe_dump(SMALL))
-    monkeypatch.setattr(config, "PROFILES", tmp_path)
+    monkeypatch.setattr(profile_files, "PROFILES", tmp_path)
     refused(name, "no profile .*expected one of real, tiny, or the path")
     assert load_profile("tiny").name == "tiny"
 
@@ -229,7 +241,7 @@ def test_a_size_is_a_section(write, size):
 
 def plain_fields(kind, prefix=""):
     """Dotted names of all scalar and list fields under a dataclass, with their types."""
-    for name, hint in config.typing.get_type_hints(kind).items():
+    for name, hint in typing.get_type_hints(kind).items():
         if dataclasses.is_dataclass(hint):
             yield from plain_fields(hint, f"{prefix}{name}.")
         elif not (isinstance(hint, types.GenericAlias) and hint.__origin__ is dict):

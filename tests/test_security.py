@@ -31,13 +31,13 @@ from transformers import PreTrainedTokenizerFast
 from allo_lib import (
     checkpoints,
     claims,
-    config,
     figures,
     manifest,
     measurements,
     models,
     notebook,
     packaged_weights,
+    profile_files,
     realdata,
     reference,
     report,
@@ -48,6 +48,7 @@ from allo_lib import (
 from allo_lib.errors import AlloError
 from allo_lib.figure_style import save
 from allo_lib.importance import NeuronMask
+from allo_lib.profile_files import load_profile
 from allo_lib.store import Store, sha256, write_json
 
 # --- what the sources may not do ---------------------------------------------------------------
@@ -120,9 +121,9 @@ def test_the_look_at_sources_finds_them(source):
 
 
 def test_the_one_yaml_loader_makes_plain_values_only():
-    assert issubclass(config._Loader, yaml.SafeLoader)
+    assert issubclass(profile_files._Loader, yaml.SafeLoader)
     with refused("could not determine a constructor"):
-        config.parse_yaml("!!python/object/apply:os.getcwd []")
+        profile_files.parse_yaml("!!python/object/apply:os.getcwd []")
 
 
 # --- planted pickles ---------------------------------------------------------------------------
@@ -207,10 +208,10 @@ READERS = {
     "reference": lambda path: reference.attach([], path),
     "measurements": measurements.read,
     "efficiency": report.read_efficiency,
-    "profile": in_folder("own.yaml", lambda folder: config.load_profile(str(folder / "own.yaml"))),
+    "profile": in_folder("own.yaml", lambda folder: load_profile(str(folder / "own.yaml"))),
     "manifest": in_folder(manifest.NAME, manifest.read),
     "folder's profile": in_folder(
-        "manifest.json", lambda folder: results.check_folder(folder, config.load_profile("tiny"))
+        "manifest.json", lambda folder: results.check_folder(folder, load_profile("tiny"))
     ),
     "questions": in_folder(
         "ecqa/train.jsonl", lambda folder: realdata.load_rows("ecqa", "train", folder)
