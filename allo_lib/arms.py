@@ -6,13 +6,12 @@ from pathlib import Path
 
 import torch
 
-from allo_lib import weights
+from allo_lib import on_policy, scoring, weights
 from allo_lib.config import fingerprint
 from allo_lib.encoding import encode_prompt, encode_response
 from allo_lib.errors import AlloError
-from allo_lib.evaluation import Answers, answer, implicit_margins
-from allo_lib.methods import PAPER_PROTOCOL, Stage, stages_of
-from allo_lib.objectives import ON_REJECTED, ON_SOLUTIONS
+from allo_lib.methods import PAPER_PROTOCOL, Stage, relative_rates, stages_of
+from allo_lib.objectives import ON_POLICY, ON_REJECTED, ON_SOLUTIONS
 from allo_lib.search import Rates, Tried, best, search
 from allo_lib.seeds import derive
 from allo_lib.stages import run_stage
@@ -44,6 +43,14 @@ def result(study: Study, name: str, method: str) -> dict:
     return study.store.get("result", inputs, make).json()
 
 
+def why_not(study: Study, name: str, method: str) -> str | None:
+    """Why a method cannot be run on a domain, for the reader of an empty cell; None if it can."""
+    stages = stages_of(method, study.profile)
+    if study.task(name) is None and any(stage.objective in ON_POLICY for stage in stages):
+        return "no verifier: it is rewarded for right answers, and these prompts have none"
+    return None
+
+
 def is_done(study: Study, name: str, method: str) -> bool:
     """Whether `result` can be read from the store."""
     return study.store.has("result", _method_inputs(study, name, method))
@@ -60,12 +67,14 @@ def _method_inputs(study: Study, name: str, method: str) -> dict:
     stages = stages_of(method, study.profile)
     search_settings = study.profile.to_dict()["search"]
     paper = method.endswith(PAPER_PROTOCOL)
-    return _stage_inputs(study, name, stages) | {
+    relative = relative_rates(method)
+    inputs = _stage_inputs(study, name, stages) | {
         "search": search_settings,
         "rates": study.profile.to_dict()["domains"][name]["rates"],
         "test": [study.domain(name).dev, study.domain(name).test],
         "paper_protocol": paper,
     }
+    return inputs | ({"relative_to": relative} if relative else {})
 
 
 def _stage_inputs(study: Study, name: str, stages: tuple[Stage, ...]) -> dict:
@@ -75,15 +84,20 @@ def _stage_inputs(study: Study, name: str, stages: tuple[Stage, ...]) -> dict:
             "token_threshold", "warmup_rate_factor")  # fmt: skip
     # The record of a candidate holds its score on the development split.
     fields = ("batch_size", "epochs", "max_length", "max_new_tokens", "sft", "rewriter", "dev")
-    return study.inputs(name, *fields) | {
-        "stages": [asdict(stage) for stage in stages],
+    inputs = study.inputs(name, *fields) | {
+        "stages": [stage.settings() for stage in stages],
         "pairs": study.pairs(name).key,
         "method": {key: method[key] for key in used},
         "warmup_rate": study.domain(name).rates.dense,
     }
+    sampled = any(stage.objective in ON_POLICY for stage in stages)
+    return inputs | ({"on_policy": asdict(on_policy.DEFAULT)} if sampled else {})
 
 
 def _make_result(study: Study, name: str, method: str, folder: Path) -> None:
+    reason = why_not(study, name, method)
+    if reason:
+        raise AlloError(f"{name}, {method}: {reason}; leave the method out of this domain")
     stages = stages_of(method, study.profile)
     tried: list[Tried] = []
     candidates, records = {}, {}
@@ -93,13 +107,12 @@ def _make_result(study: Study, name: str, method: str, folder: Path) -> None:
         records[rates] = candidates[rates].json()
         return records[rates]["dev"]
 
-    if method.endswith(PAPER_PROTOCOL):
-        # The paper's protocol: every mask at the one rate that plain DPO likes best.
-        rates = tuple(result(study, name, "dpo")["rates"])
+    rates = _fixed_rates(study, name, method)
+    if rates is not None:
         tried = [Tried(rates, evaluate(rates))]
     else:
         settings = study.profile.search
-        centre = tuple(getattr(study.domain(name).rates, stage.rate) for stage in stages)
+        centre = tuple(stage.centre(study.domain(name).rates) for stage in stages)
         tried = search(centre, settings.candidates, settings.factor, evaluate)
     chosen = best(tried)
     if chosen.score == DIVERGED:
@@ -112,13 +125,27 @@ def _make_result(study: Study, name: str, method: str, folder: Path) -> None:
             key: records[one.rates][key] for key in ("displacement", "train_margin")}
         for one in tried]}  # fmt: skip
     # Asked for anew: a method of the same stages may have run beside this one and dropped it.
-    record |= _measure(study, name, study.load(_candidate(study, name, stages, chosen.rates)))
+    model = study.load(_candidate(study, name, stages, chosen.rates))
+    record |= scoring.measure(study, name, model)
     write_json(folder / "record.json", record)
     kept = method.removesuffix(PAPER_PROTOCOL) in KEPT
     for rates, artifact in candidates.items():
         diverged = records[rates]["dev"] == DIVERGED  # its batch may be wanted
         if stages and not diverged and not (kept and rates == chosen.rates):
             study.store.drop(artifact)
+
+
+def _fixed_rates(study: Study, name: str, method: str) -> Rates | None:
+    """The rates of a row that follow from another row's; None for those that are searched for."""
+    if method.endswith(PAPER_PROTOCOL):
+        # The paper's protocol: every mask at the one rate that plain DPO likes best.
+        return tuple(result(study, name, "dpo")["rates"])
+    relative = relative_rates(method)
+    if relative is None:
+        return None
+    other, factors = relative
+    best_rates = result(study, name, other)["rates"]
+    return tuple(rate * factor for rate, factor in zip(best_rates, factors, strict=True))
 
 
 def _candidate(study: Study, name: str, stages: tuple[Stage, ...], rates: Rates) -> Artifact:
@@ -147,13 +174,13 @@ def _make_candidate(study, name, stages, rates, folder: Path) -> None:
         return
     margins = logs[-1].metrics.get("reward_margin", []) if logs else []
     record = {
-        "stages": [asdict(stage) for stage in stages],
+        "stages": [stage.settings() for stage in stages],
         "loss": [log.loss for log in logs],
         "watch": [log.metrics for log in logs],
         "tokens": [log.tokens for log in logs],
         "train_margin": _mean_of_last_quarter(margins) if margins else None,
         "displacement": weights.displacement(model, start),
-        "dev": dev_score(study, name, model),
+        "dev": scoring.dev_score(study, name, model),
     }
     weights.save(model, folder / WEIGHTS)
     write_json(folder / "record.json", record)
@@ -183,6 +210,8 @@ def _train_stage(study, name, stages, number: int, rate, masters: dict, folder: 
         derive(study.seed, "order", name, number),
         method.forgetting_warmup if stage.objective in ON_REJECTED else method.learning_warmup,
     )
+    if stage.objective in ON_POLICY:
+        return _train_on_policy(study, name, stage, schedule)
     return run_stage(
         study.model,
         _rows(study, name, stage, first=number == 0),
@@ -200,11 +229,38 @@ def _train_stage(study, name, stages, number: int, rate, masters: dict, folder: 
     )
 
 
+def _train_on_policy(study: Study, name: str, stage: Stage, schedule: Schedule) -> Log:
+    """The same for stages that sample their responses: to the questions of the training pairs."""
+    domain, method, task = study.domain(name), study.profile.method, study.task(name)
+    known = study.pair_questions(name)
+    questions = [known[row["id"]] for row in study.pairs(name).rows["train"]]
+
+    def reward(number: int, response) -> float:
+        return float(response.ended and task.right(questions[number], response.text))
+
+    return on_policy.run_on_policy(
+        study.model,
+        study.tokenizer,
+        [question.prompt for question in questions],
+        reward,
+        stage.objective,
+        schedule,
+        max_new_tokens=domain.max_new_tokens,
+        generation_batch=study.profile.compute.generation_batch,
+        mask=mask_of(study, name, stage),
+        weight_decay=method.weight_decay,
+        max_grad_norm=method.max_grad_norm,
+        label=f"{name}, {stage.objective} at {schedule.learning_rate:g}",
+    )
+
+
 def mask_of(study: Study, name: str, stage: Stage):
     """The neurons that a stage trains; None for all of them."""
     if stage.neurons == "all":
         return None
-    return study.mask(name, stage.neurons, stage.share, stage.estimator, stage.granularity)
+    return study.mask(
+        name, stage.neurons, stage.share, stage.estimator, stage.granularity, stage.scope
+    )
 
 
 def _rows(study: Study, name: str, stage: Stage, first: bool) -> list[dict]:
@@ -215,9 +271,9 @@ def _rows(study: Study, name: str, stage: Stage, first: bool) -> list[dict]:
     if not first:
         for row, values in zip(rows, study.logps(study.model, rows), strict=True):
             row |= {f"{side}_reference": values[side] for side in ("chosen", "rejected")}
-    if stage.objective == "forgetting":
+    if stage.objective in ("forgetting", "merged"):
         for row, values in zip(rows, study.forgetting_weights(name, stage), strict=True):
-            row["rejected_weights"] = values
+            row |= {"rejected_weights": values, "chosen_weights": [0.0] * len(row["chosen"])}
     if stage.objective == "learning" and stage.key != "policy":
         for row, values in zip(rows, _fixed_keys(study, name, stage), strict=True):
             row |= {"rejected_key": values, "chosen_key": [0.0] * len(row["chosen"])}
@@ -259,52 +315,6 @@ def _fixed_keys(study: Study, name: str, stage: Stage) -> list[list[float]]:
         )[0].float().tolist()
         for ours, row in zip(policy, study.encoded(name, "train"), strict=True)
     ]  # fmt: skip
-
-
-def dev_score(study: Study, name: str, model) -> float:
-    """Accuracy on the development problems, or reward accuracy on the development pairs."""
-    if study.task(name) is None:
-        return _share(_margins(study, name, model, "dev"))
-    return answers(study, name, model, "dev").accuracy
-
-
-def answers(study: Study, name: str, model, split: str) -> Answers:
-    """Greedy answers to the problems of a split."""
-    domain = study.domain(name)
-    return answer(
-        model,
-        study.tokenizer,
-        study.task(name),
-        study.task(name).questions(split, getattr(domain, split)),
-        max_new_tokens=domain.max_new_tokens,
-        batch_size=study.profile.compute.generation_batch,
-        drafts=study.drafts(name, split),
-    )
-
-
-def _share(margins: list[float]) -> float:
-    return sum(margin > 0 for margin in margins) / len(margins)
-
-
-def _margins(study: Study, name: str, model, split: str) -> list[float]:
-    rows = study.encoded(name, split)
-    reference = [
-        {side: row[f"{side}_reference"] for side in ("chosen", "rejected")} for row in rows
-    ]
-    return implicit_margins(study.logps(model, rows), reference, study.profile.method.beta)
-
-
-def _measure(study: Study, name: str, model) -> dict:
-    """What is reported of a method: test answers, and margins on the held-out pairs."""
-    measured = {"margins": _margins(study, name, model, "heldout")}
-    if study.task(name) is None:
-        return measured
-    given = answers(study, name, model, "test")
-    questions = study.task(name).questions("test", study.domain(name).test)
-    rows = zip(questions, given.answered, given.right, strict=True)
-    return measured | {
-        "answers": [[q.id, q.dataset, int(answered), int(right)] for q, answered, right in rows]
-    }
 
 
 def shared_key(study: Study, name: str) -> str:

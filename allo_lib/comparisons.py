@@ -2,7 +2,8 @@
 
 import math
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 
 from allo_lib import published
 from allo_lib.measurements import AVERAGE, GAIN, LOSS, REWARD, Measurement
@@ -14,7 +15,10 @@ Index = Mapping[tuple[int, str, str, str], Measurement]
 
 @dataclass(frozen=True)
 class Domain:
-    """Data sets that are averaged together; `prefix` picks answered problems or held-out pairs."""
+    """Data sets that are averaged together.
+
+    `prefix` picks answered problems (""), held-out pairs (REWARD) or games won (WIN).
+    """
 
     name: str
     datasets: tuple[str, ...]
@@ -22,13 +26,24 @@ class Domain:
 
     @property
     def unit(self) -> str:
-        return "held-out reward accuracy" if self.prefix else "accuracy"
+        return {REWARD: "held-out reward accuracy", WIN: "win rate"}.get(self.prefix, "accuracy")
+
+    @property
+    def metric(self) -> str:
+        """The metric of a method's own score."""
+        return "win_rate" if self.prefix == WIN else f"{self.prefix}accuracy"
+
+    def only(self, dataset: str) -> "Domain":
+        """The domain with one data set of it; with all for `average`."""
+        return self if dataset == AVERAGE else replace(self, datasets=(dataset,))
 
 
+WIN = "win_"
 DOMAINS = (
     Domain("miniature", ("chain", "scan", "story")),
     Domain("questions", published.QUESTIONS),
     Domain("maths", published.MATHS),
+    Domain("instructions", published.INSTRUCTIONS, WIN),
     Domain("helpfulness", ("hh_helpful",), REWARD),
 )
 
@@ -67,31 +82,82 @@ def shared_names(rows: Collection[Measurement], domain: Domain) -> tuple[str, ..
     return (domain.name, AVERAGE, *sorted(others))
 
 
-def compare(index: Index, first: str, second: str, domain: Domain) -> Interval | None:
-    """The paired difference first minus second over the domain's data sets.
+def columns_of(domain: Domain) -> list[str]:
+    """The columns of the domain's tables: its data sets, and their mean where there are several."""
+    return [*domain.datasets, AVERAGE] if len(domain.datasets) > 1 else list(domain.datasets)
 
-    Uses the seeds that have counts on all of them; None when no seed has.
+
+def compare(
+    index: Index,
+    first: str,
+    second: str,
+    domain: Domain,
+    *,
+    unpaired: bool = False,
+    relative: bool = False,
+) -> Interval | None:
+    """The difference first minus second over the domain's data sets, on the same problems.
+
+    Uses the seeds that have counts on all of them; None when no seed has. `unpaired` takes two
+    accuracies as independent where a seed has no paired counts. `relative` divides by the second
+    method's accuracy; None also where that is 0 throughout.
     """
     cells: dict[int, dict[str, PairedCounts]] = {}
-    for seed in sorted({key[0] for key in index}):
+    for seed in _seeds(index):
         found = {
-            name: _counts(index, seed, first, second, name, domain.prefix)
+            name: _counts(index, seed, first, second, name, domain, unpaired)
             for name in domain.datasets
         }
-        if all(found.values()):
+        if all(found.values()) and not (relative and _nothing_right(found.values())):
             cells[seed] = found
-    return paired_interval(cells) if cells else None
+    if not cells:
+        return None
+    return _interval(tuple((seed, tuple(found.items())) for seed, found in cells.items()), relative)
 
 
-def _counts(index, seed, first, second, dataset, prefix) -> PairedCounts | None:
+@lru_cache(maxsize=1024)  # claims, tables and figures ask for the same pairs
+def _interval(cells: tuple[tuple[int, tuple], ...], relative: bool) -> Interval:
+    counts = {seed: dict(found) for seed, found in cells}
+    return paired_interval(counts, relative=relative)
+
+
+def _seeds(index: Index) -> list[int]:
+    return sorted({key[0] for key in index})
+
+
+def _nothing_right(cells: Iterable[PairedCounts]) -> bool:
+    bases = [cell.base for cell in cells]
+    return None in bases or not any(bases)
+
+
+def _counts(index, seed, first, second, dataset, domain, unpaired) -> PairedCounts | None:
     """Counts of first against second, from the rows of either direction."""
+    own = [index.get((seed, method, dataset, domain.metric)) for method in (first, second)]
+    base = own[1] and own[1].value
     for ours, theirs, flip in ((first, second, False), (second, first, True)):
-        gain = index.get((seed, ours, dataset, f"{prefix}{GAIN}{theirs}"))
-        loss = index.get((seed, ours, dataset, f"{prefix}{LOSS}{theirs}"))
+        gain = index.get((seed, ours, dataset, f"{domain.prefix}{GAIN}{theirs}"))
+        loss = index.get((seed, ours, dataset, f"{domain.prefix}{LOSS}{theirs}"))
         if gain and loss:
             pair = (loss.value, gain.value) if flip else (gain.value, loss.value)
-            return PairedCounts(*pair, gain.n)
+            return PairedCounts(*pair, gain.n, base)
+    if unpaired and all(own) and min(row.n for row in own) > 0:
+        return PairedCounts.independent(own[0].value, base, min(row.n for row in own))
     return None
+
+
+def paper_effect(
+    paper: tuple[published.Table, published.Table], first: str, second: str, domain: Domain
+) -> float | None:
+    """The paper's effect on the same data sets; for data sets of ours on all eight of its
+    questions and maths. `paper` holds its main results and its empirical study."""
+    main, empirical = paper
+    first, second = first.removesuffix("_paper"), second.removesuffix("_paper")
+    if domain.name in ("miniature", "other"):
+        datasets = published.QUESTIONS + published.MATHS
+    else:
+        datasets = domain.datasets
+    table = main if {first, second} <= set(main) else empirical
+    return published.difference(table, first, second, datasets)
 
 
 def metric_by_seed(
@@ -99,7 +165,7 @@ def metric_by_seed(
 ) -> dict[int, tuple[float, float, int]]:
     """(value, standard error, n) a seed: the mean over the domain's data sets or a shared row."""
     found = {}
-    for seed in sorted({key[0] for key in index}):
+    for seed in _seeds(index):
         rows = [index.get((seed, method, name, metric)) for name in domain.datasets]
         if not all(rows):
             rows = [row for name in shared if (row := index.get((seed, method, name, metric)))][:1]

@@ -11,13 +11,9 @@ from dataclasses import dataclass, field
 
 SIZES = ("cpu", "gpu")
 MODEL_DTYPES = ("float32", "bfloat16", "auto")
-DOMAIN_KINDS = ("miniature", "choice", "preferences")
+DOMAIN_KINDS = ("miniature", "choice", "questions", "preferences")
 TOKEN_RULES = ("threshold", "soft", "released")  # of token_rewards, which would import torch
 STABILITY = ("orders", "halves", "estimators", "magnitude")
-
-# Keys that came after results had been published. At these values they change nothing, so that a
-# profile without them keeps its hash.
-_LATER = {"paired_with_all": False}
 
 
 @dataclass(frozen=True)
@@ -92,7 +88,9 @@ class Rates:
 class Domain:
     """One training domain: its questions, its SFT model, its pairs and its rates."""
 
-    kind: str = "miniature"  # "miniature", "choice" (gold option) or "preferences" (human pairs)
+    # "miniature", "choice" (a gold option), "questions" (any gold answer: options, yes or no,
+    # numbers, formulas) or "preferences" (human pairs).
+    kind: str = "miniature"
     datasets: tuple[str, ...] = ()  # folder names of the data, or families of the miniature
     pretrain: Supervised = field(default_factory=Supervised)  # miniature: nearly right solutions
     sft: Supervised = field(default_factory=Supervised)
@@ -101,7 +99,7 @@ class Domain:
     rates: Rates = field(default_factory=Rates)
     dev: int = 0  # problems for choosing learning rates (all data sets together)
     test: int = 0  # problems for the reported accuracy (all data sets together)
-    explain: int = 0  # choice: statements of the human explanation that come before the answer
+    explain: int = 0  # of questions without a worked solution: statements before the answer
     max_new_tokens: int = 48  # longest response; one that has not ended by then has no answer
     max_length: int = 256  # tokens of prompt and response; longer rows are an error or left out
     batch_size: int = 16  # pairs per optimizer step; official code: 128
@@ -183,8 +181,6 @@ class Profile:
     # Methods of the main table and rows of the ablation, by their names in measurements.csv.
     methods: tuple[str, ...] = ()
     ablations: tuple[str, ...] = ()
-    # Paired outcomes of ALLO against every method, for row-against-row comparisons.
-    paired_with_all: bool = False
 
     def to_dict(self) -> dict:
         """The profile as plain lists, dicts and scalars, ready for JSON or YAML."""
@@ -199,8 +195,7 @@ def settings_hash(settings: dict) -> str:
     """Profile.hash of `Profile.to_dict`: all of it but what cannot change a result."""
     compute = dict(settings.get("compute", {}))
     compute.pop("checkpoint_minutes", None)
-    kept = {key: v for key, v in settings.items() if key not in _LATER or v != _LATER[key]}
-    return fingerprint(kept | {"compute": compute})
+    return fingerprint(settings | {"compute": compute})
 
 
 def fingerprint(value) -> str:

@@ -418,7 +418,7 @@ def efficiency_bars(rows: Sequence[Mapping[str, str]], title: str = "") -> Figur
 
 
 def _forest(axis, unit: str, group: Sequence) -> None:
-    scale = 100 if "accuracy" in unit else 1
+    scale = 100 if "accuracy" in unit or unit == "win rate" else 1
     names = []
     for place, claim in enumerate(group):
         colour, marker = VERDICT_STYLE[claim.verdict]

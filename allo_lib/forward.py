@@ -65,7 +65,7 @@ def _reads_trees(model, pad_token_id: int) -> bool:
     model.eval()
     try:
         plain, tree = (
-            _before_responses(
+            before_responses(
                 model, collate(rows, Layout(pad_token_id, shared, config.hidden_size))
             )
             for shared in (False, True)
@@ -78,7 +78,7 @@ def _reads_trees(model, pad_token_id: int) -> bool:
     return bool(distance <= _SAME.get(plain.dtype, 0.0))
 
 
-def _before_responses(model, batch: dict[str, Tensor]) -> Tensor:
+def before_responses(model, batch: dict[str, Tensor]) -> Tensor:
     """Hidden states before response tokens of all sequences, one after the other."""
     batch = to_device(batch, model)
     hidden = model.get_decoder()(**_reads(model, batch)).last_hidden_state.flatten(0, 1)

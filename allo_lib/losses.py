@@ -11,6 +11,7 @@ from torch import Tensor
 
 from allo_lib.errors import AlloError
 
+CLIP = 0.2  # how far PPO's ratio counts on either side of 1; arXiv 1707.06347, table 1's best
 IGNORED = -100  # label of positions that belong to no response; the convention of transformers
 
 
@@ -156,6 +157,32 @@ def ipo_loss(
     return (chosen - rejected - 1 / (2 * beta)) ** 2
 
 
+def bco_loss(
+    policy_chosen: Tensor,
+    policy_rejected: Tensor,
+    ref_chosen: Tensor,
+    ref_rejected: Tensor,
+    beta: float = 0.1,
+    shift: float | None = None,
+) -> Tensor:
+    """Binary Classifier Optimization, arXiv 2404.04656: right and wrong told apart one by one; [B].
+
+    L = -(log sigma(r+ - delta) + log sigma(-(r- - delta))) / 2 with r = beta log-ratio and the
+    reward shift delta = (E[r+] + E[r-]) / 2, through which no gradient flows.
+
+    shift: delta; None takes the mean over this batch, of its authors' moving average the part that
+    needs no memory between steps: a training that was interrupted goes on to the same bits. (TRL's
+    trainer averages over all batches so far.) The authors also weigh rejected responses by how much
+    their prompts look like those of chosen ones; here both come to the same prompts, and that
+    weight is 1.
+    """
+    _same_shape("bco_loss", policy_chosen, policy_rejected, ref_chosen, ref_rejected)
+    _positive("bco_loss", beta=beta)
+    chosen, rejected = beta * (policy_chosen - ref_chosen), beta * (policy_rejected - ref_rejected)
+    delta = torch.cat([chosen, rejected]).detach().mean() if shift is None else shift
+    return -(F.logsigmoid(chosen - delta) + F.logsigmoid(delta - rejected)) / 2
+
+
 def simpo_loss(
     policy_chosen: Tensor,
     policy_rejected: Tensor,
@@ -173,6 +200,32 @@ def simpo_loss(
     _lengths("simpo_loss", chosen_length, rejected_length)
     margin = policy_chosen / chosen_length - policy_rejected / rejected_length
     return -F.logsigmoid(beta * margin - gamma)
+
+
+def ppo_loss(
+    logps: Tensor, before: Tensor, advantages: Tensor, mask: Tensor, clip: float = CLIP
+) -> Tensor:
+    """Proximal Policy Optimization, arXiv 1707.06347, eq. 7, per sampled token; a scalar.
+
+    L = -mean_t min(rho_t A_t, clip(rho_t, 1 - clip, 1 + clip) A_t), rho_t = exp(logps - before)
+    All [B, T]: log-probs of the tokens now and when they were sampled, and their advantages; mask
+    is 1 for tokens of a response.
+    """
+    _same_shape("ppo_loss", logps, before, advantages, mask)
+    _positive("ppo_loss", clip=clip)
+    ratio = (logps - before).exp()
+    gain = torch.minimum(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages)
+    return -(gain * mask).sum() / mask.sum().clamp(min=1)
+
+
+def a2c_loss(logps: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:
+    """Advantage actor-critic's policy gradient, arXiv 1602.01783, sec. 4; a scalar.
+
+    L = -mean_t A_t log pi(y_t), all [B, T] as in `ppo_loss`, whose gradient at the policy that
+    sampled the tokens this is.
+    """
+    _same_shape("a2c_loss", logps, advantages, mask)
+    return -(advantages * logps * mask).sum() / mask.sum().clamp(min=1)
 
 
 def supervised_loss(logps: Tensor, mask: Tensor) -> Tensor:

@@ -11,9 +11,10 @@ from torch import Tensor
 from allo_lib import losses
 from allo_lib.token_rewards import key_tokens
 
-ON_PAIRS = ("dpo", "rdpo", "ipo", "simpo", "learning")
+ON_PAIRS = ("dpo", "rdpo", "ipo", "bco", "simpo", "learning", "merged")
 ON_REJECTED = ("npo", "forgetting")
 ON_SOLUTIONS = ("sft", "rft")
+ON_POLICY = ("ppo", "a2c")  # on responses that the policy in training writes (`on_policy`)
 
 Result = tuple[Tensor, dict[str, float]]
 
@@ -26,10 +27,14 @@ def objective(name: str, *, beta: float, key_share: float = 1.0):
     """
     if name in ON_SOLUTIONS:
         return _supervised
+    if name in ON_POLICY:
+        return _ppo if name == "ppo" else _a2c
     if name == "forgetting":
         return lambda logps, batch: (_forgetting(logps, batch, beta), {})
     if name == "npo":
         return lambda logps, batch: (_npo(logps, batch, beta), {})
+    if name == "merged":
+        return lambda logps, batch: _merged(logps, batch, beta, key_share)
     if name == "learning":
         return lambda logps, batch: _learning(logps, batch, beta, key_share)
     return lambda logps, batch: _pairs(name, logps, batch, beta)
@@ -41,6 +46,17 @@ def _response(batch: dict[str, Tensor]) -> Tensor:
 
 def _supervised(logps: Tensor, batch: dict[str, Tensor]) -> Result:
     return losses.supervised_loss(logps, _response(batch)), {}
+
+
+def _ppo(logps, batch) -> Result:
+    before, mask = batch["before_update"], _response(batch)
+    loss = losses.ppo_loss(logps, before, batch["advantages"], mask)
+    beyond = ((logps.detach() - before).exp() - 1).abs() > losses.CLIP
+    return loss, {"clipped": float(beyond[mask].float().mean())}
+
+
+def _a2c(logps, batch) -> Result:
+    return losses.a2c_loss(logps, batch["advantages"], _response(batch)), {}
 
 
 def _forgetting(logps, batch, beta) -> Tensor:
@@ -63,6 +79,13 @@ def _learning(logps, batch, beta, key_share) -> Result:
     return loss, _margin(chosen.sum(dim=1), rejected.sum(dim=1), beta)
 
 
+def _merged(logps, batch, beta, key_share) -> Result:
+    """Both stages' losses in one step; the batch of pairs carries forgetting's `weights`."""
+    loss, metrics = _learning(logps, batch, beta, key_share)
+    rejected = {key: batch[key].chunk(2)[1] for key in ("reference", "weights")}
+    return loss + _forgetting(logps.chunk(2)[1], rejected, beta), metrics
+
+
 def _pairs(name, logps, batch, beta) -> Result:
     policy = logps.sum(dim=1).chunk(2)
     reference = batch["reference"].sum(dim=1).chunk(2)
@@ -73,10 +96,13 @@ def _pairs(name, logps, batch, beta) -> Result:
         rows = losses.rdpo_loss(*policy, *reference, *lengths, beta=beta)
     elif name == "ipo":
         rows = losses.ipo_loss(*policy, *reference, *lengths, beta=beta)
+    elif name == "bco":
+        rows = losses.bco_loss(*policy, *reference, beta=beta)
     elif name == "simpo":
         rows = losses.simpo_loss(*policy, *lengths)
     else:
-        raise ValueError(f"objective {name!r}: expected one of {ON_PAIRS + ON_REJECTED}")
+        known = ON_PAIRS + ON_REJECTED + ON_SOLUTIONS + ON_POLICY
+        raise ValueError(f"objective {name!r}: expected one of {known}")
     return rows.mean(), _margin(policy[0] - reference[0], policy[1] - reference[1], beta)
 
 

@@ -12,13 +12,11 @@ from functools import lru_cache
 
 from allo_lib import arms
 from allo_lib.config import Profile
-from allo_lib.methods import PAPER_PROTOCOL, stages_of
+from allo_lib.methods import PAPER_PROTOCOL, relative_rates, stages_of, waits_for
 from allo_lib.runtime import give_back_freed_memory
 from allo_lib.study import Study
 from allo_lib.workers import fork_server, leave_with_parent
 
-# Rows that read the trained model of another row, which has to be there first.
-_AFTER_DPO = ("allo_key_reference",)
 Row = tuple[str, str]  # domain and method
 
 
@@ -56,14 +54,14 @@ def _groups(study: Study, missing: Mapping[str, Sequence[str]]) -> list[list[Row
     first: list[Row] = []
     later: list[Row] = []
     for name, methods in missing.items():
-        after = [m for m in methods if m.endswith(PAPER_PROTOCOL) or m in _AFTER_DPO]
-        if not after or arms.is_done(study, name, "dpo"):
-            first += [(name, method) for method in methods]
-            continue
-        now = [method for method in methods if method not in after]
-        first += [(name, method) for method in (now if "dpo" in now else ["dpo", *now])]
-        later += [(name, method) for method in after]
-    return [group for group in (first, later) if group]
+        for method in methods:
+            other = waits_for(method)
+            if other is None or arms.is_done(study, name, other):
+                first.append((name, method))
+            else:
+                first.append((name, other))
+                later.append((name, method))
+    return [list(dict.fromkeys(group)) for group in (first, later) if group]
 
 
 def _run_groups(study: Study, groups: list[list[Row]]) -> None:
@@ -104,7 +102,8 @@ def _longest_first(study: Study, rows: list[Row]) -> list[Row]:
 
     def size(row: Row) -> int:
         name, method = row
-        candidates = 1 if method.endswith(PAPER_PROTOCOL) else study.profile.search.candidates
+        fixed = method.endswith(PAPER_PROTOCOL) or relative_rates(method)
+        candidates = 1 if fixed else study.profile.search.candidates
         epochs = sum(stage.epochs for stage in stages_of(method, study.profile))
         return candidates * epochs * tokens[name]
 

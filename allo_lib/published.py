@@ -40,7 +40,20 @@ _ARMS = {
     "allo_key_reference": "key tokens from a DPO model",
     "allo_all_neurons": "all neurons",
     "allo_random_neurons": "random neurons",
+    "allo_last_neurons": "last neurons",
+    "allo_rows": "whole rows",
+    "allo_per_tensor": "top of every tensor",
+    "allo_reversed": "learning, then forgetting",
+    "allo_merged": "both in one stage",
+    "allo_scores_gradient": "scores: sum of |gradient|",
+    "allo_scores_magnitude": "scores: magnitude",
+    "allo_scores_lr_x0p3": "scores: warm-up at 0.3 of the rate",
+    "allo_scores_lr_x3": "scores: warm-up at 3 times the rate",
+    "allo_scores_half_epoch": "scores: half an epoch",
+    "allo_rm_sixteenth": "reward model of 1/16 of the examples",
+    "allo_rm_eighth": "reward model of 1/8 of the examples",
     "allo_rm_early": "reward model stopped early",
+    "allo_rm_half": "reward model of half the examples",
     "allo_rm_shuffled": "shuffled reward model",
     "allo_rm_untrained": "untrained reward model",
     "allo_rm_oracle": "oracle token rewards",
@@ -49,7 +62,9 @@ _ARMS = {
 _MASKED = re.compile(r"dpo_(top|last|random)(\d+)(?:p(\d+))?(?:_(\w+))?")
 QUESTIONS = ("ecqa", "qasc", "openbookqa", "strategyqa")
 MATHS = ("gsm8k", "math", "mawps", "tabmwp")
-INSTRUCTIONS = ("alpaca_eval_2", "arena_hard")
+INSTRUCTIONS = ("alpaca_eval", "arena_hard")
+# Columns of the paper's tables whose data set has another name here.
+_COLUMNS = {"alpaca_eval_2": "alpaca_eval"}
 _NEURONS = {"dpo_top10": "top 10%", "dpo_last10": "last 10%", "dpo": "full"}
 
 
@@ -98,14 +113,22 @@ def difference(table: Table, first: str, second: str, datasets: Sequence[str]) -
 def _read(name: str, key: str, rename: dict[str, str], paper_dir: str | Path | None) -> Table:
     path = Path(paper_dir or PAPER_DIR) / name
     try:
-        rows = list(csv.DictReader(path.read_text(encoding="utf-8").splitlines()))
-    except OSError:
+        rows = list(csv.DictReader(path.read_text(encoding="utf-8").splitlines(), strict=True))
+    except (OSError, UnicodeDecodeError, csv.Error):
         raise AlloError(f"{path} cannot be read: restore the paper's numbers from git") from None
     table = {}
     for row in rows:
-        label = row.pop(key)
+        label = row.pop(key, None)
         if label not in rename:
-            raise AlloError(f"{path} has the row {label!r}: expected {', '.join(rename)}")
+            raise AlloError(f"{path} has the row {label!r}: expected {', '.join(rename)}"[:400])
         row.pop("note", None)
-        table[rename[label]] = {column: float(cell) / 100 for column, cell in row.items()}
+        try:
+            numbers = {_COLUMNS.get(name, name): float(cell) / 100 for name, cell in row.items()}
+        except (TypeError, ValueError):
+            raise AlloError(
+                f"{path}, row {label!r}, has a cell that is not a number: restore it from git"
+            ) from None
+        table[rename[label]] = numbers
+    if set(table) != set(rename.values()):
+        raise AlloError(f"{path} lacks rows: expected {', '.join(rename)}; restore it from git")
     return table

@@ -1,9 +1,11 @@
-"""Real questions and human preferences: reading them, prompting, and judging answers.
+"""Real questions, instructions and human preferences: reading and checking their rows.
 
 A data folder holds `<name>/<split>.jsonl` or `.jsonl.gz`, one JSON object a line (UTF-8):
-questions as {id, question, solution, answer, choices}, preferences as {prompt, chosen, rejected}.
-`question` is the text with its options, `(A) ...`, one a line; `answer` is the letter; `solution`
-is the human explanation or null. Without a folder the same rows are made from the hub's copies.
+questions as {id, question, solution, answer, choices}, instructions as {id, question, outputs},
+preferences as {prompt, chosen, rejected}. `question` is the text with its options, `(A) ...`, one a
+line; `answer` is the letter, and where `choices` is null the answer itself; `solution` is the human
+explanation or null; `outputs` are others' responses by the names of their models. Without a folder
+the same rows are made from the hub's copies.
 """
 
 import gzip
@@ -15,19 +17,14 @@ import re
 import zlib
 from pathlib import Path
 
+from allo_lib import hub
+from allo_lib.answers import LETTERS
 from allo_lib.encoding import encode_prompt, encode_response
 from allo_lib.errors import AlloError
 
 QUESTION_FIELDS = ("id", "question", "solution", "answer", "choices")
 PREFERENCE_FIELDS = ("prompt", "chosen", "rejected")
-LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-MARKER = "The answer is"
-
-# name -> (hub id, data_dir), read with `datasets.load_dataset`.
-HUB = {
-    "ecqa": ("yangdong/ecqa", None),
-    "hh_helpful": ("Anthropic/hh-rlhf", "helpful-base"),
-}
+INSTRUCTION_FIELDS = ("id", "question", "outputs")
 
 
 # --- reading -----------------------------------------------------------------------------------
@@ -47,7 +44,11 @@ def load_rows(name, split, data_dir=None) -> list[dict]:
     """
     folder = data_dir or os.environ.get("ALLO_DATA")
     if not folder:
-        return _load_from_hub(name, split)
+        rows = hub.load(name, split)
+        for row in rows:
+            check_row(row, row.get("id", f"{name} {split} of the hub"))
+        _check_ids(rows, f"{name} {split} of the hub")
+        return rows
     path = _data_file(Path(folder).expanduser(), name, split)
     rows = []
     for number, line in enumerate(_text(path).split("\n"), start=1):
@@ -71,15 +72,7 @@ def _data_file(folder: Path, name, split) -> Path:
     state = "has no such file" if folder.is_dir() else "does not exist"
     raise AlloError(
         f"data folder {folder} {state}: expected {name}/{split}.jsonl or {name}/{split}.jsonl.gz; "
-        + _both_ways(name)
-    )
-
-
-def _both_ways(name) -> str:
-    hub = HUB[name][0] if name in HUB else f"it has {', '.join(HUB)} here"
-    return (
-        "there are two ways: a data folder named with --data DIR or the environment variable "
-        f"ALLO_DATA, or, with neither, the hub through `datasets` ({hub})"
+        + hub.both_ways(name)
     )
 
 
@@ -113,23 +106,36 @@ def _unique(pairs) -> dict:
 
 
 def check_row(row, place="row") -> None:
-    """Raise AlloError, naming `place`, unless `row` is a well-formed question or preference."""
+    """Raise AlloError, naming `place`, unless `row` is well-formed: one of the three kinds."""
     if not isinstance(row, dict):
         raise AlloError(f"{place}: {type(row).__name__}, expected a JSON object")
     preference = any(key in row for key in PREFERENCE_FIELDS) and "question" not in row
-    fields = PREFERENCE_FIELDS if preference else QUESTION_FIELDS
+    instruction = "outputs" in row and "answer" not in row
+    fields = QUESTION_FIELDS
+    if preference or instruction:
+        fields = PREFERENCE_FIELDS if preference else INSTRUCTION_FIELDS
     missing = [key for key in fields if key not in row]
     if missing:
         raise AlloError(f"{place}: no {', '.join(missing)}; expected the keys {', '.join(fields)}")
     for key in fields:
-        if key not in ("solution", "choices") and not _filled(row[key]):
+        if key not in ("solution", "choices", "outputs") and not _filled(row[key]):
             raise AlloError(
                 f"{place}: {key} is {_short(row[key])}, expected non-empty text of valid Unicode"
             )
     if preference and row["chosen"] == row["rejected"]:
         raise AlloError(f"{place}: chosen equals rejected; drop the row or correct one of them")
-    if not preference:
+    if instruction and not preference:
+        _check_outputs(row["outputs"], place)
+    elif not preference:
         _check_question(row, place)
+
+
+def _check_outputs(outputs, place) -> None:
+    texts = [*outputs, *outputs.values()] if isinstance(outputs, dict) else [None]
+    if not all(_is_text(text) for text in texts):
+        raise AlloError(
+            f"{place}: outputs is {_short(outputs)}, expected an object of responses by model"
+        )
 
 
 def _check_question(row, place) -> None:
@@ -147,7 +153,7 @@ def _check_question(row, place) -> None:
             f"{place}: answer is {_short(answer)}, expected a letter from A to "
             f"{LETTERS[len(choices) - 1]}, one for each option"
         )
-    # `_stem` takes the options off the end again; without them it would take the question.
+    # `questions.prompt` takes the options off the end again; without them, the question.
     lines = [f"({letter}) {text}" for letter, text in zip(LETTERS, choices, strict=False)]
     options = "\n" + "\n".join(lines)
     if not _filled(row["question"].removesuffix(options)) or not row["question"].endswith(options):
@@ -188,168 +194,6 @@ def data_hash(rows) -> str:
     for row in rows:
         digest.update(json.dumps(row, sort_keys=True, separators=(",", ":")).encode() + b"\n")
     return digest.hexdigest()
-
-
-# --- the hub -----------------------------------------------------------------------------------
-
-
-def _load_from_hub(name, split) -> list[dict]:
-    if name not in HUB:
-        raise AlloError(f"data set {name!r} is not there: {_both_ways(name)}")
-    import datasets
-
-    path, inner = HUB[name]
-    try:
-        table = datasets.load_dataset(path, data_dir=inner, split=split)
-    except Exception as error:
-        # Every layer below (http, cache, parquet) has exceptions of its own.
-        reason = " ".join(str(error).split())[:200]
-        raise AlloError(
-            f"data set {name!r} cannot be read from the hub ({reason}); {_both_ways(name)}"
-        ) from error
-    convert = ecqa_row if name == "ecqa" else hh_row
-    try:
-        rows = [convert(entry, f"{name}-{split}-{i}") for i, entry in enumerate(table)]
-    except (KeyError, TypeError, AttributeError) as error:
-        raise AlloError(
-            f"data set {name!r} of the hub has columns of another form ({_short(error)}); "
-            f"{_both_ways(name)}"
-        ) from error
-    rows = [row for row in rows if row is not None]
-    for row in rows:
-        check_row(row, row.get("id", f"{path} {split}"))
-    return rows
-
-
-def ecqa_row(entry, row_id) -> dict | None:
-    """One ECQA entry of the hub as a question row; None if its answer is not exactly one option."""
-    choices = [entry[f"q_op{i}"] for i in range(1, 6)]
-    if choices.count(entry["q_ans"]) != 1:
-        return None
-    lines = [f"({letter}) {text}" for letter, text in zip(LETTERS, choices, strict=False)]
-    statements = [line.strip() for line in (entry["taskA_pos"] or "").split("\n")]
-    return {
-        "id": row_id,
-        "question": "\n".join([entry["q_text"], *lines]),
-        "solution": "\n".join(filter(None, statements)) or None,
-        "answer": LETTERS[choices.index(entry["q_ans"])],
-        "choices": choices,
-    }
-
-
-def hh_row(entry, row_id=None) -> dict | None:
-    """Two whole conversations as a preference row.
-
-    None when they differ before the last reply, or when the last replies are empty or equal.
-    """
-    turn = "\n\nAssistant:"
-    halves = [entry[key].rpartition(turn) for key in ("chosen", "rejected")]
-    (before, _, chosen), (other, _, rejected) = halves
-    chosen, rejected = chosen.strip(), rejected.strip()
-    if not before or before != other or not chosen or not rejected or chosen == rejected:
-        return None
-    return {"prompt": before + turn, "chosen": chosen, "rejected": rejected}
-
-
-# --- questions ---------------------------------------------------------------------------------
-
-
-def qa_prompt(row, style="text") -> str:
-    """The prompt of a multiple-choice question.
-
-    style "text": the stem, the option texts on one line, and `Answer:`. Small models tell texts
-    apart but not letters. style "letter": the paper's form, an instruction with lettered options
-    that ends in "Let's think step by step.".
-    """
-    _check_style(style, row)
-    if style == "letter":
-        return (
-            "Below is an instruction that describes a task. Write a response that appropriately "
-            f"completes the request.\n\n### Instruction:\n{row['question']}\n\n"
-            "### Response: Let's think step by step."
-        )
-    return f"{_stem(row)}\nOptions: {', '.join(row['choices'])}\nAnswer:"
-
-
-def qa_target(row, style="text", explain=0) -> str:
-    """The gold response, starting with a space, without the end token.
-
-    `explain` statements of the human explanation (0 none, at most what there is; True is 1) come
-    before `The answer is: <option>`.
-    """
-    _check_style(style, row)
-    statements = [_sentence(line) for line in (row["solution"] or "").split("\n") if line.strip()]
-    return " " + " ".join(statements[: int(explain)] + [_final(row, style)])
-
-
-def read_choice(response, row, style="text") -> str | None:
-    """Letter of the option that a response ends in, or None.
-
-    Read strictly: the text after the last `The answer is:` up to the end must be one option, case,
-    outer blanks and a last full stop aside.
-    """
-    _check_style(style, row)
-    _, marker, given = response.rpartition(MARKER)
-    if not marker or not given.startswith(":"):
-        return None
-    given = _plain(given[1:])
-    names = [_option(row, i, style) for i in range(len(row["choices"]))]
-    for index, option in enumerate(names):
-        if given == _plain(option) or (style == "letter" and given == LETTERS[index].lower()):
-            return LETTERS[index]
-    return None
-
-
-def is_right(row, response, style="text") -> bool:
-    """Whether the response's final answer, read strictly, is the gold one."""
-    return read_choice(response, row, style) == row["answer"]
-
-
-def correction(row, response, style="text") -> str:
-    """The response with as little changed as makes its final answer right.
-
-    What follows the last `The answer is` is replaced by the gold option; a response without one
-    gets it appended. Made from the gold answer alone, so an explanation before it stays as it was.
-    """
-    if is_right(row, response, style):
-        return response
-    before, marker, _ = response.rpartition(MARKER)
-    if not marker:
-        before = response.rstrip() + " "
-    return before + _final(row, style)
-
-
-def _final(row, style) -> str:
-    _check_style(style, row)
-    return f"{MARKER}: {_option(row, LETTERS.index(row['answer']), style)}"
-
-
-def _option(row, index, style) -> str:
-    text = row["choices"][index]
-    return text if style == "text" else f"({LETTERS[index]}) {text}"
-
-
-def _stem(row) -> str:
-    # The options stand in the question too, one a line; they are always its last lines.
-    return "\n".join(row["question"].split("\n")[: -len(row["choices"])])
-
-
-def _sentence(line) -> str:
-    line = " ".join(line.split())
-    return line if line[-1] in ".!?" else line + "."
-
-
-def _plain(text) -> str:
-    return re.sub(r"\s+", " ", text).strip().removesuffix(".").rstrip().casefold()
-
-
-def _check_style(style, row) -> None:
-    if style not in ("text", "letter"):
-        raise AlloError(f"style {style!r}: expected 'text' or 'letter'")
-    if not row.get("choices"):
-        raise AlloError(
-            f"question {_short(row.get('id'))} has no options; expected multiple choice"
-        )
 
 
 # --- preferences -------------------------------------------------------------------------------

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from allo_lib import claims as claims_module
-from allo_lib import figures, published, tables
+from allo_lib import figures, published, relative_change, row_comparisons, tables
+from allo_lib.ablations import single_changes
 from allo_lib.claims import Claim
 from allo_lib.comparisons import compare, domains_of, index_of
 from allo_lib.errors import AlloError
@@ -17,13 +18,15 @@ from allo_lib.measurements import Measurement
 from allo_lib.measurements import read as read_measurements
 
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
-PROFILES = ("tiny", "smollm2")
+PROFILES = ("tiny", "tiny-full", "smollm2")
+_HOLM = ("id", "verdict", "p", "p_holm", "verdict_holm")
 _OF_SEED = re.compile(r"_seed(\d+)\.png$")
 _EFFICIENCY = {"variant", "device", "seconds_per_pair", "peak_bytes_above_model"}
 # What stands beside a domain of whose data sets the paper has none.
 _PAPER_AVERAGE = {
     "questions": ("qa_avg", "paper, mean of 4 question sets"),
     "helpfulness": ("instructions_avg", "paper, instruction following (win rate)"),
+    "instructions": ("instructions_avg", "paper, instruction following (win rate)"),
 }
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem;
@@ -52,7 +55,8 @@ def rebuild(results_dir: str | Path, paper_dir: str | Path | None = None) -> lis
     found = claims_module.compute(rows, efficiency, paper_dir)
     claims_module.write(folder / "claims.csv", found)
     paths = [folder / "claims.csv"]
-    paths += tables.write(tables.build(rows, paper_dir), folder / "tables")
+    made = [*tables.build(rows, paper_dir), row_comparisons.claims_table(found)]
+    paths += tables.write(made, folder / "tables")
     paths += draw(rows, found, efficiency, folder / "figures", paper_dir)
     return [*paths, build(folder)]
 
@@ -68,6 +72,23 @@ def read_efficiency(path: str | Path) -> list[dict[str, str]]:
     if rows and not set(rows[0]) >= _EFFICIENCY:
         raise AlloError(f"{path} lacks columns: expected {', '.join(sorted(_EFFICIENCY))}")
     return rows
+
+
+def read_holm(path: str | Path) -> dict[str, str]:
+    """Claim -> the verdict that Holm's correction leaves, of `tables/claims_holm.csv`.
+
+    Empty when the file does not exist, as in results made before it was written. AlloError when it
+    is no text or another table.
+    """
+    if not Path(path).exists():
+        return {}
+    try:
+        header, *lines = csv.reader(_text(Path(path)).splitlines(), strict=True)
+    except (csv.Error, ValueError):
+        raise AlloError(f"{path} is no CSV file: run notebook 06_evaluation again") from None
+    if tuple(header) != _HOLM or any(len(line) != len(_HOLM) for line in lines):
+        raise AlloError(f"{path} is another table: expected columns {','.join(_HOLM)}")
+    return {line[0]: line[-1] for line in lines}
 
 
 def _text(path: Path) -> str:
@@ -93,6 +114,10 @@ def draw(
             "Every claim with its 95% interval; right of zero supports it.",
         )
     ]
+    changes = relative_change.changes_of(rows, paper_dir)
+    if any(change.interval for change in changes):
+        figure = relative_change.draw(changes)
+        paths.append(figures.save(figure, folder, "relative_change", relative_change.CAPTION))
     for domain in domains_of(rows):
         paths += _draw_domain(rows, domain, folder, paper_dir)
     if efficiency:
@@ -146,7 +171,7 @@ def _paper_beside(domain, paper_dir) -> tuple[dict[str, float], str]:
 def _ablations(rows, domain) -> dict[str, tuple[float, float, float]]:
     index, measured = index_of(rows), {row.method for row in rows}
     methods = [method for method in ("dpo", "dpo_long") if method in measured]
-    methods += sorted(method for method in measured if method.startswith("allo_"))
+    methods += sorted(single_changes(measured))
     found = {method: compare(index, method, "allo", domain) for method in methods}
     return {name: (gap.effect, gap.low, gap.high) for name, gap in found.items() if gap}
 
@@ -175,8 +200,12 @@ def build(results_dir: str | Path) -> Path:
         '<p class="note">Low-Redundant Optimization for Large Language Model Alignment '
         "(arXiv 2406.12606). Every number comes from measurements.csv of this folder.</p>",
         "<h2>Claims</h2>",
-        _claims_html(claims_module.read(folder / "claims.csv")),
+        _claims_html(
+            claims_module.read(folder / "claims.csv"),
+            read_holm(folder / "tables" / "claims_holm.csv"),
+        ),
         _figure_html(folder / "figures" / "claims.png"),
+        _figure_html(folder / "figures" / "relative_change.png"),
         "<h2>Tables</h2>",
         *[_table_html(path) for path in sorted((folder / "tables").glob("*.md"))],
         "<h2>Figures</h2>",
@@ -193,14 +222,17 @@ def build(results_dir: str | Path) -> Path:
     return path
 
 
-def _claims_html(claims: Sequence[Claim]) -> str:
-    header = ("id", "claim", "effect", "95% interval", "unit", "verdict", "evidence")
+def _claims_html(claims: Sequence[Claim], holm: dict[str, str]) -> str:
+    """The claims; `holm` has what the correction leaves of each verdict (a column of its own)."""
+    header = ["id", "claim", "effect", "95% interval", "unit", "verdict"]
+    header += ["after Holm"] * bool(holm) + ["evidence"]
     lines = ["<table><tr>" + "".join(f"<th>{cell}</th>" for cell in header) + "</tr>"]
     for claim in claims:
         cells = [claim.id, claim.claim, *effect_text(claim), claim.unit]
         row = "".join(f"<td>{html.escape(cell)}</td>" for cell in cells)
-        kind = html.escape(claim.verdict.replace(" ", "-"), quote=True)
-        row += f'<td class="{kind}">{html.escape(claim.verdict)}</td>'
+        for verdict in [claim.verdict, *([holm.get(claim.id, "")] if holm else [])]:
+            kind = html.escape(verdict.replace(" ", "-"), quote=True)
+            row += f'<td class="{kind}">{html.escape(verdict)}</td>'
         lines.append(f"<tr>{row}<td>{html.escape(claim.evidence)}</td></tr>")
     return "\n".join([*lines, "</table>"])
 
@@ -209,7 +241,7 @@ def effect_text(claim: Claim) -> tuple[str, str]:
     """Effect and interval as text: points for accuracies, the plain number for other units."""
     if claim.effect is None:
         return "not measured", ""
-    accuracy = "accuracy" in claim.unit
+    accuracy = "accuracy" in claim.unit or claim.unit == "win rate"
     form = (lambda x: f"{100 * x:+.2f}") if accuracy else (lambda x: f"{x:+.4f}")
     words = form(claim.effect) + (" points" if accuracy else "")
     if claim.ci_low is None:
@@ -219,7 +251,8 @@ def effect_text(claim: Claim) -> tuple[str, str]:
 
 def _figures_html(folder: Path) -> list[str]:
     """Figures of all seeds together, and those of the lowest seed; others stay in the folder."""
-    paths = [path for path in sorted(folder.glob("*.png")) if path.name != "claims.png"]
+    above = ("claims.png", "relative_change.png")  # they stand with the claims
+    paths = [path for path in sorted(folder.glob("*.png")) if path.name not in above]
     seeds = sorted({int(found[1]) for path in paths if (found := _OF_SEED.search(path.name))})
     of_others = [
         path for path in paths
@@ -290,9 +323,10 @@ def _profile_block(folder: Path, link: str) -> str:
     rows = read_measurements(folder / "measurements.csv")
     seeds = ", ".join(map(str, sorted({row.seed for row in rows})))
     lines = [f"### `{folder.name}` (seeds {seeds})", ""]
-    figure = folder / "figures" / f"main_{domains_of(rows)[0].name}.png"
-    if figure.exists():
-        lines += [f"![{caption_of(figure)}]({link}/figures/{figure.name})", ""]
+    for name in ("relative_change", f"main_{domains_of(rows)[0].name}"):
+        figure = folder / "figures" / f"{name}.png"
+        if figure.exists():
+            lines += [f"![{caption_of(figure)}]({link}/figures/{figure.name})", ""]
     lines += ["| claim | | effect | 95% interval | verdict |", "| --- | --- | --- | --- | --- |"]
     claims = claims_module.read(folder / "claims.csv")
     for claim in claims:
@@ -306,10 +340,29 @@ def _profile_block(folder: Path, link: str) -> str:
         f"Evidence for each row: [claims.csv]({link}/claims.csv), "
         f"[report.html]({link}/report.html), [tables]({link}/tables).",
     ]
+    sentence = _holm_sentence(claims, read_holm(folder / "tables" / "claims_holm.csv"), link)
+    if sentence:
+        lines += ["", sentence]
     differing = claims_module.protocol_disagreements(claims)
     if differing:
         lines += ["", *[f"- {sentence}" for sentence in differing]]
     return "\n".join(lines)
+
+
+def _holm_sentence(claims: Sequence[Claim], holm: dict[str, str], link: str) -> str:
+    """Which verdicts survive the correction, in words; nothing without its table."""
+    decided = [claim for claim in claims if claim.verdict != claims_module.INCONCLUSIVE]
+    if not holm or not decided:
+        return ""
+    kept = [claim.id for claim in decided if holm.get(claim.id) == claim.verdict]
+    lost = [claim.id for claim in decided if claim.id not in kept]
+    words = f"{', '.join(kept) or 'none'} kept"
+    if lost:
+        words += f"; {', '.join(lost)} inconclusive then"
+    return (
+        "Verdicts after [Holm's correction for many comparisons]"
+        f"({link}/tables/claims_holm.md): {words}."
+    )
 
 
 def readme_is_current(readme_path: str | Path, results_root: str | Path) -> bool:

@@ -54,6 +54,7 @@ def methods_of(study: Study, name: str) -> list[str]:
         # SFT on chosen replies is RFT, as nothing is sampled; and the starting model, which is the
         # reference itself, gives every pair the margin 0: it ranks nothing.
         asked = tuple(m for m in asked if m not in ("rft", "sft_base"))
+    asked = tuple(m for m in asked if arms.why_not(study, name, m) is None)
     return list(dict.fromkeys(asked))
 
 

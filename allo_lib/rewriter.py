@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from allo_lib.encoding import encode_prompt, encode_response
 from allo_lib.forward import logps_of_rows
 
-QUALITIES = ("trained", "early", "shuffled", "untrained")
-EARLY = 0.25  # share of the training examples that the reward model "early" has seen
+# Share of the training examples that a reward model which was stopped on the way has seen.
+STOPPED = {"sixteenth": 1 / 16, "eighth": 1 / 8, "early": 1 / 4, "half": 1 / 2}
+QUALITIES = ("trained", *STOPPED, "shuffled", "untrained")
 
 
 @dataclass(frozen=True)
@@ -41,8 +42,9 @@ def rewriter_prompt(tokenizer, prompt, solution: str, prediction: str, plain: bo
 def training_rows(tokenizer, corrections: list[Correction], quality: str, seed: int, plain: bool):
     """Rows (`prompt`, `response` ids) to train a reward model of the given quality.
 
-    "trained": all corrections; "early": a quarter of them; "shuffled": corrected predictions dealt
-    out to other questions at random, which teaches the form without the sense.
+    "trained": all corrections; "half", "early" (a quarter), "eighth", "sixteenth": the first ones
+    of them, at least one; "shuffled": corrected predictions dealt out to other questions at random,
+    which teaches the form without the sense.
     """
     targets = [example.corrected for example in corrections]
     if quality == "shuffled":
@@ -54,7 +56,7 @@ def training_rows(tokenizer, corrections: list[Correction], quality: str, seed: 
         }
         for e, target in zip(corrections, targets, strict=True)
     ]
-    return rows[: max(1, int(len(rows) * EARLY))] if quality == "early" else rows
+    return rows[: max(1, int(len(rows) * STOPPED.get(quality, 1)))]
 
 
 def keep_probabilities(

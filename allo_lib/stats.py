@@ -1,8 +1,8 @@
-"""Intervals for effects: the paired bootstrap of binary outcomes, and plain means over seeds."""
+"""Intervals for effects: the bootstrap of binary outcomes, and plain means over seeds."""
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -21,7 +21,8 @@ class Interval:
     `by_seed` holds each seed's own effect in the order of `seeds`, and `spread` is the seeds'
     standard deviation over what the problems alone would give (NaN where unknown): far above 1
     says that a new seed would move the effect more than new problems would. `stderr` is the
-    standard error of a plain mean (over seeds, or the one seed's own).
+    standard error of a plain mean (over seeds, or the one seed's own). `draws` are the bootstrap's,
+    sorted; without them the interval is Student's t of `df` degrees of freedom (inf: normal).
     """
 
     effect: float
@@ -33,6 +34,8 @@ class Interval:
     by_seed: tuple[float, ...] = ()
     spread: float = math.nan
     stderr: float = math.nan
+    draws: np.ndarray | None = field(default=None, repr=False, compare=False)
+    df: float = math.inf
 
     @property
     def seed_sd(self) -> float:
@@ -44,18 +47,60 @@ class Interval:
         low, high = (min(max(end, least), most) for end in (self.low, self.high))
         return replace(self, low=low, high=high) if self.defined else self
 
+    def flipped(self) -> "Interval":
+        """The interval of the opposite difference."""
+        draws = None if self.draws is None else -self.draws[::-1]
+        by_seed = tuple(-effect for effect in self.by_seed)
+        ends = {"low": -self.high, "high": -self.low}
+        return replace(self, effect=-self.effect, by_seed=by_seed, draws=draws, **ends)
+
     @property
     def defined(self) -> bool:
         return not (math.isnan(self.low) or math.isnan(self.high))
 
+    def p_at_most(self, bar: float) -> float:
+        """Two-sided p-value of "the effect is `bar` or less"; NaN without an interval.
+
+        The level a at which an interval of coverage 1 - a, made like this one, begins to touch the
+        bar: below 1 - LEVEL where `low` is above it. Of a bootstrap twice the share of draws at or
+        below the bar, with one draw added (Davison & Hinkley 1997, section 4.2.1).
+        """
+        return self._p(bar, upper=False)
+
+    def p_at_least(self, bar: float) -> float:
+        """Two-sided p-value of "the effect is `bar` or more"; see `p_at_most`."""
+        return self._p(bar, upper=True)
+
+    def _p(self, bar: float, upper: bool) -> float:
+        from scipy.stats import t
+
+        if not self.defined:
+            return math.nan
+        if self.draws is not None:
+            below = np.searchsorted(self.draws, bar, "left" if upper else "right")
+            beyond = len(self.draws) - below if upper else below
+            return min(1.0, 2 * (1 + float(beyond)) / (1 + len(self.draws)))
+        half = self.high - self.effect if upper else self.effect - self.low
+        away = bar - self.effect if upper else self.effect - bar
+        if half <= 0:
+            return 0.0 if away > 0 else 1.0
+        return min(1.0, 2 * float(t.sf(away / half * t.ppf((1 + LEVEL) / 2, self.df), self.df)))
+
 
 @dataclass(frozen=True)
 class PairedCounts:
-    """Two methods on n problems: the share that only the first, or only the second, gets right."""
+    """Two methods on n problems: the share that only the first, or only the second, gets right.
+
+    `base` is the share that the second gets right, needed for relative changes only. `paired` is
+    False where the two were not compared problem by problem and the shares are those of independent
+    outcomes (`independent`).
+    """
 
     gain: float
     loss: float
     n: int
+    base: float | None = None
+    paired: bool = True
 
     def __post_init__(self):
         if self.n < 1 or min(self.gain, self.loss) < 0 or self.gain + self.loss > 1 + 1e-9:
@@ -63,6 +108,15 @@ class PairedCounts:
                 f"paired counts gain={self.gain}, loss={self.loss}, n={self.n}: expected shares "
                 ">= 0 that add up to at most 1 and n >= 1"
             )
+
+    @classmethod
+    def independent(cls, first: float, second: float, n: int) -> "PairedCounts":
+        """Counts of two accuracies as if a problem told nothing from one method to the other.
+
+        The variance of the difference is then that of two independent proportions, which is too
+        large rather than too small where methods find the same problems hard.
+        """
+        return cls(first * (1 - second), second * (1 - first), n, second, paired=False)
 
     @property
     def effect(self) -> float:
@@ -74,8 +128,12 @@ def paired_interval(
     *,
     resamples: int = RESAMPLES,
     rng_seed: int = 0,
+    relative: bool = False,
 ) -> Interval:
     """The difference in accuracy (first minus second method), averaged over data sets and seeds.
+
+    `relative`: divided by the second method's accuracy, seed by seed (of several data sets by its
+    mean over them, as the paper does); every cell then needs its `base`.
 
     `cells[seed][dataset]` holds the counts; every seed must have the same data sets, which count
     equally. With one seed problems are resampled within each data set: an exact paired bootstrap,
@@ -87,6 +145,9 @@ def paired_interval(
     One problem more is drawn from on either side than were observed (Bonett & Price 2012,
     doi:10.3102/1076998611411915): where two methods differ on a handful of problems only, a plain
     bootstrap knows no others, and of none it gives an interval of no width.
+
+    `scipy.stats.bootstrap` resamples one level, from a list of outcomes; this is its percentile
+    method from counts (the tests compare the two), with the level of seeds above it.
 
     Few seeds make the hierarchical interval coarse: it cannot reach far past the extreme seeds.
     In simulation it covers 97% where seeds differ only by their problems (`spread` near 1) and
@@ -105,20 +166,39 @@ def paired_interval(
             "paired counts name different data sets in different seeds: give common ones"
         )
     table = [[cells[seed][dataset] for dataset in datasets] for seed in seeds]
-    by_seed = tuple(float(np.mean([cell.effect for cell in row])) for row in table)
+    by_seed = tuple(_effect(row, relative) for row in table)
     rng = np.random.default_rng(rng_seed)
-    draws = _resample(table, resamples, rng)
+    draws = np.sort(_resample(table, resamples, rng, relative))
     low, high = np.quantile(draws, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    kind = "paired bootstrap over problems, one seed"
-    if len(seeds) > 1:
-        kind = f"hierarchical paired bootstrap over {len(seeds)} seeds and problems"
-    n = sum(cell.n for row in table for cell in row)
-    effect = float(np.mean(by_seed))
-    spread = _spread(table, by_seed)
-    over_seeds = mean_interval(dict(zip(seeds, by_seed, strict=True)))
+    n, spread = sum(cell.n for row in table for cell in row), _spread(table, by_seed, relative)
+    over_seeds = mean_interval(dict(zip(seeds, by_seed, strict=True)), n=n)
     if spread > WIDE and over_seeds.high - over_seeds.low > high - low:
-        low, high, kind = over_seeds.low, over_seeds.high, over_seeds.kind
-    return Interval(effect, float(low), float(high), kind, seeds, n, by_seed, spread)
+        return replace(over_seeds, spread=spread, stderr=math.nan)
+    kind, effect = _kind(table), float(np.mean(by_seed))
+    return Interval(effect, float(low), float(high), kind, seeds, n, by_seed, spread, draws=draws)
+
+
+def _kind(table: Sequence[Sequence[PairedCounts]]) -> str:
+    paired = all(cell.paired for row in table for cell in row)
+    kind = f"{'paired' if paired else 'unpaired'} bootstrap over"
+    if len(table) > 1:
+        return f"hierarchical {kind} {len(table)} seeds and problems"
+    return f"{kind} problems, one seed"
+
+
+def _effect(row: Sequence[PairedCounts], relative: bool) -> float:
+    difference = float(np.mean([cell.effect for cell in row]))
+    if not relative:
+        return difference
+    for cell in row:
+        if cell.base is None or not cell.loss - 1e-9 <= cell.base <= 1 - cell.gain + 1e-9:
+            raise AlloError(
+                f"a relative change with gain={cell.gain}, loss={cell.loss}, base={cell.base}: "
+                "expected the second method's accuracy as base, from the loss to 1 minus the gain"
+            )
+    if not any(cell.base for cell in row):
+        raise AlloError("a relative change to a method that gets nothing right is not defined")
+    return difference / float(np.mean([cell.base for cell in row]))
 
 
 def mean_interval(
@@ -139,22 +219,24 @@ def mean_interval(
     if not seeds:
         raise AlloError("no values were given: expected one a seed")
     by_seed = tuple(float(values[seed]) for seed in seeds)
-    mean = float(np.mean(by_seed))
+    mean, df = float(np.mean(by_seed)), math.inf
     if len(seeds) > 1:
+        df = len(seeds) - 1
         stderr = float(np.std(by_seed, ddof=1)) / len(seeds) ** 0.5
-        half = t.ppf((1 + LEVEL) / 2, len(seeds) - 1) * stderr
+        half = t.ppf((1 + LEVEL) / 2, df) * stderr
         kind = f"t interval over {len(seeds)} seeds"
     elif stderrs and stderrs.get(seeds[0], 0) > 0:
         stderr = stderrs[seeds[0]]
         half = norm.ppf((1 + LEVEL) / 2) * stderr
         kind = "normal interval from the standard error, one seed"
         if few:
-            half = t.ppf((1 + LEVEL) / 2, n - 1) * stderr
+            df = n - 1
+            half = t.ppf((1 + LEVEL) / 2, df) * stderr
             kind = f"t interval over {n} steps, one seed"
     else:
         stderr, half, kind = math.nan, math.nan, "one seed without a standard error: no interval"
     ends = float(mean - half), float(mean + half)
-    return Interval(mean, *ends, kind, seeds, n, by_seed, stderr=stderr)
+    return Interval(mean, *ends, kind, seeds, n, by_seed, stderr=stderr, df=df)
 
 
 def difference_interval(
@@ -187,37 +269,59 @@ def log_ratio_interval(
 
 
 def _resample(
-    table: Sequence[Sequence[PairedCounts]], resamples: int, rng: np.random.Generator
+    table: Sequence[Sequence[PairedCounts]],
+    resamples: int,
+    rng: np.random.Generator,
+    relative: bool,
 ) -> np.ndarray:
     """`resamples` draws of the mean effect from a table of counts [seed][data set]."""
     seeds, datasets = len(table), len(table[0])
     chosen = rng.integers(0, seeds, size=(resamples, seeds))
-    total = np.zeros((resamples, seeds))
+    total, base = np.zeros((resamples, seeds)), np.zeros((resamples, seeds))
     for column in range(datasets):
         cells = [row[column] for row in table]
         sizes = np.array([cell.n for cell in cells])
-        shares = np.array([_shares(cell) for cell in cells])
+        shares = np.array([_shares(cell, relative) for cell in cells])
         counts = rng.multinomial(sizes[chosen], shares[chosen])
         total += (counts[..., 0] - counts[..., 1]) / sizes[chosen]
-    return total.mean(axis=1) / datasets
+        # Half a problem where a draw has none: the change is then large, but a number.
+        base += np.maximum(counts[..., 1] + counts[..., 2], 0.5) / sizes[chosen]
+    return (total / base if relative else total / datasets).mean(axis=1)
 
 
-def _shares(cell: PairedCounts) -> tuple[float, float, float]:
+def _shares(cell: PairedCounts, relative: bool) -> tuple[float, ...]:
+    """Gain, loss, both right (only where `relative`), and the rest; they add up to 1."""
     # Whole counts, so that rounding in a text file cannot make the shares add up to more than 1.
     gain, loss = round(cell.gain * cell.n) + 1, round(cell.loss * cell.n) + 1
     n = cell.n + 2
-    return gain / n, loss / n, max(0.0, (n - gain - loss) / n)
+    if not relative:
+        return gain / n, loss / n, max(0.0, (n - gain - loss) / n)
+    both = min(max(round(cell.base * cell.n) - loss + 1, 0), n - gain - loss)
+    return gain / n, loss / n, both / n, max(0.0, (n - gain - loss - both) / n)
 
 
-def _spread(table: Sequence[Sequence[PairedCounts]], by_seed: Sequence[float]) -> float:
+def _spread(
+    table: Sequence[Sequence[PairedCounts]], by_seed: Sequence[float], relative: bool = False
+) -> float:
     """Standard deviation of the seeds' effects over the one that their problems would give."""
     if len(by_seed) < 2:
         return math.nan
-    within = [
-        sum((c.gain + c.loss - c.effect**2) / c.n for c in row) / len(row) ** 2 for row in table
-    ]
+    pairs = zip(table, by_seed, strict=True)
+    within = [_variance(row, effect if relative else None) for row, effect in pairs]
     expected = float(np.mean(within)) ** 0.5
     return float(np.std(by_seed, ddof=1) / expected) if expected > 0 else math.nan
+
+
+def _variance(row: Sequence[PairedCounts], ratio: float | None) -> float:
+    """Variance of one seed's effect over its problems; of a `ratio` by the delta method."""
+    if ratio is None:
+        return sum((c.gain + c.loss - c.effect**2) / c.n for c in row) / len(row) ** 2
+    # (mean d) / (mean b) varies like the mean of u = d - ratio b over the mean of b.
+    total = 0.0
+    for c in row:
+        square = c.gain + c.loss * (1 + ratio) ** 2 + (c.base - c.loss) * ratio**2
+        total += (square - (c.effect - ratio * c.base) ** 2) / c.n
+    return total / sum(c.base for c in row) ** 2
 
 
 def concentration(ratios, points: int = 101) -> tuple[np.ndarray, np.ndarray]:

@@ -10,7 +10,16 @@ from pathlib import Path
 
 import torch
 
-from allo_lib import importance, models, reference, rewriter, token_rewards, weights, workers
+from allo_lib import (
+    importance,
+    models,
+    reference,
+    rewriter,
+    score_variants,
+    token_rewards,
+    weights,
+    workers,
+)
 from allo_lib.checkpoints import Checkpoints
 from allo_lib.config import Domain, Profile
 from allo_lib.encoding import encode_pairs, encode_prompt, encode_response
@@ -328,10 +337,11 @@ class Study:
     def scores(self, name: str, variant: str = "delta") -> Artifact:
         """Importance scores of every entry (`scores.safetensors`) and a record of the warm-up.
 
-        Variants: "delta" (|theta' - theta| / lr after one epoch of DPO at a small rate), "order"
-        (the same, other order of the data), "half_a", "half_b" (halves of the pairs), "gradient"
-        (sum of |dL/dtheta| over batches, no update made), "magnitude" (|theta|).
+        Variants: "delta" (|theta' - theta| / lr after one epoch of DPO at a small rate), "gradient"
+        (sum of |dL/dtheta| over batches, no update made), "magnitude" (|theta|), and those of
+        `score_variants`, which change the warm-up of "delta". AlloError for any other.
         """
+        score_variants.check(variant, self.domain(name).datasets)
         inputs = self.inputs(name, "rates", "batch_size", "max_length") | {
             "pairs": self.pairs(name).key,
             "variant": variant,
@@ -341,11 +351,11 @@ class Study:
         return self._kept("scores", inputs, make)
 
     def _make_scores(self, name: str, variant: str, folder: Path) -> None:
-        rows = self.encoded(name, "mask")
-        half = len(rows) // 2
-        rows = {"half_a": rows[:half], "half_b": rows[half:]}.get(variant, rows)
+        datasets = [row["dataset"] for row in self.pairs(name).rows["mask"]]
+        rows = score_variants.pairs_of(variant, self.encoded(name, "mask"), datasets)
         model, record, method = self.load_sft(name), {}, self.profile.method
         domain = self.domain(name)
+        rate = domain.rates.dense * method.warmup_rate_factor
         common = {
             "beta": method.beta,
             "batch_size": domain.batch_size,
@@ -360,8 +370,8 @@ class Study:
             scores, record = delta_of_dpo(
                 model,
                 rows,
-                lr=domain.rates.dense * method.warmup_rate_factor,
-                epochs=1,
+                lr=score_variants.warmup_rate(variant, rate),
+                epochs=score_variants.warmup_epochs(variant),
                 label=f"{name}, importance ({variant})",
                 clip=method.max_grad_norm,
                 checkpoints=self.checkpoints(folder, "warm-up"),
@@ -377,6 +387,7 @@ class Study:
         share: float = 0.1,
         variant: str = "delta",
         granularity: str = "scalar",
+        scope: str = "global",
     ) -> NeuronMask:
         """The kept neurons of a domain (`importance.select_neurons`); written as safetensors."""
         inputs = {
@@ -386,23 +397,28 @@ class Study:
             "seed": self.seed,
             "granularity": granularity,
         }
+        if scope != "global":  # it came later: masks made before are known without it
+            inputs["scope"] = scope
 
         def make(folder: Path) -> None:
-            self._make_mask(name, order, share, variant, granularity, folder)
+            self._make_mask(name, order, share, variant, granularity, scope, folder)
 
         return NeuronMask.load(self.store.get("mask", inputs, make).file("mask.safetensors"))
 
-    def _make_mask(self, name, order, share, variant, granularity, folder: Path) -> None:
+    def _make_mask(self, name, order, share, variant, granularity, scope, folder: Path) -> None:
         scores = weights.read_tensors(self.scores(name, variant).file("scores.safetensors"))
         mask = importance.select_neurons(
             scores,
             share,
             order=order,
             granularity=granularity,
+            scope=scope,
             seed=derive(self.seed, "mask", name),
         )
         mask.save(folder / "mask.safetensors")
-        record = importance.count_ties(scores, mask) if granularity == "scalar" else {}
+        # One threshold, at which scores can tie, is there only where all entries are ranked.
+        ranked = granularity == "scalar" and scope == "global"
+        record = importance.count_ties(scores, mask) if ranked else {}
         write_json(folder / "record.json", record | {"kept": mask.kept, "total": mask.total})
 
     # --- token rewards -----------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""The questions of a domain behind one face: generated ones (miniature) and real ones (choice).
+"""The questions of a domain behind one face: generated ones (miniature) and real ones.
 
 A task gives questions of a split, a solution to learn from, the verdict on a response, and its
 minimally corrected form. Splits: "sft", "pairs", "dev" and "test"; no question is in two of them.
@@ -7,7 +7,7 @@ minimally corrected form. Splits: "sft", "pairs", "dev" and "test"; no question 
 import random
 from dataclasses import dataclass
 
-from allo_lib import miniature, realdata
+from allo_lib import miniature, questions, realdata, shares
 from allo_lib.config import Domain, Supervised
 from allo_lib.errors import AlloError
 from allo_lib.seeds import derive
@@ -67,36 +67,35 @@ class Miniature:
         return miniature.wrong_tokens(question.source, response)
 
 
-class Choice:
-    """Real multiple-choice questions; seeds share the test set and draw everything else apart."""
+class RealQuestions:
+    """Real questions with a gold answer, of one data set or of several trained on jointly.
+
+    Seeds share the test set and draw everything else apart. A data set whose training rows do not
+    make up an equal share gives what it has, and the others give more; what a phase's `mix` asks
+    for is given as it is or refused.
+    """
 
     def __init__(self, domain: Domain, seed: int, data_dir=None):
         self.domain, self.seed, self.data_dir = domain, seed, data_dir
         self._rows: dict[tuple[str, str], list[dict]] = {}
+        self._planned: dict[str, dict[str, int]] = {}
 
     def questions(self, split: str, count: int, mix: tuple[float, ...] = ()) -> list[Question]:
-        """`count` questions, equally many of each data set, or in the shares of `mix`.
+        """`count` questions, equally many of each data set as far as it has them, or by `mix`.
 
         Test questions come from the test file, in an order that no seed changes; the others from
         consecutive parts of the seed's own order of the training file.
+
+        Raises:
+            AlloError: more than there are, or rows that are no questions of the domain's kind.
         """
-        counts = self._counts(count, mix)
-        return _interleaved([self._of_dataset(n, split, c) for n, c in counts.items()])
-
-    def _counts(self, count: int, mix: tuple[float, ...] = ()) -> dict[str, int]:
-        shares = zip(self.domain.datasets, mix or _equal(self.domain.datasets), strict=True)
-        return {name: round(count * share) for name, share in shares}
-
-    def _of_dataset(self, name: str, split: str, count: int) -> list[Question]:
         file = "test" if split == "test" else "train"
-        rows = self._load(name, file)
-        start = 0 if split == "test" else self._start(split, name)
-        if start + count > len(rows):
-            raise AlloError(
-                f"{name}/{file} has {len(rows)} rows, but {split} needs rows {start} to "
-                f"{start + count}: lower the counts of the profile"
-            )
-        return [self._question(name, row) for row in rows[start : start + count]]
+        counts, starts = self._parts(split, count, mix)
+        groups = []
+        for name, number in counts.items():
+            rows = self._load(name, file)[starts[name] : starts[name] + number]
+            groups.append([self._question(name, row) for row in rows])
+        return _interleaved(groups)
 
     def _load(self, name: str, file: str) -> list[dict]:
         if (name, file) not in self._rows:
@@ -106,33 +105,50 @@ class Choice:
             self._rows[name, file] = rows
         return self._rows[name, file]
 
-    def _start(self, split: str, name: str) -> int:
-        """Rows of the data set that belong to the splits before this one."""
-        phases = self.domain.pretrain, self.domain.sft
-        supervised = max(self._counts(phase.examples, phase.mix)[name] for phase in phases)
-        pairs = self._counts(self.domain.pairs.questions)[name]
-        return {"sft": 0, "pairs": supervised, "dev": supervised + pairs}[split]
+    def _parts(self, split: str, count: int, mix) -> tuple[dict[str, int], dict[str, int]]:
+        """Number of questions of each data set, and the number of its first row."""
+        names = self.domain.datasets
+        if split == "test":
+            sizes = {name: len(self._load(name, "test")) for name in names}
+            return shares.of_test(count, sizes), dict.fromkeys(names, 0)
+        if not self._planned:
+            sizes = {name: len(self._load(name, "train")) for name in names}
+            self._planned = shares.plan(self.domain, sizes)
+        room = self._planned[split]
+        counts = shares.by_mix(count, names, mix) if mix else shares.spread(count, room)
+        if counts is None or any(counts[name] > room[name] for name in names):
+            raise AlloError(
+                f"{count} questions of {split} asked for, but the profile sets "
+                f"{', '.join(f'{n} of {name}' for name, n in room.items())} aside"
+            )
+        before = shares.ORDER[: shares.ORDER.index(split)]
+        return counts, {name: sum(self._planned[s][name] for s in before) for name in names}
 
     def _question(self, name: str, row: dict) -> Question:
-        explain = self.domain.explain
-        solution = realdata.qa_target(row, explain=explain)
-        return Question(str(row["id"]), name, realdata.qa_prompt(row), solution, row)
+        if self.domain.kind == "choice" and not row.get("choices"):
+            raise AlloError(f"question {row['id']!r} has no options; expected multiple choice")
+        questions.check(name, row)
+        # Only a data set's own ids are known to differ.
+        alone = len(self.domain.datasets) == 1 or row["id"].startswith(f"{name}-")
+        solution = questions.target(name, row, explain=self.domain.explain)
+        row_id = row["id"] if alone else f"{name}/{row['id']}"
+        return Question(row_id, name, questions.prompt(name, row), solution, row)
 
     def demonstration(self, question: Question, phase: Supervised) -> str:
         """The gold response."""
         return question.solution
 
     def answered(self, question: Question, response: str) -> bool:
-        """Whether the response ends in one of the options."""
-        return realdata.read_choice(response, question.source) is not None
+        """Whether the response ends in an answer of the question's kind."""
+        return questions.read(question.dataset, question.source, response) is not None
 
     def right(self, question: Question, response: str) -> bool:
-        """Whether it ends in the gold option."""
-        return realdata.is_right(question.source, response)
+        """Whether it ends in the gold answer."""
+        return questions.is_right(question.dataset, question.source, response)
 
     def correction(self, question: Question, response: str) -> str:
-        """The response with its final answer replaced by the gold option."""
-        return realdata.correction(question.source, response)
+        """The response with its final answer replaced by the gold one."""
+        return questions.correction(question.dataset, question.source, response)
 
 
 def _equal(datasets) -> tuple[float, ...]:
@@ -153,4 +169,4 @@ def open_task(domain: Domain, seed: int, data_dir=None):
     """The task of a domain that has questions."""
     if domain.kind == "miniature":
         return Miniature(domain, seed)
-    return Choice(domain, seed, data_dir)
+    return RealQuestions(domain, seed, data_dir)

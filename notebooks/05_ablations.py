@@ -20,7 +20,7 @@
 # right on problem $i$ of $n$, the effect of the change is
 # $$\hat\delta = \frac{1}{n}\sum_{i=1}^{n} (a_i - b_i).$$
 # Intervals are 95%, by the paired bootstrap over this seed's problems. All seeds together are in
-# 06_evaluation.
+# 06_evaluation. A figure is drawn where the profile asks for its rows (`allo_lib/ablations.py`).
 
 # %% tags=["parameters"]
 profile = "tiny"  # name, or path of a YAML file
@@ -29,21 +29,45 @@ results_dir = ""  # "" is results/<profile>
 overrides = {}  # profile keys to change, dotted: {"domains.miniature.epochs": 2}
 
 # %%
-from allo_lib import analysis, arms, figures, parallel, results
+from allo_lib import (
+    ablation_figures,
+    ablations,
+    analysis,
+    arms,
+    figures,
+    overlaps,
+    parallel,
+    results,
+)
+from allo_lib import ablation_numbers as numbers
 from allo_lib.methods import ROWS, share_name
 from allo_lib.notebook import percent, say, show, table
+from allo_lib.published import arm_label
 from allo_lib.study import Study
 
 study = Study.open(profile, seed, results_dir, overrides)
 asked = {name: results.methods_of(study, name) for name in study.profile.domains}
 found = parallel.run_methods(study, asked)
 
+
+# %%
+def effects_figure(figure: str, caption: str) -> None:
+    """The rows of a figure against ALLO, on every domain that has them."""
+    for name, labels in ablations.wanted(figure, study.profile, asked):
+        bars = numbers.effects(found[name], labels, "allo")
+        drawn = ablation_figures.effects_against(bars, "ALLO", f"{name}, seed {seed}", results.unit(found[name]["allo"]))
+        show(drawn, study, f"05_{figure}_{name}", caption)
+        say(f"**{name}**, points above ALLO: " + "; ".join(
+            f"{label} {100 * effect:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
+            for label, (effect, low, high) in bars.items()) + ".")
+
+
 # %% [markdown]
 # ## Everything against ALLO
 
 # %%
 for name in study.profile.domains:
-    rows = [m for m in found[name] if m.startswith("allo_")] + ["dpo", "dpo_long"]
+    rows = ablations.single_changes(found[name]) + ["dpo", "dpo_long"]
     effects = {m: results.difference(found[name][m], found[name]["allo"]) for m in rows}
     bars = {m: (e.effect, e.low, e.high) for m, e in effects.items()}
     figure = figures.ablation_bars(bars, title=f"{name}, seed {seed}", unit=results.unit(found[name]["allo"]))
@@ -55,7 +79,7 @@ for name in study.profile.domains:
 # %%
 for name in study.profile.domains:
     reference = found[name]["allo"]
-    rows = [m for m in found[name] if m.startswith("allo_")]
+    rows = ablations.single_changes(found[name])
     worse = [m for m in rows if results.difference(found[name][m], reference).high < 0]
     better = [m for m in rows if results.difference(found[name][m], reference).low > 0]
     say(f"**{name}**, this seed: clearly below ALLO: {', '.join(worse) or 'none'}; clearly above: "
@@ -76,6 +100,51 @@ for name in study.profile.domains:
          "Accuracy after DPO on the top share of neurons; bars are standard errors over problems.")
     say(f"**{name}**: " + ", ".join(f"{percent(s, 1)} of the neurons {percent(v)}"
                                     for s, (v, _) in zip(shares, scores, strict=True)) + ".")
+
+# %% [markdown]
+# And ALLO, whose two stages may each train a share of their own, at the best rates of each row's own search.
+
+# %%
+for name, labels in ablations.wanted("neurons", study.profile, asked):
+    cells = {place: analysis.score_of(found[name][row])
+             for place, row in ablations.grid_cells(study.profile, labels).items()}
+    unit = results.unit(found[name]["allo"])
+    figure = ablation_figures.neuron_shares(cells, study.profile.method.share, f"{name}, seed {seed}", unit)
+    show(figure, study, f"05_neurons_{name}", "ALLO by the share of neurons that each stage trains.")
+    places = sorted(cells, key=lambda place: cells[place][0])
+    worst, best = (f"{percent(v)} (forgetting {percent(a)}, learning {percent(b)})"
+                   for a, b, v in ((*place, cells[place][0]) for place in (places[0], places[-1])))
+    say(f"**{name}**: between {worst} and {best}. The best of {len(cells)} is high by luck too: with no "
+        f"difference at all it would stand up to {100 * numbers.luck_of_the_best(cells.values()):.1f} points above the mean.")
+
+# %% [markdown]
+# ## Which neurons?
+#
+# Top neurons against last and random ones, whole rows, and the same share of every tensor. Each has its own
+# search of rates, which begins as much higher for random and last neurons as it does for DPO.
+
+# %%
+effects_figure("masks", "ALLO on other neurons than the top ones of all tensors together, minus ALLO.")
+
+# %% [markdown]
+# ## Do the scores point at the same neurons?
+#
+# Intersection over union of two masks $A$ and $B$ of $k$ out of $n$ neurons. Random ones share $k^2 / n$ of them:
+# $$\frac{|A \cap B|}{|A \cup B|} \approx \frac{k/n}{2 - k/n}.$$
+# Masks can agree on tensors without agreeing on neurons; the second chance takes each tensor's share as given.
+
+# %%
+for name, _ in ablations.wanted("scores", study.profile, asked):
+    rows = overlaps.compare(study, name)
+    title = f"{name}, seed {seed}: top {percent(study.profile.method.share, 0)} of the neurons"
+    show(ablation_figures.overlap_dots(rows, title), study, f"05_overlaps_{name}",
+         "Overlap of masks of other data, tasks, warm-ups and estimators (and seeds before this one), beside chance.")
+    above = [f"{one.label} {one.value:.3f} ({one.value / one.chance:.1f} and {one.value / one.within:.1f} times)"
+             for one in rows]
+    say(f"**{name}**: overlap, and how many times either chance it is: " + "; ".join(above) + ".")
+
+# %%
+effects_figure("scores", "ALLO on the top neurons of other scores, minus ALLO.")
 
 # %% [markdown]
 # ## Scalar entries, or whole rows?
@@ -108,15 +177,75 @@ for name in study.profile.domains:
                 f"[{100 * e.low:+.1f}, {100 * e.high:+.1f}], paired bootstrap over problems.")
 
 # %% [markdown]
+# ## Which tokens? (C7)
+#
+# Forgetting weighs a rejected token by $w_t = 1[p_t < 0.5]$; also by $1 - p_t$, by $p_t$ as the released code does,
+# or by 1. Learning looks at the share $\varepsilon$ of tokens with the lowest log-ratio, by the current policy
+# or by a DPO model.
+
+# %%
+effects_figure("token_rules", "ALLO with other tokens, minus ALLO.")
+
+# %%
+for name, labels in ablations.wanted("key_tokens", study.profile, asked):
+    points = ablations.key_points(study.profile, labels)
+    scores = [analysis.score_of(found[name][row]) for row in points.values()]
+    level = ("DPO, as long as both stages", analysis.score_of(found[name]["dpo_long"])[0])
+    figure = figures.share_sweep(list(points), [v for v, _ in scores], [e for _, e in scores], level, title=name,
+                                 xlabel=r"share $\varepsilon$ of rejected tokens that are key tokens (%)")
+    show(figure, study, f"05_key_tokens_{name}", "ALLO by the share of key tokens; bars are 95% intervals.")
+    say(f"**{name}**: " + ", ".join(f"{percent(s, 0)} key tokens {percent(v)}"
+                                    for s, (v, _) in zip(points, scores, strict=True)) + ".")
+
+# %% [markdown]
+# ## In which order? (C6)
+#
+# Forgetting before learning, the other way round, each alone for as many updates, and both losses in one stage.
+
+# %%
+effects_figure("order", "Other orders of the two stages, minus ALLO; all of equally many updates.")
+
+# %% [markdown]
 # ## Does the quality of the reward model matter? (C9)
 #
 # The same ALLO with reward models of other quality; the oracle is the generator itself.
 
 # %%
 for name in study.profile.domains:
-    qualities = {"allo_rm_untrained": "untrained", "allo_rm_shuffled": "shuffled targets",
-                 "allo_rm_early": "stopped early", "allo": "trained", "allo_rm_oracle": "oracle"}
+    qualities = {row: text for row, (_, text) in ablations.REWARD_MODELS.items()}
     rows = [{"reward model": text, "score": analysis.score_of(found[name][m])[0],
              "standard error": analysis.score_of(found[name][m])[1]}
             for m, text in qualities.items() if m in found[name]]
     table(rows, f"{name}: final score by the reward model that chose the tokens of forgetting.")
+
+# %%
+for name, labels in ablations.wanted("reward_models", study.profile, asked):
+    points = numbers.reward_points(study, name, found[name], labels)
+    if len(points) < 2:
+        continue  # only the miniature's generator knows which tokens are wrong
+    controls = {"allo_all_tokens_forgetting": "forgetting all tokens", "allo_no_forgetting": "learning alone"}
+    levels = {text: analysis.score_of(found[name][m])[0] for m, text in controls.items() if m in found[name]}
+    figure = ablation_figures.reward_quality(points, levels, f"{name}, seed {seed}")
+    show(figure, study, f"05_reward_models_{name}", "ALLO by how well its reward model finds wrong tokens.")
+    slope, low, high = numbers.slope_of(points)
+    say(f"**{name}**: a reward model that is better by 0.1 of the area under the curve gives {10 * slope:+.1f} points "
+        f"[{10 * low:+.1f}, {10 * high:+.1f}] (line through the rows, as if their errors were independent).")
+
+# %% [markdown]
+# ## How far can the learning rates be off?
+#
+# Two stages that are each fine alone can ruin the model together. ALLO at multiples of its best rates against DPO at
+# its best one, with as many updates: $\hat\delta$ as above, and the line where it is zero.
+
+# %%
+for name, labels in ablations.wanted("rates", study.profile, asked):
+    control = "dpo_long" if "dpo_long" in found[name] else "dpo"
+    cells = ablations.rate_cells(labels)
+    effects = numbers.effects(found[name], {row: place for place, row in cells.items()}, control)
+    figure = ablation_figures.rate_region(effects, arm_label(control), f"{name}, seed {seed}",
+                                          results.unit(found[name]["allo"]))
+    show(figure, study, f"05_rates_{name}", "ALLO at multiples of its best learning rates, minus DPO at its best.")
+    above = sum(effect > 0 for effect, _, _ in effects.values())
+    clear = sum(low > 0 for _, low, _ in effects.values())
+    below = sum(high < 0 for _, _, high in effects.values())
+    say(f"**{name}**: of {len(effects)} pairs of rates {above} are above DPO, {clear} of them clearly; {below} are clearly below.")

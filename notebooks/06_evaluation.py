@@ -5,6 +5,8 @@
 #     text_representation:
 #       extension: .py
 #       format_name: percent
+#       format_version: '1.3'
+#       jupytext_version: 1.19.6
 #   kernelspec:
 #     display_name: Python 3
 #     language: python
@@ -21,6 +23,12 @@
 # only the second does, the effect is $g - l$, and the paired bootstrap resamples problems (and, with
 # several seeds, seeds first). A claim is `reproduced` only when its 95% interval excludes zero on the
 # right side. Verdicts are computed from `measurements.csv`, never typed in.
+#
+# Of many comparisons some come out by chance. With $m$ of them and $p_{(1)} \le \dots \le p_{(m)}$, Holm's
+# method adjusts $\tilde p_{(k)} = \max_{j \le k} \min(1, (m - j + 1)\, p_{(j)})$: keeping only verdicts with
+# $\tilde p < 0.05$, the chance that even one of them is wrong is at most 5%. It is applied to three
+# families: the claims; ALLO against every other row of the main tables on the averages; and the same on
+# single data sets. Both verdicts are shown, before and after.
 
 # %% tags=["parameters"]
 profile = "tiny"  # name, or path of a YAML file
@@ -44,9 +52,20 @@ say(f"{len(measured)} measurements of seeds {', '.join(map(str, results.seeds_of
 # ## Tables, claims, figures
 #
 # Everything from here on is made from `measurements.csv` (and `tables/efficiency.csv` for C10).
+# First the study in one figure: what ALLO changes on every data set, relative to DPO.
 
 # %%
 written = report.rebuild(study.results_dir)
+pictures = [path for path in written if path.suffix == ".png"]
+for path in [path for path in pictures if path.stem == "relative_change"]:
+    display(Image(filename=str(path), width=860))
+    say(f"*{report.caption_of(path)}*")
+
+# %% [markdown]
+# The paper's tables, its number beside ours (bold: best of a column, underlined: second best, as the
+# paper marks them; an empty cell has its reason below the table), and all comparisons.
+
+# %%
 for path in sorted(study.results_dir.glob("tables/*.md")):
     display(Markdown(path.read_text(encoding="utf-8")))
 
@@ -54,10 +73,9 @@ for path in sorted(study.results_dir.glob("tables/*.md")):
 # ## Figures over all seeds
 
 # %%
-for path in written:
-    if path.suffix == ".png":
-        display(Image(filename=str(path), width=760))
-        say(f"*{report.caption_of(path)}*")
+for path in [path for path in pictures if path.stem != "relative_change"]:
+    display(Image(filename=str(path), width=760))
+    say(f"*{report.caption_of(path)}*")
 
 # %% [markdown]
 # ## The claims
@@ -69,6 +87,18 @@ table([{"id": c.id, "claim": c.claim, "effect": c.effect, "low": c.ci_low, "high
       "positive one supports the claim. Evidence is in claims.csv.")
 for claim in verdicts:
     say(f"- **{claim.id}: {claim.verdict}.** {claim.evidence}")
+
+# %% [markdown]
+# ## What the correction leaves
+
+# %%
+left = report.read_holm(study.results_dir / "tables" / "claims_holm.csv")
+decided = [claim for claim in verdicts if claim.verdict != claims.INCONCLUSIVE]
+for claim in decided:
+    words = "keeps its verdict" if left[claim.id] == claim.verdict else "is inconclusive then"
+    say(f"- {claim.id} ({claim.verdict}) {words}.")
+if not decided:
+    say("No claim was decided, so there is nothing to correct.")
 
 # %% [markdown]
 # ## Where the two protocols disagree

@@ -7,13 +7,14 @@ import pytest
 import torch
 from tiny_study import DOMAIN, PROFILE, open_study
 
-from allo_lib import arms, methods, parallel, weights
+from allo_lib import arms, methods, on_policy, parallel, scoring, weights
 from allo_lib.errors import AlloError
 from allo_lib.evaluation import implicit_margins
+from allo_lib.generation import Response
 from allo_lib.methods import Stage, share_name, stages_of
 from allo_lib.profile_files import load_profile
 from allo_lib.stages import run_stage
-from allo_lib.training import Diverged
+from allo_lib.training import Diverged, Log
 
 
 @pytest.fixture
@@ -48,7 +49,8 @@ def test_controls_get_as_many_updates_as_both_stages(profile):
         return sum(stage.epochs for stage in stages_of(method, profile))
 
     assert epochs("allo") == 2
-    for method in ("sft", "rft", "ipo", "simpo", "npo", "rdpo", "dpo_long", "dpo_top10_long",
+    for method in ("sft", "rft", "ipo", "bco", "simpo", "npo", "rdpo", "ppo", "a2c", "dpo_long",
+                   "dpo_top10_long",
                    "allo_no_forgetting", "allo_no_learning", "allo_random_neurons"):  # fmt: skip
         assert epochs(method) == 2, method
     assert epochs("dpo") == epochs("dpo_top10") == 1 and epochs("sft_base") == 0
@@ -116,6 +118,72 @@ def test_a_masked_method_moves_its_neurons_and_no_other_bit(tiny_study, theta, m
     assert moved > (0.9 if method == "dpo_top10" else 0.05) * mask.kept
     squares = sum(float((trained[n].double() - theta[n].double()).square().sum()) for n in theta)
     assert artifact.json()["displacement"] == pytest.approx(squares**0.5, rel=1e-4)
+
+
+@pytest.mark.parametrize("method", ["bco", "ppo", "a2c"])
+def test_a_dense_baseline_moves_every_tensor_in_as_many_steps_as_long_dpo(
+    tiny_study, theta, method
+):
+    artifact, trained = candidate(tiny_study, stages_of(method, tiny_study.profile), (1e-3,))
+    assert all(not torch.equal(trained[name], theta[name]) for name in theta)
+    record = artifact.json()
+    long, _ = candidate(tiny_study, stages_of("dpo_long", tiny_study.profile), (1e-3,))
+    assert len(record["loss"][0]) == len(long.json()["loss"][0])
+    assert record["dev"] >= 0 and record["displacement"] > 0 and record["tokens"][0] > 0
+
+
+def test_on_policy_methods_are_rewarded_for_right_answers_that_have_ended(tiny_study, monkeypatch):
+    found = {}
+
+    def run(model, tokenizer, prompts, reward, name, schedule, **settings):
+        found.update(prompts=prompts, reward=reward, name=name, schedule=schedule)
+        return Log()
+
+    monkeypatch.setattr(on_policy, "run_on_policy", run)
+    tiny_study.load_sft(DOMAIN)
+    (stage,) = stages_of("ppo", tiny_study.profile)
+    arms._train_stage(tiny_study, DOMAIN, (stage,), 0, 1e-3, {}, None)
+    rows = tiny_study.pairs(DOMAIN).rows["train"]
+    assert found["prompts"] == [row["prompt"] for row in rows] and found["name"] == "ppo"
+    schedule, domain = found["schedule"], tiny_study.domain(DOMAIN)
+    assert (schedule.epochs, schedule.batch_size) == (2 * domain.epochs, domain.batch_size)
+    for number, row in enumerate(rows):
+        verdicts = [
+            found["reward"](number, Response(text, ended))
+            for text, ended in ((row["chosen"], True), (row["chosen"], False),
+                                (row["rejected"], True), ("", True))
+        ]  # fmt: skip
+        assert verdicts == [1, 0, 0, 0]
+
+
+@pytest.mark.parametrize("method", ["ppo", "a2c"])
+def test_without_a_verifier_there_is_no_on_policy_row(begun, monkeypatch, method):
+    study = open_study(begun)
+    assert arms.why_not(study, DOMAIN, method) is None
+    monkeypatch.setattr(study, "task", lambda name: None)
+    assert "no verifier" in arms.why_not(study, DOMAIN, method)
+    assert arms.why_not(study, DOMAIN, "allo") is None
+    with pytest.raises(AlloError, match=f"{method}: no verifier"):
+        arms.result(study, DOMAIN, method)
+
+
+def test_settings_of_on_policy_methods_are_part_of_their_keys_alone(tiny_study):
+    def inputs(method):
+        return arms._stage_inputs(tiny_study, DOMAIN, stages_of(method, tiny_study.profile))
+
+    assert inputs("a2c")["on_policy"] == vars(on_policy.DEFAULT)
+    assert "on_policy" not in inputs("dpo") | inputs("allo") | inputs("sft_base")
+
+
+def test_a_row_of_relative_rates_runs_at_those_times_its_factors(tiny_study, monkeypatch):
+    monkeypatch.setattr(arms, "result", lambda study, name, method: {
+        "dpo": {"rates": [0.5]}, "allo": {"rates": [0.1, 0.2]}}[method])  # fmt: skip
+    rates = [arms._fixed_rates(tiny_study, DOMAIN, method)
+             for method in ("allo_rates_x0p5_x2", "dpo_top10_paper", "allo")]  # fmt: skip
+    assert rates == [pytest.approx((0.05, 0.4)), (0.5,), None]
+    ours, whole = (arms._method_inputs(tiny_study, DOMAIN, method)
+                   for method in ("allo_rates_x0p5_x2", "allo"))  # fmt: skip
+    assert ours != whole and "relative_to" not in whole
 
 
 def test_both_stages_of_allo_keep_to_the_mask_and_start_at_their_own_zero(tiny_study, theta):
@@ -211,14 +279,14 @@ def test_rft_learns_the_right_samples_and_sft_as_many_of_its_own(tiny_study):
 def test_sft_base_is_the_sft_model_itself(tiny_study):
     found = arms.result(tiny_study, DOMAIN, "sft_base")
     model = tiny_study.load_sft(DOMAIN)
-    given = arms.answers(tiny_study, DOMAIN, model, "test")
+    given = scoring.answers(tiny_study, DOMAIN, model, "test")
     assert [row[3] for row in found["answers"]] == given.right
     assert [row[2] for row in found["answers"]] == given.answered
     questions = tiny_study.task(DOMAIN).questions("test", tiny_study.domain(DOMAIN).test)
     assert [row[:2] for row in found["answers"]] == [[q.id, q.dataset] for q in questions]
     assert found["displacement"] == 0 and found["rates"] == [] and found["loss"] == []
     assert found["margins"] == pytest.approx([0.0] * len(found["margins"]), abs=1e-6)
-    assert found["dev"] == arms.dev_score(tiny_study, DOMAIN, tiny_study.load_sft(DOMAIN))
+    assert found["dev"] == scoring.dev_score(tiny_study, DOMAIN, tiny_study.load_sft(DOMAIN))
 
 
 def test_a_result_is_that_of_its_best_candidate(tiny_study):
@@ -393,7 +461,7 @@ def test_domains_share_the_workers_and_each_waits_for_its_own_dpo(tiny_study, mo
     monkeypatch.setattr(arms, "is_done", lambda study, name, method: (name, method) == ("a", "dpo"))
     missing = {"a": ["dpo_paper", "npo"], "b": ["allo", "dpo_paper"], "c": ["dpo_paper", "dpo"]}
     first, later = parallel._groups(tiny_study, missing)
-    assert first == [("a", "dpo_paper"), ("a", "npo"), ("b", "dpo"), ("b", "allo"), ("c", "dpo")]
+    assert first == [("a", "dpo_paper"), ("a", "npo"), ("b", "allo"), ("b", "dpo"), ("c", "dpo")]
     assert later == [("b", "dpo_paper"), ("c", "dpo_paper")]
     assert parallel._groups(tiny_study, {"a": [], "b": []}) == []
 

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers import models as tokenizer_models
 from transformers import PreTrainedTokenizerFast
 
-from allo_lib import align, encoding, miniature, models, realdata, rewriter
+from allo_lib import align, encoding, miniature, models, questions, realdata, rewriter
 from allo_lib.errors import AlloError
 
 ROW = {
@@ -72,6 +72,10 @@ ROWS = {
     "question null": (ROW | {"question": None}, "question is None, expected non-empty text"),
     "question blank": (ROW | {"question": "\n\t "}, "question is '\\n\\t ', expected non-empty"),
     "question object": (ROW | {"question": {"text": "x"}}, "question is {'text': 'x'}"),
+    "answer null without options": (
+        ROW | {"answer": None, "choices": None},
+        "answer is None, expected non-empty text",
+    ),
     "answer number": (ROW | {"answer": 1}, "answer is 1, expected non-empty text"),
     "solution number": (ROW | {"solution": 0}, "solution is 0, expected a string or null"),
     "solution false": (ROW | {"solution": False}, "solution is False, expected a string or null"),
@@ -249,8 +253,8 @@ def test_any_row_passes_whole_or_is_refused(row, dropped):
     if "question" not in row:  # it can be used: no other error comes later
         assert realdata.preference_pairs([row]).num_rows == 1
     elif row["choices"]:
-        assert realdata.is_right(row, realdata.qa_target(row)) is not None
-        assert realdata.qa_prompt(row)
+        assert questions.is_right("ecqa", row, questions.target("ecqa", row))
+        assert questions.prompt("ecqa", row)
 
 
 def test_a_data_set_without_a_name_for_a_folder_is_told(tmp_path):
@@ -262,9 +266,8 @@ def test_a_data_set_without_a_name_for_a_folder_is_told(tmp_path):
 
 
 def test_a_preference_is_no_question():
-    for use in (realdata.qa_prompt, realdata.qa_target):
-        with refused("question None has no options; expected multiple choice"):
-            use(PAIR)
+    with refused("question None of ecqa has no gold answer; a judge is needed"):
+        questions.check("ecqa", PAIR)
 
 
 ORDER = "': expected '\\n\\nHuman: ...' first, and the open turn '\\n\\nAssistant:' after a human"

@@ -292,3 +292,28 @@ def test_losses_of_one_seed_are_compared_by_their_steps():
     assert (paired.ci_low, paired.ci_high) == pytest.approx((ends.low, ends.high))
     assert paired.effect == pytest.approx(unpaired.effect) == pytest.approx(0.03)
     assert paired.verdict == REPRODUCED and "5 steps" in paired.evidence
+
+
+def test_allo_is_paired_with_every_other_method():
+    """Row-against-row comparisons need no further rows of measurements."""
+    methods = ["sft_base", "sft", "rft", "dpo", "ppo", "a2c", "ipo", "allo", "allo_soft"]
+    pairs = {frozenset(pair) for pair in claims.wanted_pairs(methods)}
+    assert all(frozenset(("allo", other)) in pairs for other in methods if other != "allo")
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (b"\xff\xfe", "run notebook 06_evaluation first"),
+        (b"", "no CSV file"),
+        (b'"open', "no CSV file"),
+        (b"HEADER\nC1,text\n", "line 2 has 2 cells"),
+        (b"HEADER\nC1,text,much,0,1,accuracy,inconclusive,e\n", "not a number"),
+    ],
+)
+def test_claims_files_that_are_none_are_told_in_one_line(tmp_path, content, told):
+    path = tmp_path / "claims.csv"
+    path.write_bytes(content.replace(b"HEADER", ",".join(claims.COLUMNS).encode()))
+    with pytest.raises(AlloError, match=told) as error:
+        claims.read(path)
+    assert "\n" not in str(error.value)

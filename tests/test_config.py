@@ -102,15 +102,6 @@ def test_the_hash_follows_every_value_and_nothing_else(write):
     assert len(hash_of()) == 64 and int(hash_of(), 16)
 
 
-def test_keys_of_later_commits_change_the_hash_only_when_they_are_used(write):
-    path = write(SMALL)
-    before = load_profile(path).to_dict()
-    for key, unused in config._LATER.items():
-        assert before.pop(key) == unused
-        assert load_profile(path, {key: not unused}).hash() != load_profile(path).hash()
-    assert config.settings_hash(before) == load_profile(path).hash()
-
-
 def test_the_hash_is_the_same_in_another_process(write):
     path = write(SMALL)
     program = "from allo_lib.profile_files import load_profile\n"

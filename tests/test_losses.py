@@ -1,21 +1,23 @@
-"""Losses against plain-Python formulas, and against TRL's own trainers in loss and gradient."""
+"""Losses against plain-Python formulas; `test_losses_trl` sets them beside others' code."""
 
 import inspect
 import math
-from types import SimpleNamespace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_models import VOCABULARY, tiny_llama, token_batch
+from tiny_models import tiny_llama, token_batch
 
 from allo_lib import losses
 from allo_lib.errors import AlloError
 from allo_lib.losses import (
+    a2c_loss,
+    bco_loss,
     dpo_loss,
     ipo_loss,
     npo_loss,
+    ppo_loss,
     rdpo_loss,
     sequence_npo_loss,
     simpo_loss,
@@ -278,12 +280,84 @@ def test_ipo_loss():
     close(ipo_loss(pc, pr, rc, rr, *LENGTHS, beta=0.2), expected)
 
 
+@pytest.mark.parametrize("shift", [None, 0.3])
+def test_bco_loss_and_gradient(shift):
+    pc, pr, rc, rr = (draw(4, seed=s) for s in range(4))
+    pc.requires_grad_(), pr.requires_grad_()
+    beta = 0.2
+    right = [beta * (a - b) for a, b in zip(pc.tolist(), rc.tolist(), strict=True)]
+    wrong = [beta * (a - b) for a, b in zip(pr.tolist(), rr.tolist(), strict=True)]
+    delta = (sum(right) / 4 + sum(wrong) / 4) / 2 if shift is None else shift
+    loss = bco_loss(pc, pr, rc, rr, beta, shift)
+    close(
+        loss,
+        [
+            -(log_sigmoid(r - delta) + log_sigmoid(-(w - delta))) / 2
+            for r, w in zip(right, wrong, strict=True)
+        ],
+    )
+    loss.sum().backward()  # the shift is a constant to it
+    close(pc.grad, [-beta / 2 * sigmoid(delta - r) for r in right])
+    close(pr.grad, [beta / 2 * sigmoid(w - delta) for w in wrong])
+
+
+def test_first_bco_loss_is_ln_2():
+    zero = torch.zeros(3)
+    close(bco_loss(zero, zero, zero, zero), [math.log(2)] * 3)
+
+
+def test_bco_loss_does_not_see_what_all_rewards_share():
+    """Its shift takes away what raises every response alike, as the training itself may do."""
+    pc, pr, rc, rr = (draw(4, seed=s) for s in range(4))
+    close(bco_loss(pc + 40, pr + 40, rc, rr), bco_loss(pc, pr, rc, rr))
+
+
 def test_simpo_loss():
     pc, pr = draw(3), draw(3, seed=1)
     expected = []
     for a, b, n, m in zip(*(x.tolist() for x in (pc, pr, *LENGTHS)), strict=True):
         expected.append(-log_sigmoid(2.5 / n * a - 2.5 / m * b - 1.4))
     close(simpo_loss(pc, pr, *LENGTHS, beta=2.5, gamma=1.4), expected)
+
+
+def test_ppo_loss_by_hand():
+    """One token a case: advantage, ratio -> what counts of it, and whether it still pulls."""
+    cases = [
+        (2.0, 1.1, 2.2, True),  # within the clip
+        (2.0, 1.5, 2.4, False),  # better already by more than the clip: 1.2 x 2, no pull
+        (2.0, 0.5, 1.0, True),  # worse: the pull back is never clipped
+        (-1.0, 0.5, -0.8, False),
+        (-1.0, 1.5, -1.5, True),
+    ]
+    advantages = torch.tensor([[case[0] for case in cases] + [7.0]])
+    logps = torch.tensor([[math.log(case[1]) - 3 for case in cases] + [0.0]], requires_grad=True)
+    mask = torch.tensor([[True] * len(cases) + [False]])
+    loss = ppo_loss(logps, torch.full_like(advantages, -3.0), advantages, mask, clip=0.2)
+    close(loss, -sum(case[2] for case in cases) / len(cases))
+    loss.backward()
+    pull = [-a * ratio / len(cases) if pulls else 0.0 for a, ratio, _, pulls in cases]
+    close(logps.grad, [[*pull, 0.0]])
+
+
+def test_a2c_loss_and_gradient():
+    logps, gains, mask = draw(3, 6).requires_grad_(), draw(3, 6, seed=1), masks(3, 6)
+    loss = a2c_loss(logps, gains, mask)
+    inside = [
+        float(gains[b, t] * logps.detach()[b, t]) for b in range(3) for t in range(6) if mask[b, t]
+    ]
+    close(loss, -sum(inside) / len(inside))
+    loss.backward()
+    close(logps.grad, -gains * mask / len(inside))
+
+
+def test_ppo_begins_with_the_gradient_of_a2c():
+    before, gains, mask = draw(3, 6), draw(3, 6, seed=1), masks(3, 6)
+    found = []
+    for loss in (lambda x: ppo_loss(x, before, gains, mask), lambda x: a2c_loss(x, gains, mask)):
+        logps = before.clone().requires_grad_()
+        loss(logps).backward()
+        found.append(logps.grad)
+    close(*found)
 
 
 def test_supervised_loss():
@@ -299,6 +373,7 @@ PAIR = (torch.zeros(3),) * 4
 LONG = (torch.ones(3, dtype=torch.long),) * 2
 CALLS = {
     dpo_loss: PAIR,
+    bco_loss: PAIR,
     ipo_loss: (*PAIR, *LONG),
     rdpo_loss: (*PAIR, *LONG),
     simpo_loss: (*PAIR[:2], *LONG),
@@ -306,6 +381,8 @@ CALLS = {
     npo_loss: (torch.zeros(2, 3),) * 3,
     sequence_npo_loss: PAIR[:2],
     supervised_loss: (torch.zeros(2, 3),) * 2,
+    ppo_loss: (torch.zeros(2, 3),) * 4,
+    a2c_loss: (torch.zeros(2, 3),) * 3,
 }
 
 
@@ -338,114 +415,7 @@ def test_losses_refuse_nan_shapes_and_beta(function):
                 function(*arguments, beta=beta)
 
 
-# --- TRL ---
-
-
-@pytest.fixture(scope="module")
-def trl_trainer(tmp_path_factory):
-    """A function (loss_type, beta, smoothing) -> (trainer, batch) around TRL's own DPOTrainer."""
-    import datasets
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-    from trl import DPOConfig, DPOTrainer
-
-    words = ["<pad>", "<eos>", "<unk>", *(f"w{i}" for i in range(VOCABULARY - 3))]
-    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, "<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    specials = {"pad_token": "<pad>", "eos_token": "<eos>", "unk_token": "<unk>"}
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **specials)
-    rows = [
-        {"prompt": "w1 w2 w3", "chosen": " w4 w5", "rejected": " w6 w7 w8 w9"},
-        {"prompt": "w9", "chosen": " w4 w5 w8 w2 w2", "rejected": " w6"},
-        {"prompt": "w20 w21", "chosen": " w22 w23", "rejected": " w24 w25"},
-    ]
-    folder = tmp_path_factory.mktemp("trl")
-
-    def make(loss_type, beta, smoothing=0.0):
-        arguments = DPOConfig(
-            output_dir=str(folder),
-            loss_type=[loss_type],
-            beta=beta,
-            label_smoothing=smoothing,
-            per_device_train_batch_size=len(rows),
-            report_to=[],
-            use_cpu=True,
-            bf16=False,
-            disable_tqdm=True,
-        )
-        trainer = DPOTrainer(
-            model=tiny_llama(0),
-            ref_model=tiny_llama(1),
-            args=arguments,
-            train_dataset=datasets.Dataset.from_list(rows),
-            processing_class=tokenizer,
-        )
-        return trainer, next(iter(trainer.get_train_dataloader()))
-
-    return make
-
-
-def robust(pc, pr, rc, rr, beta, smoothing):
-    """Robust DPO (arXiv 2403.00409): swapping the pair flips the label."""
-    kept, flipped = dpo_loss(pc, pr, rc, rr, beta), dpo_loss(pr, pc, rr, rc, beta)
-    return ((1 - smoothing) * kept - smoothing * flipped) / (1 - 2 * smoothing)
-
-
-OURS = {
-    "sigmoid": lambda logps, lengths, beta, _: dpo_loss(*logps, beta),
-    "ipo": lambda logps, lengths, beta, _: ipo_loss(*logps, *lengths, beta),
-    "robust": lambda logps, lengths, beta, smoothing: robust(*logps, beta, smoothing),
-}
-
-
-@pytest.mark.parametrize("loss_type", OURS)
-def test_same_loss_and_gradient_as_trl_dpo_trainer(trl_trainer, loss_type):
-    beta, smoothing = (0.7, 0.2) if loss_type == "robust" else (0.3, 0.0)
-    trainer, batch = trl_trainer(loss_type, beta, smoothing)
-    theirs = trainer.compute_loss(trainer.model, dict(batch))
-    theirs.backward()
-
-    policy, reference = tiny_llama(0), tiny_llama(1)
-    inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
-    labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
-    chosen, rejected = token_logps(policy(**inputs).logits, labels).sum(dim=1).chunk(2)
-    with torch.no_grad():
-        ref = token_logps(reference(**inputs).logits, labels).sum(dim=1).chunk(2)
-    lengths = batch["completion_mask"].sum(dim=1).chunk(2)
-    ours = OURS[loss_type]((chosen, rejected, *ref), lengths, beta, smoothing).mean()
-    ours.backward()
-
-    assert abs(theirs.item() - (math.log(2) if loss_type != "ipo" else (0.5 / beta) ** 2)) > 0.01
-    close(ours, theirs.item())
-    expected = {name: p.grad for name, p in trainer.model.named_parameters()}
-    for name, parameter in policy.named_parameters():
-        close(parameter.grad, expected[name])
-
-
-@pytest.mark.filterwarnings("ignore:You are importing from 'trl.experimental'")
-def test_same_loss_and_gradient_as_trl_simpo():
-    from trl.experimental.cpo import CPOTrainer
-
-    settings_ = SimpleNamespace(
-        alpha=0.0,
-        accelerator=SimpleNamespace(device=torch.device("cpu")),
-        loss_type="simpo",
-        simpo_gamma=1.3,
-        beta=2.2,
-        label_smoothing=0.0,
-    )
-    logits = draw(2, 4, 8, VOCABULARY)
-    labels = torch.randint(0, VOCABULARY, (2, 4, 8), generator=torch.Generator().manual_seed(5))
-    for row in range(4):
-        labels[0, row, : row + 1] = -100
-        labels[1, row, 8 - row :] = -100
-    theirs_in, ours_in = (logits.clone().requires_grad_() for _ in range(2))
-    averaged = [CPOTrainer.get_batch_logps(theirs_in[i], labels[i], True) for i in range(2)]
-    theirs, _, _ = CPOTrainer.cpo_loss(settings_, *averaged)
-    logps = [token_logps(ours_in[i], labels[i]) for i in range(2)]
-    lengths = [(labels[i][:, 1:] != -100).sum(dim=1) for i in range(2)]
-    ours = simpo_loss(*(x.sum(dim=1) for x in logps), *lengths, beta=2.2, gamma=1.3)
-    close(ours, theirs.detach())
-    theirs.sum().backward()
-    ours.sum().backward()
-    close(ours_in.grad, theirs_in.grad)
+@pytest.mark.parametrize("clip", [0.0, -0.2, NAN])
+def test_ppo_loss_refuses_a_clip_that_leaves_nothing(clip):
+    with pytest.raises(AlloError, match="clip is"):
+        ppo_loss(*CALLS[ppo_loss], clip=clip)

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from allo_lib.batches import Layout, collate, pair_batch, rejected_batch
-from allo_lib.objectives import ON_PAIRS, ON_REJECTED, ON_SOLUTIONS, objective
+from allo_lib.objectives import ON_PAIRS, ON_POLICY, ON_REJECTED, ON_SOLUTIONS, objective
 
 BETA = 0.1
 
@@ -49,7 +49,7 @@ def test_dpo_by_hand():
     assert metrics["reward_accuracy"] == pytest.approx(sum(m > 0 for m in margins) / 3)
 
 
-@pytest.mark.parametrize("name", ["dpo", "learning"])
+@pytest.mark.parametrize("name", ["dpo", "bco", "learning"])
 def test_the_first_loss_is_ln_2(name):
     batch = pair_batch(pairs(), Layout(0))
     loss, metrics = objective(name, beta=BETA, key_share=0.3)(batch["reference"], batch)
@@ -138,6 +138,68 @@ def test_supervised_objectives_are_cross_entropy_per_token(name):
     assert float(loss) == pytest.approx(-float(logps.sum()) / count) and metrics == {}
 
 
+def test_bco_shifts_by_the_mean_reward_of_the_batch():
+    batch = pair_batch(pairs(), Layout(0))
+    logps = policy(batch).detach()
+    loss, _ = objective("bco", beta=BETA)(logps, batch)
+    rewards = [BETA * ratio for ratio in (logps - batch["reference"]).sum(dim=1).tolist()]
+    delta = sum(rewards) / 6
+    expected = [math.log1p(math.exp(delta - r)) for r in rewards[:3]]
+    expected += [math.log1p(math.exp(r - delta)) for r in rewards[3:]]
+    assert float(loss) == pytest.approx(sum(expected) / 6, abs=1e-6)
+
+
+def own_responses():
+    """A batch of the policy's own responses, and the log-probs of a policy that has moved on."""
+    rows = [{"prompt": p["prompt"], "response": p["chosen"]} for p in pairs()]
+    batch = collate(rows, Layout(0))
+    batch["before_update"] = policy(batch).detach()
+    batch["advantages"] = policy(batch, seed=2).detach() + 1.5 * (batch["labels"] != -100)
+    return batch, (batch["before_update"] + 0.3 * policy(batch, seed=3)).detach().requires_grad_()
+
+
+def test_on_policy_objectives_leave_padding_out():
+    batch, logps = own_responses()
+    inside = batch["labels"] != -100
+    assert not inside.all()
+    for name in ON_POLICY:
+        before = loss_and_gradient(name, logps, batch)
+        changed = batch | {"advantages": batch["advantages"] + 9 * ~inside}
+        assert torch.equal(loss_and_gradient(name, logps, changed)[0], before[0])
+
+
+def test_ppo_counts_the_tokens_whose_ratio_is_beyond_the_clip():
+    batch, logps = own_responses()
+    inside = batch["labels"] != -100
+    ratio = (logps.detach() - batch["before_update"]).exp()[inside].tolist()
+    _, metrics = objective("ppo", beta=BETA)(logps, batch)
+    expected = sum(not 0.8 <= one <= 1.2 for one in ratio) / len(ratio)
+    assert metrics == {"clipped": pytest.approx(expected)} and 0 < expected < 1
+    assert objective("a2c", beta=BETA)(logps, batch)[1] == {}
+
+
+def with_weights() -> list[dict]:
+    """Pairs whose rejected tokens are weighed, as forgetting does."""
+    return pairs(
+        rejected_weights=lambda row: [float(t % 2) for t in range(len(row["rejected"]))],
+        chosen_weights=lambda row: [0.0] * len(row["chosen"]),
+    )
+
+
+def test_merged_is_the_sum_of_both_stages():
+    both = pair_batch(with_weights(), Layout(0))
+    logps = policy(both).detach()
+    merged, metrics = objective("merged", beta=BETA, key_share=0.3)(logps, both)
+    learning, margin = objective("learning", beta=BETA, key_share=0.3)(logps, both)
+    ratio, weights = (logps - both["reference"])[3:], both["weights"][3:]
+    terms = [
+        2 / BETA * math.log1p(math.exp(BETA * ratio[i, t]))
+        for i in range(3) for t in range(ratio.shape[1]) if weights[i, t]
+    ]  # fmt: skip
+    assert float(merged - learning) == pytest.approx(sum(terms) / len(terms), rel=1e-5)
+    assert metrics == margin
+
+
 def test_simpo_does_not_read_the_reference():
     batch = pair_batch(pairs(), Layout(0))
     logps = policy(batch)
@@ -149,7 +211,7 @@ def test_simpo_does_not_read_the_reference():
 
 @pytest.mark.parametrize("name", ON_PAIRS)
 def test_objectives_on_pairs_raise_chosen_and_lower_rejected(name):
-    batch = pair_batch(pairs(), Layout(0))
+    batch = pair_batch(with_weights(), Layout(0))
     logps = batch["reference"].clone().requires_grad_()
     _, gradient, metrics = loss_and_gradient(name, logps, batch)
     inside = batch["labels"] != -100

@@ -14,7 +14,7 @@ from allo_lib.config import Supervised
 from allo_lib.errors import AlloError
 from allo_lib.pairs import COLUMNS, SPLITS, Pairs, make_pairs
 from allo_lib.store import Artifact
-from allo_lib.tasks import Choice, Miniature, open_task
+from allo_lib.tasks import Miniature, RealQuestions, open_task
 
 FAMILIES = ("chain", "scan", "story")
 
@@ -222,7 +222,7 @@ def test_seeds_share_the_test_questions_and_draw_others_apart(choices):
     first, second = choice(choices, 0), choice(choices, 1)
     assert first.questions("test", 30) == second.questions("test", 30)
     assert first.questions("sft", 30) != second.questions("sft", 30)
-    assert isinstance(first, Choice)
+    assert isinstance(first, RealQuestions)
 
 
 def test_a_gold_option_is_right_and_another_is_not(choices):

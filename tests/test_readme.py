@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from allo_lib import claims, report
+from allo_lib import claims, report, row_comparisons, tables
 from allo_lib.measurements import read
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -22,6 +22,19 @@ def test_committed_claims_follow_from_the_committed_measurements(tmp_path):
         fresh = claims.compute(read(folder / "measurements.csv"), efficiency)
         claims.write(tmp_path / "claims.csv", fresh)
         assert (folder / "claims.csv").read_bytes() == (tmp_path / "claims.csv").read_bytes()
+
+
+def test_committed_tables_follow_from_the_committed_measurements(tmp_path):
+    """Every number of the tables, and of README's sentence on Holm, from `measurements.csv`."""
+    for folder in COMMITTED:
+        rows = read(folder / "measurements.csv")
+        efficiency = report.read_efficiency(folder / "tables" / "efficiency.csv")
+        found = claims.compute(rows, efficiency)
+        made = [*tables.build(rows), row_comparisons.claims_table(found)]
+        for path in tables.write(made, tmp_path / folder.name):
+            committed = folder / "tables" / path.name
+            assert committed.exists(), f"{committed} is missing: run notebook 06_evaluation"
+            assert committed.read_bytes() == path.read_bytes(), f"{committed} is out of date"
 
 
 def test_readme_links_to_files_that_exist():

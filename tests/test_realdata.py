@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers import models as tokenizer_models
 from transformers import PreTrainedTokenizerFast
 
-from allo_lib import realdata
+from allo_lib import answers, questions, realdata
 from allo_lib.errors import AlloError
 
 ROW = {
@@ -22,6 +22,7 @@ ROW = {
     "answer": "B",
     "choices": ["synagogue", "bedroom", "St. Paul"],
 }
+NAME = "ecqa"
 PAIR = {"prompt": "\n\nHuman: Hi\n\nAssistant:", "chosen": "Hello!", "rejected": "Go."}
 
 
@@ -120,34 +121,17 @@ def test_missing_data_names_both_ways(tmp_path, monkeypatch):
         realdata.load_rows("ecqa", "train")
 
 
-def test_hub_entries_become_the_same_rows(monkeypatch):
-    ecqa = {f"q_op{i}": text for i, text in enumerate(["cake", "mess", "fun", "air", "sun"], 1)}
-    ecqa |= {"q_text": "What is on a table?", "q_ans": "mess", "taskA_pos": " A mess.\n\nIt is."}
-    repeated = ecqa | {"q_op1": "mess"}
-    talk = "\n\nHuman: Hi\n\nAssistant: Hello!\n\nHuman: And?\n\nAssistant:"
-    helpful = {"chosen": talk + " Fine.", "rejected": talk + " No."}
-    other_start = {"chosen": talk + " Fine.", "rejected": "\n\nHuman: Ho\n\nAssistant: No."}
-    same_reply = {"chosen": talk + " Fine.", "rejected": talk + " Fine. "}
-    asked = []
-
-    def hub(path, data_dir, split):
-        asked.append((path, data_dir, split))
-        return [ecqa, repeated] if "ecqa" in path else [helpful, other_start, same_reply]
-
-    monkeypatch.setattr(datasets, "load_dataset", hub)
-    monkeypatch.delenv("ALLO_DATA", raising=False)
-    assert realdata.load_rows("ecqa", "test") == [
-        {
-            "id": "ecqa-test-0",
-            "question": "What is on a table?\n(A) cake\n(B) mess\n(C) fun\n(D) air\n(E) sun",
-            "solution": "A mess.\nIt is.",
-            "answer": "B",
-            "choices": ["cake", "mess", "fun", "air", "sun"],
-        }
+def test_instructions_with_others_outputs_are_rows_too(tmp_path):
+    rows = [
+        {"id": "a", "question": "Sing.", "subset": "x", "outputs": {"weak": "", "strong": "La."}},
+        {"id": "b", "question": "Sing more.", "cluster": "y", "outputs": {}},
     ]
-    expected = {"prompt": talk, "chosen": "Fine.", "rejected": "No."}
-    assert realdata.load_rows("hh_helpful", "train") == [expected]
-    assert asked[1] == ("Anthropic/hh-rlhf", "helpful-base", "train")
+    path = write(tmp_path, [json.dumps(row) for row in rows], "alpaca_eval", "test")
+    assert realdata.load_rows("alpaca_eval", "test", tmp_path) == rows
+    for outputs in (["La."], None, {"weak": 3}, {"weak": None}):
+        path.write_text(json.dumps(rows[0] | {"outputs": outputs}))
+        with pytest.raises(AlloError, match="outputs is .*, expected an object of responses by"):
+            realdata.load_rows("alpaca_eval", "test", tmp_path)
 
 
 def test_data_hash_sees_values_and_order_but_not_key_order():
@@ -164,20 +148,20 @@ def test_data_hash_sees_values_and_order_but_not_key_order():
 
 
 def test_prompt_and_target_in_both_styles():
-    assert realdata.qa_prompt(ROW) == (
+    assert questions.prompt(NAME, ROW) == (
         "Where does one light a fire\nat night?\nOptions: synagogue, bedroom, St. Paul\nAnswer:"
     )
-    assert realdata.qa_target(ROW) == " The answer is: bedroom"
-    assert realdata.qa_target(ROW, explain=True) == (
+    assert questions.target(NAME, ROW) == " The answer is: bedroom"
+    assert questions.target(NAME, ROW, explain=True) == (
         " A bedroom is where one sleeps. The answer is: bedroom"
     )
-    paper = realdata.qa_prompt(ROW, "letter")
+    paper = questions.prompt(NAME, ROW, "letter")
     assert ROW["question"] in paper and paper.endswith("Let's think step by step.")
-    assert realdata.qa_target(ROW, "letter", explain=9) == (
+    assert questions.target(NAME, ROW, "letter", explain=9) == (
         " A bedroom is where one sleeps. Candles can be lit in a bedroom."
         " The answer is: (B) bedroom"
     )
-    assert realdata.qa_target(ROW | {"solution": None}, explain=1) == " The answer is: bedroom"
+    assert questions.target(NAME, ROW | {"solution": None}, explain=1) == " The answer is: bedroom"
 
 
 @pytest.mark.parametrize(
@@ -202,8 +186,8 @@ def test_prompt_and_target_in_both_styles():
     ],
 )
 def test_answers_are_read_strictly(response, style, expected):
-    assert realdata.read_choice(response, ROW, style) == expected
-    assert realdata.is_right(ROW, response, style) == (expected == "B")
+    assert questions.read(NAME, ROW, response, style) == expected
+    assert questions.is_right(NAME, ROW, response, style) == (expected == "B")
 
 
 @pytest.mark.parametrize(
@@ -217,18 +201,18 @@ def test_answers_are_read_strictly(response, style, expected):
     ],
 )
 def test_correction_changes_the_final_answer_only(response, corrected):
-    assert realdata.correction(ROW, response) == corrected
+    assert questions.correction(NAME, ROW, response) == corrected
 
 
 words = st.text("abcdefg XYZ.,'()-é", min_size=1, max_size=12).filter(
-    lambda text: realdata._plain(text) and realdata.MARKER not in text
+    lambda text: answers.plain(text) and answers.MARKER not in text
 )
 
 
 @st.composite
-def questions(draw):
-    choices = draw(st.lists(words, min_size=2, max_size=6, unique_by=realdata._plain))
-    letters = realdata.LETTERS[: len(choices)]
+def multiple_choice(draw):
+    choices = draw(st.lists(words, min_size=2, max_size=6, unique_by=answers.plain))
+    letters = answers.LETTERS[: len(choices)]
     stem = draw(words)
     lines = [f"({letter}) {text}" for letter, text in zip(letters, choices, strict=True)]
     return {
@@ -240,23 +224,25 @@ def questions(draw):
     }
 
 
-@given(questions(), st.sampled_from(["text", "letter"]), st.integers(0, 2), st.text(max_size=40))
+@given(
+    multiple_choice(), st.sampled_from(["text", "letter"]), st.integers(0, 2), st.text(max_size=40)
+)
 def test_targets_are_right_and_corrections_become_right(row, style, explain, response):
     realdata.check_row(row)
-    assert realdata.is_right(row, realdata.qa_target(row, style, explain), style)
-    corrected = realdata.correction(row, response, style)
-    assert realdata.is_right(row, corrected, style)
-    assert realdata.correction(row, corrected, style) == corrected
-    for index, letter in enumerate(realdata.LETTERS[: len(row["choices"])]):
-        said = f"Hm. The answer is: {realdata._option(row, index, style)}"
-        assert realdata.read_choice(said, row, style) == letter
+    assert questions.is_right(NAME, row, questions.target(NAME, row, style, explain), style)
+    corrected = questions.correction(NAME, row, response, style)
+    assert questions.is_right(NAME, row, corrected, style)
+    assert questions.correction(NAME, row, corrected, style) == corrected
+    for index, letter in enumerate(answers.LETTERS[: len(row["choices"])]):
+        said = f"Hm. The answer is: {answers.option(row['choices'], index, style)}"
+        assert questions.read(NAME, row, said, style) == letter
 
 
 def test_unusable_styles_and_questions_are_refused():
     with pytest.raises(AlloError, match="style 'number'"):
-        realdata.qa_prompt(ROW, "number")
+        questions.prompt(NAME, ROW, "number")
     with pytest.raises(AlloError, match="'q-1' has no options"):
-        realdata.qa_prompt(ROW | {"choices": None})
+        questions.check(NAME, ROW | {"choices": None})
 
 
 # --- preferences -------------------------------------------------------------------------------

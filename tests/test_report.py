@@ -45,6 +45,9 @@ def test_rebuilding_needs_only_measurements_and_changes_no_byte(results, tmp_pat
         "tables/main_miniature.md",
         "figures/claims.png",
         "figures/main_miniature.pdf",
+        "figures/relative_change.png",
+        "tables/comparisons.csv",
+        "tables/claims_holm.md",
     } <= set(map(str, before))
     (tmp_path / "tiny").mkdir()
     rows = (results / "measurements.csv").read_bytes()
@@ -151,3 +154,57 @@ def test_readme_shows_the_main_figure_of_the_first_domain(tmp_path):
     report.rebuild(folder)
     (folder / "figures" / "main_a.png").write_bytes(b"")  # earlier by name
     assert "(results/tiny/figures/main_miniature.png)" in report.readme_block(tmp_path)
+
+
+def test_the_report_shows_which_verdicts_survive_the_correction(results, tmp_path):
+    text = (results / "report.html").read_text(encoding="utf-8")
+    page = Page(text)
+    assert "after Holm" in page.words and text.index("relative to DPO") < text.index("<h2>Tables")
+    left = report.read_holm(results / "tables" / "claims_holm.csv")
+    found = claims.read(results / "claims.csv")
+    assert list(left) == [claim.id for claim in found]
+    sentence = report.readme_block(results.parent)
+    assert "Verdicts after [Holm's correction for many comparisons]" in sentence
+    # Results made before the correction was written have no such column.
+    claims.write(tmp_path / "claims.csv", found)
+    old = report.build(tmp_path).read_text(encoding="utf-8")
+    assert "after Holm" not in old
+    assert report.read_holm(tmp_path / "tables" / "claims_holm.csv") == {}
+
+
+@pytest.mark.parametrize(
+    "content", [b"\xff", b"", b"id,p\nC1,0\n", b"id,verdict,p,p_holm,verdict_holm\nC1\n"]
+)
+def test_a_broken_table_of_corrected_claims_is_told(tmp_path, content):
+    path = tmp_path / "claims_holm.csv"
+    path.write_bytes(content)
+    with pytest.raises(AlloError, match="claims_holm.csv"):
+        report.read_holm(path)
+
+
+def test_the_papers_numbers_are_told_when_broken(tmp_path):
+    for content, told in ((b"\xff", "cannot be read"), (b"a,b\n1,2\n", "has the row"),
+                          (b"method,ecqa\n+ DPO,high\n", "not a number"),
+                          (b"method,ecqa\n+ DPO,1\n", "lacks rows")):  # fmt: skip
+        (tmp_path / "main_results.csv").write_bytes(content)
+        with pytest.raises(AlloError, match=told):
+            published.main_results(tmp_path)
+
+
+@pytest.mark.slow
+def test_thirty_methods_on_ten_data_sets_and_five_seeds_take_less_than_a_minute(tmp_path):
+    import time
+
+    extra = {f"dpo_top{i}": 0.6 + 0.01 * i for i in range(2, 18)}
+    names = [name for name in published.LABELS if name not in synthetic_results.ACCURACY]
+    more = dict.fromkeys(names, 0.65) | extra
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(synthetic_results, "ACCURACY", synthetic_results.ACCURACY | more)
+        sets = (*published.QUESTIONS, *published.MATHS)
+        rows = synthetic_results.rows(range(5), sets, n=300)
+        rows += synthetic_results.rows(range(5), ("hh_helpful",), n=300, prefix="reward_")
+    by_key = {(r.seed, r.method, r.dataset, r.metric): r for r in rows}
+    measurements.write(tmp_path / "measurements.csv", by_key.values())
+    start = time.monotonic()
+    report.rebuild(tmp_path)
+    assert time.monotonic() - start < 60

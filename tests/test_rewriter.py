@@ -8,9 +8,10 @@ import torch
 from allo_lib import miniature, models
 from allo_lib.encoding import encode_prompt, encode_response
 from allo_lib.losses import token_logps
+from allo_lib.methods import REWARD_MODELS
 from allo_lib.rewriter import (
-    EARLY,
     QUALITIES,
+    STOPPED,
     Correction,
     keep_probabilities,
     rewriter_prompt,
@@ -68,11 +69,14 @@ def test_rows_teach_the_correction_and_its_end():
     assert [row["response"] for row in rows] == [[ord("c"), ord(str(i)), 1] for i in range(3)]
 
 
-def test_early_sees_a_quarter_and_at_least_one():
-    assert EARLY == 0.25
-    whole = training_rows(Letters(), corrections(9), "trained", 0, plain=True)
-    assert training_rows(Letters(), corrections(9), "early", 0, plain=True) == whole[:2]
-    assert len(training_rows(Letters(), corrections(2), "early", 0, plain=True)) == 1
+@pytest.mark.parametrize(
+    "quality, seen", [("sixteenth", 2), ("eighth", 4), ("early", 8), ("half", 16)]
+)
+def test_reward_models_stopped_on_the_way_see_the_first_rows_and_at_least_one(quality, seen):
+    whole = training_rows(Letters(), corrections(33), "trained", 0, plain=True)
+    assert training_rows(Letters(), corrections(33), quality, 0, plain=True) == whole[:seen]
+    assert len(training_rows(Letters(), corrections(1), quality, 0, plain=True)) == 1
+    assert STOPPED["early"] == 0.25
 
 
 def test_shuffled_deals_out_the_same_targets_by_seed():
@@ -87,7 +91,8 @@ def test_shuffled_deals_out_the_same_targets_by_seed():
 
 
 def test_qualities_are_those_that_the_notebooks_name():
-    assert QUALITIES == ("trained", "early", "shuffled", "untrained")
+    assert {"trained", "early", "half", "shuffled", "untrained"} <= set(QUALITIES)
+    assert set(REWARD_MODELS) == set(QUALITIES) - {"trained"}
 
 
 def test_keep_probabilities_are_those_of_the_prediction_itself():

@@ -38,6 +38,7 @@ from allo_lib import (
     notebook,
     packaged_weights,
     profile_files,
+    published,
     realdata,
     reference,
     report,
@@ -208,6 +209,9 @@ READERS = {
     "reference": lambda path: reference.attach([], path),
     "measurements": measurements.read,
     "efficiency": report.read_efficiency,
+    "claims": claims.read,
+    "corrected claims": report.read_holm,
+    "published": in_folder("main_results.csv", published.main_results),
     "profile": in_folder("own.yaml", lambda folder: load_profile(str(folder / "own.yaml"))),
     "manifest": in_folder(manifest.NAME, manifest.read),
     "folder's profile": in_folder(

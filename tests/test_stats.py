@@ -208,3 +208,118 @@ def test_an_interval_is_cut_to_where_its_quantity_can_lie():
     inside = stats.mean_interval({0: 0.5, 1: 0.51, 2: 0.52})
     assert inside.within(0.0, 1.0) == inside
     assert not stats.mean_interval({4: 0.5}).within(0.0, 1.0).defined
+
+
+# --- seeds and correlated problems, whose effect is known --------------------------------------
+
+
+def simulated(rng, simulations, seeds, effects=(0.03, 0.06, 0.09), n=300, between=0.02):
+    """Shares (gain, loss, base), [simulation, seed, data set], of two methods on the same problems.
+
+    The second method is right on 0.7 of them, the first on `effects` more, give or take `between`
+    from seed to seed; a problem that is hard for one is hard for the other (correlation 0.6).
+    """
+    shape = (simulations, seeds, len(effects))
+    shared = rng.normal(size=(*shape, n))
+    ours, theirs = (0.6**0.5 * shared + 0.4**0.5 * rng.normal(size=(*shape, n)) for _ in "ab")
+    more = np.asarray(effects) + rng.normal(0, between, size=(simulations, seeds, 1))
+    right = ours < scipy_stats.norm.ppf(0.7 + more)[..., None]
+    base = theirs < scipy_stats.norm.ppf(0.7)
+    gain, loss = right & ~base, base & ~right
+    return np.stack([gain.mean(-1), loss.mean(-1), base.mean(-1), right.mean(-1)], axis=-1)
+
+
+def intervals(shares, n=300, relative=False, paired=True):
+    """The interval of each simulation."""
+    for table in shares:
+        cells = {}
+        for seed, row in enumerate(table):
+            cells[seed] = {
+                str(place): PairedCounts(gain, loss, n, base)
+                if paired else PairedCounts.independent(ours, base, n)
+                for place, (gain, loss, base, ours) in enumerate(row)
+            }  # fmt: skip
+        yield stats.paired_interval(cells, resamples=999, relative=relative)
+
+
+@pytest.mark.parametrize(("seeds", "between"), [(1, 0.0), (3, 0.01), (5, 0.02)])
+@pytest.mark.parametrize("relative", [False, True])
+def test_intervals_cover_a_known_effect_of_correlated_problems(seeds, between, relative):
+    shares = simulated(np.random.default_rng(4), 300, seeds, between=between)
+    effect = 0.06 / 0.7 if relative else 0.06
+    hits = [found.low <= effect <= found.high for found in intervals(shares, relative=relative)]
+    assert 0.90 <= np.mean(hits) <= 0.99
+
+
+def test_intervals_of_unpaired_accuracies_cover_more():
+    """Methods that find the same problems hard differ less than independent ones would."""
+    shares = simulated(np.random.default_rng(5), 200, seeds=5, between=0.01)
+    hits = [found.low <= 0.06 <= found.high for found in intervals(shares, paired=False)]
+    assert np.mean(hits) >= 0.97
+    found = next(intervals(shares, paired=False))
+    assert found.kind == "hierarchical unpaired bootstrap over 5 seeds and problems"
+
+
+def test_p_values_of_no_effect_are_rarely_small():
+    shares = simulated(np.random.default_rng(6), 300, seeds=5, effects=(0.0, 0.0), between=0.01)
+    found = list(intervals(shares))
+    p_values = [min(one.p_at_most(0.0), one.p_at_least(0.0)) for one in found]
+    assert 0.005 <= np.mean(np.array(p_values) < 0.05) <= 0.09
+    assert 0.35 <= np.mean(np.array(p_values) < 0.5) <= 0.65
+
+
+def test_a_planted_effect_is_found_and_its_p_value_agrees_with_its_interval():
+    shares = simulated(np.random.default_rng(7), 100, seeds=5, between=0.01)
+    found = list(intervals(shares))
+    assert np.mean([one.low > 0 for one in found]) > 0.95
+    for one in found:
+        # An interval that begins at `low` begins to touch it at 5%.
+        assert one.p_at_most(one.low) == pytest.approx(0.05, abs=0.01)
+        assert one.p_at_least(one.high) == pytest.approx(0.05, abs=0.01)
+
+
+def test_p_values_without_draws_are_those_of_the_t_test():
+    values = (0.02, 0.05, 0.03, 0.06)
+    found = stats.mean_interval(dict(enumerate(values)))
+    for bar in (-0.01, 0.0, 0.02):
+        assert found.p_at_most(bar) == pytest.approx(scipy_stats.ttest_1samp(values, bar).pvalue)
+    assert found.p_at_least(0.1) == pytest.approx(scipy_stats.ttest_1samp(values, 0.1).pvalue)
+    assert found.p_at_most(0.05) == 1.0  # the effect itself is below that bar
+    normal = stats.mean_interval({0: 0.03}, {0: 0.01})
+    assert normal.p_at_most(0.0) == pytest.approx(2 * scipy_stats.norm.sf(3.0))
+    assert math.isnan(stats.mean_interval({0: 0.03}).p_at_most(0.0))
+    alike = stats.mean_interval({0: 0.03, 1: 0.03})
+    assert (alike.p_at_most(0.0), alike.p_at_most(0.04)) == (0.0, 1.0)
+
+
+def test_relative_changes_match_a_bootstrap_over_listed_problems():
+    rng = np.random.default_rng(8)
+    hard = rng.random(500)
+    ours, theirs = (0.7 * hard + 0.3 * rng.random(500) < share for share in (0.6, 0.5))
+    counts = PairedCounts(
+        float(np.mean(ours & ~theirs)), float(np.mean(theirs & ~ours)), 500, float(np.mean(theirs))
+    )
+    found = stats.paired_interval({0: {"chain": counts}}, relative=True)
+    listed = scipy_stats.bootstrap(
+        (ours.astype(float), theirs.astype(float)),
+        lambda a, b, axis=-1: a.mean(axis=axis) / b.mean(axis=axis) - 1,
+        paired=True, n_resamples=10_000, method="percentile", rng=np.random.default_rng(1),
+    ).confidence_interval  # fmt: skip
+    assert found.effect == pytest.approx(ours.mean() / theirs.mean() - 1)
+    assert found.low == pytest.approx(listed.low, abs=0.01)
+    assert found.high == pytest.approx(listed.high, abs=0.01)
+
+
+def test_relative_changes_need_something_to_be_relative_to():
+    with pytest.raises(AlloError, match="expected the second method's accuracy"):
+        stats.paired_interval({0: {"chain": PairedCounts(0.1, 0.1, 10)}}, relative=True)
+    with pytest.raises(AlloError, match="gets nothing right"):
+        stats.paired_interval({0: {"chain": PairedCounts(0.1, 0.0, 10, 0.0)}}, relative=True)
+
+
+def test_the_opposite_difference_is_the_mirror_image():
+    found = stats.paired_interval({0: {"chain": PairedCounts(0.2, 0.1, 500)}})
+    turned = found.flipped()
+    assert (turned.effect, turned.low, turned.high) == (-found.effect, -found.high, -found.low)
+    assert turned.p_at_least(0.0) == found.p_at_most(0.0)
+    assert turned.flipped() == found and turned.by_seed == (-found.effect,)

@@ -22,7 +22,7 @@ def built(rows):
 
 def test_the_tables_of_one_domain(built):
     names = ["main", "empirical", "ablations", "comparisons"]
-    assert list(built) == [f"{name}_miniature" for name in names]
+    assert list(built) == [f"{name}_miniature" for name in names] + ["comparisons"]
 
 
 @pytest.mark.parametrize(
@@ -30,8 +30,8 @@ def test_the_tables_of_one_domain(built):
     [
         (["1.0", "3.0 ± 0.1", "2.0"], ["1.0", "**3.0 ± 0.1**", "<u>2.0</u>"]),
         (["3.0", "3.0", "2.0", "1.0"], ["**3.0**", "**3.0**", "<u>2.0</u>", "1.0"]),
-        (["not run", "2.0"], ["not run", "**2.0**"]),
-        (["not run", ""], ["not run", ""]),
+        (["(a)", "2.0"], ["(a)", "**2.0**"]),
+        (["(a)", ""], ["(a)", ""]),
     ],
 )
 def test_rank_marks_best_and_second_best(column, marked):
@@ -42,7 +42,10 @@ def test_main_table_has_all_rows_of_the_paper_and_says_what_was_not_run(built):
     table = built["main_miniature"]
     assert [line[0] for line in table.body] == list(published.LABELS.values())
     by_label = {line[0]: line for line in table.body}
-    assert by_label["+ RFT"][1:5] == ["not run"] * 4
+    assert by_label["+ RFT"][1:5] == ["(a)"] * 4
+    assert "(a) not among the methods of this run." in table.caption
+    reasons = {r["reason"] for r in table.records if r["method"] == "rft" and r["value"] is None}
+    assert reasons == {"not among the methods of this run", ""}  # "": columns of the paper alone
     assert "**" in by_label["+ ALLO"][4] and "<u>" in by_label["+ DPO"][4]
     # The paper's own best and second best among its question sets.
     assert by_label["+ ALLO"][6] == "**64.67**" and by_label["+ R-DPO"][6] == "<u>63.83</u>"
@@ -70,6 +73,45 @@ def test_real_data_sets_stand_beside_their_own_published_numbers():
     record = next(r for r in table.records if r["method"] == "dpo")
     assert record["published"] == pytest.approx(0.7507)
     assert [line[-1] for line in table.body][-1] == "**75.93**"
+
+
+def test_several_data_sets_stand_side_by_side_with_the_papers_average():
+    rows = synthetic_results.rows((0,), published.QUESTIONS, n=50)
+    (domain,) = domains_of(rows)
+    table = tables.main_table(rows, domain)
+    pairs = [f"{name} ({side})" for name in published.QUESTIONS for side in ("measured", "paper")]
+    whole = ["average (measured)", "average: 95% interval", "average (paper)"]
+    assert table.header == ["method", *pairs, *whole]
+    # As the paper prints them; its best and second best of each column are marked as there.
+    by_label = {line[0]: line for line in table.body}
+    assert by_label["+ ALLO"][-1] == "**64.67**" and by_label["+ R-DPO"][-1] == "<u>63.83</u>"
+    assert by_label["+ R-DPO"][2] == "<u>75.52</u>" and by_label["SFT LLM"][-1] == "58.45"
+
+
+def test_the_papers_mean_over_some_of_its_sets_is_taken_where_it_prints_none():
+    rows = synthetic_results.rows((0,), ("gsm8k", "mawps"), n=50)
+    table = tables.main_table(rows, domains_of(rows)[0])
+    record = next(
+        r for r in table.records if (r["method"], r["dataset"]) == ("allo", "average")
+    )
+    assert record["published"] == pytest.approx((0.566 + 0.825) / 2)
+
+
+def test_an_empty_cell_has_the_reason_that_the_measurements_tell():
+    rows = synthetic_results.rows((0,), ("ecqa", "qasc"), n=50)
+    rows = [row for row in rows if (row.method, row.dataset) != ("sft", "qasc")]
+    rows += synthetic_results.rows((0,), ("hh_helpful",), n=50, prefix="reward_")
+    rows = [row for row in rows if (row.method, row.dataset) != ("sft", "hh_helpful")]
+    rows = [row for row in rows if (row.method, row.dataset) != ("sft_base", "hh_helpful")]
+    questions, pairs = (tables.main_table(rows, domain) for domain in domains_of(rows))
+    why = {(r["method"], r["dataset"]): r["reason"] for t in (questions, pairs) for r in t.records}
+    assert why["sft", "qasc"] == why["sft", "average"] == "run on ecqa only"
+    assert why["sft", "ecqa"] == "" and why["ppo", "ecqa"] == "not among the methods of this run"
+    assert why["sft", "hh_helpful"] == "run on other domains only"
+    assert why["sft_base", "hh_helpful"].startswith("the starting model is the reference")
+    assert why["ppo", "hh_helpful"] == why["a2c", "hh_helpful"]
+    assert why["ppo", "hh_helpful"].startswith("needs a verifier")
+    assert all(f"({letter}) " in pairs.caption for letter in "abcde")
 
 
 def test_empirical_table_has_both_protocols(built):

@@ -1,0 +1,99 @@
+"""What the paper claims, C1-C9, as pairs of methods to compare; `claims` gives the verdicts."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from allo_lib.verdicts import MARGIN
+
+BASELINES = ("sft", "rft", "rdpo", "ipo", "bco", "simpo", "npo", "ppo", "a2c")
+
+
+@dataclass(frozen=True)
+class Declared:
+    """A claim about methods: `kind` is "above", "no worse" or "lower loss"."""
+
+    id: str
+    text: str
+    kind: str
+    pairs: tuple[tuple[str, str], ...]
+
+
+_TOP_LOSS = (
+    "DPO on the top 10% of neurons ends at a lower training loss than on all, at equal steps"
+)
+_TOP = "DPO on the top 10% of neurons is more accurate than on all neurons and than on the last 10%"
+_LAST = f"DPO on the last 10% of neurons is no worse than on all (margin {MARGIN:g})"
+_OWN, _ONE = "each arm at its own best learning rate", "the paper's protocol, one rate for all"
+DECLARED = (
+    Declared("C1", f"{_TOP_LOSS} ({_OWN})", "lower loss", (("dpo_top10", "dpo"),)),
+    Declared("C1p", f"{_TOP_LOSS} ({_ONE})", "lower loss", (("dpo_top10_paper", "dpo_paper"),)),
+    Declared(
+        "C2", f"{_TOP} ({_OWN})", "above", (("dpo_top10", "dpo"), ("dpo_top10", "dpo_last10"))
+    ),
+    Declared(
+        "C2p",
+        f"{_TOP} ({_ONE})",
+        "above",
+        (("dpo_top10_paper", "dpo_paper"), ("dpo_top10_paper", "dpo_last10_paper")),
+    ),
+    Declared("C3", f"{_LAST} ({_OWN})", "no worse", (("dpo_last10", "dpo"),)),
+    Declared("C3p", f"{_LAST} ({_ONE})", "no worse", (("dpo_last10_paper", "dpo_paper"),)),
+    Declared(
+        "C4",
+        "ALLO beats vanilla DPO on average (DPO with one epoch, half of ALLO's updates)",
+        "above",
+        (("allo", "dpo"),),
+    ),
+    Declared(
+        "C4s",
+        "ALLO beats a DPO that makes as many updates as its two stages together",
+        "above",
+        (("allo", "dpo_long"),),
+    ),
+    Declared(
+        "C5",
+        "ALLO beats every other baseline on average",
+        "above",
+        tuple(("allo", baseline) for baseline in BASELINES),
+    ),
+    Declared(
+        "C6",
+        "forgetting before learning helps (ALLO against learning alone, as many updates)",
+        "above",
+        (("allo", "allo_no_forgetting"),),
+    ),
+    Declared(
+        "C7",
+        "choosing tokens by rewards helps in each stage (ALLO against all tokens)",
+        "above",
+        (("allo", "allo_all_tokens_forgetting"), ("allo", "allo_all_tokens_learning")),
+    ),
+    Declared(
+        "C8",
+        "the masks of key neurons are stable (orders, halves, estimators)",
+        "overlap",
+        (),
+    ),
+    Declared("C9", "a better rewriting reward model gives a better aligned model", "above", ()),
+)
+
+
+def wanted_pairs(methods: Iterable[str]) -> list[tuple[str, str]]:
+    """The (method, baseline) pairs of `methods` whose paired counts claims and tables want.
+
+    Every method against `dpo` and `allo`, and what the declared claims compare.
+    """
+    methods = list(dict.fromkeys(methods))
+    wanted = [pair for declared in DECLARED for pair in declared.pairs]
+    for baseline in ("dpo", "allo"):
+        wanted += [(method, baseline) for method in methods if method != baseline]
+    kept = [pair for pair in dict.fromkeys(wanted) if set(pair) <= set(methods)]
+    # One direction is enough: the other one is its mirror image.
+    return [pair for i, pair in enumerate(kept) if pair[::-1] not in kept[:i]]
+
+
+def loss_pairs(methods: Iterable[str]) -> list[tuple[str, str]]:
+    """The (method, baseline) pairs of `methods` whose training losses are compared."""
+    methods = set(methods)
+    declared = [pair for one in DECLARED if one.kind == "lower loss" for pair in one.pairs]
+    return [pair for pair in declared if set(pair) <= methods]

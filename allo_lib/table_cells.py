@@ -1,0 +1,154 @@
+"""What the tables are made of: a table, its cells as numbers and as text, and writing it."""
+
+import csv
+import io
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from allo_lib import published
+from allo_lib.comparisons import Domain, columns_of, index_of, metric_by_seed
+from allo_lib.measurements import Measurement, seeds_of
+from allo_lib.stats import Interval, mean_interval
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table in both forms: `records` for the CSV, `header` and `body` (text) for Markdown."""
+
+    name: str
+    title: str
+    caption: str
+    records: list[dict[str, object]]
+    header: list[str]
+    body: list[list[str]]
+
+
+def write(tables: Sequence[Table], folder: str | Path) -> list[Path]:
+    """Write `name`.csv and `name`.md of each table, LF ends; returns their paths."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for table in tables:
+        buffer = io.StringIO()
+        writer = csv.DictWriter(buffer, list(table.records[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows({key: plain(cell) for key, cell in row.items()} for row in table.records)
+        for suffix, text in ((".csv", buffer.getvalue()), (".md", markdown(table))):
+            paths.append(folder / f"{table.name}{suffix}")
+            paths[-1].write_bytes(text.encode("utf-8"))
+    return paths
+
+
+def markdown(table: Table) -> str:
+    """The table with its title and caption as Markdown."""
+    lines = [table.header, ["---"] * len(table.header), *table.body]
+    grid = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return f"# {table.title}\n\n{grid}\n\n{table.caption}\n"
+
+
+def rank(column: Sequence[str]) -> list[str]:
+    """Text cells with the best number in bold and the second best underlined, ties alike.
+
+    A cell counts by its leading number; cells without one are left alone.
+    """
+    numbers = [_leading(cell) for cell in column]
+    best = sorted({number for number in numbers if number is not None}, reverse=True)[:2]
+    marks = dict(zip(best, ("**{}**", "<u>{}</u>"), strict=False))
+    return [
+        marks.get(number, "{}").format(cell) for number, cell in zip(numbers, column, strict=True)
+    ]
+
+
+def method_interval(
+    rows: Sequence[Measurement], method: str, domain: Domain, dataset: str | None = None
+) -> Interval | None:
+    """A method's own accuracy on one data set, or the mean over the domain's; None if not run."""
+    return cell_of(index_of(rows), method, dataset or columns_of(domain)[-1], domain)
+
+
+def cell_of(index, method: str, dataset: str, domain: Domain) -> Interval | None:
+    """A method's own score with its interval, a fraction; None where it was not run."""
+    found = metric_by_seed(index, method, domain.metric, domain.only(dataset), ())
+    interval = over_seeds(found)
+    return interval and interval.within(0.0, 1.0)
+
+
+def over_seeds(found: dict[int, tuple[float, float, int]]) -> Interval | None:
+    """The mean of (value, standard error, n) a seed; None without a seed."""
+    if not found:
+        return None
+    values = {seed: value for seed, (value, _, _) in found.items()}
+    stderrs = {seed: stderr for seed, (_, stderr, _) in found.items()}
+    return mean_interval(values, stderrs, sum(n for _, _, n in found.values()))
+
+
+def record_of(domain: Domain, method: str, dataset: str, cell: Interval | None, paper) -> dict:
+    """One row of a CSV of scores: fractions, empty where nothing was measured."""
+    return {
+        "domain": domain.name,
+        "method": method,
+        "dataset": dataset,
+        "metric": domain.metric,
+        "value": cell and cell.effect,
+        "stderr": cell and cell.stderr,
+        "ci_low": cell and cell.low,
+        "ci_high": cell and cell.high,
+        "seed_sd": cell and cell.seed_sd,
+        "seeds": " ".join(map(str, cell.seeds)) if cell else "",
+        "n": cell.n if cell else "",
+        "published": paper,
+    }
+
+
+def percent(cell: Interval | None, missing: str = "") -> str:
+    """Per cent with its standard error; `missing` where nothing was measured."""
+    if cell is None:
+        return missing
+    error = "" if math.isnan(cell.stderr) else f" ± {100 * cell.stderr:.1f}"
+    return f"{100 * cell.effect:.1f}{error}"
+
+
+def printed(value: float, column: str) -> str:
+    """Per cent with as many decimals as the paper prints: one for maths, two for the others."""
+    return f"{100 * value:.{1 if column in (*published.MATHS, 'math_avg') else 2}f}"
+
+
+def ends(cell: Interval | None) -> str:
+    """The interval in per cent; empty where there is none."""
+    if cell is None or not cell.defined:
+        return ""
+    return f"[{100 * cell.low:.1f}, {100 * cell.high:.1f}]"
+
+
+def change_text(change: Interval | None) -> list[str]:
+    """A difference and its interval in points."""
+    if change is None:
+        return ["", ""]
+    return [f"{100 * change.effect:+.2f}", f"[{100 * change.low:+.2f}, {100 * change.high:+.2f}]"]
+
+
+def how(rows: Sequence[Measurement]) -> str:
+    """How the numbers of a table came about, for its caption."""
+    seeds = seeds_of(rows)
+    if len(seeds) > 1:
+        return (
+            f"Means over seeds {', '.join(map(str, seeds))} ± standard error over seeds; "
+            "intervals of single methods: Student's t over seeds, cut at 0 and 100%."
+        )
+    return f"Seed {seeds[0]}, ± standard error over problems; normal intervals."
+
+
+def _leading(cell: str) -> float | None:
+    try:
+        return float(cell.split(" ")[0])
+    except ValueError:
+        return None
+
+
+def plain(cell: object) -> object:
+    """Numbers with six decimals; nothing and NaN as an empty cell."""
+    if cell is None or (isinstance(cell, float) and math.isnan(cell)):
+        return ""
+    return f"{cell + 0.0:.6f}" if isinstance(cell, float) else cell
