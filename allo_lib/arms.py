@@ -9,6 +9,7 @@ import torch
 from allo_lib import on_policy, scoring, weights
 from allo_lib.config import fingerprint
 from allo_lib.encoding import encode_prompt, encode_response
+from allo_lib.environment import device_name
 from allo_lib.errors import AlloError
 from allo_lib.methods import PAPER_PROTOCOL, Stage, relative_rates, stages_of
 from allo_lib.objectives import ON_POLICY, ON_REJECTED, ON_SOLUTIONS
@@ -120,6 +121,7 @@ def _make_result(study: Study, name: str, method: str, folder: Path) -> None:
             f"{name}, {method}: every learning rate of the search diverged; lower `rates`"
         )
     record = dict(records[chosen.rates])
+    record |= {"device": device_name(study.device)}
     record |= {"method": method, "rates": list(chosen.rates), "tried": [
         {"rates": list(one.rates), "dev": one.score} | {
             key: records[one.rates][key] for key in ("displacement", "train_margin")}

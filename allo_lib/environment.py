@@ -88,6 +88,15 @@ def machine() -> dict:
     }
 
 
+def device_name(device: str) -> str:
+    """What computes on a torch device: the GPU's name, or the processor's."""
+    if device == "cpu":
+        return _processor()
+    import torch
+
+    return torch.cuda.get_device_name(device)
+
+
 def child_environment(root: Path = ROOT) -> dict[str, str]:
     """The environment of a Python process that has to find this checkout's `allo_lib` first."""
     rest = os.environ.get("PYTHONPATH", "").split(os.pathsep)

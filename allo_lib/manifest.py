@@ -9,7 +9,7 @@ import re
 import subprocess
 from pathlib import Path
 
-from allo_lib import runtime
+from allo_lib import notes, runtime
 from allo_lib.errors import AlloError
 
 NAME = "manifest.json"
@@ -104,7 +104,7 @@ def build(
         **commit,
         **machine,
         "deterministic": runtime.ON_GPU if profile.size == "gpu" else runtime.ON_CPU,
-        "weights": _notes(results),
+        **noted(results),
         "runs": {name: merged[name] for name in in_order},
         "files": file_hashes(results),
     }
@@ -121,15 +121,16 @@ def measured_seeds(results: Path) -> list[int]:
     return sorted(int(text) for text in texts if text.isdecimal())
 
 
-def _notes(results: Path) -> list[dict]:
-    """What the library noted about the weights that ran (source, licence, SHA-256)."""
-    notes = []
-    for path in sorted((results / STORE / "notes").glob("*.json")):
-        with contextlib.suppress(ValueError, OSError):
-            notes.append(json.loads(path.read_text(encoding="utf-8")))
-    if not notes:
-        return (read(results) or {}).get("weights", [])
-    return notes
+def noted(results: Path) -> dict:
+    """What the library noted of the weights that ran (source, licence, SHA-256), of the data (rows
+    and SHA-256 of every file) and of the device that made each cell; else what was known before."""
+    store, before = results / STORE, read(results) or {}
+    found = {
+        "weights": list(notes.collect(store, notes.WEIGHTS).values()),
+        "data": notes.collect(store, notes.DATA),
+    }
+    known = {key: value or before.get(key, type(value)()) for key, value in found.items()}
+    return known | {"cells": before.get("cells", {}) | notes.collect(store, notes.CELLS)}
 
 
 def commit_of(root: Path) -> dict:

@@ -8,7 +8,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from allo_lib import claims as claims_module
-from allo_lib import figures, published, relative_change, row_comparisons, tables
+from allo_lib import (
+    figures,
+    manifest,
+    notes,
+    published,
+    relative_change,
+    row_comparisons,
+    tables,
+)
 from allo_lib.ablations import single_changes
 from allo_lib.claims import Claim
 from allo_lib.comparisons import compare, domains_of, index_of
@@ -207,6 +215,7 @@ def build(results_dir: str | Path) -> Path:
         _figure_html(folder / "figures" / "claims.png"),
         _figure_html(folder / "figures" / "relative_change.png"),
         "<h2>Tables</h2>",
+        _note_html(notes.several_devices(manifest.noted(folder)["cells"])),
         *[_table_html(path) for path in sorted((folder / "tables").glob("*.md"))],
         "<h2>Figures</h2>",
         *_figures_html(folder / "figures"),
@@ -220,6 +229,10 @@ def build(results_dir: str | Path) -> Path:
     path = folder / "report.html"
     path.write_bytes(page.encode("utf-8"))
     return path
+
+
+def _note_html(text: str) -> str:
+    return f'<p class="note">{html.escape(text)}</p>' if text else ""
 
 
 def _claims_html(claims: Sequence[Claim], holm: dict[str, str]) -> str:

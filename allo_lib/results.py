@@ -4,7 +4,7 @@ import json
 import statistics
 from pathlib import Path
 
-from allo_lib import arms, importance, measurements
+from allo_lib import arms, importance, measurements, notes
 from allo_lib.claims import loss_pairs, wanted_pairs
 from allo_lib.config import Profile
 from allo_lib.errors import AlloError
@@ -60,9 +60,10 @@ def methods_of(study: Study, name: str) -> list[str]:
 
 def seed_rows(study: Study) -> list[Measurement]:
     """All rows of the study's seed; whatever is not in the store yet is made."""
-    rows = []
+    rows, of_domains = [], {}
     for name in study.profile.domains:
         results = {method: arms.result(study, name, method) for method in methods_of(study, name)}
+        of_domains[name] = results
         for method, found in results.items():
             rows += _method_rows(study, name, method, found)
         for method, baseline in wanted_pairs(results):
@@ -71,6 +72,8 @@ def seed_rows(study: Study) -> list[Measurement]:
             losses = (results[one]["loss"][-1] for one in (method, baseline))
             rows.append(loss_gap(study.seed, method, baseline, name, *losses))
         rows += overlap_rows(study, name)
+    note = f"{notes.CELLS}seed{study.seed}"
+    notes.leave(study.store.folder, note, notes.cells_of(of_domains))
     return rows
 
 

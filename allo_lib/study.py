@@ -13,6 +13,7 @@ import torch
 from allo_lib import (
     importance,
     models,
+    notes,
     reference,
     rewriter,
     score_variants,
@@ -112,11 +113,7 @@ class Study:
 
     def _note_weights(self, note: dict) -> None:
         """Leave for the manifest which weights the study started from."""
-        path = self.store.folder / "notes" / "weights.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        write_json(temporary, note)
-        os.replace(temporary, path)  # other processes read it while this one writes
+        notes.leave(self.store.folder, notes.WEIGHTS, note)
 
     @property
     def model(self):
@@ -197,9 +194,13 @@ class Study:
             return "generated"
         from allo_lib import realdata
 
-        rows = [realdata.load_rows(d, s, self.data_dir) for d in domain.datasets
-                for s in ("train", "test")]  # fmt: skip
-        return realdata.data_hash([row for part in rows for row in part])
+        parts = {(d, s): realdata.load_rows(d, s, self.data_dir) for d in domain.datasets
+                 for s in ("train", "test")}  # fmt: skip
+        notes.leave(self.store.folder, f"{notes.DATA}{name}", {
+            f"{dataset}/{split}": {"rows": len(rows), "sha256": realdata.data_hash(rows)}
+            for (dataset, split), rows in parts.items()
+        })  # fmt: skip
+        return realdata.data_hash([row for rows in parts.values() for row in rows])
 
     # --- supervised start --------------------------------------------------------------------
 

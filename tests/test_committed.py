@@ -31,8 +31,8 @@ def flip_a_bit(path: Path, rng: random.Random) -> None:
     path.write_bytes(raw)
 
 
-def test_both_profiles_are_there():
-    assert NAMES == ["smollm2", "tiny"]
+def test_the_profiles_of_this_project_are_there():
+    assert {"smollm2", "tiny"} <= set(NAMES)
 
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=NAMES)

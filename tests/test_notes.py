@@ -1,0 +1,49 @@
+"""What a study notes for the manifest: data, devices, weights."""
+
+import json
+
+from tiny_study import DOMAIN, open_study
+
+from allo_lib import claims, manifest, notes, report
+
+CELLS = {"seed0": {"GPU <1>": {"toy": ["dpo", "allo"]}}, "seed1": {"CPU": {"toy": ["dpo"]}}}
+
+
+def test_a_note_is_whole_and_is_read_back(tmp_path):
+    notes.leave(tmp_path, "data-toy", {"toy/train": {"rows": 3}})
+    (tmp_path / notes.FOLDER / "data-broken.json").write_text("{")
+    assert notes.collect(tmp_path, notes.DATA) == {"toy": {"toy/train": {"rows": 3}}}
+    assert {p.name for p in (tmp_path / notes.FOLDER).iterdir()} == {
+        "data-toy.json", "data-broken.json"}  # fmt: skip
+
+
+def test_cells_are_told_by_device():
+    results = {"toy": {"dpo": {"device": "CPU"}, "allo": {"device": "GPU"}, "sft": {}}}
+    assert notes.cells_of(results) == {
+        "CPU": {"toy": ["dpo"]}, "GPU": {"toy": ["allo"]}, "not told": {"toy": ["sft"]}
+    }  # fmt: skip
+
+
+def test_only_several_devices_are_worth_a_line():
+    assert notes.several_devices({}) == ""
+    assert notes.several_devices({"seed0": {"CPU": {"toy": ["dpo"]}}}) == ""
+    line = notes.several_devices(CELLS)
+    assert "GPU <1>: seed0, toy: dpo, allo" in line and "CPU: seed1, toy: dpo" in line
+
+
+def test_cells_of_earlier_runs_stay_in_the_manifest_and_are_marked_in_the_report(tmp_path):
+    told = {"profile": "x", "profile_hash": "", "seeds": [], "files": {}}
+    told["cells"] = {"seed0": CELLS["seed0"]}
+    (tmp_path / manifest.NAME).write_text(json.dumps(told))
+    notes.leave(tmp_path / manifest.STORE, "cells-seed1", CELLS["seed1"])
+    assert manifest.noted(tmp_path)["cells"] == CELLS
+    claims.write(tmp_path / "claims.csv", [])
+    page = report.build(tmp_path).read_text()
+    assert "GPU &lt;1&gt;: seed0, toy: dpo, allo" in page and "<1>" not in page
+
+
+def test_a_study_notes_its_weights(tmp_path):
+    study = open_study(tmp_path)
+    study.sft(DOMAIN)
+    assert manifest.noted(tmp_path)["weights"][0]["name"] == "micro"
+    assert manifest.noted(tmp_path)["data"] == {}  # generated problems come from no file
