@@ -9,6 +9,7 @@ from allo_lib.store import write_json
 
 FOLDER = "notes"
 WEIGHTS, DATA, CELLS = "weights", "data-", "cells-"
+UNKNOWN = "not told"  # the device of results that were stored before devices were noted
 
 
 def leave(store: Path, name: str, value) -> None:
@@ -34,14 +35,14 @@ def cells_of(results: dict[str, dict[str, dict]]) -> dict[str, dict[str, list[st
     cells: dict[str, dict[str, list[str]]] = {}
     for name, methods in results.items():
         for method, found in methods.items():
-            on = cells.setdefault(found.get("device", "not told"), {})
+            on = cells.setdefault(found.get("device", UNKNOWN), {})
             on.setdefault(name, []).append(method)
     return cells
 
 
 def several_devices(cells: dict[str, dict]) -> str:
     """Which cells were measured where, in one line; "" where one device measured all of them."""
-    if len({device for of_seed in cells.values() for device in of_seed}) < 2:
+    if len({device for of_seed in cells.values() for device in of_seed} - {UNKNOWN}) < 2:
         return ""
     told = [
         f"{device}: {seed}, {name}: {', '.join(methods)}"

@@ -173,7 +173,9 @@ def paired_interval(
     n, spread = sum(cell.n for row in table for cell in row), _spread(table, by_seed, relative)
     over_seeds = mean_interval(dict(zip(seeds, by_seed, strict=True)), n=n)
     if spread > WIDE and over_seeds.high - over_seeds.low > high - low:
-        return replace(over_seeds, spread=spread, stderr=math.nan)
+        # Student's t knows no bounds; accuracies differ by 1 at most, and fall by all at most.
+        low, high = max(over_seeds.low, -1.0), min(over_seeds.high, math.inf if relative else 1.0)
+        return replace(over_seeds, low=low, high=high, spread=spread, stderr=math.nan)
     kind, effect = _kind(table), float(np.mean(by_seed))
     return Interval(effect, float(low), float(high), kind, seeds, n, by_seed, spread, draws=draws)
 

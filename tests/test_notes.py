@@ -27,6 +27,8 @@ def test_cells_are_told_by_device():
 def test_only_several_devices_are_worth_a_line():
     assert notes.several_devices({}) == ""
     assert notes.several_devices({"seed0": {"CPU": {"toy": ["dpo"]}}}) == ""
+    older = {"seed0": {"CPU": {"toy": ["dpo"]}, notes.UNKNOWN: {"toy": ["sft"]}}}
+    assert notes.several_devices(older) == ""
     line = notes.several_devices(CELLS)
     assert "GPU <1>: seed0, toy: dpo, allo" in line and "CPU: seed1, toy: dpo" in line
 

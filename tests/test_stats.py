@@ -323,3 +323,11 @@ def test_the_opposite_difference_is_the_mirror_image():
     assert (turned.effect, turned.low, turned.high) == (-found.effect, -found.high, -found.low)
     assert turned.p_at_least(0.0) == found.p_at_most(0.0)
     assert turned.flipped() == found and turned.by_seed == (-found.effect,)
+
+
+def test_a_difference_ends_where_accuracies_do():
+    cells = {seed: {"a": PairedCounts(gain, 0, 1000, 0.1)} for seed, gain in enumerate((0, 0.9))}
+    found = stats.paired_interval(cells)
+    assert found.df == 1
+    assert (found.low, found.high) == (-1, 1)
+    assert stats.paired_interval(cells, relative=True).low == -1
