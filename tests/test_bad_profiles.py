@@ -174,7 +174,8 @@ def test_what_names_no_profile_is_told(tmp_path, monkeypatch, name, told):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "folder.yaml").mkdir()
     (tmp_path / "own.json").write_text("{}")
-    with refused(told, "expected one of smollm2, tiny, or the path of a YAML file"):
+    names = "smollm2, tiny, tiny-ablations, tiny-full"
+    with refused(told, f"expected one of {names}, or the path of a YAML file"):
         load_profile(name)
     assert not (tmp_path / "ran").exists()
 
