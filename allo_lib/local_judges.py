@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForSequenceClassification
 
 from allo_lib import models
 from allo_lib.encoding import (
@@ -63,19 +63,15 @@ def load_judge(kind: str, name, *, dtype="float32", device="cpu", revision=None)
 
 
 def _classifier(name, dtype, revision):
-    # As in `models`: code that comes with a model is never run, pickled weights are never read.
-    safe = dict(revision=revision or "main", trust_remote_code=False)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name, **safe)
-        model, report = AutoModelForSequenceClassification.from_pretrained(
-            name, dtype=dtype, use_safetensors=True, output_loading_info=True, **safe
-        )
-    except Exception as error:
-        reason = " ".join(str(error).split())[:300]
-        raise AlloError(
-            f"reward model {str(name)!r} cannot be loaded ({reason}); expected a hub id or a "
-            "folder of a sequence classifier with safetensors weights and its tokenizer"
-        ) from error
+    model, tokenizer, report = models.read_pretrained(
+        AutoModelForSequenceClassification,
+        name,
+        dtype,
+        revision,
+        named="reward model",
+        expected="a hub id or a folder of a sequence classifier with safetensors weights and its "
+        "tokenizer",
+    )
     if report["missing_keys"]:
         # A language model named as a reward model: its score would be a random direction.
         lacks = f"no weights for {sorted(report['missing_keys'])[0]}"

@@ -137,22 +137,38 @@ def load(name, *, dtype="float32", device="cpu", cache_dir=None, revision=None):
     return model.to(device).eval(), tokenizer, note
 
 
-def _from_pretrained(source, dtype, revision):
-    # Code that comes with a model is never run, and pickled weights are never read.
+def read_pretrained(kind, source, dtype, revision, *, named: str, expected: str):
+    """(model, its tokenizer, transformers' report of missing weights) of a hub id or a folder.
+
+    The one place that reads other people's models: code that comes with one is never run, and
+    pickled weights are never read. kind: an Auto class of transformers; AlloError says `named` and
+    `expected` when it cannot be loaded.
+    """
     safe = dict(revision=revision or "main", trust_remote_code=False)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **safe)
-        model, report = AutoModelForCausalLM.from_pretrained(
+        model, report = kind.from_pretrained(
             source, dtype=dtype, use_safetensors=True, output_loading_info=True, **safe
         )
     except Exception as error:
         # Each of hub, configuration, tokenizer and weights has exceptions of its own for damage.
         reason = " ".join(str(error).split())[:300]
         raise AlloError(
-            f"model {str(source)!r} cannot be loaded ({reason}); expected "
-            f"{packaged_weights.NAME!r}, a hub id that is reachable or cached, or a folder with "
-            "config.json, tokenizer files and safetensors weights"
+            f"{named} {str(source)!r} cannot be loaded ({reason}); expected {expected}"
         ) from error
+    return model, tokenizer, report
+
+
+def _from_pretrained(source, dtype, revision):
+    model, tokenizer, report = read_pretrained(
+        AutoModelForCausalLM,
+        source,
+        dtype,
+        revision,
+        named="model",
+        expected=f"{packaged_weights.NAME!r}, a hub id that is reachable or cached, or a folder "
+        "with config.json, tokenizer files and safetensors weights",
+    )
     if report["missing_keys"]:
         # transformers fills these with random numbers and goes on.
         name = sorted(report["missing_keys"])[0]
