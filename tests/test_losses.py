@@ -419,3 +419,11 @@ def test_losses_refuse_nan_shapes_and_beta(function):
 def test_ppo_loss_refuses_a_clip_that_leaves_nothing(clip):
     with pytest.raises(AlloError, match="clip is"):
         ppo_loss(*CALLS[ppo_loss], clip=clip)
+
+
+@pytest.mark.parametrize(("ratio", "kept"), [(1.15, 1.15), (1.25, 1.2), (0.9, 0.9), (0.7, 0.7)])
+def test_ppo_clips_at_a_fifth_unless_told_otherwise(ratio, kept):
+    # With a positive advantage only a ratio that has grown too far is cut (1707.06347, figure 1).
+    before = torch.tensor([[-1.0]])
+    loss = losses.ppo_loss(before + math.log(ratio), before, torch.ones(1, 1), torch.ones(1, 1))
+    assert float(loss) == pytest.approx(-kept, rel=1e-5)
