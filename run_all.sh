@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Runs the study, its tests, or a look at its state:
 #
-#   ./run_all.sh [PROFILE] [--seeds 0,1,2] [--only 01,05] [--data DIR] [--out DIR]
+#   ./run_all.sh [PROFILE] [--seeds 0,1,2] [--domains A,B] [--only 01,05] [--data DIR] [--out DIR]
 #                [-p NAME VALUE]... [--fresh]
 #   ./run_all.sh test [PYTEST ARGS]
 #   ./run_all.sh status [PROFILE]

@@ -14,16 +14,17 @@ from allo_lib.config import Profile
 from allo_lib.environment import ROOT
 from allo_lib.errors import AlloError
 from allo_lib.methods import stages_of
+from allo_lib.parts import part_of
 from allo_lib.profile_files import load_profile, parse_yaml
 
 DATA_VARIABLE = "ALLO_DATA"
 DEFAULT_PROFILE = "tiny"
 BAD_INPUT = 2
 USAGE = """\
-./run_all.sh [PROFILE] [--seeds 0,1,2] [--only 01,05] [--data DIR] [--out DIR]
+./run_all.sh [PROFILE] [--seeds 0,1,2] [--domains A,B] [--only 01,05] [--data DIR] [--out DIR]
              [-p NAME VALUE]... [--fresh]
 ./run_all.sh test [PYTEST ARGS]
-./run_all.sh status [PROFILE] [--out DIR]
+./run_all.sh status [PROFILE] [--domains A,B] [--out DIR]
 ./run_all.sh verify [PROFILE] [--out DIR] [--rerun] [--data DIR]"""
 _EXPONENT = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)[eE][+-]?\d+")
 
@@ -75,8 +76,13 @@ def run(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     start = time.monotonic()
     asked = _run_of(options)
-    if options.fresh and asked.only:
-        raise AlloError("--fresh starts the whole run over; leave out --only")
+    if options.fresh and (asked.only or asked.domains):
+        raise AlloError("--fresh starts the whole run over; leave out --only and --domains")
+    if asked.domains and asked.only and not set(asked.only) <= set(_of_domains(asked)):
+        raise AlloError(
+            f"--domains: notebooks {', '.join(_of_domains(asked))} look at single domains; leave "
+            f"it out for --only {','.join(asked.only)}"
+        )
     written = driver.run_study(asked, fresh=options.fresh)
     for name in written:
         print(f"wrote {shown(asked.results / name)}")
@@ -84,6 +90,11 @@ def run(arguments: list[str]) -> int:
     count = f"{len(written)} files written" if written else "nothing to do"
     print(f"{asked.profile.name}: {count}; took {int(seconds // 60)} min {seconds % 60:.0f} s")
     return 0
+
+
+def _of_domains(asked: marks.Run) -> list[str]:
+    """Numbers of the notebooks that can be run for some of the domains."""
+    return [path.name[:2] for path in marks.notebooks(asked) if marks.of_a_domain(path)]
 
 
 def show_status(arguments: list[str]) -> int:
@@ -118,6 +129,9 @@ def _parser(description: str) -> _Parser:
     parser.add_argument("profile", nargs="?", default=DEFAULT_PROFILE, help="name or YAML file")
     parser.add_argument("--out", metavar="DIR", help="results folder, default results/PROFILE")
     parser.add_argument(
+        "--domains", metavar="A,B", help="domains to work on, default all: a study in pieces"
+    )
+    parser.add_argument(
         "-p",
         dest="overrides",
         nargs=2,
@@ -137,7 +151,7 @@ def _add_data(parser: _Parser) -> None:
 
 def _run_of(options: argparse.Namespace) -> marks.Run:
     """Check everything that was typed before anything is touched."""
-    for name in ("only", "out", "data"):
+    for name in ("only", "out", "data", "domains"):
         if getattr(options, name, None) == "":
             raise AlloError(f"--{name} is empty: give it a value, or leave the option out")
     overrides = {name: parse_value(name, value) for name, value in options.overrides}
@@ -156,6 +170,7 @@ def _run_of(options: argparse.Namespace) -> marks.Run:
         overrides=overrides,
         seeds=parse_seeds(getattr(options, "seeds", "0")),
         data=data_folder(getattr(options, "data", None)),
+        domains=parse_domains(options.domains or "", profile),
     )
     only = parse_only(getattr(options, "only", None) or "", marks.notebooks(asked))
     return dataclasses.replace(asked, only=only)
@@ -199,6 +214,14 @@ def parse_only(text: str, notebooks: list[Path]) -> tuple[str, ...]:
                 f"--only {_cut(text)!r}: expected numbers of notebooks: {', '.join(known)}"
             )
     return tuple(asked)
+
+
+def parse_domains(text: str, profile: Profile) -> tuple[str, ...]:
+    """`maths,helpfulness` in the profile's order, () for all; AlloError for one there is not."""
+    if not text:
+        return ()
+    asked = part_of(profile, [part.strip() for part in text.split(",")])
+    return () if asked is profile else tuple(asked.domains)
 
 
 def parse_value(name: str, text: str):

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from allo_lib import published
-from allo_lib.measurements import AVERAGE, GAIN, LOSS, REWARD, Measurement
+from allo_lib.measurements import AVERAGE, GAIN, LOSS, REWARD, Measurement, is_average
 from allo_lib.stats import Interval, PairedCounts, difference_interval, paired_interval
 
 # Rows by (seed, method, dataset, metric).
@@ -59,7 +59,8 @@ def domains_of(rows: Collection[Measurement]) -> list[Domain]:
     Data sets of no known domain whose answers were counted form the domain `other`.
     """
     names = {row.dataset for row in rows}
-    answered = {row.dataset for row in rows if row.metric == "accuracy"} - {AVERAGE}
+    answered = {row.dataset for row in rows if row.metric == "accuracy"}
+    answered = {name for name in answered if not is_average(name)}
     found = []
     for domain in DOMAINS:
         datasets = tuple(name for name in domain.datasets if name in names)

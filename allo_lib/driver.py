@@ -27,9 +27,11 @@ from allo_lib.marks import (
     mark_path,
     measurements_hash,
     notebooks,
+    of_a_domain,
     of_a_seed,
     read_mark,
 )
+from allo_lib.parts import KEY
 
 # Everything that --fresh takes away from a results folder, besides the store and the manifest.
 OUTPUTS = ("notebooks", "figures", "tables", "measurements.csv", "claims.csv", "report.html")
@@ -120,6 +122,8 @@ def clear(results: Path) -> None:
 def _run_all(run: Run, pending: Path) -> set[str]:
     """Returns the groups of which at least one notebook ran; `pending` exists from then on."""
     asked = [n for n in notebooks(run) if not run.only or n.name[:2] in run.only]
+    if run.domains:
+        asked = [notebook for notebook in asked if of_a_domain(notebook)]
     steps = [(n, seed) for seed in run.seeds for n in asked if of_a_seed(n)]
     steps += [(n, None) for n in asked if not of_a_seed(n)]
     ran, afterwards = set(), []
@@ -131,7 +135,7 @@ def _run_all(run: Run, pending: Path) -> set[str]:
         pending.parent.mkdir(parents=True, exist_ok=True)
         pending.touch()
         print(f"{name}: started", flush=True)
-        ran.add(group(seed))
+        ran.add(group(run, seed))
         mark = _run_one(run, notebook, seed)
         print(f"{name}: done in {mark['seconds']:.1f} s", flush=True)
         if seed is None:
@@ -169,7 +173,7 @@ def _job(run: Run, notebook: Path, seed: int | None) -> Job:
         "profile": run.given,
         "seed": min(run.seeds) if seed is None else seed,
         "results_dir": str(run.results),
-        "overrides": run.overrides,
+        "overrides": run.overrides | ({KEY: list(run.domains)} if run.domains else {}),
     }
     if seed is None:
         parameters["seeds"] = complete_seeds(run)
@@ -235,7 +239,7 @@ def write_manifest(run: Run, ran: set[str]) -> None:
     before = (manifest.read(run.results) or {}).get("runs", {})
     runs = {}
     for seed in [*begun_seeds(run), None]:
-        name = group(seed)
+        name = group(run, seed)
         kept = before.get(name, {})
         origin = here if name in ran or not kept else kept
         marks = {notebook.stem: read_mark(run, notebook, seed) for notebook in notebooks(run)}

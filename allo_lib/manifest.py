@@ -130,7 +130,8 @@ def noted(results: Path) -> dict:
         "data": notes.collect(store, notes.DATA),
     }
     known = {key: value or before.get(key, type(value)()) for key, value in found.items()}
-    return known | {"cells": before.get("cells", {}) | notes.collect(store, notes.CELLS)}
+    cells = notes.with_cells(before.get("cells", {}), notes.collect(store, notes.CELLS))
+    return known | {"cells": cells}
 
 
 def commit_of(root: Path) -> dict:

@@ -14,6 +14,8 @@ from allo_lib.errors import AlloError
 
 # Notebooks up to this number run once for each seed, later ones once over all seeds.
 LAST_OF_A_SEED = 5
+# Later ones after this one look at no domain by itself.
+LAST_OF_A_DOMAIN = 6
 # Modules that start notebooks and never run inside one: changing them makes no result stale.
 STARTERS = {
     "cli", "driver", "environment", "execute", "kernel", "manifest", "marks", "status", "verify",
@@ -30,6 +32,7 @@ class Run:
     overrides: dict = dataclasses.field(default_factory=dict)
     seeds: tuple[int, ...] = (0,)
     only: tuple[str, ...] = ()  # two-digit numbers; empty means all
+    domains: tuple[str, ...] = ()  # those to work on, in the profile's order; empty means all
     data: Path | None = None
     notebooks: Path = ROOT / "notebooks"
 
@@ -47,18 +50,28 @@ def of_a_seed(notebook: Path) -> bool:
     return int(notebook.name[:2]) <= LAST_OF_A_SEED
 
 
-def group(seed: int | None) -> str:
-    """The name under which marks and manifest file a seed's notebooks, or those over all seeds."""
-    return manifest.ALL_SEEDS if seed is None else f"{manifest.SEED_FOLDER}{seed}"
+def of_a_domain(notebook: Path) -> bool:
+    """Whether this notebook can be run for some of the domains."""
+    return int(notebook.name[:2]) <= LAST_OF_A_DOMAIN
+
+
+def group(run: Run, seed: int | None) -> str:
+    """The name under which marks and manifest file a seed's notebooks, or those over all seeds.
+
+    Runs of some domains have names of their own: "seed0_maths".
+    """
+    if seed is None:
+        return manifest.ALL_SEEDS
+    return "_".join((f"{manifest.SEED_FOLDER}{seed}", *run.domains))
 
 
 def executed_path(run: Run, notebook: Path, seed: int | None) -> Path:
     folder = run.results / "notebooks"
-    return (folder if seed is None else folder / group(seed)) / notebook.name
+    return (folder if seed is None else folder / group(run, seed)) / notebook.name
 
 
 def mark_path(run: Run, notebook: Path, seed: int | None) -> Path:
-    return run.results / manifest.STORE / "done" / group(seed) / f"{notebook.stem}.json"
+    return run.results / manifest.STORE / "done" / group(run, seed) / f"{notebook.stem}.json"
 
 
 def read_mark(run: Run, notebook: Path, seed: int | None) -> dict | None:
@@ -92,6 +105,7 @@ def notebook_hash(notebook: Path) -> str:
 def key(run: Run, notebook: Path, seed: int | None) -> str:
     """SHA-256 of what decides a notebook's outcome, besides the data."""
     made_by = [notebook_hash(notebook), library_hash(), run.profile.hash(), seed]
+    made_by += [list(run.domains)] if run.domains else []
     if seed is None:
         made_by.append({str(s): _seed_keys(run, s) for s in complete_seeds(run)})
     return fingerprint(made_by)
@@ -102,10 +116,12 @@ def _seed_keys(run: Run, seed: int) -> list[str]:
 
 
 def begun_seeds(run: Run) -> list[int]:
-    """Seeds of which the store holds at least one mark, sorted."""
+    """Seeds of which the store holds at least one mark for this run's domains, sorted."""
     marks = (run.results / manifest.STORE / "done").glob(f"{manifest.SEED_FOLDER}*/*.json")
-    numbers = {path.parent.name.removeprefix(manifest.SEED_FOLDER) for path in marks}
-    return sorted(int(number) for number in numbers if number.isdecimal())
+    names = {path.parent.name for path in marks}
+    numbers = {name.removeprefix(manifest.SEED_FOLDER).partition("_")[0] for name in names}
+    seeds = sorted(int(number) for number in numbers if number.isdecimal())
+    return [seed for seed in seeds if group(run, seed) in names]
 
 
 def complete_seeds(run: Run) -> list[int]:

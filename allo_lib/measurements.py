@@ -13,7 +13,7 @@ import io
 import math
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 
@@ -91,8 +91,8 @@ def paired(
     ]
 
 
-def average(rows: Sequence[Measurement]) -> Measurement:
-    """The unweighted mean over data sets of one seed, method and metric, as data set `average`.
+def average(rows: Sequence[Measurement], name: str = AVERAGE) -> Measurement:
+    """The unweighted mean over data sets of one seed, method and metric, as data set `name`.
 
     The standard error takes the data sets as independent; n is their sum. Raises AlloError when
     the rows are none, of several seeds, methods or metrics, or name a data set twice.
@@ -106,14 +106,29 @@ def average(rows: Sequence[Measurement]) -> Measurement:
     (seed, method, metric), count = keys.pop(), len(rows)
     stderr = math.sqrt(sum(row.stderr**2 for row in rows)) / count
     mean = sum(row.value for row in rows) / count
-    return Measurement(seed, method, AVERAGE, metric, mean, stderr, sum(row.n for row in rows))
+    return Measurement(seed, method, name, metric, mean, stderr, sum(row.n for row in rows))
 
 
-def merge(old: Iterable[Measurement], new: Iterable[Measurement]) -> list[Measurement]:
-    """`new` together with the rows of `old` whose seeds `new` does not have, sorted."""
+def is_average(dataset: str) -> bool:
+    """Whether this is a mean over data sets: `average`, or `average:maths` of one domain."""
+    return dataset.partition(":")[0] == AVERAGE
+
+
+def merge(
+    old: Iterable[Measurement], new: Iterable[Measurement], datasets: Collection[str] | None = None
+) -> list[Measurement]:
+    """`new` together with the rows of `old` that it does not replace, sorted.
+
+    It replaces those of its seeds: all of them, or those on `datasets`.
+    """
     new = list(new)
     fresh = {row.seed for row in new}
-    return _sorted([row for row in old if row.seed not in fresh] + new)
+    kept = [
+        row
+        for row in old
+        if row.seed not in fresh or (datasets is not None and row.dataset not in datasets)
+    ]
+    return _sorted(kept + new)
 
 
 def write(path: str | Path, rows: Iterable[Measurement]) -> None:

@@ -30,13 +30,33 @@ def collect(store: Path, prefix: str) -> dict:
     return found
 
 
-def cells_of(results: dict[str, dict[str, dict]]) -> dict[str, dict[str, list[str]]]:
-    """device -> domain -> methods, from the results of one seed: domain -> method -> result."""
-    cells: dict[str, dict[str, list[str]]] = {}
-    for name, methods in results.items():
-        for method, found in methods.items():
-            on = cells.setdefault(found.get("device", UNKNOWN), {})
-            on.setdefault(name, []).append(method)
+def cells_of(results: dict[str, dict]) -> dict[str, list[str]]:
+    """device -> methods, from the results of one domain of one seed: method -> result."""
+    cells: dict[str, list[str]] = {}
+    for method, found in results.items():
+        cells.setdefault(found.get("device", UNKNOWN), []).append(method)
+    return cells
+
+
+def with_cells(known: dict[str, dict], found: dict[str, dict]) -> dict[str, dict]:
+    """Devices of cells as they were known, with what the notes `found` in a store say of them.
+
+    A note is of a seed ("seed0": device -> domain -> methods) or of a domain of it
+    ("seed0.maths": device -> methods), which leaves the seed's other domains as they were known.
+    """
+    cells = dict(known)
+    for name, told in sorted(found.items()):
+        seed, _, domain = name.partition(".")
+        if not domain:
+            cells[seed] = told
+            continue
+        others = {
+            device: {other: methods for other, methods in of_device.items() if other != domain}
+            for device, of_device in cells.get(seed, {}).items()
+        }
+        for device, methods in told.items():
+            others.setdefault(device, {})[domain] = methods
+        cells[seed] = {device: of_device for device, of_device in others.items() if of_device}
     return cells
 
 

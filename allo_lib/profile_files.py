@@ -8,6 +8,7 @@ import yaml
 
 from allo_lib.config import SIZES, Profile
 from allo_lib.errors import AlloError
+from allo_lib.parts import KEY, part_of
 from allo_lib.profile_checks import build, check, short
 
 PROFILES = Path(__file__).parent / "profiles"
@@ -20,7 +21,8 @@ def load_profile(name: str, overrides: dict | None = None, device: str | None = 
     `overrides` maps keys to values; a dotted key reaches into a section
     (`{"domains.miniature.epochs": 2}`). A profile with sizes has a section `sizes` whose entry for
     the device ("cpu", or "gpu" for any accelerator) is laid over the rest. `device` None means an
-    accelerator when torch sees one and the profile has sizes, else the CPU.
+    accelerator when torch sees one and the profile has sizes, else the CPU. The key `only_domains`
+    is no setting: it names the domains to work on (`parts`).
 
     Raises:
         AlloError: unknown profile, unreadable YAML, unknown key, wrong type, or a value out of
@@ -41,11 +43,13 @@ def load_profile(name: str, overrides: dict | None = None, device: str | None = 
     raw.setdefault("name", path.stem)
     if not isinstance(overrides or {}, dict):
         raise AlloError(f"overrides: expected a dict of keys and values, got {short(overrides)}")
-    for key, value in (overrides or {}).items():
+    settings = dict(overrides or {})
+    only = settings.pop(KEY, None)
+    for key, value in settings.items():
         _set_dotted(raw, key, value)
     profile = build(Profile, raw, where=path.name)
     check(profile)
-    return profile
+    return profile if only is None else part_of(profile, only)
 
 
 def _profile_path(name: str) -> Path:

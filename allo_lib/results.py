@@ -11,6 +11,7 @@ from allo_lib.errors import AlloError
 from allo_lib.importance import NeuronMask
 from allo_lib.measurements import Measurement, seeds_of
 from allo_lib.parallel import run_methods
+from allo_lib.parts import Part
 from allo_lib.stats import Interval, PairedCounts, paired_interval
 from allo_lib.study import Study
 
@@ -60,10 +61,9 @@ def methods_of(study: Study, name: str) -> list[str]:
 
 def seed_rows(study: Study) -> list[Measurement]:
     """All rows of the study's seed; whatever is not in the store yet is made."""
-    rows, of_domains = [], {}
+    rows = []
     for name in study.profile.domains:
         results = {method: arms.result(study, name, method) for method in methods_of(study, name)}
-        of_domains[name] = results
         for method, found in results.items():
             rows += _method_rows(study, name, method, found)
         for method, baseline in wanted_pairs(results):
@@ -72,9 +72,26 @@ def seed_rows(study: Study) -> list[Measurement]:
             losses = (results[one]["loss"][-1] for one in (method, baseline))
             rows.append(loss_gap(study.seed, method, baseline, name, *losses))
         rows += overlap_rows(study, name)
-    note = f"{notes.CELLS}seed{study.seed}"
-    notes.leave(study.store.folder, note, notes.cells_of(of_domains))
+        note = f"{notes.CELLS}seed{study.seed}.{name}"
+        notes.leave(study.store.folder, note, notes.cells_of(results))
     return rows
+
+
+def average_name(study: Study, name: str) -> str:
+    """What the mean over a domain's data sets is called: `average` where no other has one."""
+    domains = study.profile.to_dict()["domains"].values()
+    several = [d for d in domains if d["kind"] != "preferences" and len(d["datasets"]) > 1]
+    return measurements.AVERAGE if len(several) < 2 else f"{measurements.AVERAGE}:{name}"
+
+
+def datasets_of(study: Study) -> set[str] | None:
+    """Every data set that rows of the study can name; None where the profile is a whole one."""
+    if not isinstance(study.profile, Part):
+        return None
+    names = {average_name(study, name) for name in study.profile.domains}
+    for name, domain in study.profile.domains.items():
+        names |= {name, *domain.datasets}
+    return names
 
 
 def _method_rows(study: Study, name: str, method: str, found: dict) -> list[Measurement]:
@@ -101,7 +118,7 @@ def _method_rows(study: Study, name: str, method: str, found: dict) -> list[Meas
             parts.append(measurements.proportion(seed, method, dataset, metric, outcomes))
         rows += parts
         if len(parts) > 1:
-            rows.append(measurements.average(parts))
+            rows.append(measurements.average(parts, average_name(study, name)))
     return rows
 
 
@@ -192,7 +209,10 @@ def overlap_rows(study: Study, name: str) -> list[Measurement]:
 
 
 def update(study: Study, seeds: list[int]) -> list[Measurement]:
-    """Write the rows of `seeds` into `measurements.csv` beside those of other seeds; all rows."""
+    """Write the rows of `seeds` into `measurements.csv`, beside those of others; returns all.
+
+    Others are rows of other seeds and, where only some domains are worked on, of other domains.
+    """
     path = study.results_dir / "measurements.csv"
     rows = measurements.read(path) if path.is_file() else []
     for seed in seeds:
@@ -200,7 +220,7 @@ def update(study: Study, seeds: list[int]) -> list[Measurement]:
             study.profile, seed, study.results_dir, study.data_dir
         )  # fmt: skip
         run_methods(of_seed, {name: methods_of(of_seed, name) for name in study.profile.domains})
-        rows = measurements.merge(rows, seed_rows(of_seed))
+        rows = measurements.merge(rows, seed_rows(of_seed), datasets_of(study))
     path.parent.mkdir(parents=True, exist_ok=True)
     measurements.write(path, rows)
     return rows

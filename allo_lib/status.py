@@ -19,7 +19,7 @@ def describe(run: Run) -> str:
     elif told["profile_hash"] != run.profile.hash():
         lines.append(f"its manifest is of another profile hash, {told['profile_hash'][:12]}")
     seeds = sorted({*run.seeds, *begun_seeds(run), *(told or {}).get("seeds", [])})
-    rows = [["notebook", *(group(seed) for seed in seeds)]]
+    rows = [["notebook", *(group(run, seed) for seed in seeds)]]
     for notebook in notebooks(run):
         columns = seeds if of_a_seed(notebook) else [None]
         rows.append([notebook.stem, *(_cell(run, notebook, seed, told) for seed in columns)])
@@ -34,7 +34,7 @@ def _cell(run: Run, notebook: Path, seed: int | None, told: dict | None) -> str:
     mark = read_mark(run, notebook, seed)
     if mark is not None:
         return f"{mark['seconds']:.1f} s" if is_done(run, notebook, seed) else STALE
-    recorded = (told or {}).get("runs", {}).get(group(seed), {}).get("seconds", {})
+    recorded = (told or {}).get("runs", {}).get(group(run, seed), {}).get("seconds", {})
     seconds = recorded.get(notebook.stem)
     return MISSING if seconds is None else f"{seconds:.1f} s recorded"
 

@@ -18,10 +18,19 @@ def test_a_note_is_whole_and_is_read_back(tmp_path):
 
 
 def test_cells_are_told_by_device():
-    results = {"toy": {"dpo": {"device": "CPU"}, "allo": {"device": "GPU"}, "sft": {}}}
-    assert notes.cells_of(results) == {
-        "CPU": {"toy": ["dpo"]}, "GPU": {"toy": ["allo"]}, "not told": {"toy": ["sft"]}
-    }  # fmt: skip
+    results = {"dpo": {"device": "CPU"}, "allo": {"device": "GPU"}, "sft": {}}
+    assert notes.cells_of(results) == {"CPU": ["dpo"], "GPU": ["allo"], "not told": ["sft"]}
+
+
+def test_a_domain_measured_elsewhere_replaces_only_itself():
+    known = {"seed0": {"CPU": {"a": ["dpo"], "b": ["dpo"]}, "old": {"b": ["allo"]}}}
+    found = {"seed0.b": {"GPU": ["dpo", "allo"]}, "seed1.a": {"CPU": ["dpo"]}}
+    assert notes.with_cells(known, found) == {
+        "seed0": {"CPU": {"a": ["dpo"]}, "GPU": {"b": ["dpo", "allo"]}},
+        "seed1": {"CPU": {"a": ["dpo"]}},
+    }
+    assert notes.with_cells(known, {"seed0": {"CPU": {"a": ["npo"]}}}) == {
+        "seed0": {"CPU": {"a": ["npo"]}}}  # fmt: skip
 
 
 def test_only_several_devices_are_worth_a_line():

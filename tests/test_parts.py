@@ -1,0 +1,123 @@
+"""A study in pieces: some domains at a time add up to what one run makes."""
+
+import pytest
+import yaml
+from test_run_all import make_run
+from test_run_all import study as toy  # noqa: F401  (a fixture)
+from tiny_study import PROFILE, open_study
+
+from allo_lib import cli, driver, manifest, measurements, parts, results
+from allo_lib.config import Profile
+from allo_lib.errors import AlloError
+from allo_lib.measurements import Measurement
+from allo_lib.profile_files import load_profile
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    """The path of a seconds-long profile with the domains `miniature` and `other`."""
+    settings = yaml.safe_load(PROFILE.read_text())
+    (one,) = settings["domains"].values()
+    phases = {phase: one[phase] | {"mix": []} for phase in ("pretrain", "sft") if phase in one}
+    names = {"other": ["story"], "miniature": ["chain", "scan"]}
+    settings["domains"] = {k: one | phases | {"datasets": v} for k, v in names.items()}
+    path = tmp_path_factory.mktemp("two") / "two.yaml"
+    path.write_text(yaml.safe_dump(settings, sort_keys=False))
+    return path
+
+
+def test_a_part_has_the_settings_and_the_hash_of_the_whole(two):
+    whole = load_profile(str(two))
+    part = load_profile(str(two), {parts.KEY: ["other"]})
+    assert list(part.domains) == ["other"] and part.domains["other"] == whole.domains["other"]
+    assert part.hash() == whole.hash() and part.to_dict() == whole.to_dict()
+    assert part.search == whole.search and isinstance(part, Profile)
+
+
+def test_all_domains_are_the_profile_itself(two):
+    whole = load_profile(str(two))
+    assert parts.part_of(whole, list(reversed(whole.domains))) is whole
+
+
+@pytest.mark.parametrize("asked", [[], "maths", ["other", "other"], ["other", "maths"], [1]])
+def test_domains_that_there_are_not_are_told(two, asked):
+    with pytest.raises(AlloError, match="expected one or more of other, miniature, each once"):
+        load_profile(str(two), {parts.KEY: asked})
+
+
+def test_pieces_add_up_to_the_measurements_of_one_run(two, tmp_path):
+    methods = {"methods": ["dpo"], "ablations": [], "stability": [], "search.candidates": 1}
+
+    def opened(folder, **changes):
+        return results.Study.open(str(two), 0, str(tmp_path / folder), methods | changes)
+
+    results.update(opened("whole"), [0])
+    for name in ("other", "miniature"):
+        results.update(opened("pieces", **{parts.KEY: name}), [0])
+    files = [tmp_path / name / "measurements.csv" for name in ("whole", "pieces")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    noted = [manifest.noted(tmp_path / name)["cells"] for name in ("whole", "pieces")]
+    assert noted[0] == noted[1]
+    (domains,) = noted[0]["seed0"].values()
+    assert set(domains) == {"other", "miniature"}
+
+
+def test_a_piece_leaves_the_rows_of_other_domains_as_they_are():
+    def row(dataset, metric, seed=0):
+        return Measurement(seed, "dpo", dataset, metric, 0.5, 0.0, 1)
+
+    old = [row("chain", "a"), row("story", "a"), row("story", "a", 1)]
+    merged = measurements.merge(old, [row("story", "b")], {"story", "other"})
+    assert [(r.seed, r.dataset, r.metric) for r in merged] == [
+        (0, "chain", "a"), (0, "story", "b"), (1, "story", "a")]  # fmt: skip
+
+
+def test_averages_of_several_domains_have_names_of_their_own(two):
+    study = open_study("unused")
+    assert results.average_name(study, "miniature") == "average"
+    several = load_profile(str(two), {"domains.other.datasets": ["story", "scan"]})
+    for profile in (several, parts.part_of(several, "other")):
+        study = results.Study(profile, 0, "unused")
+        assert results.average_name(study, "other") == "average:other"
+    assert "average:other" in results.datasets_of(study)
+    assert measurements.is_average("average:other") and not measurements.is_average("averages")
+
+
+# --- commands ------------------------------------------------------------------------------------
+
+
+def test_a_run_of_some_domains_has_marks_and_notebooks_of_its_own(toy, project):  # noqa: F811
+    run, ran = toy
+    piece = make_run(project, domains=("b",))
+    driver.run_study(piece)
+    assert ran == [("00_first", 0), ("01_second", 0), ("06_merge", [0])]
+    assert sorted(p.name for p in (run.results / "notebooks").iterdir()) == [
+        "06_merge.ipynb", "seed0_b"]  # fmt: skip
+    assert list(manifest.read(run.results)["runs"]) == ["seed0_b", "all"]
+    driver.run_study(piece)
+    assert len(ran) == 3
+    driver.run_study(run)  # the whole: its notebooks look at all domains
+    assert ran[3:] == ran[:3]
+    assert list(manifest.read(run.results)["runs"]) == ["seed0", "seed0_b", "all"]
+
+
+def test_domains_are_typed_in_any_order_and_run_in_the_profile_s(two):
+    profile = load_profile(str(two))
+    assert cli.parse_domains("other", profile) == ("other",)
+    assert cli.parse_domains("", profile) == cli.parse_domains("miniature, other", profile) == ()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--domains", "maths"], "domains 'maths': expected one or more of other, miniature"),
+        (["--domains", ""], "--domains is empty"),
+        (["--domains", "other", "--fresh"], "leave out --only and --domains"),
+        (["--domains", "other", "--only", "07"], "leave it out for --only 07"),
+    ],
+)
+def test_domains_that_cannot_be_run_end_in_one_line(two, arguments, told, capsys, tmp_path):
+    assert cli.main([str(two), "--out", str(tmp_path / "new"), *arguments]) == cli.BAD_INPUT
+    line = capsys.readouterr().err
+    assert told in line and line.count("\n") == 1
+    assert not (tmp_path / "new").exists()
