@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from allo_lib import on_policy, scoring, weights
+from allo_lib import instructions, on_policy, scoring, weights
 from allo_lib.config import fingerprint
 from allo_lib.encoding import encode_prompt, encode_response
 from allo_lib.environment import device_name
@@ -33,7 +33,8 @@ def result(study: Study, name: str, method: str) -> dict:
 
     Keys: `method`, `rates`, `tried` (rates, dev score, displacement, training margin of every
     candidate), `loss` (a list per stage), `dev`, `displacement`, `answers` (id, dataset, answered,
-    right per test problem; absent without questions), `margins` (of the held-out pairs).
+    right per test problem; absent without questions), `margins` (of the held-out pairs),
+    `instructions` (rows of `instructions.reply`; absent where none are asked).
     """
     inputs = _method_inputs(study, name, method)
 
@@ -75,7 +76,8 @@ def _method_inputs(study: Study, name: str, method: str) -> dict:
         "test": [study.domain(name).dev, study.domain(name).test],
         "paper_protocol": paper,
     }
-    return inputs | ({"relative_to": relative} if relative else {})
+    inputs |= {"relative_to": relative} if relative else {}
+    return inputs | instructions.inputs(study, name)
 
 
 def _stage_inputs(study: Study, name: str, stages: tuple[Stage, ...]) -> dict:
@@ -116,19 +118,25 @@ def _make_result(study: Study, name: str, method: str, folder: Path) -> None:
         centre = tuple(stage.centre(study.domain(name).rates) for stage in stages)
         tried = search(centre, settings.candidates, settings.factor, evaluate)
     chosen = best(tried)
-    if chosen.score == DIVERGED:
+    ruined = chosen.score == DIVERGED
+    if ruined and rates is None:
         raise AlloError(
             f"{name}, {method}: every learning rate of the search diverged; lower `rates`"
         )
     record = dict(records[chosen.rates])
+    if ruined:  # which is what a row of given rates is there to show
+        record |= {"dev": 0.0, "loss": []}
     record |= {"device": device_name(study.device)}
     record |= {"method": method, "rates": list(chosen.rates), "tried": [
         {"rates": list(one.rates), "dev": one.score} | {
             key: records[one.rates][key] for key in ("displacement", "train_margin")}
         for one in tried]}  # fmt: skip
     # Asked for anew: a method of the same stages may have run beside this one and dropped it.
-    model = study.load(_candidate(study, name, stages, chosen.rates))
-    record |= scoring.measure(study, name, model)
+    if ruined:
+        record |= scoring.of_a_ruin(study, name)
+    else:
+        model = study.load(_candidate(study, name, stages, chosen.rates))
+        record |= scoring.measure(study, name, model)
     write_json(folder / "record.json", record)
     kept = method.removesuffix(PAPER_PROTOCOL) in KEPT
     for rates, artifact in candidates.items():

@@ -21,6 +21,7 @@ from allo_lib.errors import AlloError
 
 # "messages": what arena-hard-auto reads since 2025-04-18; "choices": what it read before.
 ARENA_FORMS = ("messages", "choices")
+ARENA_BENCH = "arena-hard-v0.1"
 STRONG = 3  # how often Arena-Hard counts a verdict such as A>>B
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+\-]{0,99}")
 _VERDICT = re.compile(r"([AB])(>>|>|=|<|<<)([AB])")
@@ -124,6 +125,20 @@ def write_arena_hard(
             answer["choices"] = choices
         answers.append(answer | {"tstamp": 0})
     return write_lines(path, answers)
+
+
+def write_arena_questions(path, rows: Sequence[dict]) -> Path:
+    """`question.jsonl` of Arena-Hard 0.1: uid, category, cluster and prompt, one row a line."""
+    questions = [
+        {
+            "uid": row["id"],
+            "category": ARENA_BENCH,
+            "cluster": row.get("cluster", ""),
+            "prompt": row["question"],
+        }
+        for row in rows
+    ]
+    return write_lines(path, questions)
 
 
 def read_arena_hard(path) -> dict[str, str]:

@@ -43,8 +43,9 @@ DOMAINS = (
     Domain("miniature", ("chain", "scan", "story")),
     Domain("questions", published.QUESTIONS),
     Domain("maths", published.MATHS),
-    Domain("instructions", published.INSTRUCTIONS, WIN),
     Domain("helpfulness", ("hh_helpful",), REWARD),
+    # Last, as the first one has the plain ids of the claims: nothing is trained on instructions.
+    Domain("instructions", published.INSTRUCTIONS, WIN),
 )
 
 
@@ -77,7 +78,8 @@ def shared_names(rows: Collection[Measurement], domain: Domain) -> tuple[str, ..
 
     Its own name; where it is the only domain also `average` and what a user's profile calls it.
     """
-    if len(domains_of(rows)) > 1:
+    # Instructions are replied to by models of another domain: nothing is trained on them.
+    if domain.prefix == WIN or sum(found.prefix != WIN for found in domains_of(rows)) > 1:
         return (domain.name,)
     others = {row.dataset for row in rows} - set(domain.datasets)
     return (domain.name, AVERAGE, *sorted(others))

@@ -85,6 +85,30 @@ class Rates:
 
 
 @dataclass(frozen=True)
+class Instructions:
+    """Instructions that every method of a domain replies to, greedily, besides its own measure."""
+
+    datasets: tuple[str, ...] = ()  # of published.INSTRUCTIONS; () replies to none
+    count: int = 0  # instructions of all data sets together, in equal shares
+    max_new_tokens: int = 200  # longest reply; one that has not ended by then is judged as it is
+
+
+@dataclass(frozen=True)
+class Judge:
+    """Who compares replies to instructions with those of the SFT model (`judges.judge`).
+
+    It is no part of Profile.hash: it changes no reply, and rows of measurements.csv name it.
+    """
+
+    kind: str = ""  # "reward_model", "judge_model", "alpaca_eval" or "arena_hard"; "" is nobody
+    model: str = ""  # of the first two kinds: a hub id or a folder
+    revision: str = ""  # of a hub model; "" is its newest
+    dtype: str = ""  # of its weights, as for `Model`; "" is that of the study's own model
+    batch_size: int = 8  # texts that a model judges at once
+    checkout: str = ""  # "arena_hard": clone of its programs; "" is ARENA_HARD_AUTO's
+
+
+@dataclass(frozen=True)
 class Domain:
     """One training domain: its questions, its SFT model, its pairs and its rates."""
 
@@ -106,6 +130,7 @@ class Domain:
     epochs: int = 1  # of each ALLO stage; controls get the sum over both stages; paper: 1
     methods: tuple[str, ...] = ()  # rows of this domain in place of the profile's methods ...
     ablations: tuple[str, ...] = ()  # ... and ablations, where a domain cannot afford them all
+    instructions: Instructions = field(default_factory=Instructions)
 
 
 @dataclass(frozen=True)
@@ -176,6 +201,7 @@ class Profile:
     search: Search = field(default_factory=Search)
     compute: Compute = field(default_factory=Compute)
     timing: Timing = field(default_factory=Timing)
+    judge: Judge = field(default_factory=Judge)
     # Which mask overlaps 01_importance measures: of "orders", "halves", "estimators", "magnitude".
     stability: tuple[str, ...] = STABILITY
     # Methods of the main table and rows of the ablation, by their names in measurements.csv.
@@ -187,15 +213,29 @@ class Profile:
         return json.loads(json.dumps(dataclasses.asdict(self)))
 
     def hash(self) -> str:
-        """SHA-256 (hex) of every value that can change a result."""
+        """SHA-256 (hex) of every value that can change a result, but the judge's."""
         return settings_hash(self.to_dict())
 
 
 def settings_hash(settings: dict) -> str:
-    """Profile.hash of `Profile.to_dict`: all of it but what cannot change a result."""
+    """Profile.hash of `Profile.to_dict`: all of it but what cannot change a result, and the judge.
+
+    Settings that came later count only where they are used, so that older results keep their hash.
+    """
     compute = dict(settings.get("compute", {}))
     compute.pop("checkpoint_minutes", None)
-    return fingerprint(settings | {"compute": compute})
+    hashed = {key: value for key, value in settings.items() if key != "judge"}
+    if isinstance(settings.get("domains"), dict):
+        hashed["domains"] = {k: _without_unused(v) for k, v in settings["domains"].items()}
+    return fingerprint(hashed | {"compute": compute})
+
+
+def _without_unused(domain):
+    """Settings of a domain without `instructions` where it has none."""
+    unused = json.loads(json.dumps(dataclasses.asdict(Instructions())))
+    if isinstance(domain, dict) and domain.get("instructions") == unused:
+        return {key: value for key, value in domain.items() if key != "instructions"}
+    return domain
 
 
 def fingerprint(value) -> str:

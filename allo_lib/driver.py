@@ -34,7 +34,10 @@ from allo_lib.marks import (
 from allo_lib.parts import KEY
 
 # Everything that --fresh takes away from a results folder, besides the store and the manifest.
-OUTPUTS = ("notebooks", "figures", "tables", "measurements.csv", "claims.csv", "report.html")
+OUTPUTS = (
+    "notebooks", "figures", "tables", "instructions", "measurements.csv", "claims.csv",
+    "report.html",
+)  # fmt: skip
 
 
 class NotebookError(Exception):

@@ -20,7 +20,7 @@ from allo_lib.errors import AlloError
 
 KEY = "OPENAI_API_KEY"
 ALPACA_ANNOTATOR = "weighted_alpaca_eval_gpt4_turbo"  # the judge of AlpacaEval 2.0
-BENCH = "arena-hard-v0.1"
+BENCH = files.ARENA_BENCH
 # Arena-Hard's script looks up what answers are compared with by this file name, whoever wrote them.
 ARENA_BASELINE = "gpt-4-0314"
 ARENA_CHECKOUT = "ARENA_HARD_AUTO"  # environment variable: the folder of a clone
@@ -88,16 +88,7 @@ def write_for_arena_hard(rows, ours, theirs, names: tuple[str, str], folder) -> 
     answers = folder / "data" / BENCH / "model_answer"
     files.write_arena_hard(answers / f"{names[0]}.jsonl", rows, ours, names[0])
     files.write_arena_hard(answers / f"{ARENA_BASELINE}.jsonl", rows, theirs, names[1])
-    questions = [
-        {
-            "uid": row["id"],
-            "category": BENCH,
-            "cluster": row.get("cluster", ""),
-            "prompt": row["question"],
-        }
-        for row in rows
-    ]
-    files.write_lines(folder / "data" / BENCH / "question.jsonl", questions)
+    files.write_arena_questions(folder / "data" / BENCH / "question.jsonl", rows)
     return folder
 
 

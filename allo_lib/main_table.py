@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from allo_lib import published
-from allo_lib.comparisons import Domain, columns_of, index_of
+from allo_lib import judge_names, published
+from allo_lib.comparisons import WIN, Domain, columns_of, index_of
 from allo_lib.measurements import AVERAGE, Measurement
 from allo_lib.not_run import Reasons
 from allo_lib.table_cells import Table, cell_of, ends, how, percent, printed, rank, record_of
@@ -25,7 +25,10 @@ _PRINTED = {
 def main_table(
     rows: Sequence[Measurement], domain: Domain, paper_dir: str | Path | None = None
 ) -> Table:
-    """Twelve methods on the domain's data sets and their mean, each beside the paper's number."""
+    """Twelve methods on the domain's data sets and their mean, each beside the paper's number.
+
+    It has no body where nothing was measured, unless methods replied and only a judge is missing.
+    """
     index, paper = index_of(rows), published.main_results(paper_dir)
     sets, beside, reasons = columns_of(domain), published_columns(paper, domain), Reasons()
     cells = {(m, d): cell_of(index, m, d, domain) for m in published.LABELS for d in sets}
@@ -58,10 +61,13 @@ def main_table(
         f"main_{domain.name}",
         f"All methods, {domain.name}: {domain.unit}, %",
         f"{how(rows)} Bold: best of a column; underlined: second best. The paper publishes no "
-        f"intervals.{_named_for_what_they_are(index)}{reasons.text()}",
+        f"intervals.{judge_names.sentence(index, domain)}{_named_for_what_they_are(index)}"
+        f"{reasons.text()}",
         records,
         header,
-        [list(line) for line in zip(*columns, strict=True)] if any(cells.values()) else [],
+        [list(line) for line in zip(*columns, strict=True)]
+        if any(cells.values()) or domain.prefix == WIN
+        else [],
     )
 
 

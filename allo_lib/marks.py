@@ -108,6 +108,9 @@ def key(run: Run, notebook: Path, seed: int | None) -> str:
     made_by += [list(run.domains)] if run.domains else []
     if seed is None:
         made_by.append({str(s): _seed_keys(run, s) for s in complete_seeds(run)})
+        # No part of the profile's hash, as it changes no result but the verdicts read here.
+        judge = run.profile.judge
+        made_by += [dataclasses.asdict(judge)] if judge.kind else []
     return fingerprint(made_by)
 
 

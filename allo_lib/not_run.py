@@ -1,6 +1,7 @@
 """Why a cell of the main tables is empty, as far as the measurements themselves can tell."""
 
-from allo_lib.comparisons import Domain, Index
+from allo_lib.comparisons import WIN, Domain, Index
+from allo_lib.judge_names import NOBODY, was_judged
 from allo_lib.measurements import AVERAGE, REWARD
 
 # Methods that preference pairs of people leave no room for.
@@ -16,6 +17,8 @@ def reason(index: Index, method: str, dataset: str, domain: Domain) -> str:
     """Why `method` has no score on a data set of the domain (or on `average`), in words."""
     if domain.prefix == REWARD and method in _PAIRS:
         return _PAIRS[method]
+    if domain.prefix == WIN and not was_judged(index, domain):
+        return NOBODY if _replied(index, method, domain) else _without_scores(index, method)
     keys = [key for key in index if key[1] == method and key[3] == domain.metric]
     here = [name for name in domain.datasets if any(key[2] == name for key in keys)]
     if dataset == AVERAGE and here and here != list(domain.datasets):
@@ -24,6 +27,14 @@ def reason(index: Index, method: str, dataset: str, domain: Domain) -> str:
         return "no seed has it on all data sets"
     if here:
         return f"run on {', '.join(here)} only"
+    return _without_scores(index, method)
+
+
+def _replied(index: Index, method: str, domain: Domain) -> bool:
+    return any(key[1] == method and key[2] in domain.datasets for key in index)
+
+
+def _without_scores(index: Index, method: str) -> str:
     elsewhere = any(key[1] == method for key in index)
     return "run on other domains only" if elsewhere else "not among the methods of this run"
 

@@ -47,6 +47,8 @@ def prepare(study: Study, name: str) -> None:
     study.keep_probabilities(name, "train")
     if study.task(name) is not None:
         study.drafts(name, "dev"), study.drafts(name, "test")
+    if study.domain(name).instructions.datasets:
+        study.replies(name)
 
 
 def _groups(study: Study, missing: Mapping[str, Sequence[str]]) -> list[list[Row]]:

@@ -9,6 +9,7 @@ import typing
 
 from allo_lib.config import DOMAIN_KINDS, MODEL_DTYPES, STABILITY, TOKEN_RULES, Domain, Profile
 from allo_lib.errors import AlloError
+from allo_lib.instruction_checks import check_instructions, check_judge
 
 LARGEST = 2**31 - 1  # of any count
 
@@ -114,6 +115,8 @@ def check(profile: Profile) -> None:
     _check_words(profile)
     for name, domain in profile.domains.items():
         _check_domain(name, domain)
+    check_instructions(profile)
+    check_judge(profile)
 
 
 def _check_words(profile: Profile) -> None:
@@ -145,6 +148,7 @@ def _check_domain(name: str, domain: Domain) -> None:
         _check_name(dataset, f"domains.{name}.datasets")
     for key in ("datasets", "methods", "ablations"):
         _check_once(getattr(domain, key), f"domains.{name}.{key}")
+    _check_once(domain.instructions.datasets, f"domains.{name}.instructions.datasets")
     for phase in ("pretrain", "sft"):
         _check_mix(getattr(domain, phase).mix, len(domain.datasets), f"domains.{name}.{phase}.mix")
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from allo_lib import claims as claims_module
 from allo_lib import (
     figures,
+    judge_names,
     manifest,
     notes,
     published,
@@ -145,6 +146,7 @@ def _draw_domain(rows, domain, folder: Path, paper_dir) -> list[Path]:
         titles = {"title": f"{domain.name}: {', '.join(domain.datasets)}", "paper_title": title}
         figure = figures.main_table_figure(measured, paper, unit=domain.unit, **titles)
         caption = "All methods: measured, and the paper's own numbers on its models and data."
+        caption += judge_names.sentence(index_of(rows), domain)
         paths.append(figures.save(figure, folder, f"main_{domain.name}", caption))
     for suffix, protocol in (("", "each arm at its own best rate"), ("_paper", "one rate for all")):
         arms = ("dpo_top10", "dpo_last10", "dpo_random10", "dpo")

@@ -4,7 +4,7 @@ import json
 import statistics
 from pathlib import Path
 
-from allo_lib import arms, importance, measurements, notes
+from allo_lib import arms, importance, instructions, measurements, notes, win_rates
 from allo_lib.claims import loss_pairs, wanted_pairs
 from allo_lib.config import Profile
 from allo_lib.errors import AlloError
@@ -66,9 +66,11 @@ def seed_rows(study: Study) -> list[Measurement]:
         results = {method: arms.result(study, name, method) for method in methods_of(study, name)}
         for method, found in results.items():
             rows += _method_rows(study, name, method, found)
+        instructions.write_outputs(study, name, results)
+        rows += win_rates.rows(study, name, results)
         for method, baseline in wanted_pairs(results):
             rows += _paired_rows(study, name, method, baseline, results)
-        for method, baseline in loss_pairs(results):
+        for method, baseline in loss_pairs({m: r for m, r in results.items() if r["loss"]}):
             losses = (results[one]["loss"][-1] for one in (method, baseline))
             rows.append(loss_gap(study.seed, method, baseline, name, *losses))
         rows += overlap_rows(study, name)
@@ -90,7 +92,7 @@ def datasets_of(study: Study) -> set[str] | None:
         return None
     names = {average_name(study, name) for name in study.profile.domains}
     for name, domain in study.profile.domains.items():
-        names |= {name, *domain.datasets}
+        names |= {name, *domain.datasets, *domain.instructions.datasets}
     return names
 
 
@@ -102,6 +104,7 @@ def _method_rows(study: Study, name: str, method: str, found: dict) -> list[Meas
             ("displacement", found["displacement"], 1),
             ("dev_score", found["dev"], max(1, study.domain(name).dev)),
         )
+        if value is not None  # as for weights that are NaN
     ]
     for number, rate in enumerate(found["rates"], start=1):
         rows.append(Measurement(seed, method, name, f"learning_rate_{number}", rate, 0.0, 1))

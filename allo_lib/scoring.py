@@ -1,5 +1,7 @@
-"""What is measured of a trained model: its score for the search, test answers, held-out margins."""
+"""What is measured of a trained model: its score for the search, test answers, held-out margins,
+and replies to instructions."""
 
+from allo_lib import instructions
 from allo_lib.evaluation import Answers, answer, implicit_margins
 from allo_lib.study import Study
 
@@ -38,8 +40,9 @@ def _margins(study: Study, name: str, model, split: str) -> list[float]:
 
 
 def measure(study: Study, name: str, model) -> dict:
-    """What is reported of a method: test answers, and margins on the held-out pairs."""
+    """What is reported of a method: margins on the held-out pairs, test answers, and replies."""
     measured = {"margins": _margins(study, name, model, "heldout")}
+    measured |= instructions.of_method(study, name, model)
     if study.task(name) is None:
         return measured
     given = answers(study, name, model, "test")
@@ -48,3 +51,13 @@ def measure(study: Study, name: str, model) -> dict:
     return measured | {
         "answers": [[q.id, q.dataset, int(answered), int(right)] for q, answered, right in rows]
     }
+
+
+def of_a_ruin(study: Study, name: str) -> dict:
+    """The same of a model whose training reached NaN: it answers nothing and ranks no pair."""
+    measured = {"margins": [0.0] * len(study.encoded(name, "heldout"))}
+    measured |= instructions.of_silence(study, name)
+    if study.task(name) is None:
+        return measured
+    questions = study.task(name).questions("test", study.domain(name).test)
+    return measured | {"answers": [[q.id, q.dataset, 0, 0] for q in questions]}

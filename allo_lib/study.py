@@ -12,6 +12,7 @@ import torch
 
 from allo_lib import (
     importance,
+    instructions,
     models,
     notes,
     reference,
@@ -332,6 +333,17 @@ class Study:
             folder / "drafts.json",
             [row if one.ended else row[:-1] for row, (one,) in zip(ids, groups, strict=True)],
         )
+
+    @lru_cache
+    def replies(self, name: str) -> list[list]:
+        """The SFT model's replies to a domain's instructions (rows of `instructions.reply`)."""
+        inputs = self.inputs(name) | {"sft": self.sft(name).key} | instructions.inputs(self, name)
+
+        def make(folder: Path) -> None:
+            given = instructions.reply(self, name, self.load_sft(name))
+            write_json(folder / "replies.json", given)
+
+        return self._kept("replies", inputs, make).json("replies.json")
 
     # --- importance --------------------------------------------------------------------------
 

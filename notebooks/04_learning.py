@@ -60,8 +60,9 @@ print(float(dpo_loss(zero, zero, zero, zero)[0]), math.log(2))
 # ALLO whose learning uses all tokens of the rejected response (`allo_all_tokens_learning`).
 
 # %%
-asked = ["dpo", "dpo_long", "allo", "allo_no_forgetting", "allo_all_tokens_learning"]
-controls = {name: ["sft_base", *(m for m in asked if m in results.methods_of(study, name))]
+others = ("allo_no_forgetting", "allo_all_tokens_learning")
+controls = {name: ["sft_base", "dpo", "dpo_long", "allo",
+                   *(m for m in others if m in results.methods_of(study, name))]
             for name in study.profile.domains}
 found = parallel.run_methods(study, controls)
 for name in study.profile.domains:

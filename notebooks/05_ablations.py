@@ -67,7 +67,7 @@ def effects_figure(figure: str, caption: str) -> None:
 
 # %%
 for name in study.profile.domains:
-    rows = ablations.single_changes(found[name]) + ["dpo", "dpo_long"]
+    rows = ablations.single_changes(found[name]) + [m for m in ("dpo", "dpo_long") if m in found[name]]
     effects = {m: results.difference(found[name][m], found[name]["allo"]) for m in rows}
     bars = {m: (e.effect, e.low, e.high) for m, e in effects.items()}
     figure = figures.ablation_bars(bars, title=f"{name}, seed {seed}", unit=results.unit(found[name]["allo"]))
@@ -190,7 +190,8 @@ effects_figure("token_rules", "ALLO with other tokens, minus ALLO.")
 for name, labels in ablations.wanted("key_tokens", study.profile, asked):
     points = ablations.key_points(study.profile, labels)
     scores = [analysis.score_of(found[name][row]) for row in points.values()]
-    level = ("DPO, as long as both stages", analysis.score_of(found[name]["dpo_long"])[0])
+    control = "dpo_long" if "dpo_long" in found[name] else "dpo"
+    level = (arm_label(control), analysis.score_of(found[name][control])[0])
     figure = figures.share_sweep(list(points), [v for v, _ in scores], [e for _, e in scores], level, title=name,
                                  xlabel=r"share $\varepsilon$ of rejected tokens that are key tokens (%)")
     show(figure, study, f"05_key_tokens_{name}", "ALLO by the share of key tokens; bars are 95% intervals.")

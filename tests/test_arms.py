@@ -7,7 +7,7 @@ import pytest
 import torch
 from tiny_study import DOMAIN, PROFILE, open_study
 
-from allo_lib import arms, methods, on_policy, parallel, scoring, weights
+from allo_lib import arms, methods, on_policy, parallel, results, scoring, weights
 from allo_lib.errors import AlloError
 from allo_lib.evaluation import implicit_margins
 from allo_lib.generation import Response
@@ -404,6 +404,24 @@ def test_a_rate_that_diverges_loses_and_all_of_them_are_told(begun, monkeypatch,
     assert found["rates"] == [centre / 2]
     assert [one["dev"] == arms.DIVERGED for one in found["tried"]] == [True, False]
     assert "lower the learning rate" in capsys.readouterr().out
+
+
+def test_a_row_of_given_rates_that_diverges_is_measured_as_the_ruin_it_is(begun, monkeypatch):
+    def train_stage(*_):
+        raise Diverged("the loss became nan at step 1; lower the learning rate")
+
+    study = open_study(begun, methods=["dpo"], ablations=["dpo_paper"], stability=[])
+    arms.result(study, DOMAIN, "dpo")
+    shutil.rmtree(study.store.folder / "candidate")
+    monkeypatch.setattr(arms, "_train_stage", train_stage)
+    found = arms.result(study, DOMAIN, "dpo_paper")
+    questions = study.task(DOMAIN).questions("test", study.domain(DOMAIN).test)
+    assert found["answers"] == [[q.id, q.dataset, 0, 0] for q in questions]
+    assert set(found["margins"]) == {0.0} and found["tried"][0]["dev"] == arms.DIVERGED
+    rows = [row for row in results.seed_rows(study) if row.method == "dpo_paper"]
+    told = {row.metric: row.value for row in rows if row.dataset in ("chain", DOMAIN)}
+    assert told["accuracy"] == told["dev_score"] == 0 and told["no_answer"] == 1
+    assert not {"displacement", "train_loss", "reward_accuracy"} & set(told)
 
 
 # --- side by side ------------------------------------------------------------------------------

@@ -269,6 +269,14 @@ VALUES = {
     "section list": ("search", [3, 2.0], "search: expected a section with keys, got [3, 2.0]"),
     "size none": ("size", "", "profile: size is empty"),
     "description number": ("description", 5, "description: expected str, got 5"),
+    "instructions of none": ("domains.toy.instructions", {"count": 8}, "instructions.datasets: em"),
+    "judge without a kind": ("judge.model", "me/rm", "judge.model without judge.kind; name one of"),
+    "judge of no kind": ("judge.kind", "gpt", "judge.kind: got 'gpt', expected one of reward_mode"),
+    "pairs as a judge": ("judge.kind", "preferences", "judge.kind: got 'preferences', expected on"),
+    "judge a text": ("judge", "reward_model", "judge: expected a section with keys, got 'reward"),
+    "judge of nothing": ("judge.kind", "alpaca_eval", "alpaca_eval has nothing to judge; give a d"),
+    "judge without a model": ("judge.kind", "judge_model", "judge.model: judge_model needs one; g"),
+    "judges at once": ("judge.batch_size", 0, "judge.batch_size: got 0, expected more than zero"),
     # Keys.
     "empty key": ("", 1, "unknown key ''; expected one of"),
     "dot": (".", 1, "unknown key ''; expected one of"),
@@ -292,6 +300,43 @@ def test_a_bad_value_is_told(tmp_path, key, value, told):
     with refused(told):
         load_profile(path, {key: value})
     assert value == given_ or value != value
+
+
+ASKED = {"datasets": ["alpaca_eval", "arena_hard"], "count": 8}
+INSTRUCTED = {
+    "unknown": ({"datasets": ["mt_bench"], "count": 8}, {}, "got 'mt_bench', expected some of alp"),
+    "questions": ({"datasets": ["ecqa"], "count": 8}, {}, "got 'ecqa', expected some of alpaca_ev"),
+    "none of each": (ASKED | {"count": 0}, {}, "instructions.count: got 0, expected at least one"),
+    "one for two": (ASKED | {"count": 1}, {}, "count: got 1, expected at least one for each of th"),
+    "negative": (ASKED | {"count": -1}, {}, "instructions.count: got -1, expected zero or more"),
+    "no tokens": (ASKED | {"max_new_tokens": 0}, {}, "max_new_tokens: got 0, expected more than z"),
+    "twice": ({"datasets": ["arena_hard"] * 2, "count": 8}, {}, "'arena_hard' is named twice; nam"),
+    "judge key": (ASKED, {"name": "me/rm"}, "judge: unknown key 'name'; expected one of batch_siz"),
+    "no model": (ASKED, {"kind": "reward_model"}, "judge.model: reward_model needs one; give a hu"),
+    "blank model": (ASKED, {"kind": "reward_model", "model": " "}, "reward_model needs one; give"),
+    "program's model": (ASKED, {"kind": "arena_hard", "model": "x"}, "judges by models of its own"),
+    "program's dtype": (ASKED, {"kind": "alpaca_eval", "dtype": "auto"}, "judge.dtype: alpaca_eva"),
+    "dtype": (ASKED, {"kind": "judge_model", "model": "x", "dtype": "int8"}, "got 'int8'"),
+    "checkout": (ASKED, {"kind": "judge_model", "model": "x", "checkout": "y"}, "judge_model need"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("asked", "judge", "told"), INSTRUCTED.values(), ids=INSTRUCTED)
+def test_instructions_and_judges_that_cannot_be_are_told(tmp_path, asked, judge, told):
+    domain = {"kind": "preferences", "datasets": ["hh_helpful"], "instructions": asked}
+    path = profile_of(tmp_path, yaml.safe_dump({"domains": {"toy": domain}, "judge": judge}))
+    with refused(told):
+        load_profile(path)
+
+
+def test_instructions_of_two_domains_or_of_the_miniature_are_told(tmp_path):
+    domain = {"kind": "preferences", "datasets": ["hh_helpful"], "instructions": ASKED}
+    both = profile_of(tmp_path, yaml.safe_dump({"domains": {"a": domain, "b": domain}}))
+    with refused("domains.b.instructions.datasets: alpaca_eval is also named by domains.a.instru"):
+        load_profile(both)
+    path = profile_of(tmp_path, yaml.safe_dump(SMALL))
+    with refused("domains.toy.instructions: the miniature has no words for them; leave them out"):
+        load_profile(path, {"domains.toy.instructions": ASKED})
 
 
 @pytest.mark.parametrize(
@@ -330,7 +375,8 @@ fields = [f"{section}.{name}" for section, kind in (
     ("model", config.Model), ("method", config.Method), ("search", config.Search),
     ("compute", config.Compute), ("timing", config.Timing), ("domains.toy", config.Domain),
     ("domains.toy.sft", config.Supervised), ("domains.toy.pairs", config.Pairs),
-    ("domains.toy.rates", config.Rates),
+    ("domains.toy.rates", config.Rates), ("domains.toy.instructions", config.Instructions),
+    ("judge", config.Judge),
 ) for name in kind.__dataclass_fields__]  # fmt: skip
 values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),

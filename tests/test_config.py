@@ -102,6 +102,24 @@ def test_the_hash_follows_every_value_and_nothing_else(write):
     assert len(hash_of()) == 64 and int(hash_of(), 16)
 
 
+def test_settings_that_came_later_count_in_the_hash_only_where_they_are_used(write):
+    known = load_profile(write(SMALL))
+    before = known.to_dict()
+    del before["judge"], before["domains"]["miniature"]["instructions"]
+    assert config.settings_hash(before) == known.hash() == fingerprint(
+        before | {"compute": {k: v for k, v in before["compute"].items()
+                              if k != "checkpoint_minutes"}}
+    )  # fmt: skip
+    asked = {"kind": "preferences", "instructions": {"datasets": ["arena_hard"], "count": 4}}
+    path = write(SMALL | {"domains": {"toy": {"datasets": ["hh"]} | asked}})
+    hashes = {load_profile(path, {f"domains.toy.instructions.{key}": value}).hash()
+              for key, value in (("count", 4), ("count", 5), ("max_new_tokens", 9))}  # fmt: skip
+    assert len(hashes) == 3 and known.hash() not in hashes
+    judge = {"judge": {"kind": "reward_model", "model": "some/model"}}
+    named = load_profile(path, judge)
+    assert named.judge.model == "some/model" and named.hash() == load_profile(path).hash()
+
+
 def test_the_hash_is_the_same_in_another_process(write):
     path = write(SMALL)
     program = "from allo_lib.profile_files import load_profile\n"

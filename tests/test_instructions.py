@@ -1,0 +1,490 @@
+"""Replies to instructions in a study: which, how they are kept and written, and who wins."""
+
+import json
+import statistics
+from types import SimpleNamespace
+
+import instructed
+import pytest
+import torch
+from instructed import DOMAIN, METHODS, open_instructed, results_of
+from refusals import refused, tree
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from allo_lib import (
+    arms,
+    benchmark_files,
+    cli,
+    comparisons,
+    instruction_checks,
+    instructions,
+    judge_names,
+    judges,
+    local_judges,
+    main_table,
+    measurements,
+    notes,
+    row_comparisons,
+    tables,
+    win_rates,
+)
+from allo_lib.config import fingerprint
+from allo_lib.encoding import encode_prompt
+from allo_lib.profile_files import load_profile
+from allo_lib.study import Study
+
+ROWS = (instructions.REFERENCE, *METHODS)
+INSTRUCTIONS = comparisons.DOMAINS[-1]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder with a study whose methods are trained and have replied."""
+    folder = tmp_path_factory.mktemp("instructed")
+    instructed.write_all(folder)
+    results_of(open_instructed(folder))
+    instructed.length_judge(folder / "longer")
+    instructed.length_judge(folder / "shorter", sign=-1)
+    instructed.random_judge(folder / "random")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def study(folder):
+    return open_instructed(folder)
+
+
+def judged(folder, name):
+    return open_instructed(folder, kind="reward_model", model=str(folder / name))
+
+
+def rows_of(study):
+    return win_rates.rows(study, DOMAIN, results_of(study))
+
+
+def by_metric(rows, metric):
+    return {(row.method, row.dataset): row for row in rows if row.metric == metric}
+
+
+def never(*_, **__):
+    raise AssertionError("asked for again")
+
+
+# --- keys and hashes -----------------------------------------------------------------------------
+
+# As they were before there were instructions: of `arms._method_inputs` of allo and dpo.
+KEYS = {
+    ("tiny", "miniature"): "aeb4c75cc0ff4634f74e149bf3602250f94eb7085021866b4b17d6a777e62584",
+    ("smollm2", "questions"): "bde8d254c621794c0dcb4216e1c0fe52562b996cc84e5b960060c5b57bbc9379",
+    ("smollm2", "helpfulness"): "5c0c05cc28261ea6136d5eb79aefc69c31df85cee9efc239fd4e4fa804f74d1b",
+}
+
+
+@pytest.mark.parametrize("profile, name", KEYS)
+def test_without_instructions_results_are_known_as_before(tmp_path, monkeypatch, profile, name):
+    monkeypatch.setattr(Study, "pairs", lambda self, name: SimpleNamespace(key="pairs"))
+    monkeypatch.setattr(Study, "_data_hash", lambda self, name: "data")
+    monkeypatch.setattr(Study, "dtype", "float32" if profile == "tiny" else "bfloat16")
+    loaded = load_profile(profile, device="cpu")
+    asked = Study(loaded, 0, tmp_path)
+    inputs = [arms._method_inputs(asked, name, method) for method in ("allo", "dpo")]
+    assert fingerprint(inputs) == KEYS[profile, name]
+
+
+def test_results_hang_on_the_instructions_but_candidates_and_the_judge_do_not(folder, study):
+    inputs = arms._method_inputs(study, DOMAIN, "dpo")
+    data = inputs["instructions"].pop("data")
+    assert inputs["instructions"] == {
+        "datasets": ["alpaca_eval", "arena_hard"], "count": 20, "max_new_tokens": 24,
+    }  # fmt: skip
+    assert {len(digest) for digest in data.values()} == {64} and len(data) == 2
+    inputs["instructions"]["data"] = data
+    stages = arms.stages_of("dpo", study.profile)
+    assert "instructions" not in arms._stage_inputs(study, DOMAIN, stages)
+    assert arms._method_inputs(judged(folder, "longer"), DOMAIN, "dpo") == inputs
+
+
+# --- which and what ------------------------------------------------------------------------------
+
+
+def test_every_seed_gets_the_same_instructions_and_none_that_cannot_be_read(folder, study):
+    chosen = instructions.chosen(study, DOMAIN)
+    assert {name: len(rows) for name, rows in chosen.items()} == {
+        "alpaca_eval": 10, "arena_hard": 10,
+    }  # fmt: skip
+    for name, rows in chosen.items():
+        ids = [row["id"] for row in rows]
+        assert len({row["question"] for row in rows}) == 10 and f"{name}-4" not in ids
+        assert not {f"{name}-2", f"{name}-3"} <= set(ids)
+        assert ids != sorted(ids)
+        for row in rows:
+            prompt = instructions.prompt_of(study.tokenizer, row["question"])
+            assert prompt == [{"role": "user", "content": row["question"]}]
+            assert len(encode_prompt(study.tokenizer, prompt)) + 24 <= study.context
+    other = Study(study.profile, 5, folder / "other", study.data_dir)
+    assert instructions.chosen(other, DOMAIN) == chosen
+
+
+def test_without_a_chat_template_the_prompt_is_that_of_the_pairs():
+    prompt = instructions.prompt_of(SimpleNamespace(chat_template=None), "Why?")
+    assert prompt == "\n\nHuman: Why?\n\nAssistant:"
+
+
+def test_more_than_there_are_is_refused(folder, monkeypatch):
+    changes = {f"domains.{DOMAIN}.instructions.count": 30}
+    path = str(folder / "instructed.yaml")
+    more = Study.open(path, 0, str(folder / "more"), changes)
+    more.data_dir = str(folder / "data")
+    with refused("15 instructions of alpaca_eval are asked for, but the model can read 13"):
+        instructions.chosen(more, DOMAIN)
+    changes[f"domains.{DOMAIN}.instructions.count"] = 100
+    more = Study.open(path, 0, str(folder / "more"), changes)
+    more.data_dir = str(folder / "data")
+    with refused("alpaca_eval/test has 15 rows", "lower the counts of the profile"):
+        instructions.chosen(more, DOMAIN)
+
+
+def test_a_result_keeps_its_replies_which_are_those_of_its_weights(study):
+    found = results_of(study)
+    asked = instructions.chosen(study, DOMAIN)
+    order = [[row["id"], name] for name, rows in asked.items() for row in rows]
+    for method in METHODS:
+        kept = found[method]["instructions"]
+        assert [row[:2] for row in kept] == order
+        model, _ = arms.trained_model(study, DOMAIN, method)
+        assert instructions.reply(study, DOMAIN, model) == kept  # no draft: the same
+    assert found["dpo"]["instructions"] != study.replies(DOMAIN)
+    model = study.load_sft(DOMAIN)
+    assert instructions.reply(study, DOMAIN, model, found["dpo"]["instructions"]) == study.replies(
+        DOMAIN
+    )
+
+
+def test_long_instructions_share_a_batch_with_fewer(study):
+    prompts = ["tea " * length for length in (30, 1, 1, 100, 1, 30, 1)]
+    room = study.profile.compute.generation_batch * study.domain(DOMAIN).max_length
+    assert room == 8 * 64
+    batches = instructions._batches(study, DOMAIN, prompts, 100)
+    assert batches == [[1, 2, 4, 6], [0, 5], [3]]
+    assert instructions._batches(study, DOMAIN, prompts[:2], 1000) == [[1], [0]]
+
+
+def test_the_manifest_is_told_of_the_data(study):
+    told = notes.collect(study.store.folder, notes.DATA)[f"{DOMAIN}.instructions"]
+    assert {name: one["rows"] for name, one in told.items()} == {
+        "alpaca_eval/test": 15, "arena_hard/test": 15,
+    }  # fmt: skip
+
+
+# --- files ---------------------------------------------------------------------------------------
+
+
+def test_outputs_are_written_in_the_benchmarks_own_formats(folder, study):
+    found = results_of(study)
+    paths = instructions.write_outputs(study, DOMAIN, found)
+    place = study.results_dir / "instructions" / "seed0" / DOMAIN
+    names = {path.relative_to(place).as_posix() for path in paths}
+    assert names == {
+        "arena_hard/question.jsonl",
+        *(f"alpaca_eval/{method}.json" for method in ROWS),
+        *(f"arena_hard/model_answer/{method}.jsonl" for method in ROWS),
+    }
+    asked = instructions.chosen(study, DOMAIN)
+    outputs = json.loads((place / "alpaca_eval" / "dpo.json").read_text())
+    texts = {row[0]: row[2].strip() for row in found["dpo"]["instructions"]}
+    assert outputs == [
+        {"dataset": row["subset"], "instruction": row["question"], "output": texts[row["id"]],
+         "generator": "dpo"}
+        for row in asked["alpaca_eval"]
+    ]  # fmt: skip
+    answers = benchmark_files.read_arena_hard(place / "arena_hard/model_answer/sft_base.jsonl")
+    reference = {row[0]: row[2].strip() for row in study.replies(DOMAIN) if row[1] == "arena_hard"}
+    assert answers == reference
+    questions = [json.loads(x) for x in (place / "arena_hard/question.jsonl").open()]
+    assert [(q["uid"], q["prompt"], q["cluster"]) for q in questions] == [
+        (row["id"], row["question"], row["cluster"]) for row in asked["arena_hard"]
+    ]
+    before = tree(place)
+    instructions.write_outputs(open_instructed(folder), DOMAIN, found)
+    assert tree(place) == before
+
+
+# --- rows ----------------------------------------------------------------------------------------
+
+
+def test_without_a_judge_win_rates_are_empty_and_say_why(study):
+    rows = rows_of(study)
+    assert {row.metric for row in rows} == {"response_characters", "response_cut"}
+    assert len(rows) == 2 * 2 * len(ROWS)
+    replies = [row for row in study.replies(DOMAIN) if row[1] == "arena_hard"]
+    length = by_metric(rows, "response_characters")["sft_base", "arena_hard"]
+    assert length.value == statistics.fmean(len(row[2].strip()) for row in replies)
+    cut = by_metric(rows, "response_cut")["sft_base", "arena_hard"]
+    assert cut.value == sum(not row[3] for row in replies) / 10 and cut.n == 10
+    (domain,) = comparisons.domains_of(rows)
+    table = main_table.main_table(rows, domain)
+    reasons = {(r["method"], r["dataset"]): r["reason"] for r in table.records}
+    for method in ROWS:
+        assert reasons[method, "alpaca_eval"] == "no judge was named"
+    assert reasons["npo", "alpaca_eval"] == "not among the methods of this run"
+    assert "no judge was named" in table.caption and len(table.body) == 12
+    assert "main_instructions" in {made.name for made in tables.build(rows)}
+
+
+@pytest.mark.parametrize("name, sign", [("longer", 1), ("shorter", -1)])
+def test_a_judge_of_length_gives_the_win_rates_of_word_counts(folder, name, sign):
+    study = judged(folder, name)
+    rows, found = rows_of(study), results_of(study)
+    won = by_metric(rows, "win_rate")
+    assert len(won) == 2 * len(ROWS)
+    outcomes = {}
+    for dataset in ("alpaca_eval", "arena_hard"):
+        sides = {m: [r for r in found[m]["instructions"] if r[1] == dataset] for m in METHODS}
+        theirs = [r for r in study.replies(DOMAIN) if r[1] == dataset]
+        for method, ours in sides.items():
+            gaps = [
+                sign * (len(a[2].split()) - len(b[2].split()))
+                for a, b in zip(ours, theirs, strict=True)
+            ]
+            outcomes[method, dataset] = [(gap > 0) + 0.5 * (gap == 0) for gap in gaps]
+            row = won[method, dataset]
+            assert row.value == pytest.approx(statistics.fmean(outcomes[method, dataset]))
+            assert row.n == 10
+            error = statistics.pstdev(outcomes[method, dataset]) / 10**0.5
+            assert row.stderr == pytest.approx(error)
+        same = won["sft_base", dataset]
+        assert (same.value, same.stderr, same.n) == (0.5, 0.0, 10)
+    assert {0.5, (1 + sign) / 2} == {one for each in outcomes.values() for one in each}
+    assert len({tuple(each) for each in outcomes.values()}) > 2  # methods do differ
+    # ALLO against DPO on the same instructions.
+    gain = by_metric(rows, "win_gain_over:dpo")["allo", "arena_hard"]
+    loss = by_metric(rows, "win_loss_to:dpo")["allo", "arena_hard"]
+    pairs = list(zip(outcomes["allo", "arena_hard"], outcomes["dpo", "arena_hard"], strict=True))
+    assert gain.value == pytest.approx(sum(max(a - b, 0) for a, b in pairs) / 10)
+    assert loss.value == pytest.approx(sum(max(b - a, 0) for a, b in pairs) / 10)
+
+
+def test_tables_name_the_judge_and_compare_in_pairs(folder, tmp_path):
+    study = judged(folder, "longer")
+    rows = rows_of(study)
+    measurements.write(tmp_path / "measurements.csv", rows)  # names are valid, none is twice
+    assert measurements.read(tmp_path / "measurements.csv")
+    (domain,) = comparisons.domains_of(rows)
+    assert domain == INSTRUCTIONS
+    table = main_table.main_table(rows, domain)
+    sha = local_judges.load_judge("reward_model", folder / "longer").note["sha256"]
+    assert f"Judge: reward model `longer` (weights {sha[:8]})." in table.caption
+    assert table.body[0][0] == "SFT LLM"
+    assert {cell.strip("*<>u/").split(" ")[0] for cell in table.body[0][1:4:2]} == {"50.0"}
+    index = comparisons.index_of(rows)
+    interval = comparisons.compare(index, "allo", "dpo", domain)
+    values = by_metric(rows, "win_rate")
+    expected = statistics.fmean(
+        values["allo", name].value - values["dpo", name].value for name in domain.datasets
+    )
+    assert interval.effect == pytest.approx(expected) and "paired bootstrap" in interval.kind
+    assert comparisons.compare(index, "allo", "sft_base", domain).effect == pytest.approx(
+        statistics.fmean(values["allo", name].value for name in domain.datasets) - 0.5
+    )
+    assert {"main_instructions", "comparisons"} <= {made.name for made in tables.build(rows)}
+    measured = [one for one in row_comparisons.compare_rows(rows) if one.interval]
+    assert {(one.baseline, one.dataset) for one in measured} == {
+        (baseline, dataset) for baseline in ("sft_base", "dpo")
+        for dataset in (*domain.datasets, "average")
+    }  # fmt: skip
+
+
+def test_a_reward_model_from_a_folder_decides_as_its_scores_say(folder):
+    study = judged(folder, "random")
+    won = by_metric(rows_of(study), "win_rate")
+    model = AutoModelForSequenceClassification.from_pretrained(folder / "random").eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder / "random")
+    questions = {r["id"]: r["question"] for r in instructions.chosen(study, DOMAIN)["alpaca_eval"]}
+
+    def score(row):
+        text = f"user {questions[row[0]]} <eos> assistant {row[2].strip()} <eos>"
+        with torch.no_grad():
+            return model(torch.tensor([tokenizer(text)["input_ids"]])).logits.item()
+
+    ours = [r for r in results_of(study)["allo"]["instructions"] if r[1] == "alpaca_eval"]
+    theirs = [r for r in study.replies(DOMAIN) if r[1] == "alpaca_eval"]
+    expected = []
+    for one, other in zip(ours, theirs, strict=True):
+        same = one[2].strip() == other[2].strip()
+        expected.append(0.5 if same else float(score(one) > score(other)))
+    assert won["allo", "alpaca_eval"].value == pytest.approx(statistics.fmean(expected))
+
+
+# --- again ---------------------------------------------------------------------------------------
+
+
+def test_another_judge_trains_and_generates_nothing_anew(folder, monkeypatch):
+    first = rows_of(judged(folder, "longer"))
+    monkeypatch.setattr(arms, "_make_result", never)
+    monkeypatch.setattr(arms, "_make_candidate", never)
+    monkeypatch.setattr(instructions, "generate", never)
+    second = rows_of(judged(folder, "random"))
+    assert judged(folder, "random").profile.hash() == judged(folder, "longer").profile.hash()
+
+    def rest(rows):
+        return [row for row in rows if row.metric.startswith("response_")]
+
+    assert rest(first) == rest(second) and first != second
+    assert {row.metric.split("+")[0] for row in second if row.metric.startswith("judged_by")} == {
+        "judged_by:reward_model:random"
+    }
+
+
+def test_what_was_judged_is_not_judged_again(folder, monkeypatch):
+    first = rows_of(judged(folder, "longer"))
+    monkeypatch.setattr(local_judges, "margins", never)
+    monkeypatch.setattr(judges, "load_judge", never)
+    monkeypatch.setattr(judges, "judge", never)
+    assert rows_of(judged(folder, "longer")) == first
+
+
+def test_an_interrupted_judging_goes_on_where_it_was(folder, monkeypatch):
+    asked, real = [], judges.judge  # float16: nobody has asked that yet
+
+    def judge(kind, comparison, **settings):
+        asked.append(comparison.names[0])
+        if len(asked) == 3:
+            raise KeyboardInterrupt
+        return real(kind, comparison, **settings)
+
+    monkeypatch.setattr(judges, "judge", judge)
+    study = open_instructed(
+        folder, kind="reward_model", model=str(folder / "longer"), dtype="bfloat16"
+    )
+    with pytest.raises(KeyboardInterrupt):
+        rows_of(study)
+    assert asked == list(ROWS)
+    rows = rows_of(study)
+    assert len(asked) == 3 + 4 and len(by_metric(rows, "win_rate")) == 6
+
+
+def test_a_judge_that_cannot_be_used_is_refused_and_outputs_stay(folder):
+    study = judged(folder, "nowhere")
+    written = instructions.write_outputs(study, DOMAIN, results_of(study))
+    with refused("reward model", "nowhere", "expected a hub id or a folder"):
+        rows_of(study)
+    assert all(path.is_file() for path in written)
+
+
+@pytest.mark.parametrize("kind", instruction_checks.PROGRAMS)
+def test_a_program_without_its_key_is_told_where_the_outputs_are(folder, monkeypatch, kind):
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    study = open_instructed(folder, kind=kind)
+    with refused("cannot judge here", "OPENAI_API_KEY", "judging/seed0/alpaca_eval"):
+        rows_of(study)
+
+
+def test_a_study_without_instructions_has_no_rows_and_no_files(tiny_study):
+    assert win_rates.rows(tiny_study, "miniature", {}) == []
+    assert instructions.write_outputs(tiny_study, "miniature", {}) == []
+    assert instructions.inputs(tiny_study, "miniature") == {}
+    assert not (tiny_study.results_dir / "instructions").exists()
+
+
+def test_weighted_or_missing_verdicts_are_not_paired():
+    whole = judges.Judgement("x", ("a", "b"), (1.0, 0.0), (1.0, 1.0))
+    assert len(win_rates.paired(0, "allo", "dpo", "arena_hard", whole, whole)) == 2
+    for other in (
+        judges.Judgement("x", ("a", "b"), (1.0, 0.0), (2.0, 4.0)),
+        judges.Judgement("x", ("a",), (1.0,), (1.0,), unjudged=1),
+    ):
+        assert win_rates.paired(0, "allo", "dpo", "arena_hard", whole, other) == []
+
+
+@pytest.mark.parametrize("own, wanted", [("", "float32"), ("bfloat16", "bfloat16")])
+def test_the_judge_runs_where_the_study_does(folder, monkeypatch, own, wanted):
+    study = open_instructed(
+        folder, kind="judge_model", model="some/model", revision="v1", dtype=own, batch_size=3
+    )
+    study.device, told = "cuda", {}
+
+    def load(kind, name, **loading):
+        told.update(loading, kind=kind, name=name)
+        return SimpleNamespace(note={"name": name, "revision": "v1", "sha256": "0", "dtype": "x"})
+
+    def judge(kind, comparison, model, batch_size):
+        told.update(batch_size=batch_size)
+        return judges.Judgement(kind, comparison.ids, (1.0, 0.0), (1.0, 1.0))
+
+    monkeypatch.setattr(judges, "load_judge", load)
+    monkeypatch.setattr(judges, "judge", judge)
+    asked = [{"id": "a", "question": "x"}, {"id": "b", "question": "y"}]
+    win_rates._load.cache_clear()
+    win_rates.judgement(study, "arena_hard", judges.Comparison(asked, ["1", "2"], ["3", "4"]))
+    win_rates._load.cache_clear()
+    assert told == {
+        "kind": "judge_model", "name": "some/model", "revision": "v1", "dtype": wanted,
+        "device": "cuda", "batch_size": 3,
+    }  # fmt: skip
+
+
+def test_seeds_of_several_judges_are_told_apart():
+    def row(seed, metric):
+        return measurements.Measurement(seed, "sft_base", "arena_hard", metric, 0.5, 0.0, 9)
+
+    metrics = [
+        judge_names.metric_of("reward_model", {"name": "a/b", "sha256": "12345678" * 8}),
+        judge_names.metric_of("reward_model", {"name": "/x/b/"}),  # it was not asked
+        judge_names.metric_of("alpaca_eval", {"name": "wéighted"}),
+    ]
+    assert metrics[1:] == ["judged_by:reward_model:b", "judged_by:alpaca_eval:w_ighted"]
+    same = [row(0, metrics[0]), row(1, metrics[1]), row(0, "win_rate")]
+    index = comparisons.index_of(same)
+    assert judge_names.judges_of(index, INSTRUCTIONS) == {
+        "reward model `b` (weights 12345678)": ["0 arena_hard", "1 arena_hard"]
+    }
+    assert "Judge: reward model `b` (weights 12345678)." in judge_names.sentence(
+        index, INSTRUCTIONS
+    )
+    told = judge_names.sentence(comparisons.index_of([*same, row(2, metrics[2])]), INSTRUCTIONS)
+    assert "Judge: several, and only what one of them judged compares: " in told
+    assert "AlpacaEval's program `w_ighted` (seed and data set 2 arena_hard)" in told
+    assert judge_names.sentence(index, comparisons.DOMAINS[0]) == ""
+
+
+def test_claims_of_training_keep_their_plain_ids():
+    assert INSTRUCTIONS.name == "instructions"
+    rows = [
+        measurements.Measurement(0, method, dataset, metric, 0.5, 0.1, 9)
+        for method in ("allo", "dpo")
+        for dataset, metric in (
+            ("hh_helpful", "reward_accuracy"),
+            ("arena_hard", "win_rate"),
+            ("own-name", "train_loss"),
+        )
+    ]
+    trained, replied = comparisons.domains_of(rows)
+    assert (trained.name, replied.name) == ("helpfulness", "instructions")
+    assert "own-name" in comparisons.shared_names(rows, trained)
+    assert comparisons.shared_names(rows, replied) == ("instructions",)
+
+
+def test_both_places_know_the_same_kinds_of_judges():
+    known = instruction_checks.LOCAL, instruction_checks.PROGRAMS
+    assert known == (local_judges.LOCAL, judges.PROGRAMS)
+
+
+@pytest.mark.slow
+def test_a_run_writes_replies_and_a_judge_named_later_judges_them(tmp_path, capfd):
+    instructed.write_all(tmp_path)
+    instructed.length_judge(tmp_path / "longer")
+    out, data = tmp_path / "out", ["--data", str(tmp_path / "data")]
+    given = [str(tmp_path / "instructed.yaml"), "--out", str(out), *data]
+    assert cli.main([*given, "--only", "00,01,02,03,04,05,06"]) == 0, capfd.readouterr().err
+    files = {path.relative_to(out).as_posix() for path in (out / "instructions").rglob("*.json*")}
+    assert {f"instructions/seed0/{DOMAIN}/alpaca_eval/{method}.json" for method in ROWS} <= files
+    page = out / "tables" / "main_instructions.md"
+    assert judge_names.NOBODY in page.read_text()
+    trained = sorted((out / ".store" / "result").iterdir())
+    judge = ["-p", "judge.kind", "reward_model", "-p", "judge.model", str(tmp_path / "longer")]
+    assert cli.main([*given, *judge, "--only", "06"]) == 0, capfd.readouterr().err
+    assert "reward model `longer`" in page.read_text()
+    assert sorted((out / ".store" / "result").iterdir()) == trained
+    rows = comparisons.index_of(measurements.read(out / "measurements.csv"))
+    assert rows[0, instructions.REFERENCE, "alpaca_eval", "win_rate"].value == 0.5
+    assert 0 <= rows[0, "allo", "alpaca_eval", "win_rate"].value <= 1
