@@ -1,7 +1,7 @@
 """One study: a profile, a seed, and everything that its methods share, made once and kept.
 
-SFT model, preference pairs, reference log-probs, importance scores, masks and token weights are
-artifacts of the store; `arms` trains the methods on them.
+SFT model, preference pairs, reference log-probs, importance scores, masks (`key_neurons`) and token
+weights (`key_token_weights`) are artifacts of the store; `arms` trains the methods on them.
 """
 
 import os
@@ -10,26 +10,15 @@ from pathlib import Path
 
 import torch
 
-from allo_lib import (
-    importance,
-    instructions,
-    models,
-    notes,
-    reference,
-    rewriter,
-    score_variants,
-    token_rewards,
-    weights,
-    workers,
-)
+from allo_lib import instructions, models, notes, reference, weights, workers
 from allo_lib.checkpoints import Checkpoints
 from allo_lib.config import Domain, Profile
 from allo_lib.encoding import encode_pairs, encode_prompt, encode_response
 from allo_lib.errors import AlloError
 from allo_lib.forward import pair_logps
 from allo_lib.generation import generate
-from allo_lib.importance import NeuronMask
-from allo_lib.methods import Stage
+from allo_lib.key_neurons import KeyNeurons
+from allo_lib.key_token_weights import KeyTokenWeights
 from allo_lib.pairs import Pairs, make_pairs
 from allo_lib.profile_files import load_profile
 from allo_lib.runtime import make_deterministic
@@ -38,14 +27,13 @@ from allo_lib.stages import run_stage
 from allo_lib.store import Artifact, Store, partial_of, write_json
 from allo_lib.tasks import open_task
 from allo_lib.training import Schedule
-from allo_lib.warmup import delta_of_dpo, gradient_scores, warmup_seed
 
 STORE = ".store"
 # Raised when the meaning of a stage changes, so that artifacts of the old meaning are not used.
 VERSION = 3
 
 
-class Study:
+class Study(KeyNeurons, KeyTokenWeights):
     """Settings and shared artifacts of one seed. Open it with `Study.open`."""
 
     def __init__(self, profile: Profile, seed: int, results_dir: Path, data_dir: str | None = None):
@@ -345,181 +333,7 @@ class Study:
 
         return self._kept("replies", inputs, make).json("replies.json")
 
-    # --- importance --------------------------------------------------------------------------
-
-    def scores(self, name: str, variant: str = "delta") -> Artifact:
-        """Importance scores of every entry (`scores.safetensors`) and a record of the warm-up.
-
-        Variants: "delta" (|theta' - theta| / lr after one epoch of DPO at a small rate), "gradient"
-        (sum of |dL/dtheta| over batches, no update made), "magnitude" (|theta|), and those of
-        `score_variants`, which change the warm-up of "delta". AlloError for any other.
-        """
-        score_variants.check(variant, self.domain(name).datasets)
-        inputs = self.inputs(name, "rates", "batch_size", "max_length") | {
-            "pairs": self.pairs(name).key,
-            "variant": variant,
-            "method": [self.profile.method.beta, self.profile.method.warmup_rate_factor],
-        }
-        make = lambda folder: self._make_scores(name, variant, folder)  # noqa: E731
-        return self._kept("scores", inputs, make)
-
-    def _make_scores(self, name: str, variant: str, folder: Path) -> None:
-        datasets = [row["dataset"] for row in self.pairs(name).rows["mask"]]
-        rows = score_variants.pairs_of(variant, self.encoded(name, "mask"), datasets)
-        model, record, method = self.load_sft(name), {}, self.profile.method
-        domain = self.domain(name)
-        rate = domain.rates.dense * method.warmup_rate_factor
-        common = {
-            "beta": method.beta,
-            "batch_size": domain.batch_size,
-            "seed": warmup_seed(self.seed, name, variant),
-            "pad_token_id": self.tokenizer.pad_token_id,
-        }
-        if variant == "magnitude":
-            scores = {n: p.detach().float().abs() for n, p in model.named_parameters()}
-        elif variant == "gradient":
-            scores = gradient_scores(model, rows, **common)
-        else:
-            scores, record = delta_of_dpo(
-                model,
-                rows,
-                lr=score_variants.warmup_rate(variant, rate),
-                epochs=score_variants.warmup_epochs(variant),
-                label=f"{name}, importance ({variant})",
-                clip=method.max_grad_norm,
-                checkpoints=self.checkpoints(folder, "warm-up"),
-                **common,
-            )
-        weights.save_tensors(scores, folder / "scores.safetensors")
-        write_json(folder / "record.json", record | {"pairs": len(rows)})
-
-    def mask(
-        self,
-        name: str,
-        order: str = "top",
-        share: float = 0.1,
-        variant: str = "delta",
-        granularity: str = "scalar",
-        scope: str = "global",
-    ) -> NeuronMask:
-        """The kept neurons of a domain (`importance.select_neurons`); written as safetensors."""
-        inputs = {
-            "order": order,
-            "share": share,
-            "scores": self.scores(name, variant).key,
-            "seed": self.seed,
-            "granularity": granularity,
-        }
-        if scope != "global":  # it came later: masks made before are known without it
-            inputs["scope"] = scope
-
-        def make(folder: Path) -> None:
-            self._make_mask(name, order, share, variant, granularity, scope, folder)
-
-        return NeuronMask.load(self.store.get("mask", inputs, make).file("mask.safetensors"))
-
-    def _make_mask(self, name, order, share, variant, granularity, scope, folder: Path) -> None:
-        scores = weights.read_tensors(self.scores(name, variant).file("scores.safetensors"))
-        mask = importance.select_neurons(
-            scores,
-            share,
-            order=order,
-            granularity=granularity,
-            scope=scope,
-            seed=derive(self.seed, "mask", name),
-        )
-        mask.save(folder / "mask.safetensors")
-        # One threshold, at which scores can tie, is there only where all entries are ranked.
-        ranked = granularity == "scalar" and scope == "global"
-        record = importance.count_ties(scores, mask) if ranked else {}
-        write_json(folder / "record.json", record | {"kept": mask.kept, "total": mask.total})
-
-    # --- token rewards -----------------------------------------------------------------------
-
-    def reward_model(self, name: str, quality: str = "trained") -> Artifact:
-        """Weights of the rewriting reward model; "untrained" is the SFT model itself."""
-        if quality == "untrained":
-            return self.sft(name)
-        inputs = self.inputs(name, "rewriter", "max_length") | {
-            "pairs": self.pairs(name).key,
-            "quality": quality,
-        }
-        make = lambda folder: self._make_reward_model(name, quality, folder)  # noqa: E731
-        return self._kept("reward_model", inputs, make)
-
-    def _make_reward_model(self, name: str, quality: str, folder: Path) -> None:
-        domain, pairs = self.domain(name), self.pairs(name)
-        examples = pairs.corrections("mask")[: domain.rewriter.examples]
-        label = f"{name}, reward model ({quality})"
-        rows = rewriter.training_rows(
-            self.tokenizer, examples, quality, derive(self.seed, label), self.plain
-        )
-        self.load_sft(name)
-        begun = self.checkpoints(folder, "rewriter")
-        log = self._supervise(rows, domain.rewriter, label, self.context, begun)
-        weights.save(self.model, folder / "model.safetensors")
-        record = {"loss": log.loss, "examples": len(rows), "tokens": log.tokens}
-        write_json(folder / "record.json", record)
-
     @property
     def context(self) -> int:
         """Most tokens that a row may have under the model."""
         return self.model.config.max_position_embeddings
-
-    @lru_cache
-    def keep_probabilities(self, name: str, split: str, quality: str = "trained"):
-        """p_t of each token of each rejected response of a split; list of lists in [0, 1]."""
-        inputs = {"reward_model": self.reward_model(name, quality).key, "split": split}
-        inputs |= {"pairs": self.pairs(name).key, "quality": quality}
-
-        def make(folder: Path) -> None:
-            model = self.load(self.reward_model(name, quality))
-            examples = self.pairs(name).corrections(split)
-            batch = self.profile.compute.forward_batch
-            values = rewriter.keep_probabilities(model, self.tokenizer, examples, batch, self.plain)
-            write_json(folder / "probabilities.json", values)
-
-        return self._kept("keep_probabilities", inputs, make).json("probabilities.json")
-
-    def forgetting_weights(self, name: str, stage: Stage) -> list[list[float]]:
-        """w_t of the rejected responses of the training pairs, by the stage's token rule."""
-        rows = self.encoded(name, "train")
-        if stage.tokens == "all":
-            return [[1.0] * len(row["rejected"]) for row in rows]
-        if stage.tokens == "oracle":
-            return self.oracle_tokens(name, "train")
-        chosen = [
-            token_rewards.unaligned_weights(
-                torch.tensor([values]),
-                torch.ones(1, len(values), dtype=torch.bool),
-                stage.rule,
-                self.profile.method.token_threshold,
-            )[0].tolist()
-            for values in self.keep_probabilities(name, "train", stage.reward_model)
-        ]
-        if stage.tokens == "random":
-            return [self._shuffled(w, "forgetting", i) for i, w in enumerate(chosen)]
-        return chosen
-
-    def oracle_tokens(self, name: str, split: str) -> list[list[float]]:
-        """1 where a rejected response takes a wrong decision, by the generator; 0 at its end."""
-        task, questions = self.task(name), self.pair_questions(name)
-        if not hasattr(task, "wrong_tokens"):
-            raise AlloError(f"{name}: only the generator of the miniature knows wrong tokens")
-        return [
-            [float(x) for x in task.wrong_tokens(questions[row["id"]], row["rejected"])] + [0.0]
-            for row in self.pairs(name).rows[split]
-        ]
-
-    def _shuffled(self, values: list[float], purpose: str, number: int) -> list[float]:
-        seed = derive(self.seed, "random tokens", purpose, number)
-        order = torch.randperm(len(values), generator=torch.Generator().manual_seed(seed))
-        return torch.tensor(values)[order].tolist()
-
-    def random_keys(self, name: str, share: float) -> list[list[float]]:
-        """As many key tokens per rejected response as the method takes, at random places."""
-        counts = [
-            (max(1, round(share * len(r["rejected"]))), r) for r in self.encoded(name, "train")
-        ]
-        ones = [[1.0] * n + [0.0] * (len(row["rejected"]) - n) for n, row in counts]
-        return [self._shuffled(values, "learning", i) for i, values in enumerate(ones)]
