@@ -72,23 +72,27 @@ def never(*_, **__):
 
 # --- keys and hashes -----------------------------------------------------------------------------
 
-# As they were before there were instructions: of `arms._method_inputs` of allo and dpo.
-KEYS = {
-    ("tiny", "miniature"): "aeb4c75cc0ff4634f74e149bf3602250f94eb7085021866b4b17d6a777e62584",
-    ("smollm2", "questions"): "bde8d254c621794c0dcb4216e1c0fe52562b996cc84e5b960060c5b57bbc9379",
-    ("smollm2", "helpfulness"): "5c0c05cc28261ea6136d5eb79aefc69c31df85cee9efc239fd4e4fa804f74d1b",
-}
+# As it was before there were instructions: of `arms._method_inputs` of allo and dpo.
+KEY_OF_TINY = "aeb4c75cc0ff4634f74e149bf3602250f94eb7085021866b4b17d6a777e62584"
 
 
-@pytest.mark.parametrize("profile, name", KEYS)
-def test_without_instructions_results_are_known_as_before(tmp_path, monkeypatch, profile, name):
+def inputs_of(profile, name, folder, monkeypatch):
+    """What the results of allo and dpo are known by, with nothing made or loaded."""
     monkeypatch.setattr(Study, "pairs", lambda self, name: SimpleNamespace(key="pairs"))
     monkeypatch.setattr(Study, "_data_hash", lambda self, name: "data")
     monkeypatch.setattr(Study, "dtype", "float32" if profile == "tiny" else "bfloat16")
-    loaded = load_profile(profile, device="cpu")
-    asked = Study(loaded, 0, tmp_path)
-    inputs = [arms._method_inputs(asked, name, method) for method in ("allo", "dpo")]
-    assert fingerprint(inputs) == KEYS[profile, name]
+    asked = Study(load_profile(profile, device="cpu"), 0, folder)
+    return [arms._method_inputs(asked, name, method) for method in ("allo", "dpo")]
+
+
+def test_without_instructions_results_are_known_as_before(tmp_path, monkeypatch):
+    assert fingerprint(inputs_of("tiny", "miniature", tmp_path, monkeypatch)) == KEY_OF_TINY
+
+
+@pytest.mark.parametrize("name", ["questions", "maths", "helpfulness"])
+def test_real_domains_without_instructions_do_not_hang_on_them(tmp_path, monkeypatch, name):
+    for inputs in inputs_of("smollm2", name, tmp_path, monkeypatch):
+        assert "instructions" not in json.dumps(inputs)
 
 
 def test_results_hang_on_the_instructions_but_candidates_and_the_judge_do_not(folder, study):
