@@ -23,14 +23,15 @@ LOWEST = 0.1
 def where_kept(mask: NeuronMask) -> tuple[np.ndarray, list[str], list[str]]:
     """Share of kept entries by layer (rows) and module (columns); NaN where there is no tensor.
 
-    Tensors outside the layers (embeddings, last norm) form the row "model".
+    Tensors outside the layers (embeddings, last norm) form the row "model", before layer 0.
     """
     kept, total = defaultdict(int), defaultdict(int)
     for name, shape in mask.shapes.items():
         place = _place(name)
         kept[place] += mask.indices[name].numel()
         total[place] += math.prod(shape)
-    layers = list(dict.fromkeys(layer for layer, _ in total))
+    # Tensors come in the order of their names, in which layer 10 stands before layer 2.
+    layers = sorted({layer for layer, _ in total}, key=lambda one: (one != "model", _number(one)))
     modules = list(dict.fromkeys(module for _, module in total))
     matrix = np.full((len(layers), len(modules)), np.nan)
     for (layer, module), count in total.items():
@@ -43,6 +44,10 @@ def _place(name: str) -> tuple[str, str]:
     if found is None:
         return "model", name.removesuffix(".weight").split(".")[-1]
     return f"layer {found[1]}", found[2].split(".")[-1]
+
+
+def _number(layer: str) -> int:
+    return int(layer.rpartition(" ")[2]) if layer != "model" else 0
 
 
 def overlaps(masks: dict[str, NeuronMask]) -> list[list[float]]:

@@ -184,15 +184,21 @@ def rate_sweep(
     sweeps: Mapping[str, Sequence[tuple[float, float]]],
     title: str = "",
     ylabel: str = "development accuracy (%)",
+    count: int | None = None,
 ) -> Figure:
-    """Development accuracy (a fraction) by learning rate, each arm's best rate ringed."""
+    """Development accuracy (a fraction) by learning rate, each arm's best rate ringed.
+
+    `count` problems stand behind each point, which then has its 95% interval.
+    """
     figure, axis = subplots()
     for i, (label, points) in enumerate(sweeps.items()):
         rates, values = np.array(sorted(points)).T
         best, style = int(np.argmax(values)), _series(i)
         axis.plot(rates, 100 * values, label=f"{label}: best {rates[best]:.2g}", **style)
+        _whiskers(axis, rates, values, count, style)
         axis.plot(rates[best], 100 * values[best], "o", ms=12, mfc="none", mec=style["color"])
     _log_x(axis)
+    ylabel += ", 95% interval" if count else ""
     axis.set(xlabel="learning rate (ring: best of the arm)", ylabel=ylabel, title=title)
     axis.legend(loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
@@ -203,23 +209,26 @@ def displacement_curve(
     x: str = "displacement",
     start: float | None = None,
     title: str = "",
-    ylabel: str = "accuracy (%)",
+    ylabel: str = "development accuracy (%)",
+    count: int | None = None,
 ) -> Figure:
     """Accuracy at equal displacement or margin: `arms[label]` = (x, accuracy as a fraction) points.
 
     `x` is "displacement" (the 2-norm of theta' - theta) or "margin" (of the training pairs);
-    `start` is the starting model's accuracy.
+    `start` is the starting model's accuracy; `count` as for `rate_sweep`.
     """
     figure, axis = subplots()
     for i, (label, points) in enumerate(arms.items()):
         where, values = np.array(sorted(points)).T
         axis.plot(where, 100 * values, label=label, **_series(i))
+        _whiskers(axis, where, values, count, _series(i))
     if start is not None:
         axis.axhline(100 * start, color=GREY, ls=":", label="before alignment")
     names = {
         "displacement": r"displacement $\|\theta' - \theta\|_2$",
         "margin": "training reward margin (nats), last quarter of the steps",
     }
+    ylabel += ", 95% interval" if count else ""
     axis.set(xlabel=names[x], ylabel=ylabel, title=title)
     if min(where for points in arms.values() for where, _ in points) > 0:
         _log_x(axis)
@@ -455,6 +464,14 @@ def _main_label(method: str) -> str:
 def _colours():
     while True:
         yield from PALETTE
+
+
+def _whiskers(axis, where, shares: np.ndarray, count: int | None, style: dict) -> None:
+    """Normal 95% intervals of shares of `count` problems; none where that is not known."""
+    if count:
+        ends = 100 * Z95 * np.sqrt(shares * (1 - shares) / count)
+        colour = style["color"]
+        axis.errorbar(where, 100 * shares, ends, fmt="none", ecolor=colour, capsize=2, alpha=0.5)
 
 
 def _series(position: int) -> dict[str, str]:

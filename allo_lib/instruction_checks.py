@@ -1,9 +1,8 @@
 """What a profile may say of instructions and of their judge, checked before anything runs."""
 
-import reprlib
-
 from allo_lib.config import MODEL_DTYPES, Judge, Profile
 from allo_lib.errors import AlloError
+from allo_lib.profile_checks import short
 from allo_lib.published import INSTRUCTIONS
 
 # As in `judges`, which would import torch.
@@ -20,7 +19,7 @@ def check_instructions(profile: Profile) -> None:
         for dataset in asked.datasets:
             if dataset not in INSTRUCTIONS:
                 raise AlloError(
-                    f"{where}.datasets: got {_short(dataset)}, expected some of {known}"
+                    f"{where}.datasets: got {short(dataset)}, expected some of {known}"
                 )
             if dataset in place_of:
                 raise AlloError(
@@ -51,7 +50,7 @@ def check_judge(profile: Profile) -> None:
         return
     if judge.kind not in LOCAL + PROGRAMS:
         raise AlloError(
-            f"judge.kind: got {_short(judge.kind)}, expected one of {', '.join(LOCAL + PROGRAMS)}"
+            f"judge.kind: got {short(judge.kind)}, expected one of {', '.join(LOCAL + PROGRAMS)}"
         )
     _check_judge_fits(judge)
     if not any(domain.instructions.datasets for domain in profile.domains.values()):
@@ -70,11 +69,7 @@ def _check_judge_fits(judge: Judge) -> None:
             raise AlloError(f"judge.{key}: {judge.kind} judges by models of its own; leave it out")
     if judge.dtype and judge.dtype not in MODEL_DTYPES:
         raise AlloError(
-            f"judge.dtype: expected one of {', '.join(MODEL_DTYPES)}, got {_short(judge.dtype)}"
+            f"judge.dtype: expected one of {', '.join(MODEL_DTYPES)}, got {short(judge.dtype)}"
         )
     if judge.checkout and judge.kind != "arena_hard":
         raise AlloError(f"judge.checkout: {judge.kind} needs none; leave it out")
-
-
-def _short(value) -> str:
-    return reprlib.Repr().repr(value)

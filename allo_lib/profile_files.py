@@ -8,6 +8,7 @@ import yaml
 
 from allo_lib.config import SIZES, Profile
 from allo_lib.errors import AlloError
+from allo_lib.instruction_checks import check_instructions, check_judge
 from allo_lib.parts import KEY, part_of
 from allo_lib.profile_checks import build, check, short
 
@@ -49,6 +50,8 @@ def load_profile(name: str, overrides: dict | None = None, device: str | None = 
         _set_dotted(raw, key, value)
     profile = build(Profile, raw, where=path.name)
     check(profile)
+    check_instructions(profile)
+    check_judge(profile)
     return profile if only is None else part_of(profile, only)
 
 

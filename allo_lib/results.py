@@ -4,7 +4,7 @@ import json
 import statistics
 from pathlib import Path
 
-from allo_lib import arms, importance, instructions, measurements, notes, win_rates
+from allo_lib import arms, importance, instructions, measurements, notes, scoring, win_rates
 from allo_lib.claims import loss_pairs, wanted_pairs
 from allo_lib.config import Profile
 from allo_lib.errors import AlloError
@@ -102,7 +102,7 @@ def _method_rows(study: Study, name: str, method: str, found: dict) -> list[Meas
         Measurement(seed, method, name, metric, float(value), 0.0, count)
         for metric, value, count in (
             ("displacement", found["displacement"], 1),
-            ("dev_score", found["dev"], max(1, study.domain(name).dev)),
+            ("dev_score", found["dev"], scoring.dev_count(study, name)),
         )
         if value is not None  # as for weights that are NaN
     ]

@@ -13,6 +13,13 @@ def dev_score(study: Study, name: str, model) -> float:
     return answers(study, name, model, "dev").accuracy
 
 
+def dev_count(study: Study, name: str) -> int:
+    """Development problems, or pairs, behind `dev_score`."""
+    if study.task(name) is None:
+        return len(study.encoded(name, "dev"))
+    return study.domain(name).dev
+
+
 def answers(study: Study, name: str, model, split: str) -> Answers:
     """Greedy answers to the problems of a split."""
     domain = study.domain(name)

@@ -23,11 +23,21 @@ def describe(run: Run) -> str:
     for notebook in notebooks(run):
         columns = seeds if of_a_seed(notebook) else [None]
         rows.append([notebook.stem, *(_cell(run, notebook, seed, told) for seed in columns)])
+    if pieces := _pieces(run, told, seeds):
+        lines += ["", "run in pieces (--domains shows one):", *pieces]
     lines += ["", *_aligned(rows), "", "(s: done here, in seconds; recorded: in the manifest only)"]
     artifacts = _artifacts(run.results / manifest.STORE)
     if artifacts:
         lines += ["", *_aligned([["artifact", "kind", "seconds", "MB"], *artifacts])]
     return "\n".join(lines)
+
+
+def _pieces(run: Run, told: dict | None, seeds: list[int]) -> list[str]:
+    """Groups of other domains that the manifest knows, with their notebooks and seconds."""
+    shown = {group(run, seed) for seed in (*seeds, None)}
+    runs = {name: one for name, one in (told or {}).get("runs", {}).items() if name not in shown}
+    costs = {name: one.get("seconds", {}) for name, one in runs.items()}
+    return [f"  {name}: {len(s)} notebooks, {sum(s.values()):.1f} s" for name, s in costs.items()]
 
 
 def _cell(run: Run, notebook: Path, seed: int | None, told: dict | None) -> str:

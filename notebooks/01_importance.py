@@ -40,6 +40,7 @@ from allo_lib import (
     parallel,
     published,
     results,
+    scoring,
     warning_signs,
     weights,
 )  # fmt: skip
@@ -127,19 +128,25 @@ found = parallel.run_methods(study, {
     name: [arm for arm in arms_of_study + paper_arms if arm in results.methods_of(study, name)]
     for name in study.profile.domains})
 
-# %%
+compared = [name for name in study.profile.domains if len(found[name]) > 1]
 for name in study.profile.domains:
+    if name not in compared:
+        say(f"**{name}**: no part of the neurons is among the methods of this domain.")
+
+# %%
+for name in compared:
     curves = {arm: [found[name][arm]["loss"][-1]] for arm in arms_of_study if arm in found[name]}
     show(figures.loss_curves(curves, title=f"{name}, each arm at its own best rate"), study,
          f"01_loss_fair_{name}", "Training loss by step under the fair protocol.")
-    curves = {arm: [found[name][arm]["loss"][-1]] for arm in paper_arms if arm in found[name]}
+    curves = {arm: [found[name][arm]["loss"][-1]] for arm in paper_arms
+              if arm in found[name] and found[name][arm]["loss"]}  # without arms that diverged
     if curves:
         figure = figures.loss_curves(curves, title=f"{name}, one rate for all (paper's protocol)")
         show(figure, study, f"01_loss_paper_{name}",
              "Training loss by step when every arm runs at plain DPO's best rate.")
 
 # %%
-for name in study.profile.domains:
+for name in compared:
     measured = {arm: analysis.score_of(found[name][arm]) for arm in arms_of_study
                 if arm in found[name]}
     figure = figures.empirical_bars(measured, published.empirical_study(), title=f"measured, {name}")
@@ -162,12 +169,13 @@ for name in study.profile.domains:
     tried = {arm: [one for one in found[name][arm]["tried"] if one["displacement"] is not None]
              for arm in arms_of_study if arm in found[name]}  # without rates that diverged
     sweep = {arm: [(one["rates"][0], one["dev"]) for one in rows] for arm, rows in tried.items()}
-    show(figures.rate_sweep(sweep, title=name), study, f"01_rates_{name}",
+    count = scoring.dev_count(study, name)
+    show(figures.rate_sweep(sweep, title=name, count=count), study, f"01_rates_{name}",
          "Development accuracy by learning rate; the best of each arm is ringed.")
     start = arms.result(study, name, "sft_base")["dev"]
     for key, label in (("displacement", "displacement"), ("train_margin", "margin")):
         points = {arm: [(one[key], one["dev"]) for one in rows] for arm, rows in tried.items()}
-        figure = figures.displacement_curve(points, x=label, start=start, title=name)
+        figure = figures.displacement_curve(points, x=label, start=start, title=name, count=count)
         show(figure, study, f"01_{label}_{name}",
              f"Development accuracy by {label} of every model of the search.")
 

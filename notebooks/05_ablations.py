@@ -93,6 +93,8 @@ for name in study.profile.domains:
 # %%
 for name in study.profile.domains:
     shares = [s for s in sorted(study.profile.method.shares) if share_name(s) in found[name]]
+    if len(shares) < 2:
+        continue
     scores = [analysis.score_of(found[name][share_name(s)]) for s in shares]
     start = ("SFT model", analysis.score_of(arms.result(study, name, "sft_base"))[0])
     figure = figures.share_sweep(shares, [v for v, _ in scores], [e for _, e in scores], start, title=name)

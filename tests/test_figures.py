@@ -27,7 +27,7 @@ def every_figure() -> dict[str, Figure]:
         "heat": figures.importance_heatmap([[0.1, 0.2]], ["layer 0"], ["q", "k"], 0.1),
         "overlap": figures.overlap_matrix(["a", "b"], [[1, 0.2], [0.2, 1]], 0.053),
         "concentration": figures.concentration_curve({"rejected": ([0, 0.1, 1], [0, 0.7, 1])}),
-        "rates": figures.rate_sweep(POINTS),
+        "rates": figures.rate_sweep(POINTS, count=200),
         "displacement": figures.displacement_curve(POINTS, start=0.5),
         "margin": figures.displacement_curve({"DPO": [(-0.1, 0.5), (2.0, 0.7)]}, x="margin"),
         "share": figures.share_sweep([0.1, 0.01, 1], [0.7, 0.6, 0.7], [0.01] * 3, ("DPO", 0.7)),
@@ -42,6 +42,15 @@ def every_figure() -> dict[str, Figure]:
         ),
         "tokens": figures.token_rewards_picture([(["a", "b"], [0.1, 0.9], "rejected")]),
     }
+
+
+def test_development_scores_have_the_intervals_of_their_number():
+    figure = figures.displacement_curve({"DPO": [(1.0, 0.8), (2.0, 0.5)]}, count=100)
+    (bars,) = figure.axes[0].collections
+    lengths = [high - low for (_, low), (_, high) in bars.get_segments()]
+    assert lengths == pytest.approx([2 * 1.959964 * 4, 2 * 1.959964 * 5], rel=1e-4)
+    assert "95% interval" in figure.axes[0].get_ylabel()
+    assert not figures.displacement_curve(POINTS).axes[0].collections
 
 
 @pytest.fixture(scope="module")

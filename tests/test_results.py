@@ -268,6 +268,16 @@ def test_where_kept_counts_by_layer_and_module():
     }  # fmt: skip
 
 
+def test_layers_are_in_the_order_of_the_model():
+    import torch
+
+    names = ["model.norm.weight", *(f"model.layers.{i}.mlp.up_proj.weight" for i in range(12))]
+    shapes = {name: (2,) for name in sorted(names)}  # as safetensors lists them: 10 before 2
+    mask = NeuronMask({name: torch.arange(1) for name in shapes}, shapes, "scalar")
+    layers = analysis.where_kept(mask)[1]
+    assert layers == ["model", *(f"layer {i}" for i in range(12))]
+
+
 def test_the_map_of_a_real_mask_adds_up(study):
     mask = study.mask(DOMAIN, "top", 0.1)
     matrix, layers, modules = analysis.where_kept(mask)
