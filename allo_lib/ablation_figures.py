@@ -30,7 +30,7 @@ def effects_against(
     axis.set_yticks(range(len(effects)), list(effects))
     axis.set_ylim(len(effects) - 0.4, -0.6)
     axis.grid(axis="y", color="#eeeeee")
-    axis.set_xlabel(f"{unit}, points above {reference} (95% interval; grey: includes 0)")
+    axis.set_xlabel(f"{unit}, points above {reference}\n(95% interval; grey: includes 0)")
     axis.set_title(title)
     return figure
 

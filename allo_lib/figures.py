@@ -324,7 +324,8 @@ def ablation_bars(
     axis.axvline(0, color="black", lw=0.8)
     axis.set_yticks(places, [arm_label(name) for name in effects])
     axis.invert_yaxis()
-    axis.set_xlabel(f"{unit}, points above {arm_label(reference)} (95% interval; grey: includes 0)")
+    effect = f"{unit}, points above {arm_label(reference)}"
+    axis.set_xlabel(f"{effect}\n(95% interval; grey: includes 0)")
     axis.set_title(title)
     return figure
 

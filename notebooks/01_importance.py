@@ -172,7 +172,8 @@ for name in study.profile.domains:
     count = scoring.dev_count(study, name)
     show(figures.rate_sweep(sweep, title=name, count=count), study, f"01_rates_{name}",
          "Development accuracy by learning rate; the best of each arm is ringed.")
-    start = arms.result(study, name, "sft_base")["dev"]
+    # The margins of preference pairs are taken to the starting model itself, so it has no score.
+    start = arms.result(study, name, "sft_base")["dev"] if study.task(name) is not None else None
     for key, label in (("displacement", "displacement"), ("train_margin", "margin")):
         points = {arm: [(one[key], one["dev"]) for one in rows] for arm, rows in tried.items()}
         figure = figures.displacement_curve(points, x=label, start=start, title=name, count=count)
