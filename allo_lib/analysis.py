@@ -175,12 +175,13 @@ def accuracy_of(found: dict) -> measurements.Measurement:
 def score_of(found: dict) -> tuple[float, float]:
     """Test accuracy, or held-out reward accuracy where nothing is answered; and standard error.
 
-    The starting model gives every pair the margin 0 and is counted as guessing, 0.5.
+    The starting model gives every pair the margin 0 and is counted as guessing, 0.5. A model whose
+    training diverged ranks no pair right and is counted as 0, as in `measurements.csv`.
     """
     if "answers" in found:
         measured = accuracy_of(found)
         return measured.value, measured.stderr
-    if not any(found["margins"]):
+    if found["method"] == "sft_base":
         return 0.5, 0.0
     right = [margin > 0 for margin in found["margins"]]
     measured = measurements.proportion(0, found["method"], "all", "reward_accuracy", right)

@@ -123,20 +123,32 @@ def _encode_chat(tokenizer, messages) -> list[int]:
 
 
 def _render(tokenizer, messages, **settings) -> list[int]:
+    return render_chat(
+        tokenizer,
+        messages,
+        "give messages in its order, or strings",
+        add_generation_prompt=True,
+        **settings,
+    )
+
+
+def render_chat(
+    tokenizer, messages, expected: str, whose: str = "tokenizer", **settings
+) -> list[int]:
+    """Token ids of a chat, as a plain list of ints, by the chat template of a tokenizer.
+
+    `settings` go to `apply_chat_template`. AlloError, one line that ends in `expected`, if the
+    template does not take the messages; `whose` names the model in it.
+    """
     try:
         return tokenizer.apply_chat_template(
-            list(messages),
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=False,
-            **settings,
+            list(messages), tokenize=True, return_dict=False, **settings
         )
     except Exception as error:
         # Templates are programs: each has exceptions of its own for what it does not take.
         reason = " ".join(str(error).split())[:200]
         raise AlloError(
-            f"the tokenizer's chat template does not take these messages ({reason}); give messages "
-            "in its order, or strings"
+            f"the {whose}'s chat template does not take these messages ({reason}); {expected}"
         ) from error
 
 

@@ -16,6 +16,7 @@ from allo_lib.encoding import (
     check_messages,
     encode_prompt,
     encode_text,
+    render_chat,
     special_tokens_in,
 )
 from allo_lib.errors import AlloError
@@ -161,17 +162,8 @@ def _score_of(model, chats: list[tuple[int, ...]], batch_size: int) -> dict[tupl
 def _chat(tokenizer, question, text: str) -> list[int]:
     """Token ids of a chat that ends with the assistant's message."""
     messages = [*_messages(question), _message("assistant", text)]
-    try:
-        return tokenizer.apply_chat_template(
-            messages, tokenize=True, return_dict=False, add_generation_prompt=False
-        )
-    except Exception as error:
-        # Templates are programs: each has exceptions of its own for what it does not take.
-        reason = " ".join(str(error).split())[:200]
-        raise AlloError(
-            f"the reward model's chat template does not take these messages ({reason}); expected "
-            "one for a user's and an assistant's"
-        ) from error
+    expected = "expected one for a user's and an assistant's"
+    return render_chat(tokenizer, messages, expected, "reward model", add_generation_prompt=False)
 
 
 # --- a judge model -------------------------------------------------------------------------------

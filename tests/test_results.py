@@ -235,6 +235,12 @@ def test_results_without_answers_are_compared_on_held_out_pairs():
     assert analysis.score_of(pairs_result("sft_base", [0.0, 0.0])) == (0.5, 0.0)
 
 
+def test_a_ruin_ranks_no_pair_right_wherever_it_is_counted():
+    ruin, theirs = pairs_result("allo_rates_x", [0.0] * 4), pairs_result("dpo", [1.0] * 3 + [-1.0])
+    assert analysis.score_of(ruin)[0] == 0
+    assert results.difference(ruin, theirs).effect == pytest.approx(0 - 0.75)
+
+
 # --- what notebooks look at --------------------------------------------------------------------
 
 
