@@ -337,16 +337,17 @@ def readme_block(results_root: str | Path) -> str:
 def _profile_block(folder: Path, link: str) -> str:
     rows = read_measurements(folder / "measurements.csv")
     seeds = ", ".join(map(str, sorted({row.seed for row in rows})))
+    domains = domains_of(rows)
     lines = [f"### `{folder.name}` (seeds {seeds})", ""]
-    for name in ("relative_change", f"main_{domains_of(rows)[0].name}"):
+    for name in ("relative_change", f"main_{domains[0].name}"):
         figure = folder / "figures" / f"{name}.png"
         if figure.exists():
             lines += [f"![{caption_of(figure)}]({link}/figures/{figure.name})", ""]
     lines += ["| claim | | effect | 95% interval | verdict |", "| --- | --- | --- | --- | --- |"]
     claims = claims_module.read(folder / "claims.csv")
-    for claim in claims:
+    for claim in (claim for claim in claims if claim.effect is not None):
         effect, interval = effect_text(claim)
-        if "accuracy" not in claim.unit and claim.effect is not None:
+        if "accuracy" not in claim.unit:
             effect += f" {claim.unit}"
         cells = [claim.id, claim.claim, effect, interval, f"**{claim.verdict}**"]
         lines.append(f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |")
@@ -355,6 +356,11 @@ def _profile_block(folder: Path, link: str) -> str:
         f"Evidence for each row: [claims.csv]({link}/claims.csv), "
         f"[report.html]({link}/report.html), [tables]({link}/tables).",
     ]
+    if len(domains) > 1:
+        lines[-1] += f" Claims that name no domain are those of `{domains[0].name}`."
+    unmeasured = ", ".join(claim.id for claim in claims if claim.effect is None)
+    if unmeasured:
+        lines += ["", f"Not measured (`evidence` says for want of what): {unmeasured}."]
     sentence = _holm_sentence(claims, read_holm(folder / "tables" / "claims_holm.csv"), link)
     if sentence:
         lines += ["", sentence]

@@ -125,8 +125,13 @@ def test_readme_block_is_replaced_and_the_rest_kept(results, tmp_path):
     text = readme.read_text()
     assert text.startswith("# Title\n") and text.endswith("\n\nThe end.\n") and "old" not in text
     assert report.readme_is_current(readme, results.parent)
-    for claim in claims.read(results / "claims.csv"):
-        assert f"| {claim.id} | {claim.claim} |" in text
+    found = claims.read(results / "claims.csv")
+    unmeasured = [claim.id for claim in found if claim.effect is None]
+    assert 0 < len(unmeasured) < len(found)
+    for claim in found:
+        assert (f"| {claim.id} | {claim.claim} |" in text) == (claim.id not in unmeasured)
+    assert f"for want of what): {', '.join(unmeasured)}." in text
+    assert "name no domain" not in text  # of which there is one
     readme.write_text(text.replace("**inconclusive**", "**reproduced**", 1))
     assert not report.readme_is_current(readme, results.parent)
 
