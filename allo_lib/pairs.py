@@ -13,6 +13,7 @@ from datasets import Dataset
 
 from allo_lib import realdata
 from allo_lib.config import fingerprint
+from allo_lib.encoding import encode_prompt, encode_response
 from allo_lib.errors import AlloError
 from allo_lib.generation import generate
 from allo_lib.rewriter import Correction
@@ -111,12 +112,14 @@ def _sampled_pairs(study, name: str) -> tuple[list[dict], dict]:
         temperature=settings.temperature,
         seed=derive(study.seed, "sampling", name),
     )
-    rows, right_share, both = [], 0.0, 0
+    rows, right_share, both, too_long = [], 0.0, 0, 0
     for question, group in zip(questions, groups, strict=True):
         ended = list(dict.fromkeys(response.text for response in group if response.ended))
-        right = [text for text in ended if task.right(question, text)]
+        short = _that_fit(study.tokenizer, question.prompt, ended, domain.max_length)
+        too_long += len(ended) - len(short)
+        right = [text for text in short if task.right(question, text)]
         # A response without an answer is no wrong answer: it would teach the form, not the matter.
-        wrong = [t for t in ended if task.answered(question, t) and not task.right(question, t)]
+        wrong = [t for t in short if task.answered(question, t) and not task.right(question, t)]
         share = [task.right(question, r.text) and r.ended for r in group]
         right_share += sum(share) / len(share)
         both += bool(right and wrong)
@@ -125,10 +128,20 @@ def _sampled_pairs(study, name: str) -> tuple[list[dict], dict]:
         "questions": len(questions),
         "samples": settings.samples,
         "right": right_share / len(questions),
+        "too_long": too_long,
         "questions_with_both": both,
         "pairs": len(rows),
     }
     return rows, summary
+
+
+def _that_fit(tokenizer, prompt, responses: list[str], max_length: int) -> list[str]:
+    """The responses that fit into `max_length` tokens together with the prompt.
+
+    Sampling bounds the response only; training takes no longer row.
+    """
+    room = max_length - len(encode_prompt(tokenizer, prompt))
+    return [text for text in responses if len(encode_response(tokenizer, text)) <= room]
 
 
 def _pairs_of(study, task, question, right, wrong, most: int) -> list[dict]:

@@ -11,8 +11,10 @@ from tiny_study import DOMAIN
 from allo_lib import config, miniature
 from allo_lib import pairs as pairs_module
 from allo_lib.config import Supervised
+from allo_lib.encoding import encode_pairs
 from allo_lib.errors import AlloError
 from allo_lib.pairs import COLUMNS, SPLITS, Pairs, make_pairs
+from allo_lib.realdata import pair_tokens
 from allo_lib.store import Artifact
 from allo_lib.tasks import Miniature, RealQuestions, open_task
 
@@ -102,6 +104,22 @@ def test_the_summary_counts_what_was_sampled(tiny_study):
     assert summary["questions"] == settings_.questions and summary["samples"] == settings_.samples
     assert 0 < summary["right"] < 1
     assert 0 < summary["questions_with_both"] <= summary["pairs"] <= summary["questions"]
+
+
+def test_responses_that_training_could_not_read_are_left_out(tiny_study, monkeypatch):
+    kept, whole = tiny_study.pairs(DOMAIN), tiny_study.domain(DOMAIN)
+    lengths = [pair_tokens(r, tiny_study.tokenizer) for part in SPLITS for r in kept.rows[part]]
+    shorter = dataclasses.replace(whole, max_length=sorted(lengths)[len(lengths) // 2])
+    assert shorter.max_length < max(lengths)
+    sft = tiny_study.sft(DOMAIN)
+    monkeypatch.setattr(tiny_study, "load_sft", lambda name: tiny_study.load(sft))
+    monkeypatch.setattr(tiny_study, "domain", lambda name: shorter)
+    made = make_pairs(tiny_study, DOMAIN)
+    assert made.summary["too_long"] > kept.summary["too_long"] == 0
+    assert 0 < made.summary["pairs"] < kept.summary["pairs"]
+    assert made.summary["right"] == kept.summary["right"]  # what was sampled is the same
+    for part in ("train", "heldout", "mask"):
+        assert encode_pairs(tiny_study.tokenizer, made.rows[part], shorter.max_length)
 
 
 def test_pairs_come_again_from_the_same_seed(tiny_study, tmp_path):
