@@ -1,5 +1,6 @@
 """Training and measuring the methods: every candidate of a search, and the result of a method."""
 
+import itertools
 import shutil
 from dataclasses import asdict
 from pathlib import Path
@@ -291,19 +292,27 @@ def _rows(study: Study, name: str, stage: Stage, first: bool) -> list[dict]:
 
 
 def _solution_rows(study: Study, name: str, objective_: str) -> list[dict]:
-    """RFT: the right sampled responses of the training pairs. SFT: as many gold solutions."""
-    pairs = study.pairs(name).rows["train"]
+    """RFT: the right sampled responses of the training pairs. SFT: as many gold solutions that fit.
+
+    Pairs fit as they are; gold solutions are of any length, and a few long ones among short ones
+    cost a step several times its memory.
+    """
+    pairs, domain = study.pairs(name).rows["train"], study.domain(name)
     if objective_ == "rft" or study.task(name) is None:
         texts = [(row["prompt"], row["chosen"]) for row in pairs]
     else:
-        task, settings = study.task(name), study.domain(name).sft
-        questions = task.questions("sft", settings.examples, settings.mix)[: len(pairs)]
+        questions = study.task(name).questions("sft", domain.sft.examples, domain.sft.mix)
         texts = [(question.prompt, question.solution) for question in questions]
-    tokenizer = study.tokenizer
-    return [
-        {"prompt": encode_prompt(tokenizer, prompt), "response": encode_response(tokenizer, text)}
-        for prompt, text in texts
-    ]
+    rows = (_solution_row(study.tokenizer, prompt, text) for prompt, text in texts)
+    fit = (r for r in rows if len(r["prompt"]) + len(r["response"]) <= domain.max_length)
+    return list(itertools.islice(fit, len(pairs)))
+
+
+def _solution_row(tokenizer, prompt, text: str) -> dict:
+    return {
+        "prompt": encode_prompt(tokenizer, prompt),
+        "response": encode_response(tokenizer, text),
+    }
 
 
 def _fixed_keys(study: Study, name: str, stage: Stage) -> list[list[float]]:

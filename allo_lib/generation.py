@@ -25,6 +25,8 @@ from allo_lib.seeds import derive
 
 # Rows leave the batch together, when this share of it has ended: leaving copies the cache.
 _LEAVE_AT = 0.125
+# Tokens that a response is reckoned with, prompt included: what a batch may hold in its cache.
+_TOKENS = 512
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,8 @@ def generate(
 ) -> list[list[Response]]:
     """`samples` responses to each prompt, greedy when `temperature` is None, else sampled.
 
-    Prompts of like length share a batch of at most `batch_size` responses, padded on the left. The
+    Prompts of like length share a batch of at most `batch_size` responses, padded on the left;
+    where prompts are long, of fewer, as memory goes by tokens (not in compiled steps on a GPU). The
     draws of a sample follow from `seed`, the number of its prompt and its own number alone (on a
     GPU from `seed` and its place among the batches).
 
@@ -76,8 +79,9 @@ def generate(
         return [[_response(tokenizer, ids) for ids in group] for group in groups]
     results: list[list[Response]] = [[] for _ in prompts]
     with torch.inference_mode():
-        for start in range(0, len(order), rows):
-            chunk = order[start : start + rows]
+        room = batch_size * _TOKENS // samples
+        widths = [len(ids) + max_new_tokens for ids in encoded]
+        for chunk in _batches(order, widths, rows, room):
             batch = _left_padded([encoded[i] for i in chunk], tokenizer.pad_token_id, model.device)
             decoding = _Decoding(model, tokenizer.eos_token_id, max_new_tokens)
             if drafted:
@@ -92,6 +96,21 @@ def generate(
                 own = ids[position * samples : (position + 1) * samples]
                 results[i] = [_response(tokenizer, one) for one in own]
     return results
+
+
+def _batches(order: list[int], widths: list[int], rows: int, room: int) -> list[list[int]]:
+    """`order`, from narrow to wide, in batches of at most `rows` rows and `room` padded tokens.
+
+    A row wider than `room` is a batch of its own.
+    """
+    batches: list[list[int]] = []
+    for i in order:
+        last = batches[-1] if batches else None
+        if last and len(last) < rows and (len(last) + 1) * widths[i] <= room:
+            last.append(i)
+        else:
+            batches.append([i])
+    return batches
 
 
 def _sees_all(model) -> bool:

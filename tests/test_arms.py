@@ -1,5 +1,6 @@
 """Methods on the seconds-long study: what is trained, what is kept, what is measured."""
 
+import dataclasses
 import json
 import shutil
 
@@ -271,6 +272,21 @@ def test_rft_learns_the_right_samples_and_sft_as_many_of_its_own(tiny_study):
     encoded = tiny_study.encoded(DOMAIN, "train")
     assert [row["response"] for row in rft] == [row["chosen"] for row in encoded]
     assert len(arms._solution_rows(tiny_study, DOMAIN, "sft")) == len(pairs)
+
+
+def test_gold_solutions_that_do_not_fit_are_passed_over(tiny_study, monkeypatch):
+    def lengths():
+        rows = arms._solution_rows(tiny_study, DOMAIN, "sft")
+        return [len(row["prompt"]) + len(row["response"]) for row in rows]
+
+    whole = lengths()
+    limit = sorted(whole)[len(whole) // 2]
+    assert limit < max(whole)
+    shorter = dataclasses.replace(tiny_study.domain(DOMAIN), max_length=limit)
+    monkeypatch.setattr(tiny_study, "domain", lambda name: shorter)
+    kept = [length for length in whole if length <= limit]
+    assert lengths()[: len(kept)] == kept and max(lengths()) <= limit
+    assert len(lengths()) == len(whole)  # others take their places
 
 
 # --- results -----------------------------------------------------------------------------------

@@ -62,6 +62,34 @@ def test_left_padding_and_batches_do_not_change_greedy_responses(model, tokenize
     assert greedy(model, tokenizer, PROMPTS[::-1], batch_size=3) == together[::-1]
 
 
+@settings(max_examples=200, deadline=None)
+@given(
+    st.lists(st.integers(1, 90), min_size=1, max_size=30), st.integers(1, 8), st.integers(1, 200)
+)
+def test_a_batch_holds_so_many_rows_and_so_many_tokens(widths, rows, room):
+    order = sorted(range(len(widths)), key=lambda i: (widths[i], i))
+    batches = generation._batches(order, widths, rows, room)
+    assert [i for batch in batches for i in batch] == order
+    for batch, following in zip(batches, [*batches[1:], []], strict=True):
+        size = len(batch)
+        assert 1 <= size <= rows
+        assert size == 1 or size * max(widths[i] for i in batch) <= room
+        assert not following or size == rows or (size + 1) * widths[following[0]] > room
+
+
+def test_long_prompts_share_batches_of_fewer_rows(model, tokenizer, monkeypatch):
+    whole, held = greedy(model, tokenizer, PROMPTS), []
+    inner = generation._left_padded
+    monkeypatch.setattr(generation, "_TOKENS", 1)
+    monkeypatch.setattr(
+        generation,
+        "_left_padded",
+        lambda rows, *given: held.append(len(rows)) or inner(rows, *given),
+    )
+    assert greedy(model, tokenizer, PROMPTS) == whole
+    assert held == [3, 2]  # of 64 tokens: 12 new ones each, and prompts of 1, 3, 3, 6 and 8
+
+
 def token_ids(model, tokenizer, prompt: str, steps: int) -> list[int]:
     """`by_hand` as token ids, its end token included."""
     one = by_hand(model, tokenizer, prompt, steps)
