@@ -9,7 +9,7 @@ import torch
 
 from allo_lib import instructions, on_policy, scoring, weights
 from allo_lib.config import fingerprint
-from allo_lib.encoding import encode_prompt, encode_response
+from allo_lib.encoding import encode_demonstration
 from allo_lib.environment import device_name
 from allo_lib.errors import AlloError
 from allo_lib.methods import PAPER_PROTOCOL, Stage, relative_rates, stages_of
@@ -303,16 +303,9 @@ def _solution_rows(study: Study, name: str, objective_: str) -> list[dict]:
     else:
         questions = study.task(name).questions("sft", domain.sft.examples, domain.sft.mix)
         texts = [(question.prompt, question.solution) for question in questions]
-    rows = (_solution_row(study.tokenizer, prompt, text) for prompt, text in texts)
+    rows = (encode_demonstration(study.tokenizer, prompt, text) for prompt, text in texts)
     fit = (r for r in rows if len(r["prompt"]) + len(r["response"]) <= domain.max_length)
     return list(itertools.islice(fit, len(pairs)))
-
-
-def _solution_row(tokenizer, prompt, text: str) -> dict:
-    return {
-        "prompt": encode_prompt(tokenizer, prompt),
-        "response": encode_response(tokenizer, text),
-    }
 
 
 def _fixed_keys(study: Study, name: str, stage: Stage) -> list[list[float]]:

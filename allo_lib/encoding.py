@@ -174,6 +174,14 @@ def _short(value) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
+def encode_demonstration(tokenizer, prompt, response) -> dict[str, list[int]]:
+    """A row of supervised training: `prompt` and `response` as token ids."""
+    return {
+        "prompt": encode_prompt(tokenizer, prompt),
+        "response": encode_response(tokenizer, response),
+    }
+
+
 def encode_pairs(tokenizer, pairs, max_length: int) -> list[dict[str, list[int]]]:
     """`prompt`, `chosen`, `rejected` of each pair as token ids.
 

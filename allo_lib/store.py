@@ -7,6 +7,7 @@ half artifact, and it is read only after its hashes agree.
 
 import contextlib
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -103,10 +104,10 @@ class Store:
             if not path.is_dir():
                 return None
             damaged, seconds = _inspect(path)
+            if damaged is not None:
+                damaged, seconds = _set_aside(path)
             if damaged is None:
                 return Artifact(kind, key, path, seconds)
-            with contextlib.suppress(FileNotFoundError):  # another process was quicker
-                path.rename(path.with_name(f"{key}.damaged-{uuid.uuid4().hex[:8]}"))
         except OSError as error:
             raise AlloError(
                 f"cannot read {kind} in {path} ({_one_line(error)}): mend the disk or permit "
@@ -178,6 +179,21 @@ def _inspect(path: Path) -> tuple[str | None, float]:
     except (*_GONE, ValueError, KeyError, TypeError, AttributeError):
         return MANIFEST, 0.0
     return (damaged[0] if damaged else None), seconds
+
+
+def _set_aside(path: Path) -> tuple[str | None, float]:
+    """Move a damaged artifact out of its place; what `_inspect` says of it then.
+
+    Of several processes that saw the damage, the first moves it and makes it anew; another that
+    acted on what it had seen before would move what was made anew away from its readers.
+    """
+    with open(path.parents[1] / "damage.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        damaged, seconds = _inspect(path)
+        if damaged is not None:
+            with contextlib.suppress(FileNotFoundError):  # another process was quicker
+                path.rename(path.with_name(f"{path.name}.damaged-{uuid.uuid4().hex[:8]}"))
+    return damaged, seconds
 
 
 def _lost(path: Path, digest: str) -> bool:

@@ -13,7 +13,7 @@ import torch
 from allo_lib import instructions, models, notes, reference, weights, workers
 from allo_lib.checkpoints import Checkpoints
 from allo_lib.config import Domain, Profile
-from allo_lib.encoding import encode_pairs, encode_prompt, encode_response
+from allo_lib.encoding import encode_demonstration, encode_pairs, encode_response
 from allo_lib.errors import AlloError
 from allo_lib.forward import pair_logps
 from allo_lib.generation import generate
@@ -225,10 +225,9 @@ class Study(KeyNeurons, KeyTokenWeights):
     def _demonstrations(self, name: str, settings) -> list[dict]:
         task = self.task(name)
         return [
-            {
-                "prompt": encode_prompt(self.tokenizer, question.prompt),
-                "response": encode_response(self.tokenizer, task.demonstration(question, settings)),
-            }
+            encode_demonstration(
+                self.tokenizer, question.prompt, task.demonstration(question, settings)
+            )
             for question in task.questions("sft", settings.examples, settings.mix)
         ]
 

@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from allo_lib import store as store_module
 from allo_lib.errors import AlloError
 from allo_lib.store import MANIFEST, Store, sha256, write_json
 
@@ -206,6 +207,23 @@ def test_processes_that_find_the_same_damage_all_go_on(tmp_path):
     for worker in workers:
         worker.join()
         assert worker.exitcode == 0
+
+
+def test_what_was_made_anew_meanwhile_stays_where_it_is(tmp_path, monkeypatch):
+    made = Store(tmp_path).get("stage", INPUTS, write())
+    made.file("record.json").write_text("{}")
+    inspect, quicker = store_module._inspect, []
+
+    def slow(path):
+        seen = inspect(path)
+        if not quicker:
+            quicker.append(None)
+            quicker[0] = Store(tmp_path).get("stage", INPUTS, write("anew"))
+        return seen
+
+    monkeypatch.setattr(store_module, "_inspect", slow)
+    assert Store(tmp_path).get("stage", INPUTS, never).json() == {"text": "anew"}
+    assert quicker[0].json() == {"text": "anew"}
 
 
 def test_setting_aside_what_another_process_has_just_set_aside(tmp_path, monkeypatch):
