@@ -126,7 +126,7 @@ def rate_region(
     rows, columns = _axes_of(effects)
     values = _matrix({place: 100 * one[0] for place, one in effects.items()}, rows, columns)
     texts = {
-        place: f"{100 * effect:+.1f}\n[{100 * low:+.1f}, {100 * high:+.1f}]"
+        place: f"{100 * effect:+z.1f}\n[{100 * low:+z.1f}, {100 * high:+z.1f}]"
         for place, (effect, low, high) in effects.items()
     }
     # Ruined models are far below: beyond twice the best, colours say no more.

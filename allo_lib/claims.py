@@ -278,7 +278,7 @@ def _mention(first: str, second: str, interval: Interval | None, unit: str) -> s
 
 
 def _size(value: float, unit: str) -> str:
-    return f"{100 * value:+.2f}" if unit in _POINTS else f"{value:+.4f}"
+    return f"{100 * value:+z.2f}" if unit in _POINTS else f"{value:+z.4f}"
 
 
 def protocol_disagreements(claims: Sequence[Claim]) -> list[str]:
@@ -302,9 +302,8 @@ def write(path: str | Path, claims: Iterable[Claim]) -> None:
     writer = csv.writer(buffer, lineterminator="\n")
     writer.writerow(COLUMNS)
     for claim in claims:
-        values = [getattr(claim, column) for column in COLUMNS]
-        cells = [value + 0.0 if isinstance(value, float) else value for value in values]
-        writer.writerow([f"{cell:.6f}" if isinstance(cell, float) else cell for cell in cells])
+        cells = [getattr(claim, column) for column in COLUMNS]
+        writer.writerow([f"{cell:z.6f}" if isinstance(cell, float) else cell for cell in cells])
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     Path(path).write_bytes(buffer.getvalue().encode("utf-8"))
 

@@ -106,7 +106,7 @@ def _line(axis, change: Change, y: float) -> None:
             if abs(end) > _FURTHEST:
                 edge = _FURTHEST if end > 0 else -_FURTHEST
                 axis.plot(edge, y, arrow, color=colour, ms=6, clip_on=False)
-        text = f"{100 * change.interval.effect:+.1f} [{low:+.1f}, {high:+.1f}]"
+        text = f"{100 * change.interval.effect:+z.1f} [{low:+z.1f}, {high:+z.1f}]"
     style = {"color": "black" if change.interval else GREY, "weight": "bold" if whole else "normal"}
     place = axis.get_yaxis_transform()
     axis.text(1.02, y, text, size=9, va="center", transform=place, **style)

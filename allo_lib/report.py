@@ -257,7 +257,7 @@ def effect_text(claim: Claim) -> tuple[str, str]:
     if claim.effect is None:
         return "not measured", ""
     accuracy = "accuracy" in claim.unit or claim.unit == "win rate"
-    form = (lambda x: f"{100 * x:+.2f}") if accuracy else (lambda x: f"{x:+.4f}")
+    form = (lambda x: f"{100 * x:+z.2f}") if accuracy else (lambda x: f"{x:+z.4f}")
     words = form(claim.effect) + (" points" if accuracy else "")
     if claim.ci_low is None:
         return words, "none"

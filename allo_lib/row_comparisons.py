@@ -138,7 +138,7 @@ def _record(one: Comparison) -> dict:
 
 
 def _line(one: Comparison) -> list[str]:
-    paper = "" if one.paper is None else f"{100 * one.paper:+.2f}"
+    paper = "" if one.paper is None else f"{100 * one.paper:+z.2f}"
     return [one.domain, one.dataset, published.LABELS[one.baseline], *change_text(one.interval),
             paper, p_text(one.p), p_text(one.adjusted), one.verdict, one.verdict_after]  # fmt: skip
 

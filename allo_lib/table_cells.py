@@ -126,7 +126,8 @@ def change_text(change: Interval | None) -> list[str]:
     """A difference and its interval in points."""
     if change is None:
         return ["", ""]
-    return [f"{100 * change.effect:+.2f}", f"[{100 * change.low:+.2f}, {100 * change.high:+.2f}]"]
+    effect, low, high = (100 * part for part in (change.effect, change.low, change.high))
+    return [f"{effect:+z.2f}", f"[{low:+z.2f}, {high:+z.2f}]"]
 
 
 def how(rows: Sequence[Measurement]) -> str:
@@ -151,4 +152,4 @@ def plain(cell: object) -> object:
     """Numbers with six decimals; nothing and NaN as an empty cell."""
     if cell is None or (isinstance(cell, float) and math.isnan(cell)):
         return ""
-    return f"{cell + 0.0:.6f}" if isinstance(cell, float) else cell
+    return f"{cell:z.6f}" if isinstance(cell, float) else cell

@@ -10,6 +10,7 @@ from allo_lib.claims import INCONCLUSIVE, NOT_REPRODUCED, REPRODUCED, judge
 from allo_lib.errors import AlloError
 from allo_lib.measurements import Measurement
 from allo_lib.stats import Interval
+from allo_lib.table_cells import change_text, plain
 from tests import synthetic_results
 
 IDS = "C1 C1p C2 C2p C3 C3p C4 C4s C5 C6 C7 C8 C9 C10".split()
@@ -261,6 +262,15 @@ def test_claims_file_comes_back(tmp_path, by_id):
     claims.write(path, claims.read(path))
     assert path.read_bytes() == first and b"\r" not in first
     assert claims.read(path)[0].effect == pytest.approx(by_id["C1"].effect, abs=1e-6)
+
+
+def test_an_effect_that_rounds_to_zero_has_no_sign_of_its_own(tmp_path, by_id):
+    path = tmp_path / "claims.csv"
+    claims.write(path, [dataclasses.replace(by_id["C4"], effect=-1e-18)])
+    assert ",0.000000," in path.read_text() and "-0.000000" not in path.read_text()
+    assert plain(-1e-18) == "0.000000"
+    change = Interval(-1e-18, -0.02, 0.02, "made up", (0,), 9)
+    assert change_text(change) == ["+0.00", "[-2.00, +2.00]"]
 
 
 def test_bad_claims_files_are_named(tmp_path):
