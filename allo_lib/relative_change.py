@@ -28,13 +28,17 @@ _LIKE = {"helpfulness": ("instructions_avg",), "instructions": ("instructions_av
 
 @dataclass(frozen=True)
 class Change:
-    """One line of the figure: `paper` holds (label, relative change), all fractions."""
+    """One line of the figure: `paper` holds (label, relative change), all fractions.
+
+    `why_none` says in words why there is no interval.
+    """
 
     domain: str
     unit: str
     dataset: str
     interval: Interval | None
     paper: tuple[tuple[str, float], ...]
+    why_none: str = "not run"
 
 
 def changes_of(
@@ -60,7 +64,9 @@ def changes_of(
                 like = _LIKE.get(domain.name, tuple(beside))
                 points = [(PAPER_AVERAGES[key], beside[key]) for key in like]
             told = tuple((label, row[method] / row[baseline] - 1) for label, row in points)
-            found.append(Change(domain.name, domain.unit, name, interval, told))
+            both = compare(index, method, baseline, part, unpaired=True) is not None
+            why = f"{baseline.upper()}: none right" if both else "not run"
+            found.append(Change(domain.name, domain.unit, name, interval, told, why))
     return found
 
 
@@ -97,7 +103,7 @@ def _line(axis, change: Change, y: float) -> None:
     for label, value in change.paper:
         axis.plot(100 * value, y - 0.28, _MARKERS[label], **_paper_style(label))
     axis.axhline(y, color="#eeeeee", zorder=0)
-    text = "not run"
+    text = change.why_none
     if change.interval is not None:
         colour, low, high = PALETTE[1], 100 * change.interval.low, 100 * change.interval.high
         axis.plot((low, high), (y, y), color=colour, lw=3 if whole else 1.8)

@@ -59,6 +59,8 @@ def test_what_was_not_run_is_said_and_what_is_far_is_cut():
     none_right = (("allo", 0.5), ("dpo", 0.0))
     nothing = [Measurement(0, m, "ecqa", "accuracy", p, 0.1, 20) for m, p in none_right]
     assert [change.interval for change in changes_of(nothing)] == [None]
+    shown = texts(draw(changes_of(nothing)))
+    assert "DPO: none right" in shown and "not run" not in shown
 
 
 def test_the_caption_says_what_is_shown():
