@@ -187,12 +187,16 @@ def _set_aside(path: Path) -> tuple[str | None, float]:
     Of several processes that saw the damage, the first moves it and makes it anew; another that
     acted on what it had seen before would move what was made anew away from its readers.
     """
-    with open(path.parents[1] / "damage.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    descriptor = os.open(path.parent, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # network disks may know no locks on folders
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
         damaged, seconds = _inspect(path)
         if damaged is not None:
             with contextlib.suppress(FileNotFoundError):  # another process was quicker
                 path.rename(path.with_name(f"{path.name}.damaged-{uuid.uuid4().hex[:8]}"))
+    finally:
+        os.close(descriptor)
     return damaged, seconds
 
 
