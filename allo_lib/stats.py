@@ -122,6 +122,11 @@ class PairedCounts:
     def effect(self) -> float:
         return self.gain - self.loss
 
+    @property
+    def swapped(self) -> "PairedCounts":
+        """The second method against the first; without `base`, which is not known from here."""
+        return PairedCounts(self.loss, self.gain, self.n, paired=self.paired)
+
 
 def paired_interval(
     cells: Mapping[int, Mapping[str, PairedCounts]],
@@ -146,6 +151,9 @@ def paired_interval(
     doi:10.3102/1076998611411915): where two methods differ on a handful of problems only, a plain
     bootstrap knows no others, and of none it gives an interval of no width.
 
+    Differences are drawn in the direction in which they are positive: that of A minus B and that of
+    B minus A are then the same interval turned round, to the last draw (`Interval.flipped`).
+
     `scipy.stats.bootstrap` resamples one level, from a list of outcomes; this is its percentile
     method from counts (the tests compare the two), with the level of seeds above it.
 
@@ -168,7 +176,7 @@ def paired_interval(
     table = [[cells[seed][dataset] for dataset in datasets] for seed in seeds]
     by_seed = tuple(_effect(row, relative) for row in table)
     rng = np.random.default_rng(rng_seed)
-    draws = np.sort(_resample(table, resamples, rng, relative))
+    draws = np.sort(_draws(table, resamples, rng, relative))
     low, high = np.quantile(draws, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     n, spread = sum(cell.n for row in table for cell in row), _spread(table, by_seed, relative)
     over_seeds = mean_interval(dict(zip(seeds, by_seed, strict=True)), n=n)
@@ -268,6 +276,31 @@ def log_ratio_interval(
     low, high = math.hypot(a - a_low, b_high - b), math.hypot(a_high - a, b - b_low)
     kind = "intervals of both timings joined on the log scale"
     return Interval(float(effect), float(effect - low), float(effect + high), kind, (), 0)
+
+
+def _draws(
+    table: Sequence[Sequence[PairedCounts]],
+    resamples: int,
+    rng: np.random.Generator,
+    relative: bool,
+) -> np.ndarray:
+    """Draws of the mean effect, for the swapped table the same ones with the other sign."""
+    if relative:  # a change relative to the other method is another quantity, not the negative
+        return _resample(table, resamples, rng, relative)
+    swapped = [[cell.swapped for cell in row] for row in table]
+    ours, theirs = _direction(table), _direction(swapped)
+    if ours == theirs:  # as for two methods that agree everywhere: no direction is before the other
+        half = _resample(table, resamples // 2, rng, relative)
+        return np.concatenate([half, -half])
+    if ours > theirs:
+        return _resample(table, resamples, rng, relative)
+    return -_resample(swapped, resamples, rng, relative)
+
+
+def _direction(table: Sequence[Sequence[PairedCounts]]) -> tuple:
+    """What says which of two tables, one the other's swapped, is drawn from: the larger."""
+    effect = float(np.mean([[cell.effect for cell in row] for row in table]))
+    return effect, [[(cell.gain, cell.loss) for cell in row] for row in table]
 
 
 def _resample(

@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from scipy import stats as scipy_stats
 
@@ -323,6 +323,24 @@ def test_the_opposite_difference_is_the_mirror_image():
     assert (turned.effect, turned.low, turned.high) == (-found.effect, -found.high, -found.low)
     assert turned.p_at_least(0.0) == found.p_at_most(0.0)
     assert turned.flipped() == found and turned.by_seed == (-found.effect,)
+
+
+@given(
+    st.lists(st.lists(st.tuples(st.integers(0, 20), st.integers(0, 20)), min_size=2, max_size=2),
+             min_size=1, max_size=3)
+)
+@example([[(2, 2), (0, 0)]])
+@example([[(3, 1), (1, 3)]])
+def test_either_direction_of_a_comparison_has_the_same_interval(table):  # fmt: skip
+    """One table says it of A and B, another of B and A: readers compare them."""
+    ours, theirs = ({
+        seed: {str(place): PairedCounts(pair[first] / 40, pair[1 - first] / 40, 40)
+               for place, pair in enumerate(row)} for seed, row in enumerate(table)
+    } for first in (0, 1))  # fmt: skip
+    one, other = (stats.paired_interval(cells, resamples=200) for cells in (ours, theirs))
+    turned = other.flipped()
+    assert (one.effect, one.low, one.high) == pytest.approx((turned.effect, turned.low, turned.high))
+    assert one.p_at_most(0.0) == turned.p_at_most(0.0) == other.p_at_least(0.0)
 
 
 def test_a_difference_ends_where_accuracies_do():
