@@ -1,5 +1,6 @@
 """What notebooks look at: where key neurons sit, how sharp token rewards are, what DPO weighs."""
 
+import contextlib
 import math
 import re
 from collections import defaultdict
@@ -12,6 +13,7 @@ from allo_lib.errors import AlloError
 from allo_lib.importance import NeuronMask
 from allo_lib.methods import ROWS, share_name, stages_of
 from allo_lib.stats import concentration
+from allo_lib.store import NotMade
 from allo_lib.study import Study
 from allo_lib.timed_steps import OwnSteps
 
@@ -140,10 +142,12 @@ def step_cost(study: Study, name: str, method: str) -> int:
 def quality_and_cost(study: Study, name: str, found: dict) -> dict[str, list[tuple]]:
     """For scalar neurons and for whole rows: (operations of a step relative to DPO on all neurons,
     score, standard error, share) of every share in `found`, method -> result."""
-    dense = step_cost(study, name, "dpo")
+    kinds = {"scalar": "", "whole rows": ROWS}
+    shares = {label: shares_run(study, found, rows=bool(kinds[label])) for label in kinds}
+    dense = step_cost(study, name, "dpo") if any(shares.values()) else math.nan
     series = {}
-    for label, suffix in (("scalar", ""), ("whole rows", ROWS)):
-        for share in shares_run(study, found, rows=bool(suffix)):
+    for label, suffix in kinds.items():
+        for share in shares[label]:
             method = share_name(share) + suffix
             point = (step_cost(study, name, method) / dense, *score_of(found[method]), share)
             series.setdefault(label, []).append(point)
@@ -151,9 +155,15 @@ def quality_and_cost(study: Study, name: str, found: dict) -> dict[str, list[tup
 
 
 def trained_before(study: Study, name: str) -> dict[str, dict]:
-    """Method -> result of those of the profile's methods whose results the store has."""
-    methods = results.methods_of(study, name)
-    return {m: arms.result(study, name, m) for m in methods if arms.is_done(study, name, m)}
+    """Method -> result of those of the profile's methods whose results the store has.
+
+    Makes nothing: of a domain without an SFT model none is trained, and that is the answer.
+    """
+    found = {}
+    for method in results.methods_of(study, name):
+        with study.store.only_reading(), contextlib.suppress(NotMade):
+            found[method] = arms.result(study, name, method)
+    return found
 
 
 def shares_run(study: Study, methods, rows: bool = False) -> list[float]:

@@ -58,12 +58,17 @@ class Artifact:
             ) from error
 
 
+class NotMade(AlloError):
+    """An artifact is not in the store, and it was only to be read."""
+
+
 class Store:
     """A folder of artifacts. Two processes may share it: the first to finish an artifact wins."""
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
         self._checked: dict[Path, Artifact] = {}
+        self._only_reading = False
 
     def get(self, kind: str, inputs: dict, make: Callable[[Path], None]) -> Artifact:
         """The artifact that `inputs` determine: read if it is there and sound, made if not.
@@ -76,14 +81,27 @@ class Store:
 
         Raises:
             AlloError: the disk takes or gives no data, or an OSError of `make`; nothing is changed.
+            NotMade: it is not there, inside `only_reading`.
         """
         key = fingerprint({"kind": kind, "inputs": inputs})[:_KEY_LENGTH]
         path = self.folder / kind / key
         if path in self._checked and os.path.isdir(path):
             return self._checked[path]
-        artifact = self._read(kind, key, path) or self._make(kind, key, path, inputs, make)
+        artifact = self._read(kind, key, path)
+        if artifact is None and self._only_reading:
+            raise NotMade(f"{kind}/{key} is not in {self.folder}; run the notebook that makes it")
+        artifact = artifact or self._make(kind, key, path, inputs, make)
         self._checked[path] = artifact
         return artifact
+
+    @contextlib.contextmanager
+    def only_reading(self):
+        """Inside it nothing is made, neither what is asked for nor what its key depends on."""
+        before, self._only_reading = self._only_reading, True
+        try:
+            yield
+        finally:
+            self._only_reading = before
 
     def has(self, kind: str, inputs: dict) -> bool:
         """Whether `get` would find the artifact without making it."""

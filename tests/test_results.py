@@ -359,3 +359,14 @@ def test_pictures_show_the_tokens_of_the_response(study):
     for (tokens, shown, title), row in zip(pictures, rows, strict=True):
         assert len(tokens) == len(shown) == len(row["rejected"]) and "rejected" in title
         assert tokens[-1] == study.tokenizer.eos_token
+
+
+def test_asking_what_was_trained_before_trains_nothing(study, rows, tmp_path):
+    """07_efficiency alone, on an empty store, once trained the SFT model of every domain."""
+    before = analysis.trained_before(study, DOMAIN)
+    assert before == {m: arms.result(study, DOMAIN, m) for m in METHODS}
+    fresh = open_study(tmp_path / "fresh", methods=METHODS[1:], ablations=[])
+    assert analysis.trained_before(fresh, DOMAIN) == {}
+    assert analysis.quality_and_cost(fresh, DOMAIN, {}) == {}
+    assert not list(fresh.store.folder.rglob("manifest.json"))
+    assert list(analysis.quality_and_cost(study, DOMAIN, before)) == ["scalar"]

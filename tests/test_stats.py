@@ -325,22 +325,30 @@ def test_the_opposite_difference_is_the_mirror_image():
     assert turned.flipped() == found and turned.by_seed == (-found.effect,)
 
 
-@given(
-    st.lists(st.lists(st.tuples(st.integers(0, 20), st.integers(0, 20)), min_size=2, max_size=2),
-             min_size=1, max_size=3)
-)
-@example([[(2, 2), (0, 0)]])
-@example([[(3, 1), (1, 3)]])
-def test_either_direction_of_a_comparison_has_the_same_interval(table):  # fmt: skip
-    """One table says it of A and B, another of B and A: readers compare them."""
-    ours, theirs = ({
-        seed: {str(place): PairedCounts(pair[first] / 40, pair[1 - first] / 40, 40)
-               for place, pair in enumerate(row)} for seed, row in enumerate(table)
-    } for first in (0, 1))  # fmt: skip
-    one, other = (stats.paired_interval(cells, resamples=200) for cells in (ours, theirs))
+GAIN_AND_LOSS = st.tuples(st.integers(0, 20), st.integers(0, 20))
+
+
+@given(st.lists(st.tuples(GAIN_AND_LOSS, GAIN_AND_LOSS), min_size=1, max_size=3))
+@example([((2, 2), (0, 0))])
+@example([((3, 1), (1, 3))])
+def test_either_direction_of_a_comparison_has_the_same_interval(table):
+    """One figure says it of A and B, one table of B and A, and readers compare them."""
+
+    def interval(first: int):
+        cells = {
+            seed: {
+                str(place): PairedCounts(pair[first] / 40, pair[1 - first] / 40, 40)
+                for place, pair in enumerate(row)
+            }
+            for seed, row in enumerate(table)
+        }
+        return stats.paired_interval(cells, resamples=200)
+
+    one, other = interval(0), interval(1)
     turned = other.flipped()
-    assert (one.effect, one.low, one.high) == pytest.approx((turned.effect, turned.low, turned.high))
-    assert one.p_at_most(0.0) == turned.p_at_most(0.0) == other.p_at_least(0.0)
+    assert one.effect == turned.effect
+    assert (one.low, one.high) == pytest.approx((turned.low, turned.high))
+    assert one.p_at_most(0.0) == other.p_at_least(0.0)
 
 
 def test_a_difference_ends_where_accuracies_do():

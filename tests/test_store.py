@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from allo_lib import store as store_module
 from allo_lib.errors import AlloError
-from allo_lib.store import MANIFEST, Store, sha256, write_json
+from allo_lib.store import MANIFEST, NotMade, Store, sha256, write_json
 
 INPUTS = {"seed": 0, "rate": 1e-4}
 
@@ -48,6 +48,23 @@ def test_an_artifact_is_made_once_and_then_read(tmp_path):
     assert again == first
     assert first.json() == {"text": "ten"} and first.file("deep/data.txt").read_text() == "ten"
     assert artifacts(Store(tmp_path)) == [first.key]
+
+
+def test_who_only_reads_makes_nothing_not_even_what_a_key_depends_on(tmp_path):
+    store = Store(tmp_path)
+
+    def second():
+        return store.get("second", {"of": store.get("stage", INPUTS, write()).key}, write("two"))
+
+    with store.only_reading(), pytest.raises(NotMade, match="stage/.* is not in"):
+        second()
+    assert not artifacts(store)
+    made = second()
+    with Store(tmp_path).only_reading(), store.only_reading():
+        assert second() == made
+    with pytest.raises(KeyError), store.only_reading():
+        raise KeyError
+    assert store.get("third", INPUTS, write()).json() == {"text": "ten"}
 
 
 def test_its_manifest_tells_inputs_hashes_and_cost(tmp_path):
