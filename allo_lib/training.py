@@ -206,6 +206,7 @@ class Numbers:
         """kept_in: the folder for the batch of a step that diverged; None keeps it nowhere."""
         self.optimizer, self.log, self.label = optimizer, log, label
         self.pad_token_id, self.kept_in = pad_token_id, kept_in
+        self.late = optimizer.param_groups[0]["params"][0].is_cuda
         self._waiting: deque[tuple] = deque()
         self._batch: dict = {}  # of the last forward pass that was looked at
 
@@ -249,7 +250,7 @@ class Numbers:
             arrived = torch.cuda.Event()
             arrived.record()
         self._waiting.append((step, list(told), values, arrived, batch))
-        if arrived is None:
+        if not self.late:
             self.read()
 
     def _note(self, step: int, told: dict[str, float], batch: dict | None) -> None:
