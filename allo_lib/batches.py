@@ -23,12 +23,14 @@ from allo_lib.prefix_tree import Tree
 class Layout:
     """How sequences become rows. shared: one tree for what begins alike, several trees a row; else
     one padded row a sequence, which every causal model can read. width: the model's hidden size.
-    one_row: all trees in one row without padding, for attention tree by tree (`tree_attention`)."""
+    one_row: all trees in one row without padding, for attention tree by tree (`tree_attention`).
+    multiple: tokens of which a row's length is a multiple."""
 
     pad_token_id: int
     shared: bool = False
     width: int = 1
     one_row: bool = False
+    multiple: int = 1
 
 
 def collate(rows: list[dict], layout: Layout) -> dict[str, Tensor]:
@@ -92,6 +94,7 @@ def _by_prompt(rows: list[dict]) -> list[list[int]]:
 def _read(trees: list[Tree], plan: list[list[int]], layout: Layout):
     """What the model reads, and the flat place at which each tree starts."""
     length = max(sum(len(trees[i]) for i in row) for row in plan)
+    length = -(-length // layout.multiple) * layout.multiple
     shape = len(plan), length
     input_ids = torch.full(shape, layout.pad_token_id)
     # Padding stands behind everything else and sees only itself.

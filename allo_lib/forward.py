@@ -17,6 +17,8 @@ from allo_lib.tree_attention import TreeByTree, no_mask
 _AFTER_HEAD = ("final_logit_softcapping", "logit_scale", "logits_scaling")
 # The attentions of transformers that take a mask for every two tokens, and how it is made.
 _MASKS = {"sdpa": sees, "flex_attention": blocks}
+# Rows on a GPU are as long as a multiple of this: its attention copies masks of other lengths.
+_ALIGNED = 16
 # How far hidden states of the same sequence may lie apart, relative to the largest, by dtype.
 _SAME = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 3e-2}
 # model -> (its attention, tree by tree or not) -> whether it reads trees
@@ -53,13 +55,13 @@ def layout_of(model, pad_token_id: int) -> Layout:
     attention = config._attn_implementation
     recomputes = any(getattr(part, "gradient_checkpointing", False) for part in model.modules())
     one_row = model.device.type == "cpu" and attention == "sdpa" and not recomputes
+    multiple = 1 if model.device.type == "cpu" else _ALIGNED
     known = _shares.setdefault(model, {})
     if (attention, one_row) not in known:
-        tried = Layout(pad_token_id, True, config.hidden_size, one_row)
+        tried = Layout(pad_token_id, True, config.hidden_size, one_row, multiple)
         known[attention, one_row] = _reads_trees(model, tried)
-    if known[attention, one_row]:
-        return Layout(pad_token_id, True, config.hidden_size, one_row)
-    return Layout(pad_token_id, False, config.hidden_size)
+    shared = known[attention, one_row]
+    return Layout(pad_token_id, shared, config.hidden_size, shared and one_row, multiple)
 
 
 @torch.no_grad()
@@ -104,8 +106,10 @@ def _read(model, part, batch: dict[str, Tensor]):
         attention = TreeByTree(batch["ends"], batch["sizes"])
         reads["attention_mask"] = no_mask(batch["ends"], model.dtype)
     elif "ends" in batch:
-        mask_of = _MASKS[model.config.get_text_config()._attn_implementation]
-        reads["attention_mask"] = mask_of(batch["ends"])
+        mask = _MASKS[model.config.get_text_config()._attn_implementation](batch["ends"])
+        if isinstance(mask, Tensor):  # to be added, as attention would make it so in every layer
+            mask = torch.zeros_like(mask, dtype=model.dtype).masked_fill_(~mask, -torch.inf)
+        reads["attention_mask"] = mask
     with attention:
         return part(**reads)
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from allo_lib.errors import AlloError
 from allo_lib.importance import NeuronMask
 from allo_lib.row_linear import RowLinear, whole_rows
+from allo_lib.runtime import plain_writes
 
 _WATCHED = 2**20  # kept entries, about, that `moved` looks at
 
@@ -121,9 +122,10 @@ class MaskedAdamW(torch.optim.AdamW):
         if masters and self.max_grad_norm is not None:
             nn.utils.clip_grads_with_norm_(masters, self.max_grad_norm, self.grad_norm)
         super().step()
-        for packed in self._packed:
-            packed.write_back()
-            packed.master.grad = None
+        with plain_writes():
+            for packed in self._packed:
+                packed.write_back()
+                packed.master.grad = None
         if self.watch:
             changed = [(a != b).sum() for a, b in zip(before, self._sample(), strict=True)]
             self.moved = sum(changed).double() / sum(values.numel() for values in before)

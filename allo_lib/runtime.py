@@ -4,6 +4,7 @@ They only take effect when set before torch loads, so `import allo_lib` does it 
 Values that the user has set in the environment are left alone.
 """
 
+import contextlib
 import ctypes
 import gc
 import os
@@ -71,6 +72,27 @@ def make_deterministic(device: str) -> None:
     # Filling new memory finds mistakes in kernels; it costs time and changes no result.
     torch.utils.deterministic.fill_uninitialized_memory = False
     torch.backends.cudnn.benchmark = False
+    # Its attention prepares itself anew for every shape, and rows have a new length at every step.
+    torch.backends.cuda.enable_cudnn_sdp(False)
+
+
+@contextlib.contextmanager
+def plain_writes():
+    """A block for writes to distinct places, of which no algorithm can spoil the result.
+
+    Under `make_deterministic` torch would sort the places first and wait for the host to look at
+    them, which costs more than the write, and which a recording of steps (`static_decoding`)
+    cannot hold.
+    """
+    import torch
+
+    wanted = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(False)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(wanted, warn_only=warn_only)
 
 
 def _keep_freed_memory() -> None:

@@ -7,13 +7,14 @@ until most have, when the others go on as a smaller batch. No step is compiled, 
 longer than a small study decodes.
 """
 
-import contextlib
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
+
+from allo_lib.runtime import plain_writes
 
 # Steps between two looks at which rows have ended; up to as many are made in vain at the end.
 _LOOK_AFTER = 8
@@ -33,7 +34,7 @@ def finish(decoding) -> list[list[int]]:
     layers = decoding.cache.layers
     decoding.cache.layers = [_Places(layer, most, place) for layer in layers]
     decoding.mask = F.pad(decoding.mask, (0, most)).bool()[:, None, None]  # [rows, 1, 1, places]
-    with _any_algorithm():
+    with plain_writes():
         while not bool(decoding.over.all()):
             decoding.keep((~decoding.over).nonzero()[:, 0])
             _go_on(decoding, place, most)
@@ -100,16 +101,3 @@ class _Places(DynamicLayer):
         self.keys.index_copy_(2, self.place, key_states)
         self.values.index_copy_(2, self.place, value_states)
         return self.keys, self.values
-
-
-@contextlib.contextmanager
-def _any_algorithm():
-    """A block in which torch may write to given places as it likes: the places are distinct, and
-    its deterministic way first looks at them, for which a recording cannot wait."""
-    wanted = torch.are_deterministic_algorithms_enabled()
-    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
-    torch.use_deterministic_algorithms(False)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(wanted, warn_only=warn_only)
