@@ -74,6 +74,7 @@ class MaskedAdamW(torch.optim.AdamW):
         # Set `watch` to have every step leave in `moved` which share of the kept entries it changed
         # in the model's own dtype, by every so many of them: bf16 rounds small updates away.
         self.watch, self.moved = False, None  # `moved` is a float64 scalar on the device
+        self._seen: list[Tensor] | None = None  # what the last watched step left
         linears = _linears_by_weight(model)
         self._packed = [
             _Packed(
@@ -118,7 +119,7 @@ class MaskedAdamW(torch.optim.AdamW):
         if masters and self.refused is not None:
             self.guard(self.grad_norm)
             self.found_inf = self.refused.float()  # torch's fused update reads this
-        before = self._sample() if self.watch else []
+        before = (self._seen or self._sample()) if self.watch else None
         if masters and self.max_grad_norm is not None:
             nn.utils.clip_grads_with_norm_(masters, self.max_grad_norm, self.grad_norm)
         super().step()
@@ -126,8 +127,9 @@ class MaskedAdamW(torch.optim.AdamW):
             for packed in self._packed:
                 packed.write_back()
                 packed.master.grad = None
+        self._seen = self._sample() if self.watch else None
         if self.watch:
-            changed = [(a != b).sum() for a, b in zip(before, self._sample(), strict=True)]
+            changed = [(a != b).sum() for a, b in zip(before, self._seen, strict=True)]
             self.moved = sum(changed).double() / sum(values.numel() for values in before)
         return loss
 
@@ -141,10 +143,13 @@ class MaskedAdamW(torch.optim.AdamW):
         self.refused = refused if self.refused is None else self.refused | refused
 
     def _sample(self) -> list[Tensor]:
-        """Copies of evenly chosen kept values as the model holds them; all of them if few."""
+        """Copies of evenly chosen kept values as the model holds them, by dtype; all if few."""
         kept = sum(packed.master.numel() for packed in self._packed)
         stride = max(1, kept // _WATCHED)
-        return [packed.sample(stride) for packed in self._packed]
+        chosen: dict[torch.dtype, list[Tensor]] = {}
+        for packed in self._packed:
+            chosen.setdefault(packed.parameter.dtype, []).append(packed.sample(stride))
+        return [torch.cat(values).to(dtype) for dtype, values in chosen.items()]
 
     @property
     def trained(self) -> tuple[str, ...]:
@@ -186,6 +191,7 @@ class MaskedAdamW(torch.optim.AdamW):
         if state_dict.pop("mask", None) != self._mask_hash():
             raise AlloError("MaskedAdamW: the saved state is of another mask; resume with its mask")
         super().load_state_dict(state_dict)
+        self._seen = None
         with torch.no_grad():
             for packed, master in zip(self._packed, masters, strict=True):
                 packed.master.copy_(master)
@@ -283,14 +289,11 @@ class _Packed:
             weight.view(-1).index_copy_(0, self.index.long(), rounded)
 
     def sample(self, stride: int) -> Tensor:
-        """A copy of every `stride`-th kept value, or of all in every `stride`-th kept row."""
-        weight = self.parameter.detach()
+        """Every `stride`-th master, or all of every `stride`-th kept row."""
+        masters = self.master.detach()
         if self.linear is not None:
-            return weight.index_select(0, self.index[::stride]).view(-1)
-        flat = weight.view(-1)
-        if self.index is None:
-            return flat[::stride].clone()
-        return flat.index_select(0, self.index[::stride])
+            return masters.view(-1, self.parameter.shape[1])[::stride].flatten()
+        return masters[::stride]
 
     def full(self) -> Tensor:
         """The parameter in float32, with the masters where there are some."""
