@@ -31,6 +31,7 @@ from allo_lib import (
     parallel,
     report,
     results,
+    scoring,
     stages,
     status,
     verify,
@@ -212,6 +213,14 @@ def test_nothing_is_trained_whose_result_is_there(measured, tmp_path, trained):
     assert trained == [] and not list(folder.rglob("*.safetensors"))
     later = opened(folder, seed=1)
     assert overlaps.scores_of_earlier_seeds(later, DOMAIN) == {} and trained == []
+
+
+def test_rows_of_preferences_need_no_tensors_either(measured, tmp_path, monkeypatch):
+    study = opened(carried(measured, tmp_path / "there"))
+    monkeypatch.setattr(type(study), "task", lambda self, name: None)
+    study.pairs(DOMAIN).rows["dev"] = [{}] * 3
+    assert scoring.dev_count(study, DOMAIN) == 3
+    assert not list(study.results_dir.rglob("*.safetensors"))
 
 
 def test_the_next_method_is_measured_to_the_same_bits(measured, tmp_path, trained):
