@@ -17,7 +17,7 @@ from allo_lib.objectives import ON_POLICY, ON_REJECTED, ON_SOLUTIONS
 from allo_lib.search import Rates, Tried, best, search
 from allo_lib.seeds import derive
 from allo_lib.stages import run_stage
-from allo_lib.store import Artifact, write_json
+from allo_lib.store import MANIFEST, Artifact, write_json
 from allo_lib.study import Study
 from allo_lib.token_rewards import key_tokens
 from allo_lib.training import Diverged, Log, Schedule
@@ -35,7 +35,8 @@ def result(study: Study, name: str, method: str) -> dict:
     Keys: `method`, `rates`, `tried` (rates, dev score, displacement, training margin of every
     candidate), `loss` (a list per stage), `dev`, `displacement`, `answers` (id, dataset, answered,
     right per test problem; absent without questions), `margins` (of the held-out pairs),
-    `instructions` (rows of `instructions.reply`; absent where none are asked).
+    `instructions` (rows of `instructions.reply`; absent where none are asked); `device`, and `sft`:
+    the first 12 hex digits of the SHA-256 of the SFT weights that it started from.
     """
     inputs = _method_inputs(study, name, method)
 
@@ -124,20 +125,21 @@ def _make_result(study: Study, name: str, method: str, folder: Path) -> None:
         raise AlloError(
             f"{name}, {method}: every learning rate of the search diverged; lower `rates`"
         )
+    if not ruined:
+        # Asked for anew: a method of the same stages may have run beside this one and dropped it.
+        best_one = _candidate(study, name, stages, chosen.rates)
+        model = study.load(best_one)
+        records[chosen.rates] = best_one.json()  # lost weights may just have been trained again
     record = dict(records[chosen.rates])
     if ruined:  # which is what a row of given rates is there to show
         record |= {"dev": 0.0, "loss": []}
-    record |= {"device": device_name(study.device)}
+    sft = study.sft(name).json(MANIFEST)["files"][WEIGHTS]
+    record |= {"device": device_name(study.device), "sft": sft[:12]}
     record |= {"method": method, "rates": list(chosen.rates), "tried": [
-        {"rates": list(one.rates), "dev": one.score} | {
-            key: records[one.rates][key] for key in ("displacement", "train_margin")}
+        {"rates": list(one.rates)} | {
+            key: records[one.rates][key] for key in ("dev", "displacement", "train_margin")}
         for one in tried]}  # fmt: skip
-    # Asked for anew: a method of the same stages may have run beside this one and dropped it.
-    if ruined:
-        record |= scoring.of_a_ruin(study, name)
-    else:
-        model = study.load(_candidate(study, name, stages, chosen.rates))
-        record |= scoring.measure(study, name, model)
+    record |= scoring.of_a_ruin(study, name) if ruined else scoring.measure(study, name, model)
     write_json(folder / "record.json", record)
     kept = method.removesuffix(PAPER_PROTOCOL) in KEPT
     for rates, artifact in candidates.items():

@@ -19,10 +19,13 @@ from allo_lib.profile_files import load_profile, parse_yaml
 
 DATA_VARIABLE = "ALLO_DATA"
 DEFAULT_PROFILE = "tiny"
-BAD_INPUT = 2
+STARTED_VARIABLE = "ALLO_STARTED"  # run_all.sh puts there when it was typed, in Unix seconds
+BAD_INPUT, TIME_UP = 2, 3
+# Of --minutes, at most: to stop a notebook, write the manifest and tell what is missing.
+ENDING_SECONDS = 40
 USAGE = """\
 ./run_all.sh [PROFILE] [--seeds 0,1,2] [--domains A,B] [--only 01,05] [--data DIR] [--out DIR]
-             [-p NAME VALUE]... [--fresh]
+             [--minutes M] [-p NAME VALUE]... [--fresh]
 ./run_all.sh test [PYTEST ARGS]
 ./run_all.sh status [PROFILE] [--domains A,B] [--out DIR]
 ./run_all.sh verify [PROFILE] [--out DIR] [--rerun] [--data DIR]"""
@@ -35,7 +38,8 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command; returns the exit status: 0 done, 1 failed, 2 bad input, 128 + signal."""
+    """Run one command; returns the exit status: 0 done, 1 failed, 2 bad input, 3 stopped because
+    --minutes were over, 128 + signal."""
     arguments = sys.argv[1:] if arguments is None else arguments
     command = arguments[0] if arguments else ""
     try:
@@ -72,10 +76,12 @@ def run(arguments: list[str]) -> int:
     parser.add_argument("--seeds", default="0", metavar="0,1,2", help="seeds, default 0")
     parser.add_argument("--only", metavar="01,05", help="numbers of notebooks")
     parser.add_argument("--fresh", action="store_true", help="remove earlier results first")
+    parser.add_argument("--minutes", metavar="M", help="end after M minutes, done or not")
     _add_data(parser)
     options = parser.parse_args(arguments)
     start = time.monotonic()
-    asked = _run_of(options)
+    deadline = None if options.minutes is None else start + parse_minutes(options.minutes)
+    asked = dataclasses.replace(_run_of(options), deadline=deadline)
     if options.fresh and (asked.only or asked.domains):
         raise AlloError("--fresh starts the whole run over; leave out --only and --domains")
     if asked.domains and asked.only and not set(asked.only) <= set(_of_domains(asked)):
@@ -83,13 +89,20 @@ def run(arguments: list[str]) -> int:
             f"--domains: notebooks {', '.join(_of_domains(asked))} look at single domains; leave "
             f"it out for --only {','.join(asked.only)}"
         )
-    written = driver.run_study(asked, fresh=options.fresh)
+    late = False
+    try:
+        written = driver.run_study(asked, fresh=options.fresh)
+    except driver.TimeUp as stopped:
+        late, written = True, stopped.written
     for name in written:
         print(f"wrote {shown(asked.results / name)}")
     seconds = time.monotonic() - start
     count = f"{len(written)} files written" if written else "nothing to do"
     print(f"{asked.profile.name}: {count}; took {int(seconds // 60)} min {seconds % 60:.0f} s")
-    return 0
+    if not late:
+        return 0
+    print(f"time is up, and the same command goes on from here; missing:\n{status.missing(asked)}")
+    return TIME_UP
 
 
 def _of_domains(asked: marks.Run) -> list[str]:
@@ -200,6 +213,20 @@ def parse_seeds(text: str) -> tuple[int, ...]:
     if len(set(seeds)) < len(seeds):
         raise AlloError(f"--seeds {text!r}: a seed is named twice; name each once")
     return seeds
+
+
+def parse_minutes(text: str) -> float:
+    """Seconds from now until notebooks have to stop, for a command of `text` minutes in all.
+
+    AlloError unless that is a finite number above 0.
+    """
+    minutes = float(text) if re.fullmatch(r"[0-9]{1,9}(\.[0-9]{0,9})?|\.[0-9]{1,9}", text) else 0.0
+    if not minutes:
+        raise AlloError(
+            f"--minutes {_cut(text)!r}: expected a number of minutes above 0, as in 9 or 0.5"
+        )
+    gone = time.time() - float(os.environ.get(STARTED_VARIABLE) or time.time())
+    return 60 * minutes - min(ENDING_SECONDS, 15 * minutes) - gone
 
 
 def parse_only(text: str, notebooks: list[Path]) -> tuple[str, ...]:

@@ -27,9 +27,8 @@ from allo_lib.marks import (
     mark_path,
     measurements_hash,
     notebooks,
-    of_a_domain,
-    of_a_seed,
     read_mark,
+    steps,
 )
 from allo_lib.parts import KEY
 
@@ -52,12 +51,21 @@ class Stopped(Exception):
         self.number = number
 
 
+class TimeUp(Exception):
+    """The run's deadline has come; `written` is what `run_study` would have returned."""
+
+    def __init__(self, written: list[str] | None = None):
+        super().__init__()
+        self.written = written or []
+
+
 def run_study(run: Run, fresh: bool = False) -> list[str]:
     """Run every asked notebook that is not done, and write the manifest when any was.
 
     Returns the files that were written or changed, relative to the results folder. Raises
-    NotebookError at the first notebook that fails, Stopped on a signal, and AlloError when the
-    results folder belongs to something else or cannot be written.
+    NotebookError at the first notebook that fails, Stopped on a signal, TimeUp at the deadline but
+    with the manifest written, and AlloError when the results folder belongs to something else or
+    cannot be written.
     """
     check_folder(run, fresh)
     with _signals(), _disk_errors_told(run.results), _only_run(run.results):
@@ -66,11 +74,20 @@ def run_study(run: Run, fresh: bool = False) -> list[str]:
         before = _snapshot(run.results)
         _note_profile(run)
         pending = run.results / manifest.STORE / "done" / "manifest-is-behind"
-        ran = _run_all(run, pending)
-        if pending.exists():
-            write_manifest(run, ran)
-            pending.unlink()
+        ran: set[str] = set()
+        try:
+            _run_all(run, pending, ran)
+        except TimeUp:
+            _finish(run, pending, ran)
+            raise TimeUp(_changed(before, _snapshot(run.results))) from None
+        _finish(run, pending, ran)
         return _changed(before, _snapshot(run.results))
+
+
+def _finish(run: Run, pending: Path, ran: set[str]) -> None:
+    if pending.exists():
+        write_manifest(run, ran)
+        pending.unlink()
 
 
 def check_folder(run: Run, fresh: bool) -> None:
@@ -122,24 +139,21 @@ def clear(results: Path) -> None:
             path.unlink()
 
 
-def _run_all(run: Run, pending: Path) -> set[str]:
-    """Returns the groups of which at least one notebook ran; `pending` exists from then on."""
-    asked = [n for n in notebooks(run) if not run.only or n.name[:2] in run.only]
-    if run.domains:
-        asked = [notebook for notebook in asked if of_a_domain(notebook)]
-    steps = [(n, seed) for seed in run.seeds for n in asked if of_a_seed(n)]
-    steps += [(n, None) for n in asked if not of_a_seed(n)]
-    ran, afterwards = set(), []
-    for notebook, seed in steps:
+def _run_all(run: Run, pending: Path, ran: set[str]) -> None:
+    """Adds to `ran` the groups of which a notebook ran through; `pending` exists once one began."""
+    afterwards = []
+    for notebook, seed in steps(run):
         name = notebook.stem if seed is None else f"{notebook.stem} (seed {seed})"
         if is_done(run, notebook, seed):
             print(f"{name}: done before", flush=True)
             continue
+        if run.deadline is not None and time.monotonic() > run.deadline:
+            raise TimeUp
         pending.parent.mkdir(parents=True, exist_ok=True)
         pending.touch()
         print(f"{name}: started", flush=True)
-        ran.add(group(run, seed))
         mark = _run_one(run, notebook, seed)
+        ran.add(group(run, seed))
         print(f"{name}: done in {mark['seconds']:.1f} s", flush=True)
         if seed is None:
             afterwards.append((notebook, mark))
@@ -147,7 +161,6 @@ def _run_all(run: Run, pending: Path) -> set[str]:
     for notebook, mark in afterwards:
         mark["measurements"] = measurements_hash(run)
         manifest.write_json(mark_path(run, notebook, None), mark)
-    return ran
 
 
 def _run_one(run: Run, notebook: Path, seed: int | None) -> dict:
@@ -192,8 +205,12 @@ def _job(run: Run, notebook: Path, seed: int | None) -> Job:
 
 
 def execute(run: Run, job: Job) -> None:
-    """Run one notebook in a process of its own; NotebookError when it does not run through."""
-    _wait_for(_start(run, job), job)
+    """Run one notebook in a process of its own; NotebookError when it does not run through, TimeUp
+    when the run's deadline comes first."""
+    try:
+        _wait_for(_start(run, job), job, run.deadline)
+    except subprocess.TimeoutExpired:
+        raise TimeUp from None
 
 
 def _start(run: Run, job: Job) -> subprocess.Popen:
@@ -212,9 +229,9 @@ def _start(run: Run, job: Job) -> subprocess.Popen:
     )
 
 
-def _wait_for(process: subprocess.Popen, job: Job) -> None:
+def _wait_for(process: subprocess.Popen, job: Job, deadline: float | None) -> None:
     try:
-        status = process.wait()
+        status = process.wait(deadline and max(0.0, deadline - time.monotonic()))
     except BaseException:
         process.stdin.close()  # which asks it to stop
         try:

@@ -26,7 +26,7 @@ class KeyNeurons:
             "method": [self.profile.method.beta, self.profile.method.warmup_rate_factor],
         }
         make = lambda folder: self._make_scores(name, variant, folder)  # noqa: E731
-        return self._kept("scores", inputs, make)
+        return self._kept("scores", inputs, make, name)
 
     def _make_scores(self, name: str, variant: str, folder: Path) -> None:
         datasets = [row["dataset"] for row in self.pairs(name).rows["mask"]]
@@ -67,7 +67,14 @@ class KeyNeurons:
         granularity: str = "scalar",
         scope: str = "global",
     ) -> NeuronMask:
-        """The kept neurons of a domain (`importance.select_neurons`); written as safetensors."""
+        """The kept neurons of a domain (`importance.select_neurons`)."""
+        kept = self.kept_neurons(name, order, share, variant, granularity, scope)
+        return NeuronMask.load(kept.file("mask.safetensors"))
+
+    def kept_neurons(
+        self, name: str, order, share, variant, granularity="scalar", scope="global"
+    ) -> Artifact:
+        """The artifact of `mask`: `mask.safetensors`, and a record of ties."""
         inputs = {
             "order": order,
             "share": share,
@@ -81,7 +88,7 @@ class KeyNeurons:
         def make(folder: Path) -> None:
             self._make_mask(name, order, share, variant, granularity, scope, folder)
 
-        return NeuronMask.load(self.store.get("mask", inputs, make).file("mask.safetensors"))
+        return self.store.get("mask", inputs, make)
 
     def _make_mask(self, name, order, share, variant, granularity, scope, folder: Path) -> None:
         scores = weights.read_tensors(self.scores(name, variant).file("scores.safetensors"))

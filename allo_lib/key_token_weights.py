@@ -24,7 +24,7 @@ class KeyTokenWeights:
             "quality": quality,
         }
         make = lambda folder: self._make_reward_model(name, quality, folder)  # noqa: E731
-        return self._kept("reward_model", inputs, make)
+        return self._kept("reward_model", inputs, make, name)
 
     def _make_reward_model(self, name: str, quality: str, folder: Path) -> None:
         domain, pairs = self.domain(name), self.pairs(name)

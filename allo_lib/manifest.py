@@ -123,7 +123,10 @@ def measured_seeds(results: Path) -> list[int]:
 
 def noted(results: Path) -> dict:
     """What the library noted of the weights that ran (source, licence, SHA-256), of the data (rows
-    and SHA-256 of every file) and of the device that made each cell; else what was known before."""
+    and SHA-256 of every file) and of the device that made each cell; else what was known before.
+
+    "trained_again": "seed0.maths.sft" -> the device on which these weights got other bits.
+    """
     store, before = results / STORE, read(results) or {}
     found = {
         "weights": list(notes.collect(store, notes.WEIGHTS).values()),
@@ -131,7 +134,8 @@ def noted(results: Path) -> dict:
     }
     known = {key: value or before.get(key, type(value)()) for key, value in found.items()}
     cells = notes.with_cells(before.get("cells", {}), notes.collect(store, notes.CELLS))
-    return known | {"cells": cells}
+    again = before.get("trained_again", {}) | notes.collect(store, notes.AGAIN)
+    return known | {"cells": cells} | ({"trained_again": again} if again else {})
 
 
 def commit_of(root: Path) -> dict:

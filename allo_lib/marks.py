@@ -18,7 +18,8 @@ LAST_OF_A_SEED = 5
 LAST_OF_A_DOMAIN = 6
 # Modules that start notebooks and never run inside one: changing them makes no result stale.
 STARTERS = {
-    "cli", "driver", "environment", "execute", "kernel", "manifest", "marks", "status", "verify",
+    "cli", "driver", "environment", "execute", "kernel", "manifest", "marks", "missing", "status",
+    "verify",
 }  # fmt: skip
 
 
@@ -35,6 +36,7 @@ class Run:
     domains: tuple[str, ...] = ()  # those to work on, in the profile's order; empty means all
     data: Path | None = None
     notebooks: Path = ROOT / "notebooks"
+    deadline: float | None = None  # when notebooks are stopped, on the clock of time.monotonic()
 
 
 def notebooks(run: Run) -> list[Path]:
@@ -63,6 +65,16 @@ def group(run: Run, seed: int | None) -> str:
     if seed is None:
         return manifest.ALL_SEEDS
     return "_".join((f"{manifest.SEED_FOLDER}{seed}", *run.domains))
+
+
+def steps(run: Run) -> list[tuple[Path, int | None]]:
+    """(notebook, seed) of all that the run asks for, in order; no seed for those over all seeds."""
+    asked = [n for n in notebooks(run) if not run.only or n.name[:2] in run.only]
+    if run.domains:
+        asked = [notebook for notebook in asked if of_a_domain(notebook)]
+    return [(n, seed) for seed in run.seeds for n in asked if of_a_seed(n)] + [
+        (n, None) for n in asked if not of_a_seed(n)
+    ]
 
 
 def executed_path(run: Run, notebook: Path, seed: int | None) -> Path:

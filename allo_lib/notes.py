@@ -1,4 +1,7 @@
-"""What a study leaves in its store for the manifest: weights, data, and the device of each cell."""
+"""What a study leaves in its store for the manifest: weights, data, and the device of each cell.
+
+Of weights that were lost and trained again with other bits it leaves where that was.
+"""
 
 import contextlib
 import json
@@ -8,7 +11,7 @@ from pathlib import Path
 from allo_lib.store import write_json
 
 FOLDER = "notes"
-WEIGHTS, DATA, CELLS = "weights", "data-", "cells-"
+WEIGHTS, DATA, CELLS, AGAIN = "weights", "data-", "cells-", "again-"
 UNKNOWN = "not told"  # the device of results that were stored before devices were noted
 
 
@@ -31,10 +34,17 @@ def collect(store: Path, prefix: str) -> dict:
 
 
 def cells_of(results: dict[str, dict]) -> dict[str, list[str]]:
-    """device -> methods, from the results of one domain of one seed: method -> result."""
+    """device -> methods, from the results of one domain of one seed: method -> result.
+
+    Methods that started from SFT models of different bits have those named beside the device.
+    """
+    starts = {found["sft"] for found in results.values() if "sft" in found}
     cells: dict[str, list[str]] = {}
     for method, found in results.items():
-        cells.setdefault(found.get("device", UNKNOWN), []).append(method)
+        place = found.get("device", UNKNOWN)
+        if len(starts) > 1:
+            place += f", SFT model {found.get('sft', UNKNOWN)}"
+        cells.setdefault(place, []).append(method)
     return cells
 
 
@@ -61,7 +71,8 @@ def with_cells(known: dict[str, dict], found: dict[str, dict]) -> dict[str, dict
 
 
 def several_devices(cells: dict[str, dict]) -> str:
-    """Which cells were measured where, in one line; "" where one device measured all of them."""
+    """Which cells were measured where, in one line; "" where one device measured all of them, and
+    each seed and domain from one SFT model."""
     if len({device for of_seed in cells.values() for device in of_seed} - {UNKNOWN}) < 2:
         return ""
     told = [
@@ -70,4 +81,4 @@ def several_devices(cells: dict[str, dict]) -> str:
         for device, domains in of_seed.items()
         for name, methods in domains.items()
     ]
-    return f"Cells were measured on several devices. {'; '.join(told)}."
+    return f"Cells were measured on several devices or SFT models. {'; '.join(told)}."

@@ -5,6 +5,7 @@ each tensor but keep as much of it as they do. What lies between the two is agre
 what lies above both is agreement on neurons.
 """
 
+import contextlib
 from dataclasses import dataclass
 from itertools import combinations
 
@@ -12,10 +13,10 @@ import numpy as np
 import torch
 
 from allo_lib import importance, weights
-from allo_lib.errors import AlloError
 from allo_lib.importance import NeuronMask
 from allo_lib.score_variants import FAMILY
 from allo_lib.stats import LEVEL
+from allo_lib.store import NotMade
 from allo_lib.study import Study
 
 RESAMPLES = 2000
@@ -120,23 +121,7 @@ def scores_of_earlier_seeds(study: Study, name: str) -> dict[int, dict[str, torc
     """
     found = {}
     for seed in range(study.seed):
-        other = _Reader(study.profile, seed, study.results_dir, study.data_dir)
-        try:
-            path = other.scores(name).file("scores.safetensors")
-        except _NotThere:
-            continue
-        found[seed] = weights.read_tensors(path)
+        other = Study(study.profile, seed, study.results_dir, study.data_dir)
+        with other.store.only_reading(), contextlib.suppress(NotMade):
+            found[seed] = weights.read_tensors(other.scores(name).file("scores.safetensors"))
     return found
-
-
-class _NotThere(AlloError):
-    """The store does not have an artifact."""
-
-
-class _Reader(Study):
-    """A study that reads its store and makes nothing."""
-
-    def _kept(self, kind: str, inputs: dict, make):
-        if not self.store.has(kind, inputs):
-            raise _NotThere(f"{kind} of seed {self.seed} is not in the store; run that seed first")
-        return self.store.get(kind, inputs, make)

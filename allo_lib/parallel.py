@@ -43,7 +43,7 @@ def prepare(study: Study, name: str) -> None:
     """Make what several methods share before they ask for it at the same time."""
     study.encoded(name, "train")
     study.encoded(name, "heldout")
-    study.scores(name)
+    study.scores(name).file("scores.safetensors")
     study.keep_probabilities(name, "train")
     if study.task(name) is not None:
         study.drafts(name, "dev"), study.drafts(name, "test")

@@ -13,6 +13,7 @@ from allo_lib.measurements import Measurement, seeds_of
 from allo_lib.parallel import run_methods
 from allo_lib.parts import Part
 from allo_lib.stats import Interval, PairedCounts, paired_interval
+from allo_lib.store import write_json
 from allo_lib.study import Study
 
 __all__ = ["OVERLAPS", "check_folder", "difference", "methods_of", "overlap_rows", "seed_rows",
@@ -199,16 +200,27 @@ def top_masks(study: Study, name: str) -> dict[str, NeuronMask]:
 
 def overlap_rows(study: Study, name: str) -> list[Measurement]:
     """Overlap of each compared pair of masks, and what chance would give."""
-    masks, rows = top_masks(study, name), []
+    rows = []
     for comparison in study.profile.stability:
-        first, second = (masks[variant] for variant in OVERLAPS[comparison])
-        chance = importance.chance_overlap(first.share)
-        for metric, value in (
-            ("mask_overlap", first.overlap(second)),
-            ("mask_overlap_chance", chance),
-        ):
-            rows.append(Measurement(study.seed, comparison, name, metric, value, 0.0, first.kept))
+        found = _overlap(study, name, *OVERLAPS[comparison])
+        for metric in ("mask_overlap", "mask_overlap_chance"):
+            told = found[metric], 0.0, found["kept"]
+            rows.append(Measurement(study.seed, comparison, name, metric, *told))
     return rows
+
+
+def _overlap(study: Study, name: str, first: str, second: str) -> dict:
+    """Kept, so that rows can be written again where the masks themselves are no longer."""
+    share = study.profile.method.share
+    masks = [study.kept_neurons(name, "top", share, variant) for variant in (first, second)]
+
+    def make(folder: Path) -> None:
+        one, other = (NeuronMask.load(mask.file("mask.safetensors")) for mask in masks)
+        found = {"mask_overlap": one.overlap(other), "kept": one.kept}
+        found["mask_overlap_chance"] = importance.chance_overlap(one.share)
+        write_json(folder / "record.json", found)
+
+    return study.store.get("overlap", {"masks": [mask.key for mask in masks]}, make).json()
 
 
 def update(study: Study, seeds: list[int]) -> list[Measurement]:

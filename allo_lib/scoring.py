@@ -16,7 +16,7 @@ def dev_score(study: Study, name: str, model) -> float:
 def dev_count(study: Study, name: str) -> int:
     """Development problems, or pairs, behind `dev_score`."""
     if study.task(name) is None:
-        return len(study.encoded(name, "dev"))
+        return len(study.pairs(name).rows["dev"])
     return study.domain(name).dev
 
 

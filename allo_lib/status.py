@@ -2,10 +2,14 @@
 
 import contextlib
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 from allo_lib import manifest
-from allo_lib.marks import Run, begun_seeds, group, is_done, notebooks, of_a_seed, read_mark
+from allo_lib.environment import ROOT, child_environment
+from allo_lib.marks import Run, begun_seeds, group, is_done, notebooks, of_a_seed, read_mark, steps
+from allo_lib.parts import KEY
 
 MISSING, STALE = "missing", "to redo"
 
@@ -30,6 +34,27 @@ def describe(run: Run) -> str:
     if artifacts:
         lines += ["", *_aligned([["artifact", "kind", "seconds", "MB"], *artifacts])]
     return "\n".join(lines)
+
+
+def missing(run: Run) -> str:
+    """What is not done of all that the run asks for: notebooks, and methods without a result."""
+    left: dict[str, list[str]] = {}
+    for notebook, seed in steps(run):
+        if not is_done(run, notebook, seed):
+            left.setdefault(group(run, seed), []).append(notebook.stem)
+    lines = [f"{name}: notebooks {', '.join(stems)}" for name, stems in left.items()]
+    # Keys are computed with torch there, which a command does without.
+    overrides = run.overrides | ({KEY: list(run.domains)} if run.domains else {})
+    data = None if run.data is None else str(run.data)
+    given = [run.given, overrides, list(run.seeds), str(run.results), data]
+    asked = subprocess.run(
+        [sys.executable, "-P", "-m", "allo_lib.missing", json.dumps(given)],
+        env=child_environment(), cwd=ROOT, capture_output=True, text=True,
+    )  # fmt: skip
+    if asked.returncode:
+        reason = (asked.stderr.splitlines() or ["no reason given"])[-1]
+        return "\n".join([*lines, f"methods: cannot be told ({reason})"])
+    return "\n".join([*lines, asked.stdout.rstrip()])
 
 
 def _pieces(run: Run, told: dict | None, seeds: list[int]) -> list[str]:

@@ -3,6 +3,10 @@
 An artifact is a folder `<store>/<kind>/<key>/` with a `manifest.json` that lists the SHA-256 of
 every file in it. It is written beside its place and renamed last, so that a killed run leaves no
 half artifact, and it is read only after its hashes agree.
+
+Tensors (`*.safetensors`) are large and can be made again: an artifact that has lost nothing else is
+sound, and whoever asks for a lost file has it made again, in the same way, by its own maker. So a
+store can be carried to another machine without them.
 """
 
 import contextlib
@@ -17,7 +21,7 @@ import sys
 import time
 import uuid
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -26,6 +30,7 @@ from allo_lib.config import fingerprint
 from allo_lib.errors import AlloError
 
 MANIFEST = "manifest.json"
+TENSORS = ".safetensors"
 _KEY_LENGTH = 24  # hex digits in the folder's name: 96 bits
 # What is not there is damage, which is made anew; any other OSError tells of the disk, not of what
 # lies on it.
@@ -36,16 +41,31 @@ _SAFETENSORS_ON_DISK = re.compile(r"Error while serializing: (I/O error|IoError)
 
 @dataclass(frozen=True)
 class Artifact:
-    """A complete result: `path` its folder, `key` the hash of what made it, `seconds` its cost."""
+    """A complete result: `path` its folder, `key` the hash of what made it, `seconds` its cost.
+
+    make_again: puts back tensors that were lost; see `Store.get`.
+    """
 
     kind: str
     key: str
     path: Path
     seconds: float
+    make_again: Callable[[], float] | None = field(default=None, compare=False, repr=False)
 
     def file(self, name: str) -> Path:
-        """Path of a file in the artifact."""
-        return self.path / name
+        """Path of a file in the artifact; tensors that were lost are made again.
+
+        AlloError when it is not there then: on another machine the same may end otherwise.
+        """
+        path = self.path / name
+        if self.make_again and path.suffix == TENSORS and not path.exists():
+            self.make_again()
+            if not path.exists():
+                raise AlloError(
+                    f"{self.kind}/{self.key} was made again and has no {name} now: run again, "
+                    "which goes on from what it has"
+                )
+        return path
 
     def json(self, name: str = "record.json"):
         """A JSON file of the artifact, parsed; AlloError when it was damaged after its check."""
@@ -70,7 +90,13 @@ class Store:
         self._checked: dict[Path, Artifact] = {}
         self._only_reading = False
 
-    def get(self, kind: str, inputs: dict, make: Callable[[Path], None]) -> Artifact:
+    def get(
+        self,
+        kind: str,
+        inputs: dict,
+        make: Callable[[Path], None],
+        changed: Callable[[], None] = lambda: None,
+    ) -> Artifact:
         """The artifact that `inputs` determine: read if it is there and sound, made if not.
 
         Args:
@@ -78,6 +104,8 @@ class Store:
             inputs: JSON values: settings that matter, keys of input artifacts, a version of the
                 stage's meaning.
             make: called with an empty folder to write the files of the artifact into.
+            changed: called when lost tensors were made again and are other bits than they were,
+                before these take the place of the whole artifact as it was.
 
         Raises:
             AlloError: the disk takes or gives no data, or an OSError of `make`; nothing is changed.
@@ -87,12 +115,18 @@ class Store:
         path = self.folder / kind / key
         if path in self._checked and os.path.isdir(path):
             return self._checked[path]
-        artifact = self._read(kind, key, path)
-        if artifact is None and self._only_reading:
-            raise NotMade(f"{kind}/{key} is not in {self.folder}; run the notebook that makes it")
-        artifact = artifact or self._make(kind, key, path, inputs, make)
-        self._checked[path] = artifact
-        return artifact
+
+        def make_here() -> float:
+            if self._only_reading:
+                raise NotMade(
+                    f"{kind}/{key} is not in {self.folder}; run the notebook that makes it"
+                )
+            return self._make(kind, key, path, inputs, make, changed)
+
+        seconds = self._read(kind, key, path)
+        seconds = make_here() if seconds is None else seconds
+        self._checked[path] = Artifact(kind, key, path, seconds, make_here)
+        return self._checked[path]
 
     @contextlib.contextmanager
     def only_reading(self):
@@ -104,7 +138,7 @@ class Store:
             self._only_reading = before
 
     def has(self, kind: str, inputs: dict) -> bool:
-        """Whether `get` would find the artifact without making it."""
+        """Whether `get` would find the artifact without making it; its tensors may be lost."""
         key = fingerprint({"kind": kind, "inputs": inputs})[:_KEY_LENGTH]
         path = self.folder / kind / key
         return self._read(kind, key, path) is not None
@@ -117,7 +151,8 @@ class Store:
             artifact.path.rename(aside)
         shutil.rmtree(aside, ignore_errors=True)
 
-    def _read(self, kind: str, key: str, path: Path) -> Artifact | None:
+    def _read(self, kind: str, key: str, path: Path) -> float | None:
+        """What a sound artifact cost, in seconds; None if there is none."""
         try:
             if not path.is_dir():
                 return None
@@ -125,7 +160,7 @@ class Store:
             if damaged is not None:
                 damaged, seconds = _set_aside(path)
             if damaged is None:
-                return Artifact(kind, key, path, seconds)
+                return seconds
         except OSError as error:
             raise AlloError(
                 f"cannot read {kind} in {path} ({_one_line(error)}): mend the disk or permit "
@@ -134,7 +169,7 @@ class Store:
         print(f"{kind}/{key}: {damaged} is damaged; set aside, made anew", file=sys.stderr)
         return None
 
-    def _make(self, kind, key, path, inputs, make) -> Artifact:
+    def _make(self, kind, key, path, inputs, make, changed) -> float:
         temporary = path.with_name(f".{key}.{uuid.uuid4().hex[:8]}")
         start = time.perf_counter()
         try:
@@ -142,7 +177,7 @@ class Store:
             make(temporary)
             seconds = round(time.perf_counter() - start, 3)
             seal(temporary, {"kind": kind, "key": key, "seconds": seconds, "inputs": inputs})
-            self._publish(temporary, path)
+            self._publish(temporary, path, changed)
             shutil.rmtree(partial_of(temporary), ignore_errors=True)
         except OSError as error:
             raise AlloError(self._failure(kind, error)) from error
@@ -152,7 +187,7 @@ class Store:
             raise AlloError(self._failure(kind, error)) from error
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
-        return Artifact(kind, key, path, seconds)
+        return seconds
 
     def _failure(self, kind: str, error: Exception) -> str:
         """One line that blames the store's disk only for what happened there."""
@@ -175,13 +210,16 @@ class Store:
             return Path(error.filename).absolute().is_relative_to(self.folder.absolute())
         return error.errno in _FULL_OR_BROKEN  # a failing write names no file
 
-    def _publish(self, temporary: Path, path: Path) -> None:
+    def _publish(self, temporary: Path, path: Path, changed) -> None:
         try:
             temporary.rename(path)
         except OSError:
             if not path.is_dir():
                 raise
-            return  # another process finished the same artifact first; its bytes serve as well
+            # Another process finished the same artifact first: its bytes serve as well. Or it was
+            # there without its tensors.
+            _put_back(temporary, path, changed)
+            return
         _fsync(path.parent)
 
 
@@ -193,7 +231,8 @@ def _inspect(path: Path) -> tuple[str | None, float]:
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
         seconds = float(manifest["seconds"])
-        damaged = [name for name, digest in manifest["files"].items() if _lost(path / name, digest)]
+        files = manifest["files"].items()
+        damaged = [name for name, digest in files if _is_damaged(path / name, digest)]
     except (*_GONE, ValueError, KeyError, TypeError, AttributeError):
         return MANIFEST, 0.0
     return (damaged[0] if damaged else None), seconds
@@ -205,22 +244,56 @@ def _set_aside(path: Path) -> tuple[str | None, float]:
     Of several processes that saw the damage, the first moves it and makes it anew; another that
     acted on what it had seen before would move what was made anew away from its readers.
     """
-    descriptor = os.open(path.parent, os.O_RDONLY)
-    try:
-        with contextlib.suppress(OSError):  # network disks may know no locks on folders
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
+    with _alone(path.parent):
         damaged, seconds = _inspect(path)
         if damaged is not None:
             with contextlib.suppress(FileNotFoundError):  # another process was quicker
                 path.rename(path.with_name(f"{path.name}.damaged-{uuid.uuid4().hex[:8]}"))
-    finally:
-        os.close(descriptor)
     return damaged, seconds
 
 
-def _lost(path: Path, digest: str) -> bool:
+def _put_back(made: Path, path: Path, changed: Callable[[], None]) -> None:
+    """Give an artifact the tensors that it lost, from one that was made again in the folder `made`.
+
+    Equal tensors join what is there. With any other bits all of it is replaced, as its JSON files
+    tell of the tensors; whoever looks in between sees damage, and waits in `_set_aside`.
+    """
+    with _alone(path.parent):
+        if _inspect(path)[0] is not None:
+            return  # the next reader sets it aside
+        before, after = _digests(path), _digests(made)
+        names = [name for name in before if not (path / name).exists()]
+        if any(after.get(name) != before[name] for name in names):
+            print(f"{path.parent.name}/{path.name}: made again with other bits", file=sys.stderr)
+            changed()
+            names = [*after, MANIFEST]
+        for name in names:
+            (path / name).parent.mkdir(parents=True, exist_ok=True)
+            os.replace(made / name, path / name)
+            _fsync((path / name).parent)
+
+
+@contextlib.contextmanager
+def _alone(folder: Path):
+    """Hold a lock on a folder of the store."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # network disks may know no locks on folders
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _digests(folder: Path) -> dict[str, str]:
+    return json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
+
+
+def _is_damaged(path: Path, digest: str) -> bool:
     try:
         return sha256(path) != digest
+    except FileNotFoundError:
+        return path.suffix != TENSORS
     except _GONE:
         return True
 
@@ -273,7 +346,7 @@ def _check_whole(path: Path) -> None:
     try:
         if path.suffix == ".json":
             json.loads(path.read_text(encoding="utf-8"))
-        elif path.suffix == ".safetensors":
+        elif path.suffix == TENSORS:
             with safe_open(str(path), framework="np"):
                 pass  # opening it compares the length of the file with its header
     except (ValueError, SafetensorError) as error:

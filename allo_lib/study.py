@@ -4,6 +4,7 @@ SFT model, preference pairs, reference log-probs, importance scores, masks (`key
 weights (`key_token_weights`) are artifacts of the store; `arms` trains the methods on them.
 """
 
+import contextlib
 import os
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -14,6 +15,7 @@ from allo_lib import instructions, models, notes, reference, weights, workers
 from allo_lib.checkpoints import Checkpoints
 from allo_lib.config import Domain, Profile
 from allo_lib.encoding import encode_demonstration, encode_pairs, encode_response
+from allo_lib.environment import device_name
 from allo_lib.errors import AlloError
 from allo_lib.forward import pair_logps
 from allo_lib.generation import generate
@@ -125,21 +127,31 @@ class Study(KeyNeurons, KeyTokenWeights):
         """The weights as they were loaded, on the CPU."""
         return weights.snapshot(self._loaded[0], "cpu")
 
-    def _kept(self, kind: str, inputs: dict, make) -> Artifact:
+    def _kept(self, kind: str, inputs: dict, make, name: str = "") -> Artifact:
         """An artifact whose making uses the live model, which has its weights back afterwards.
 
         Artifacts are made when they are first asked for, and that may be in the middle of a
-        training or an evaluation.
+        training or an evaluation. name: the domain of weights of which the manifest has to tell
+        when they were lost and made again with other bits.
         """
+        threads = torch.get_num_threads()
 
         def make_and_restore(folder: Path) -> None:
             live = weights.snapshot(self.model)
+            # What was lost may be made again where torch has another number, which changes bits.
+            other = torch.get_num_threads() != threads
             try:
-                make(folder)
+                with workers.torch_threads(threads) if other else contextlib.nullcontext():
+                    make(folder)
             finally:
                 weights.restore(self.model, live)
 
-        return self.store.get(kind, inputs, make_and_restore)
+        def changed() -> None:
+            if name:
+                note = f"{notes.AGAIN}seed{self.seed}.{name}.{kind}"
+                notes.leave(self.store.folder, note, device_name(self.device))
+
+        return self.store.get(kind, inputs, make_and_restore, changed)
 
     def domain(self, name: str) -> Domain:
         """Settings of a domain; AlloError for an unknown name."""
@@ -196,7 +208,7 @@ class Study(KeyNeurons, KeyTokenWeights):
     def sft(self, name: str) -> Artifact:
         """Weights of the SFT model: the starting point theta of everything else."""
         inputs = self.inputs(name, "pretrain", "sft", "explain", "max_length")
-        return self._kept("sft", inputs, lambda folder: self._make_sft(name, folder))
+        return self._kept("sft", inputs, lambda folder: self._make_sft(name, folder), name)
 
     def load_sft(self, name: str):
         """The live model with the SFT weights, in eval mode."""

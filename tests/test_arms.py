@@ -386,7 +386,7 @@ def test_what_can_change_the_sft_model_changes_its_key(tiny_study, change, monke
     try:
         changed = open_study(tiny_study.results_dir, **change)
         for study in (tiny_study, changed):
-            monkeypatch.setattr(study.store, "get", lambda kind, given, make: asked.append(given))
+            monkeypatch.setattr(study.store, "get", lambda kind, given, *_: asked.append(given))
             study.sft(DOMAIN)
     finally:
         torch.set_num_threads(threads)
