@@ -42,6 +42,7 @@ FINE = {"tests": (0, 5), "costs": (0, 3), "study": (0, 3)}  # statuses; 5 is no 
 CARRY, LOG, TOLD = "carry.tar.gz.", "log.txt", "window.json"
 PART, LARGEST = 14_500_000, 16_000_000  # bytes of an archive's files, and of any file in DIR
 MOST = 7  # files in DIR, beside one being written
+PACK_EVERY = 10  # seconds, while there are new results
 # What is left out first where there are too many; then the last archives.
 LESS_IMPORTANT = ("decoding.trace.json.gz", "training.trace.json.gz", "operations.txt", LOG)
 
@@ -95,7 +96,7 @@ class Window:
             try:
                 while process.poll() is None and (rest := begun + limit - time.monotonic()) > 0:
                     with contextlib.suppress(subprocess.TimeoutExpired):
-                        process.wait(min(rest, self.length / 20))
+                        process.wait(min(rest, PACK_EVERY))
                     if minutes:
                         self.pack()
             finally:
@@ -257,9 +258,10 @@ def main() -> int:
     if Path(options.profile).is_file():
         options.profile = str(Path(options.profile).resolve())
     place = Path(tempfile.gettempdir(), "allo-window", Path(options.profile).stem)
-    options.results = (options.results or place).resolve()
-    options.out, options.only = options.out.resolve(), options.only.split(",")
-    options.data = options.data and options.data.resolve()
+    options.results, options.only = options.results or place, options.only.split(",")
+    for name in ("out", "results", "data", "wheels", "carried"):  # phases run elsewhere
+        path = getattr(options, name)
+        setattr(options, name, path and path.resolve())
     if unknown := set(options.only) - set(PHASES):
         parser.error(f"--only {','.join(unknown)}: expected some of {', '.join(PHASES)}")
     options.out.mkdir(parents=True, exist_ok=True)
