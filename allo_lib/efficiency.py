@@ -9,6 +9,8 @@ import csv
 import math
 import statistics
 import sys
+import traceback
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -49,44 +51,62 @@ def measure(study: Study) -> list[dict]:
 
     Seconds per pair are medians over processes, with the lowest and highest. Tokens per second
     count each token of a pair once, whatever a variant repeats or pads. Peak memory is above that
-    of the process with the model loaded and nothing else done. The floor is the time that the
-    counted operations of a step take at the rate of a large matrix product on the same device.
+    of the process with the model loaded and nothing else done, and that of the timed steps alone.
+    The floor is the time that the counted operations of a step take at the rate of a large matrix
+    product on the same device.
+
+    A peer that fails is left out, with a line that says why.
 
     Raises:
-        AlloError: a process that ended before it had measured, for want of memory for instance.
+        AlloError: a variant of this project that failed, for want of memory for instance.
     """
     order = variants(study)
     for variant in order:
         _mask(study, variant)  # made here, read by the workers
     workload(study)
     runs: dict[str, list[dict]] = {variant: [] for variant in order}
+    settings = (study.profile, study.seed, str(study.results_dir), study.data_dir)
     for repeat in range(study.profile.timing.repeats):
-        for variant in order if repeat % 2 == 0 else reversed(order):
-            runs[variant].append(_run(study, variant))
-            seconds = runs[variant][-1]["seconds"] / runs[variant][-1]["pairs"]
-            print(f"{variant}, repeat {repeat + 1}: {seconds:.4g} s a pair", flush=True)
-    return [_row(variant, runs[variant]) for variant in order]
+        for variant in list(runs)[:: -1 if repeat % 2 else 1]:
+            try:
+                run = in_own_process(_worker, *settings, variant)
+            except AlloError as error:
+                if variant not in peers.PEERS:
+                    raise
+                del runs[variant]
+                print(f"{variant} is left out: {error}", flush=True)
+                continue
+            runs[variant].append(run)
+            print(
+                f"{variant}, repeat {repeat + 1}: {run['seconds'] / run['pairs']:.4g} s a pair, "
+                f"{run['trained']} values trained",
+                flush=True,
+            )
+    return [_row(variant, runs[variant]) for variant in runs]
 
 
-def write(rows: list[dict], path: Path) -> None:
-    """Write the rows as CSV with the columns that claims and report read."""
+def write(rows: list[dict], path: Path, columns: Sequence[str] = COLUMNS) -> None:
+    """Write these columns of the rows as CSV, by default those that claims and report read."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer = csv.DictWriter(file, columns, lineterminator="\n", extrasaction="ignore")
         writer.writeheader()
         writer.writerows(rows)
 
 
-def _run(study: Study, variant: str) -> dict:
-    """What one process measured of a variant."""
+def in_own_process(work: Callable, *arguments):
+    """What `work(*arguments)` returns, called in a process of its own that ends with it.
+
+    Raises:
+        AlloError: what it raised, or that the process ended before it returned.
+    """
     context = fork_server()
     ours, theirs = context.Pipe(duplex=False)
-    settings = (study.profile, study.seed, str(study.results_dir), study.data_dir)
-    process = context.Process(target=_worker, args=(theirs, *settings, variant), daemon=True)
+    process = context.Process(target=_send, args=(theirs, work, *arguments), daemon=True)
     process.start()
     theirs.close()  # so that the end of the process ends a wait for it
     try:
-        return ours.recv()
+        found = ours.recv()
     except EOFError:
         raise AlloError(
             "a process that measures the cost of a step ended before its time; free memory or see "
@@ -95,6 +115,22 @@ def _run(study: Study, variant: str) -> dict:
     finally:
         process.terminate()
         process.join()
+    if isinstance(found, AlloError):
+        raise found
+    return found
+
+
+def _send(pipe, work: Callable, *arguments) -> None:
+    leave_with_parent()
+    try:
+        found = work(*arguments)
+    except AlloError as error:
+        found = error
+    except Exception as error:
+        traceback.print_exc()
+        words = str(error).strip().splitlines() or [""]
+        found = AlloError(f"{type(error).__name__}: {words[0][:300]}")
+    pipe.send(found)
 
 
 def _row(variant: str, runs: list[dict]) -> dict:
@@ -117,31 +153,31 @@ def _row(variant: str, runs: list[dict]) -> dict:
     }
 
 
-def _worker(pipe, profile: Profile, seed: int, results_dir: str, data_dir, variant: str) -> None:
-    """Load, warm up, run one block of steps, and send its time and the sizes."""
-    leave_with_parent()
+def _worker(profile: Profile, seed: int, results_dir: str, data_dir, variant: str) -> dict:
+    """Load, warm up, run one block of steps; its time and the sizes."""
     study = Study(profile, seed, results_dir, data_dir)
+    if variant in peers.PEERS:  # their users are not held to the deterministic kernels of a study
+        torch.use_deterministic_algorithms(False)
     timing, name = profile.timing, domain_of(study)
     model, load = study.load_sft(name).train(), workload(study)
+    parameters = sum(p.numel() for p in model.parameters())  # an adapter will add its own
     mask = _mask(study, variant)
     give_back_freed_memory()  # else heap that the set-up left free would hide what the steps take
-    base = _reset_peak(study.device)
+    base = reset_peak(study.device)
     steps = _steps(study, model, load, mask, variant)
-    seconds = steps.run(timing.warm_up, timing.steps)
-    peak = max(0, _peak(study.device) - base)
-    pipe.send(
-        {
-            "seconds": seconds,
-            "steps": timing.steps,
-            "pairs": timing.steps * len(load.rows),
-            "tokens_per_step": load.tokens,
-            "peak": peak,
-            "state": steps.state_bytes() / sum(p.numel() for p in model.parameters()),
-            "flops_per_step": steps.flops,
-            "rate": arithmetic.matrix_rate(model.dtype, study.device),
-            "device": _device_name(study.device),
-        }
-    )
+    seconds = steps.run(timing.warm_up, timing.steps, lambda: reset_peak(study.device))
+    return {
+        "peak": max(0, peak(study.device) - base),  # before the products below need their own
+        "seconds": seconds,
+        "steps": timing.steps,
+        "pairs": timing.steps * len(load.rows),
+        "tokens_per_step": load.tokens,
+        "trained": steps.trained(),
+        "state": steps.state_bytes() / parameters,
+        "flops_per_step": steps.flops,
+        "rate": arithmetic.matrix_rate(model.dtype, study.device),
+        "device": device_name(study.device),
+    }
 
 
 def _steps(study: Study, model, load, mask, variant: str):
@@ -164,7 +200,7 @@ def _mask(study: Study, variant: str):
     return study.mask(domain_of(study), share=share, granularity=granularity)
 
 
-def _reset_peak(device: str) -> int:
+def reset_peak(device: str) -> int:
     """Start a new peak; returns the bytes in use now."""
     if device != "cpu":
         torch.cuda.reset_peak_memory_stats()
@@ -176,7 +212,8 @@ def _reset_peak(device: str) -> int:
     return _status("VmRSS")
 
 
-def _peak(device: str) -> int:
+def peak(device: str) -> int:
+    """The most bytes in use since `reset_peak`: of tensors on a GPU, of the process on a CPU."""
     if device == "cpu":
         return _status("VmHWM")
     return torch.cuda.max_memory_allocated()
@@ -194,7 +231,8 @@ def _status(key: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key + ":"))
 
 
-def _device_name(device: str) -> str:
+def device_name(device: str) -> str:
+    """As `tables/efficiency.csv` names it."""
     if device != "cpu":
         return torch.cuda.get_device_name()
     return f"cpu ({torch.get_num_threads()} threads)"

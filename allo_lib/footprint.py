@@ -1,34 +1,45 @@
-"""Bytes that a masked training stage needs on one device, counted on a model without memory.
+"""Bytes that a masked training stage needs on one device, counted on a model without memory, and
+measured where the device is there.
 
-The model is built on torch's meta device, which knows shapes and dtypes only, so that one machine
-can tell what another needs: weights and optimizer state from their counts, activations by adding up
-what autograd keeps of a real forward pass.
+The model is made of torch's fake tensors, which know shapes, dtypes and devices only, so that one
+machine can tell what another needs: weights and optimizer state from their counts, activations by
+adding up what autograd keeps of a real forward pass.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from allo_lib import efficiency
 from allo_lib.batches import Layout, pair_batch
+from allo_lib.errors import AlloError
 from allo_lib.forward import response_logps, to_device
 from allo_lib.head import CHUNK_BYTES
+from allo_lib.importance import NeuronMask
+from allo_lib.timed_steps import OwnSteps
 
-STATE_BYTES = 20  # of a kept entry: index, master, gradient and two moments, 4 bytes each
-_CHUNKS = 3  # float32 logits, their softmax, and its copy in the dtype of the weights, at most
-
+COLUMNS = (
+    "model", "kept", "device", "estimated_bytes", "measured_peak_bytes", "ratio",
+    "seconds_per_pair",
+)  # fmt: skip
 # hidden size, feed-forward size, layers, heads; arXiv 2307.09288
 KNOWN = {"LLaMA 2 7B": (4096, 11008, 32, 32), "LLaMA 2 13B": (5120, 13824, 40, 40)}
 
 
 @dataclass(frozen=True)
 class Footprint:
-    """Bytes by what they are for, at the moment of a step when most are in use."""
+    """Bytes by what they are for, at the moment of a step when most are in use.
+
+    That is where backward begins, with all activations, or where it ends, with all gradients of
+    kept entries.
+    """
 
     weights: int
-    state: int
-    gradient: int  # the largest parameter's dense gradient and, in float32, its kept entries
+    state: int  # of the kept entries: index, master, two moments
+    gradient: int  # what is there of the kept entries', and the dense ones of the largest parameter
     activations: int  # what backward needs of the forward pass
     logits: int  # of one chunk of positions
 
@@ -50,28 +61,60 @@ def footprint(
         pairs: in one forward pass.
         dtype: of the weights and activations.
     """
-    # All layers are alike: models of one and of two tell what any number of them holds.
-    one, two = (_meta_model(config, layers, dtype) for layers in (1, 2))
     batch = pair_batch(_rows(prompt, response, pairs), Layout(0, True, config.hidden_size))
+    with FakeTensorMode() as mode:
+        batch = {key: mode.from_tensor(value) for key, value in batch.items()}
+        # All layers are alike: models of one and of two tell what any number of them holds.
+        one, two = (_model(_with_layers(config, layers), dtype, "cpu") for layers in (1, 2))
 
-    def of_all_layers(measure) -> int:
-        first = measure(one)
-        return first + (config.num_hidden_layers - 1) * (measure(two) - first)
+        def of_all_layers(measure) -> int:
+            first = measure(one)
+            return first + (config.num_hidden_layers - 1) * (measure(two) - first)
 
-    count = of_all_layers(lambda model: sum(p.numel() for p in model.parameters()))
+        count = of_all_layers(lambda model: sum(p.numel() for p in model.parameters()))
+        activations = of_all_layers(lambda model: saved_bytes(model, batch))
+    width, kept = dtype.itemsize, share * count
     largest = max(p.numel() for p in one.parameters())
-    width = torch.empty((), dtype=dtype).element_size()
-    return Footprint(
-        weights=width * count,
-        state=round(STATE_BYTES * share * count),
-        gradient=round(largest * (width + 4 * share)),
-        activations=of_all_layers(lambda model: saved_bytes(model, batch)),
-        logits=_CHUNKS * CHUNK_BYTES,
-    )
+    tied = one.get_input_embeddings().weight is one.get_output_embeddings().weight
+    # A tensor kept whole needs no index, and in float32 its own storage is the master.
+    state = 16 if share < 1 else 8 if dtype == torch.float32 else 12
+    rows = min(len(batch["targets"]), max(1, CHUNK_BYTES // (4 * config.vocab_size)))
+    # As the head's product gives them, and in float32.
+    logits = rows * config.vocab_size * (4 if width == 4 else 4 + width)
+    begins = largest * width, activations, logits
+    ends = 4 * kept + largest * width  # the embeddings' gradient is the last
+    if tied:  # the head's has waited for it, and their sum is a third before its entries are taken
+        ends += (2 * width - 4 * share) * largest
+    moment = max(begins, (ends, 0, 0), key=sum)
+    return Footprint(width * count, round(state * kept), *map(round, moment))
 
 
-def of_known_models(shares, prompt: int, response: int) -> list[dict]:
-    """One row for each of `KNOWN` and each share, one pair at a time in bf16: GB by purpose."""
+def random_mask(model, share: float) -> NeuronMask:
+    """Scalar neurons at random: one of every 1 / share consecutive ones, uniformly drawn.
+
+    1 / share is taken to the nearest whole number. The places are int32 and on the model's device;
+    no score of every weight is made, which for 13B weights would take 52 GB.
+    """
+    every = round(1 / share)
+
+    def places(parameter) -> torch.Tensor:
+        options = {"dtype": torch.int32, "device": parameter.device}
+        starts = torch.arange(parameter.numel() // every, **options) * every
+        return starts + torch.randint(every, starts.shape, **options)
+
+    named = dict(model.named_parameters())
+    shapes = {name: tuple(parameter.shape) for name, parameter in named.items()}
+    return NeuronMask({name: places(p) for name, p in named.items()}, shapes)
+
+
+def of_known_models(shares, prompt: int, response: int, device: str = "cpu") -> list[dict]:
+    """One row for each of `KNOWN` and each share, one pair at a time in bf16: `COLUMNS`, and the
+    parts of the estimate.
+
+    On a GPU random weights of that shape are trained for a few steps, each size in a process of its
+    own: `measured_peak_bytes` and its ratio to the estimate. They are empty on a CPU, and with a
+    printed line where the GPU has too little free memory.
+    """
     rows = []
     for name, (hidden, feed_forward, layers, heads) in KNOWN.items():
         config = LlamaConfig(
@@ -84,19 +127,70 @@ def of_known_models(shares, prompt: int, response: int) -> list[dict]:
         )
         for share in shares:
             found = footprint(config, share, prompt, response, pairs=1)
-            parts = {key: round(value / 1e9, 2) for key, value in asdict(found).items()}
-            rows.append(
-                {"model": name, "kept": share} | parts | {"all": round(found.total / 1e9, 2)}
-            )
+            row = dict.fromkeys(COLUMNS, "") | asdict(found)
+            row |= {"model": name, "kept": share, "estimated_bytes": found.total}
+            if device != "cpu":
+                told = f"{name}, {share:.0%} kept"
+                row |= _measured(told, found, config, share, prompt, response)
+            rows.append(row)
     return rows
 
 
-def _meta_model(config, layers: int, dtype):
-    config = type(config).from_dict(config.to_dict() | {"num_hidden_layers": layers})
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(
-            config, dtype=dtype, attn_implementation="sdpa"
-        )  # fmt: skip
+def in_gigabytes(rows: list[dict]) -> list[dict]:
+    """The rows of `of_known_models` for a reader: the parts, all of them, what was measured."""
+
+    def size(value):
+        return value and round(value / 1e9, 2)
+
+    return [
+        {"model": row["model"], "kept": row["kept"]}
+        | {field.name: size(row[field.name]) for field in fields(Footprint)}
+        | {"all": size(row["estimated_bytes"]), "measured": size(row["measured_peak_bytes"])}
+        | {key: row[key] for key in ("ratio", "seconds_per_pair", "device")}
+        for row in rows
+    ]
+
+
+def _measured(told: str, found: Footprint, *shape) -> dict:
+    """The columns of a GPU that has the memory; else the device's name alone."""
+    free = torch.cuda.mem_get_info()[0]
+    row = {"device": efficiency.device_name("cuda")}
+    try:
+        if free < found.total:
+            raise AlloError(f"of its {found.total / 1e9:.1f} GB {free / 1e9:.1f} are free")
+        run = efficiency.in_own_process(train, *shape, "cuda")
+    except AlloError as error:
+        print(f"{told}: not measured on {row['device']}: {error}", flush=True)
+        return row
+    return row | {
+        "measured_peak_bytes": run["peak"],
+        "ratio": f"{run['peak'] / found.total:.4g}",
+        "seconds_per_pair": f"{run['seconds']:.4g}",
+    }
+
+
+def train(config, share: float, prompt: int, response: int, device: str, steps: int = 3) -> dict:
+    """Bytes in use at most, and seconds, of a DPO step on one pair: random weights of `config` in
+    bf16, made on the device, and a random mask."""
+    torch.manual_seed(0)
+    model = _model(config, torch.bfloat16, device)
+    rows = [
+        row | {f"{side}_reference": [0.0] * response for side in ("chosen", "rejected")}
+        for row in _rows(prompt, response, 1)
+    ]
+    own = OwnSteps(model, random_mask(model, share), rows, "allo_scalar", 0, beta=0.1, lr=1e-6)
+    seconds = own.run(2, steps, lambda: efficiency.reset_peak(device))
+    return {"peak": efficiency.peak(device), "seconds": seconds / steps}
+
+
+def _with_layers(config, layers: int):
+    return type(config).from_dict(config.to_dict() | {"num_hidden_layers": layers})
+
+
+def _model(config, dtype, device: str):
+    """Random weights that take `dtype` from the start: no copy of them in float32 is made."""
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
     return model.train()
 
 

@@ -23,14 +23,16 @@ class OwnSteps:
         self.loss = objective("dpo", beta=beta)
         kind = DenseMaskedAdamW if variant == "dense_masked" else MaskedAdamW
         self.optimizer = kind(model, mask, lr=lr)
+        self.kept = mask.kept if mask else sum(p.numel() for p in model.parameters())
         self.flops = 0
 
-    def run(self, warm_up: int, steps: int) -> float:
-        """Seconds of `steps` steps after `warm_up` others."""
+    def run(self, warm_up: int, steps: int, begun=lambda: None) -> float:
+        """Seconds of `steps` steps after `warm_up` others; `begun` is called between them."""
         self.count()
         for _ in range(warm_up - 1):
             self._step()
         arithmetic.wait_for(self.model.device)
+        begun()
         start = time.perf_counter()
         for _ in range(steps):
             self._step()
@@ -48,6 +50,10 @@ class OwnSteps:
         """Give the model back as it was, but for the steps made."""
         if isinstance(self.optimizer, MaskedAdamW):
             self.optimizer.close()
+
+    def trained(self) -> int:
+        """How many values the optimizer updates."""
+        return self.kept
 
     def state_bytes(self) -> int:
         """Bytes of optimizer state, packed or dense gradient included."""

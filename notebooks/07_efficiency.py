@@ -5,6 +5,8 @@
 #     text_representation:
 #       extension: .py
 #       format_name: percent
+#       format_version: '1.3'
+#       jupytext_version: 1.19.6
 #   kernelspec:
 #     display_name: Python 3
 #     language: python
@@ -62,9 +64,11 @@ rows = efficiency.measure(study)
 efficiency.write(rows, study.results_dir / "tables" / "efficiency.csv")
 table(rows, f"Cost of a DPO step on {name}. `dense`: AdamW on all neurons; `dense_masked`: the released "
       "code's dense mask; `allo_scalar`, `allo_row`: this project's masked AdamW on scalar neurons and on "
-      "whole rows, at the profile's share, all four with this project's forward pass. `trl_default`, "
-      "`trl_best` (reference computed before, no checkpointing), `peft` (LoRA of the same share): TRL's "
-      "DPOTrainer, where it is installed and the profile asks for it.")
+      "whole rows, at the profile's share, all four with this project's forward pass. TRL's DPOTrainer, where it "
+      "is installed and the profile asks for it: `trl_default`; `trl_best` (reference computed before, no "
+      "checkpointing); and, like that, as many trained values as `allo_scalar` by PEFT: `peft` (LoRA) and "
+      "`peft_supertuning` (the largest entries of each linear layer). Where weights are bfloat16, TRL keeps no "
+      "float32 masters, and its moments are bfloat16, too.")
 
 # %%
 show(figures.efficiency_bars(rows, title=f"cost of a DPO step, {name}"), study, "07_efficiency",
@@ -73,7 +77,8 @@ show(figures.efficiency_bars(rows, title=f"cost of a DPO step, {name}"), study, 
 
 # %%
 compared = [("allo_scalar", "dense_masked"), ("allo_row", "dense_masked"), ("allo_row", "allo_scalar"),
-            ("allo_scalar", "trl_best"), ("allo_scalar", "trl_default"), ("allo_scalar", "peft")]
+            ("allo_scalar", "trl_best"), ("allo_scalar", "trl_default"), ("allo_scalar", "peft"),
+            ("allo_scalar", "peft_supertuning")]
 for first, second in compared:
     ratios = [efficiency.ratio(rows, first, second, column)
               for column in ("seconds_per_pair", "peak_bytes_above_model", "state_bytes_per_parameter")]
@@ -104,16 +109,20 @@ for name in study.profile.domains if measured.is_file() else ():
 # %% [markdown]
 # ## How large a model fits?
 #
-# Counted, not measured: weights and state from the shape of the model, activations by adding up what
-# autograd keeps of a forward pass on torch's meta device. One pair of 115 prompt and 165 tokens in each
-# response at a time, bf16 weights, no activation checkpointing; more pairs come by accumulation. Finding
-# the neurons first needs their scores: the accumulated $|\nabla|$ takes 4 bytes a weight, which lie on the
+# Counted: weights and state from the shape of the model, activations by adding up what autograd keeps of a
+# forward pass on tensors without memory. The most is in use either where backward begins, with all activations,
+# or where it ends, with all gradients of kept entries. Where the study runs on a GPU that has the memory, the
+# peak of a few steps on random weights is measured beside it. One pair of 512 tokens at a time (a prompt of
+# 128, two responses of 192), bf16 weights, no activation checkpointing; more pairs come by accumulation.
+# Finding the neurons first needs their scores: the accumulated $|\nabla|$ takes 4 bytes a weight, which lie on the
 # host, while the delta of a dense DPO run needs all of the dense state. `align` takes the first way, and
 # trains its reward model on kept neurons too, with `{"estimator": "gradient", "rewriter_neurons": "kept"}`.
 
 # %%
-fits = footprint.of_known_models([study.profile.method.share, 1.0], prompt=115, response=165)
-table(fits, "GB of a step of a masked stage, and of the same step with all neurons kept.")
+fits = footprint.of_known_models([0.05, 0.1, 1.0], prompt=128, response=192, device=study.device)
+efficiency.write(fits, study.results_dir / "tables" / "footprint.csv", footprint.COLUMNS)
+table(footprint.in_gigabytes(fits), "GB of a step of a masked stage at its peak, by what they are for, and the "
+      "measured peak with its ratio to all of them. The last share is all neurons.")
 
 # %% [markdown]
 # ## C10 and the report

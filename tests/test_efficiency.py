@@ -2,6 +2,7 @@
 
 import csv
 import math
+import mmap
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from allo_lib.importance import select_neurons
 from allo_lib.notebook import percent
 from allo_lib.objectives import objective
 from allo_lib.optim import MaskedAdamW
+from allo_lib.timed_steps import OwnSteps
 
 
 def mask_of(model, share: float):
@@ -78,6 +80,79 @@ def test_a_process_that_ends_early_is_told_and_not_waited_for(tiny_study, monkey
     monkeypatch.setattr(efficiency, "VARIANTS", ("dense",))
     with pytest.raises(AlloError, match="ended before its time"):
         efficiency.measure(tiny_study)
+
+
+MEASURED = {
+    "seconds": 2.0, "steps": 1, "pairs": 2, "tokens_per_step": 8, "peak": 3, "trained": 4,
+    "state": 5.0, "flops_per_step": 6, "rate": 7.0, "device": "a device",
+}  # fmt: skip
+
+
+def _works_but_in_peers(*arguments):
+    if arguments[-1] == "trl_default":
+        raise RuntimeError("no kernel for this\nand much more")
+    if arguments[-1] == "trl_best":
+        raise SystemExit(3)
+    return MEASURED
+
+
+@pytest.mark.slow
+def test_a_peer_that_fails_is_told_and_left_out(tiny_study, monkeypatch, capsys):
+    monkeypatch.setattr(efficiency, "_worker", _works_but_in_peers)
+    asked = ["trl_default", "trl_best", "peft", "dense"]
+    monkeypatch.setattr(efficiency, "variants", lambda study: asked)
+    assert [row["variant"] for row in efficiency.measure(tiny_study)] == ["peft", "dense"]
+    told = capsys.readouterr().out
+    assert "trl_default is left out: RuntimeError: no kernel for this\n" in told
+    assert "trl_best is left out: a process that measures" in told
+    assert "dense, repeat 1: 1 s a pair, 4 values trained" in told
+
+
+def _fails(*arguments):
+    raise RuntimeError("no kernel for this")
+
+
+@pytest.mark.slow
+def test_a_variant_of_our_own_that_fails_ends_the_comparison(tiny_study, monkeypatch):
+    monkeypatch.setattr(efficiency, "_worker", _fails)
+    with pytest.raises(AlloError, match="RuntimeError: no kernel for this"):
+        efficiency.measure(tiny_study)
+
+
+def test_a_peak_is_of_what_comes_after_its_reset():
+    """Memory that was taken and given back before does not count."""
+    block, page = 64 * 2**20, 4096
+
+    def touch(size: int) -> mmap.mmap:
+        memory = mmap.mmap(-1, size)
+        memory[::page] = b"x" * (size // page)
+        return memory
+
+    base = efficiency.reset_peak("cpu")
+    touch(4 * block).close()
+    assert efficiency.peak("cpu") - base > 3 * block
+    efficiency.reset_peak("cpu")
+    touch(block).close()
+    assert 0.9 * block < efficiency.peak("cpu") - base < 3 * block
+
+
+def test_the_peak_of_a_gpu_is_that_of_its_tensors(monkeypatch):
+    calls = []
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: calls.append("reset"))
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 5)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 9)
+    assert (efficiency.reset_peak("cuda"), efficiency.peak("cuda"), calls) == (5, 9, ["reset"])
+
+
+@pytest.mark.parametrize("variant", ["dense", "dense_masked", "allo_scalar"])
+def test_the_clock_and_the_peak_begin_after_the_warm_up(variant):
+    model = tiny_llama()
+    rows = pairs(model)[:2]
+    own = OwnSteps(model, mask_of(model, 0.1), rows, variant, 0, beta=0.1, lr=1e-3)
+    made, step = [], own.optimizer.step
+    own.optimizer.step = lambda: made.append("step") or step()
+    assert own.run(2, 3, lambda: made.append("begun")) > 0
+    assert made == ["step"] * 2 + ["begun"] + ["step"] * 3
 
 
 @pytest.mark.slow
