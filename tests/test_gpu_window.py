@@ -81,9 +81,10 @@ def test_windows_that_are_cut_off_add_up_to_one_run(tmp_path):
     assert {"operations.txt", "training.trace.json.gz", "decoding.trace.json.gz"} <= names
     assert "tables/efficiency.csv" in first.carried()
 
-    second = Window(tmp_path / "second", 0.5, "--only", "study", "--carried", first.out)
-    assert second.process.wait() == 0, second.log()
-    assert second.told()["phases"]["study"]["status"] == 3, second.log()
+    second = Window(tmp_path / "second", 0.75, "--only", "study", "--carried", first.out)
+    second.process.wait()
+    # Out of time; on a busy machine too late to say what is missing, and then it is ended.
+    assert second.told()["phases"]["study"]["status"] in (3, -signal.SIGTERM), second.log()
     third = Window(tmp_path / "third", 10, "--only", "study", "--carried", second.out)
     assert third.process.wait() == 0, third.log()
     for window in (second, third):
