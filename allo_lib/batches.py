@@ -1,11 +1,12 @@
 """From encoded rows to the tensors of one forward pass: which tokens are read, which are judged.
 
 A batch has two sides. What the model reads: `input_ids`, `position_ids` and, where sequences share
-their prefixes (`prefix_tree`), `ends`, all int64 [R, L]. What the loss judges: response tokens of B
-sequences, T the longest response; `labels` int64 [B, T] (-100 behind the end), and float32 [B, T]
-for every further value that goes along with the tokens. Between them stand `before` and `targets`,
-int64 [N]: the flat place whose hidden state predicts a token, and the token; and `place`, int64
-[B, T]: which of the N log-probs belongs here, N where there is none.
+their prefixes (`prefix_tree`), `ends`, all int64 [R, L]; where all trees stand in one row, `sizes`,
+int64 [trees]. What the loss judges: response tokens of B sequences, T the longest response;
+`labels` int64 [B, T] (-100 behind the end), and float32 [B, T] for every further value that goes
+along with the tokens. Between them stand `before` and `targets`, int64 [N]: the flat place whose
+hidden state predicts a token, and the token; and `place`, int64 [B, T]: which of the N log-probs
+belongs here, N where there is none.
 """
 
 from dataclasses import dataclass
@@ -21,11 +22,13 @@ from allo_lib.prefix_tree import Tree
 @dataclass(frozen=True)
 class Layout:
     """How sequences become rows. shared: one tree for what begins alike, several trees a row; else
-    one padded row a sequence, which every causal model can read. width: the model's hidden size."""
+    one padded row a sequence, which every causal model can read. width: the model's hidden size.
+    one_row: all trees in one row without padding, for attention tree by tree (`tree_attention`)."""
 
     pad_token_id: int
     shared: bool = False
     width: int = 1
+    one_row: bool = False
 
 
 def collate(rows: list[dict], layout: Layout) -> dict[str, Tensor]:
@@ -39,7 +42,9 @@ def collate(rows: list[dict], layout: Layout) -> dict[str, Tensor]:
     if layout.shared:
         groups = _by_prompt(rows)
         trees = [prefix_tree.grow([sequences[i] for i in group]) for group in groups]
-        plan = prefix_tree.arrange([len(tree) for tree in trees], layout.width)
+        sizes = [len(tree) for tree in trees]
+        one_row = [list(range(len(trees)))]
+        plan = one_row if layout.one_row else prefix_tree.arrange(sizes, layout.width)
     else:
         groups = [[i] for i in range(len(rows))]
         trees = prefix_tree.separate(sequences)
@@ -105,6 +110,8 @@ def _read(trees: list[Tree], plan: list[list[int]], layout: Layout):
     batch = {"input_ids": input_ids, "position_ids": position_ids}
     if layout.shared:
         batch["ends"] = ends
+    if layout.shared and layout.one_row:
+        batch["sizes"] = torch.tensor([len(tree) for tree in trees])
     return batch, starts
 
 

@@ -1,5 +1,6 @@
 """Log-probabilities of responses under a model, with logits only where a response token stands."""
 
+import contextlib
 import weakref
 
 import torch
@@ -10,6 +11,7 @@ from allo_lib.batches import Layout, collate, side
 from allo_lib.head import target_logps
 from allo_lib.losses import IGNORED
 from allo_lib.prefix_tree import blocks, sees
+from allo_lib.tree_attention import TreeByTree, no_mask
 
 # Config keys of models that change their logits after the head: those take the plain way.
 _AFTER_HEAD = ("final_logit_softcapping", "logit_scale", "logits_scaling")
@@ -17,7 +19,7 @@ _AFTER_HEAD = ("final_logit_softcapping", "logit_scale", "logits_scaling")
 _MASKS = {"sdpa": sees, "flex_attention": blocks}
 # How far hidden states of the same sequence may lie apart, relative to the largest, by dtype.
 _SAME = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 3e-2}
-# model -> whether it reads trees; what was found once holds while the model lives
+# model -> (its attention, tree by tree or not) -> whether it reads trees
 _shares: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
 
@@ -27,12 +29,12 @@ def response_logps(model, batch: dict[str, Tensor]) -> Tensor:
     The language-model head runs on the positions before response tokens only, and once for
     positions that several responses share.
     """
-    reads = _reads(model, batch)
     if any(getattr(model.config, key, None) for key in _AFTER_HEAD):
-        logits = model(**reads).logits.flatten(0, 1)[batch["before"]]
+        logits = _read(model, model, batch).logits.flatten(0, 1)[batch["before"]]
         logps = -F.cross_entropy(logits.float(), batch["targets"], reduction="none")
     else:
-        hidden = model.get_decoder()(**reads).last_hidden_state.flatten(0, 1)[batch["before"]]
+        hidden = _read(model, model.get_decoder(), batch).last_hidden_state.flatten(0, 1)
+        hidden = hidden[batch["before"]]
         head = model.get_output_embeddings()
         logps = target_logps(hidden, head.weight, getattr(head, "bias", None), batch["targets"])
     return torch.cat([logps, logps.new_zeros(1)])[batch["place"]]
@@ -43,15 +45,25 @@ def layout_of(model, pad_token_id: int) -> Layout:
 
     Sequences share their prefixes where a short trial gives the same hidden states both ways. It
     does not for attention that takes no mask for every two tokens, sliding windows, or layers that
-    are no attention at all: those models get one padded row a sequence.
+    are no attention at all: those models get one padded row a sequence. On a CPU all trees share
+    one row and attention is made tree by tree, but for recomputed activations, which are made again
+    when that is over.
     """
-    if model not in _shares:
-        _shares[model] = _reads_trees(model, pad_token_id)
-    return Layout(pad_token_id, _shares[model], model.config.get_text_config().hidden_size)
+    config = model.config.get_text_config()
+    attention = config._attn_implementation
+    recomputes = any(getattr(part, "gradient_checkpointing", False) for part in model.modules())
+    one_row = model.device.type == "cpu" and attention == "sdpa" and not recomputes
+    known = _shares.setdefault(model, {})
+    if (attention, one_row) not in known:
+        tried = Layout(pad_token_id, True, config.hidden_size, one_row)
+        known[attention, one_row] = _reads_trees(model, tried)
+    if known[attention, one_row]:
+        return Layout(pad_token_id, True, config.hidden_size, one_row)
+    return Layout(pad_token_id, False, config.hidden_size)
 
 
 @torch.no_grad()
-def _reads_trees(model, pad_token_id: int) -> bool:
+def _reads_trees(model, layout: Layout) -> bool:
     config = model.config.get_text_config()
     kinds = set(getattr(config, "layer_types", None) or ("full_attention",))
     takes_masks = config._attn_implementation in _MASKS
@@ -61,14 +73,13 @@ def _reads_trees(model, pad_token_id: int) -> bool:
     rows = [
         {"prompt": [1, 2, 3], "response": [4, 5, 6, 7]},
         {"prompt": [1, 2, 3], "response": [8, 9, 10, 11, 12]},
+        {"prompt": [13, 2], "response": [3, 14, 15]},
     ]
     model.eval()
     try:
         plain, tree = (
-            before_responses(
-                model, collate(rows, Layout(pad_token_id, shared, config.hidden_size))
-            )
-            for shared in (False, True)
+            before_responses(model, collate(rows, one))
+            for one in (Layout(layout.pad_token_id), layout)
         )
     except (TypeError, ValueError, RuntimeError, IndexError):
         return False  # the model's forward takes no such mask or positions
@@ -81,16 +92,22 @@ def _reads_trees(model, pad_token_id: int) -> bool:
 def before_responses(model, batch: dict[str, Tensor]) -> Tensor:
     """Hidden states before response tokens of all sequences, one after the other."""
     batch = to_device(batch, model)
-    hidden = model.get_decoder()(**_reads(model, batch)).last_hidden_state.flatten(0, 1)
+    hidden = _read(model, model.get_decoder(), batch).last_hidden_state.flatten(0, 1)
     return hidden[batch["before"][batch["place"][batch["labels"] != IGNORED]]]
 
 
-def _reads(model, batch: dict[str, Tensor]) -> dict:
+def _read(model, part, batch: dict[str, Tensor]):
+    """What `part` of the model (its decoder, or all of it) gives of the batch's rows."""
     reads = {key: batch[key] for key in ("input_ids", "position_ids")} | {"use_cache": False}
-    if "ends" not in batch:
-        return reads
-    mask_of = _MASKS[model.config.get_text_config()._attn_implementation]
-    return reads | {"attention_mask": mask_of(batch["ends"])}
+    attention = contextlib.nullcontext()
+    if "sizes" in batch:
+        attention = TreeByTree(batch["ends"], batch["sizes"])
+        reads["attention_mask"] = no_mask(batch["ends"], model.dtype)
+    elif "ends" in batch:
+        mask_of = _MASKS[model.config.get_text_config()._attn_implementation]
+        reads["attention_mask"] = mask_of(batch["ends"])
+    with attention:
+        return part(**reads)
 
 
 def to_device(batch: dict[str, Tensor], model) -> dict[str, Tensor]:

@@ -1,10 +1,10 @@
 """Responses of a model: greedy ones for evaluation, sampled ones for preference pairs.
 
-On a CPU the loop is our own, on the key-value cache of `transformers`, as `generate` there goes on
-with every row until the last one has ended: here a prompt is read once for all its samples, and
-rows that have ended leave the batch. Every sample draws from a generator of its own, so that it
-does not depend on which others share its batch. On a GPU, where launching kernels costs more than
-ended rows do, `static_decoding` takes its place.
+The loop is our own, on the key-value cache of `transformers`, as `generate` there goes on with
+every row until the last one has ended: here a prompt is read once for all its samples, and rows
+that have ended leave the batch. Every sample draws from a generator of its own, so that it does not
+depend on which others share its batch. On a GPU, where launching kernels costs more than ended rows
+do, `static_decoding` makes the steps after the first.
 
 Greedy decoding takes drafts, such as the responses of the model that a training started from. A
 draft is read together with its prompt, in one pass, and kept as far as the model would have written
@@ -52,9 +52,8 @@ def generate(
     """`samples` responses to each prompt, greedy when `temperature` is None, else sampled.
 
     Prompts of like length share a batch of at most `batch_size` responses, padded on the left;
-    where prompts are long, of fewer, as memory goes by tokens (not in compiled steps on a GPU). The
-    draws of a sample follow from `seed`, the number of its prompt and its own number alone (on a
-    GPU from `seed` and its place among the batches).
+    where prompts are long, of fewer, as memory goes by tokens. The draws of a sample follow from
+    `seed`, the number of its prompt and its own number alone.
 
     drafts: for greedy decoding, a guess at each response as token ids, of any length; whatever they
     are, they change the cost alone. Models with sliding windows do without them.
@@ -64,19 +63,6 @@ def generate(
     rows = max(1, batch_size // samples)
     drafted = drafts is not None and temperature is None and samples == 1 and _sees_all(model)
     model.eval()
-    if not drafted and _takes_compiled_steps(model):
-        groups = static_decoding.decode(
-            model,
-            encoded,
-            pad=tokenizer.pad_token_id,
-            end=tokenizer.eos_token_id,
-            max_new_tokens=max_new_tokens,
-            rows=rows,
-            samples=samples,
-            temperature=temperature,
-            seed=seed,
-        )
-        return [[_response(tokenizer, ids) for ids in group] for group in groups]
     results: list[list[Response]] = [[] for _ in prompts]
     with torch.inference_mode():
         room = batch_size * _TOKENS // samples
@@ -91,7 +77,7 @@ def generate(
             else:
                 draws = _draws(chunk, samples, max_new_tokens, seed)
                 decoding.read_prompts(batch, samples, temperature, draws)
-            ids = decoding.run()
+            ids = (static_decoding.finish if _replays_steps(model) else _Decoding.run)(decoding)
             for position, i in enumerate(chunk):
                 own = ids[position * samples : (position + 1) * samples]
                 results[i] = [_response(tokenizer, one) for one in own]
@@ -119,8 +105,8 @@ def _sees_all(model) -> bool:
     return set(kinds) == {"full_attention"}
 
 
-def _takes_compiled_steps(model) -> bool:
-    return model.device.type == "cuda"
+def _replays_steps(model) -> bool:
+    return model.device.type == "cuda" and _sees_all(model)
 
 
 class _Decoding:
@@ -141,14 +127,14 @@ class _Decoding:
         self.temperature = temperature
         self.draws = None if draws is None else draws.to(self.model.device)
         positions = (self.mask.cumsum(1) - 1).clamp_min(0)
-        logits = self._read(batch["input_ids"], positions)
+        logits = self.read(batch["input_ids"], positions)
         self.positions = positions[:, -1:]
         if samples > 1:
             self.cache.batch_repeat_interleave(samples)
             self.mask = self.mask.repeat_interleave(samples, dim=0)
             self.positions = self.positions.repeat_interleave(samples, dim=0)
             logits = logits.repeat_interleave(samples, dim=0)
-        self.chosen = self._choose(logits)
+        self.chosen = self.choose(logits)
 
     def read_drafts(self, batch, drafts: list[list[int]]) -> None:
         """Begin with prompts and drafts, and keep of each draft what the model agrees with."""
@@ -184,14 +170,14 @@ class _Decoding:
 
     def run(self) -> list[list[int]]:
         """The tokens of every response, with its end token if it has come to it."""
-        self._take()
+        self.take()
         while not self.over.all():
             if self.over.float().mean() >= _LEAVE_AT:
-                self._keep((~self.over).nonzero()[:, 0])
+                self.keep((~self.over).nonzero()[:, 0])
             self.mask = torch.cat([self.mask, self.mask.new_ones(len(self.mask), 1)], dim=1)
             self.positions = self.positions + 1
-            self.chosen = self._choose(self._read(self.chosen[:, None], self.positions))
-            self._take()
+            self.chosen = self.choose(self.read(self.chosen[:, None], self.positions))
+            self.take()
         return self.ids
 
     def _begin(self, batch, samples: int) -> None:
@@ -202,7 +188,7 @@ class _Decoding:
         self.over = torch.zeros(count, dtype=torch.bool, device=device)
         self.mask = batch["attention_mask"]
 
-    def _take(self) -> None:
+    def take(self) -> None:
         """Add the chosen tokens to the responses that are not over."""
         for row, token, over in zip(
             self.rows.tolist(), self.chosen.tolist(), self.over.tolist(), strict=True
@@ -212,7 +198,7 @@ class _Decoding:
         self.lengths = self.lengths + (~self.over).long()
         self.over = self.over | (self.chosen == self.end) | (self.lengths >= self.limit)
 
-    def _read(self, input_ids: Tensor, positions: Tensor) -> Tensor:
+    def read(self, input_ids: Tensor, positions: Tensor) -> Tensor:
         output = self.model(
             input_ids=input_ids,
             attention_mask=self.mask,
@@ -223,12 +209,12 @@ class _Decoding:
         )
         return output.logits[:, -1].float()
 
-    def _keep(self, rows: Tensor) -> None:
+    def keep(self, rows: Tensor) -> None:
         self.cache.batch_select_indices(rows)
         for name in ("mask", "positions", "rows", "chosen", "lengths", "over"):
             setattr(self, name, getattr(self, name)[rows])
 
-    def _choose(self, logits: Tensor) -> Tensor:
+    def choose(self, logits: Tensor) -> Tensor:
         """The next token: the likeliest, or the one where the draw falls in the cumulated odds."""
         if self.draws is None:
             return logits.argmax(dim=-1)

@@ -58,7 +58,9 @@ class _TargetLogps(torch.autograd.Function):
         to_hidden = torch.zeros_like(hidden) if needs_hidden else None
         to_weight = torch.zeros_like(weight) if needs_weight else None
         to_bias = torch.zeros_like(bias, dtype=torch.float32) if needs_bias else None
-        used = gradient.nonzero()[:, 0]
+        # To count those that are used, a host would have to wait for its GPU.
+        everywhere = torch.arange(len(gradient), device=gradient.device)
+        used = everywhere if gradient.is_cuda else gradient.nonzero()[:, 0]
         for part in _chunks(len(used), weight):
             rows = used[part]
             by_logits = _gradient_of_logits(

@@ -5,6 +5,8 @@ logs in float32. Delta_t = log pi_theta(y_t) - log pi_ref(y_t) is called a (log-
 pairs come back per row, [B]; the caller takes the mean.
 """
 
+import contextlib
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -13,6 +15,7 @@ from allo_lib.errors import AlloError
 
 CLIP = 0.2  # how far PPO's ratio counts on either side of 1; arXiv 1707.06347, table 1's best
 IGNORED = -100  # label of positions that belong to no response; the convention of transformers
+_reads_values = True  # whether arguments are looked at, besides their shapes
 
 
 def token_logps(logits: Tensor, labels: Tensor) -> Tensor:
@@ -234,24 +237,35 @@ def supervised_loss(logps: Tensor, mask: Tensor) -> Tensor:
     return -(logps * mask).sum() / mask.sum().clamp(min=1)
 
 
+@contextlib.contextmanager
+def values_unread():
+    """A block in which arguments are not searched for NaN and the like: a look at a value makes the
+    host wait for a GPU. For training loops, which find such numbers in what they log."""
+    global _reads_values
+    before, _reads_values = _reads_values, False
+    try:
+        yield
+    finally:
+        _reads_values = before
+
+
+def any_of(found: Tensor) -> bool:
+    """Whether a bool tensor holds True; False where values are not read (`values_unread`)."""
+    return _reads_values and bool(found.any())
+
+
 def _same_shape(name: str, *tensors: Tensor) -> None:
     shapes = {tuple(tensor.shape) for tensor in tensors}
     if len(shapes) > 1:
         raise AlloError(f"{name}: shapes {sorted(shapes)} given; expected them all equal")
     for tensor in tensors:
-        if at_hand(tensor) and tensor.is_floating_point() and torch.isnan(tensor).any():
+        if tensor.is_floating_point() and any_of(torch.isnan(tensor)):
             raise AlloError(f"{name}: an argument holds NaN; check the model's outputs")
-
-
-def at_hand(tensor: Tensor) -> bool:
-    """Whether a look at the values costs next to nothing: not on a GPU, where it has to wait for
-    all work in the queue. There NaN goes on into the loss, where training finds it."""
-    return tensor.device.type == "cpu"
 
 
 def _lengths(name: str, *lengths: Tensor) -> None:
     for length in lengths:
-        if at_hand(length) and (length < 1).any():
+        if any_of(length < 1):
             raise AlloError(f"{name}: a response has no tokens; leave such pairs out")
 
 

@@ -1,9 +1,9 @@
 """How each method turns the log-probs of a batch into its loss; the equations are in `losses`.
 
 An objective takes `logps` (float32 [B, T], log-probs under the policy) and the batch they came
-from, and returns the scalar loss and named floats for the log. A batch of pairs holds the chosen
-rows first, then the rejected ones (`batches.pair_batch`); `reference` in it are the log-probs
-under the reference model, per token, made once for all methods that share it.
+from, and returns the scalar loss and named scalars for the log, tensors without a gradient. A batch
+of pairs holds the chosen rows first, then the rejected ones (`batches.pair_batch`); `reference` in
+it are the log-probs under the reference model, per token, made once for all methods that share it.
 """
 
 from torch import Tensor
@@ -16,7 +16,7 @@ ON_REJECTED = ("npo", "forgetting")
 ON_SOLUTIONS = ("sft", "rft")
 ON_POLICY = ("ppo", "a2c")  # on responses that the policy in training writes (`on_policy`)
 
-Result = tuple[Tensor, dict[str, float]]
+Result = tuple[Tensor, dict[str, Tensor]]
 
 
 def objective(name: str, *, beta: float, key_share: float = 1.0):
@@ -52,7 +52,7 @@ def _ppo(logps, batch) -> Result:
     before, mask = batch["before_update"], _response(batch)
     loss = losses.ppo_loss(logps, before, batch["advantages"], mask)
     beyond = ((logps.detach() - before).exp() - 1).abs() > losses.CLIP
-    return loss, {"clipped": float(beyond[mask].float().mean())}
+    return loss, {"clipped": (beyond & mask).sum() / mask.sum()}
 
 
 def _a2c(logps, batch) -> Result:
@@ -106,10 +106,10 @@ def _pairs(name, logps, batch, beta) -> Result:
     return rows.mean(), _margin(policy[0] - reference[0], policy[1] - reference[1], beta)
 
 
-def _margin(chosen_ratio: Tensor, rejected_ratio: Tensor, beta: float) -> dict[str, float]:
+def _margin(chosen_ratio: Tensor, rejected_ratio: Tensor, beta: float) -> dict[str, Tensor]:
     """Implicit rewards of DPO: beta times the log-ratio of the whole response."""
     margin = beta * (chosen_ratio - rejected_ratio).detach()
     return {
-        "reward_margin": float(margin.mean()),
-        "reward_accuracy": float((margin > 0).float().mean()),
+        "reward_margin": margin.mean(),
+        "reward_accuracy": (margin > 0).float().mean(),
     }

@@ -31,15 +31,15 @@ from transformers import get_cosine_schedule_with_warmup
 
 from allo_lib.batches import collate
 from allo_lib.encoding import encode_prompt, encode_response
-from allo_lib.errors import AlloError, Diverged
+from allo_lib.errors import AlloError
 from allo_lib.forward import before_responses, layout_of, response_logps, to_device
 from allo_lib.generation import Response, generate
-from allo_lib.losses import IGNORED
+from allo_lib.losses import IGNORED, values_unread
 from allo_lib.objectives import objective
 from allo_lib.optim import MaskedAdamW
 from allo_lib.policy_gradient import Critic, advantages, penalised_rewards, returns, whitened
 from allo_lib.seeds import derive
-from allo_lib.training import Log, Schedule
+from allo_lib.training import Log, Numbers, Schedule
 
 _PRINT_EVERY = 15.0  # seconds between progress lines, short runs print none
 
@@ -107,11 +107,9 @@ def run_on_policy(
         weight_decay=weight_decay,
         max_grad_norm=max_grad_norm,
     )
-    optimizer.watch = True
     try:
         log = _train(model, rollouts, name, optimizer, schedule, label)
     finally:
-        optimizer.check_gradient, optimizer.watch = None, False
         optimizer.close()
     model.eval()
     log.seconds = round(time.perf_counter() - started, 3)
@@ -126,25 +124,23 @@ def _train(model, rollouts, name: str, optimizer, schedule: Schedule, label: str
     loss_of = objective(name, beta=1.0)  # of methods on pairs
     passes = rollouts.settings.passes if name == "ppo" else 1
     printed = time.perf_counter()
-    for step, numbers in enumerate(steps):
-        if step % passes == 0:
-            batch, told = rollouts.sample(numbers, step)
-        model.train()
-        logps = response_logps(model, batch)
-        _stop_unless_finite(label, step, "log-probs", logps.detach().sum())
-        loss, metrics = loss_of(logps, batch)
-        _stop_unless_finite(label, step, "loss", loss.detach())
-        optimizer.check_gradient = lambda norm, step=step: _stop_unless_finite(
-            label, step, "gradient norm", norm
-        )
-        loss.backward()
-        optimizer.step()
-        scheduler.step()
-        moved = {"grad_norm": float(optimizer.grad_norm), "moved": float(optimizer.moved)}
-        _note(log, loss, told | metrics | moved, batch, model.config.pad_token_id)
-        if time.perf_counter() - printed >= _PRINT_EVERY:
-            printed, right = time.perf_counter(), told["reward"]
-            print(f"{label}: step {step + 1} of {len(steps)}, reward {right:.3f}", flush=True)
+    with Numbers(optimizer, log, label, model.config.pad_token_id) as numbers:
+        for step, chosen in enumerate(steps):
+            if step % passes == 0:
+                batch, told = rollouts.sample(chosen, step)
+            model.train()
+            logps = response_logps(model, batch)
+            with values_unread():
+                loss, metrics = loss_of(logps, batch)
+            numbers.forward(step, batch, logps, loss, told | metrics)
+            loss.backward()
+            optimizer.step()
+            scheduler.step()
+            numbers.step(step)
+            if log.loss and time.perf_counter() - printed >= _PRINT_EVERY:
+                printed, right = time.perf_counter(), log.metrics["reward"][-1]
+                print(f"{label}: step {step + 1} of {len(steps)}, reward {right:.3f}", flush=True)
+        numbers.read()
     return log
 
 
@@ -159,23 +155,10 @@ def _order(count: int, schedule: Schedule) -> list[list[int]]:
     return steps
 
 
-def _stop_unless_finite(label: str, step: int, what: str, value: Tensor) -> None:
-    if not math.isfinite(float(value)):
-        raise Diverged(
-            f"{label}: the {what} became {float(value)} at step {step}; lower the learning rate"
-        )
-
-
-def _explained(values: Tensor, seen: Tensor) -> float:
-    spread = float(seen.var(correction=0))
-    return 1 - float((seen - values).var(correction=0)) / spread if spread > 1e-6 else 0.0
-
-
-def _note(log: Log, loss: Tensor, metrics: dict, batch: dict, pad: int) -> None:
-    log.loss.append(float(loss.detach()))
-    for key, value in metrics.items():
-        log.metrics.setdefault(key, []).append(value)
-    log.tokens += int((batch["input_ids"] != pad).sum())
+def _explained(values: Tensor, seen: Tensor) -> Tensor:
+    spread = seen.var(correction=0).double()
+    explained = 1 - (seen - values).var(correction=0).double() / spread
+    return torch.where(spread > 1e-6, explained, 0.0)
 
 
 class _Rollouts:
@@ -192,7 +175,7 @@ class _Rollouts:
         self.critic = Critic(settings.ridge, settings.memory)
 
     @torch.no_grad()
-    def sample(self, numbers: list[int], step: int) -> tuple[dict, dict[str, float]]:
+    def sample(self, numbers: list[int], step: int) -> tuple[dict, dict[str, Tensor]]:
         """The batch of the responses to these questions, and what there is to log of it."""
         rows, right = self._responses(numbers, step)
         batch = to_device(collate(rows, self.layout), self.model)
@@ -208,8 +191,8 @@ class _Rollouts:
         raw = advantages(rewards, values, mask, self.settings.decay)
         batch |= {"before_update": policy, "advantages": whitened(raw, mask)}
         told = {
-            "reward": float(right.mean()),
-            "kl": float((policy - reference)[mask].mean()),
+            "reward": right.mean(),
+            "kl": (policy - reference)[mask].mean(),
             "explained": _explained(values[mask], seen),
         }
         self.critic.learn(hidden, seen)  # last: a baseline must not know the outcome

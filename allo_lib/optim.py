@@ -1,7 +1,6 @@
 """AdamW that trains a mask: state for kept entries only, all others never change by a bit."""
 
 import hashlib
-from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -68,11 +67,12 @@ class MaskedAdamW(torch.optim.AdamW):
             raise AlloError(f"MaskedAdamW: max_grad_norm is {max_grad_norm}, expected > 0 or None")
         self.max_grad_norm = max_grad_norm
         self.grad_norm: Tensor | None = None  # of the last step, before clipping; float32 scalar
-        # Called with that norm before anything changes; what it raises ends the step there.
-        self.check_gradient: Callable[[Tensor], None] | None = None
+        # Bool scalar on the device once `guard` was called: whether a number was not finite. From
+        # then on steps change nothing, so that the host may learn of it late.
+        self.refused: Tensor | None = None
         # Set `watch` to have every step leave in `moved` which share of the kept entries it changed
         # in the model's own dtype, by every so many of them: bf16 rounds small updates away.
-        self.watch, self.moved = False, None
+        self.watch, self.moved = False, None  # `moved` is a float64 scalar on the device
         linears = _linears_by_weight(model)
         self._packed = [
             _Packed(
@@ -88,7 +88,8 @@ class MaskedAdamW(torch.optim.AdamW):
         if not self._packed:
             raise AlloError("MaskedAdamW: the model has no trainable parameter; unfreeze some")
         trained = [packed.master for packed in self._packed]
-        fused = all(master.device.type in ("cpu", "cuda") for master in trained)
+        # Of torch's updates only the fused one can be called off on the device (`guard`).
+        fused = all(master.device.type in ("cpu", "cuda", "mps", "xpu") for master in trained)
         super().__init__(
             trained, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=fused
         )
@@ -113,8 +114,9 @@ class MaskedAdamW(torch.optim.AdamW):
                 loss = closure()
         masters = [packed.master for packed in self._packed if packed.master.grad is not None]
         self.grad_norm = nn.utils.get_total_norm([m.grad for m in masters]) if masters else None
-        if masters and self.check_gradient is not None:
-            self.check_gradient(self.grad_norm)
+        if masters and self.refused is not None:
+            self.guard(self.grad_norm)
+            self.found_inf = self.refused.float()  # torch's fused update reads this
         before = self._sample() if self.watch else []
         if masters and self.max_grad_norm is not None:
             nn.utils.clip_grads_with_norm_(masters, self.max_grad_norm, self.grad_norm)
@@ -124,8 +126,17 @@ class MaskedAdamW(torch.optim.AdamW):
             packed.master.grad = None
         if self.watch:
             changed = [(a != b).sum() for a, b in zip(before, self._sample(), strict=True)]
-            self.moved = float(sum(changed)) / sum(values.numel() for values in before)
+            self.moved = sum(changed).double() / sum(values.numel() for values in before)
         return loss
+
+    def guard(self, number: Tensor) -> None:
+        """Let this step, and every later one, change nothing if `number` is not finite.
+
+        It is decided where the number is; the host need not wait for it. Whoever calls this reads
+        `refused`, or the number itself, when it suits, and ends the training.
+        """
+        refused = ~torch.isfinite(number.detach())
+        self.refused = refused if self.refused is None else self.refused | refused
 
     def _sample(self) -> list[Tensor]:
         """Copies of evenly chosen kept values as the model holds them; all of them if few."""

@@ -11,6 +11,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+# Time of an operation of masked attention over that of one in a matrix product: measured 2.6 to 3.5
+# on CPUs (float32 and bfloat16).
+_MASKED = 3
+
 
 @dataclass(frozen=True)
 class Tree:
@@ -86,8 +90,9 @@ def arrange(sizes: Sequence[int], width: int) -> list[list[int]]:
     """Rows of a batch, each a list of trees (by number), that cost the least arithmetic.
 
     sizes: tokens of each tree. width: the model's hidden size; at L tokens a row the attention of a
-    transformer layer costs about L / (6 width) of its matrix products, which is what speaks against
-    long rows, while padding speaks against rows of unequal length.
+    transformer layer makes about L / (6 width) of the operations of its matrix products, each of
+    which takes about three times as long under a mask. That is what speaks against long rows, while
+    padding speaks against rows of unequal length.
     """
     longest = max(sizes)
     lengths = {longest * k for k in range(1, 1 + min(len(sizes), 8))} | {sum(sizes)}
@@ -97,7 +102,7 @@ def arrange(sizes: Sequence[int], width: int) -> list[list[int]]:
 
 def _cost(plan: list[list[int]], sizes: Sequence[int], width: int) -> float:
     length = max(sum(sizes[i] for i in row) for row in plan)
-    return len(plan) * length * (1 + length / (6 * width))
+    return len(plan) * length * (1 + _MASKED * length / (6 * width))
 
 
 def _first_fit(sizes: Sequence[int], length: int) -> list[list[int]]:

@@ -32,7 +32,6 @@ ON_GPU = {
         "backward of scaled_dot_product_attention: the flash, memory-efficient and cuDNN kernels "
         "add in any order as long as torch only warns",
         "attention by FlexAttention: compiled kernels, of which torch promises nothing",
-        "decoding compiled by torch.compile: its kernels may differ between compilations",
         "cumsum of floating-point numbers, in sampling",
     ],
 }

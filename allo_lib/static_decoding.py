@@ -1,89 +1,115 @@
-"""Decoding on a GPU by `transformers`: a static key-value cache, and a step compiled once.
+"""Decoding on a GPU: steps that are replayed, on a cache with a place for every token to come.
 
-A small model on a GPU waits for its kernels to be launched, not for arithmetic; compiled, all
-kernels of a token are launched together. That takes shapes that do not change: every batch has as
-many rows as the others, prompts are padded to few widths, and rows that have ended stay until the
-last one has.
+A small model on a GPU waits for its kernels to be launched, not for arithmetic. Recorded once as a
+CUDA graph, all kernels of a step are launched together. That takes tensors that stay where they
+are: the cache is as long from the start as it will be at the end, and rows that have ended stay
+until most have, when the others go on as a smaller batch. No step is compiled, which would take
+longer than a small study decodes.
 """
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable
 
 import torch
-from transformers import GenerationConfig
+import torch.nn.functional as F
+from torch import Tensor
+from transformers.cache_utils import DynamicLayer
 
-from allo_lib.seeds import derive
-
-_WIDTH = 64  # prompts are padded to multiples of this many tokens
-
-
-def decode(
-    model,
-    prompts: Sequence[Sequence[int]],
-    *,
-    pad: int,
-    end: int,
-    max_new_tokens: int,
-    rows: int,
-    samples: int = 1,
-    temperature: float | None = None,
-    seed: int = 0,
-) -> list[list[list[int]]]:
-    """`samples` responses to each prompt as token ids, up to and with the end token if it came.
-
-    prompts: token ids. pad, end: ids of these tokens. rows: prompts of a batch. temperature: None
-    for greedy decoding. Draws follow from `seed` and the number of the batch, so that another
-    `rows` draws other samples; the state of torch's own generators is left as it was.
-    """
-    order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
-    config = _config(pad, end, max_new_tokens, samples, temperature)
-    results: list[list[list[int]]] = [[] for _ in prompts]
-    for number, start in enumerate(range(0, len(order), rows)):
-        chunk = order[start : start + rows]
-        filled = chunk + chunk[-1:] * (rows - len(chunk))  # repeated, for the shape's sake
-        ids, mask = _padded([prompts[i] for i in filled], pad, model.device)
-        with _seeded(model.device, derive(seed, "draws", number)):
-            written = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
-        own = [_until(row, end) for row in written[:, ids.shape[1] :].tolist()]
-        for position, i in enumerate(chunk):
-            results[i] = own[position * samples : (position + 1) * samples]
-    return results
+# Steps between two looks at which rows have ended; up to as many are made in vain at the end.
+_LOOK_AFTER = 8
+# A batch of more rows than this begins anew with those left when a quarter is: a new recording and
+# a copied cache cost about as much as a dozen steps.
+_SMALL = 32
 
 
-def _config(pad, end, max_new_tokens, samples, temperature) -> GenerationConfig:
-    # Whatever a model's own settings add to plain sampling is switched off by name.
-    sampled = {} if temperature is None else {"temperature": temperature, "top_k": 0, "top_p": 1.0}
-    return GenerationConfig(
-        max_new_tokens=max_new_tokens,
-        do_sample=temperature is not None,
-        num_return_sequences=samples,
-        num_beams=1,
-        repetition_penalty=1.0,
-        cache_implementation="static",
-        pad_token_id=pad,
-        eos_token_id=end,
-        **sampled,
-    )
+def finish(decoding) -> list[list[int]]:
+    """The tokens of every response of a batch that has been read (`generation._Decoding`), with its
+    end token if it has come to it."""
+    decoding.take()
+    if bool(decoding.over.all()):
+        return decoding.ids
+    most = decoding.limit - int(decoding.lengths.min()) + 2 * _LOOK_AFTER
+    place = torch.tensor([decoding.mask.shape[1]], device=decoding.mask.device)
+    layers = decoding.cache.layers
+    decoding.cache.layers = [_Places(layer, most, place) for layer in layers]
+    decoding.mask = F.pad(decoding.mask, (0, most)).bool()[:, None, None]  # [rows, 1, 1, places]
+    with _any_algorithm():
+        while not bool(decoding.over.all()):
+            decoding.keep((~decoding.over).nonzero()[:, 0])
+            _go_on(decoding, place, most)
+    return decoding.ids
 
 
-def _padded(prompts: list[Sequence[int]], pad: int, device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids and mask, int64 [rows, width], padded on the left."""
-    width = -(-max(map(len, prompts)) // _WIDTH) * _WIDTH
-    ids = torch.full((len(prompts), width), pad)
-    mask = torch.zeros_like(ids)
-    for row, prompt in enumerate(prompts):
-        ids[row, width - len(prompt) :] = torch.tensor(prompt)
-        mask[row, width - len(prompt) :] = 1
-    return ids.to(device), mask.to(device)
+def _go_on(decoding, place: Tensor, most: int) -> None:
+    """Go on with rows that are all under way until most of them have ended, of few rows all."""
+    rows, device = len(decoding.rows), place.device
+    left = rows // 4 if rows > _SMALL else 0
+    written = torch.full((rows, most), -1, device=device)
+    number = torch.zeros(1, dtype=torch.int64, device=device)  # of the next column of `written`
+    step = _recorded(lambda: _step(decoding, place, written, number), device)
+    while rows - int(decoding.over.sum()) > left:
+        for _ in range(_LOOK_AFTER):
+            step()
+    for row, tokens in zip(decoding.rows.tolist(), written.tolist(), strict=True):
+        decoding.ids[row].extend(token for token in tokens if token >= 0)
+
+
+def _step(decoding, place: Tensor, written: Tensor, number: Tensor) -> None:
+    """Read the chosen tokens and choose the next ones; every tensor is changed in its place."""
+    decoding.mask.index_fill_(3, place, True)
+    decoding.positions.add_((~decoding.over).long()[:, None])  # an ended row stays in its context
+    chosen = decoding.choose(decoding.read(decoding.chosen[:, None], decoding.positions))
+    decoding.chosen.copy_(chosen)
+    told = torch.where(decoding.over, -1, chosen)
+    written.index_copy_(1, number, told[:, None])
+    decoding.lengths.add_((~decoding.over).long())
+    decoding.over.logical_or_((chosen == decoding.end) | (decoding.lengths >= decoding.limit))
+    place.add_(1)
+    number.add_(1)
+
+
+def _recorded(step: Callable[[], None], device: torch.device) -> Callable[[], None]:
+    """What makes the same step again, its kernels launched together. One step is made here, as
+    whatever a kernel sets up at its first call cannot be recorded."""
+    if device.type != "cuda":
+        return step
+    beside = torch.cuda.Stream(device)
+    beside.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(beside):
+        step()
+    torch.cuda.current_stream(device).wait_stream(beside)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay
+
+
+class _Places(DynamicLayer):
+    """A layer's keys and values, [rows, heads, places, head size], with `more` places behind those
+    that are taken; the next token's go to `place`, int64 [1], which all layers share."""
+
+    def __init__(self, layer: DynamicLayer, more: int, place: Tensor):
+        super().__init__()
+        self.lazy_initialization(layer.keys, layer.values)
+        self.keys = F.pad(layer.keys, (0, 0, 0, more))
+        self.values = F.pad(layer.values, (0, 0, 0, more))
+        self.place = place
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_, **__) -> tuple[Tensor, Tensor]:
+        """Put the states of one token into their place; returns all, the mask says which count."""
+        self.keys.index_copy_(2, self.place, key_states)
+        self.values.index_copy_(2, self.place, value_states)
+        return self.keys, self.values
 
 
 @contextlib.contextmanager
-def _seeded(device: torch.device, seed: int):
-    """A block whose draws follow from `seed` alone."""
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
+def _any_algorithm():
+    """A block in which torch may write to given places as it likes: the places are distinct, and
+    its deterministic way first looks at them, for which a recording cannot wait."""
+    wanted = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(False)
+    try:
         yield
-
-
-def _until(ids: list[int], end: int) -> list[int]:
-    return ids[: ids.index(end) + 1] if end in ids else ids
+    finally:
+        torch.use_deterministic_algorithms(wanted, warn_only=warn_only)

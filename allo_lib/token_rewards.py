@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from allo_lib.errors import AlloError
-from allo_lib.losses import at_hand
+from allo_lib.losses import any_of
 
 RULES = ("threshold", "soft", "released")
 
@@ -85,6 +85,6 @@ def _checked(name: str, values: Tensor, response_mask: Tensor) -> Tensor:
             "expected both [B, T]"
         )
     mask = response_mask.bool()
-    if at_hand(values) and torch.isnan(values[mask]).any():
+    if any_of(torch.isnan(values) & mask):
         raise AlloError(f"{name}: NaN inside a response; check the model that gave the values")
     return mask

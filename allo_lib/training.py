@@ -4,6 +4,7 @@ import math
 import sys
 import tempfile
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -16,8 +17,11 @@ from allo_lib import weights
 from allo_lib.checkpoints import Checkpoints
 from allo_lib.errors import AlloError, Diverged
 from allo_lib.forward import response_logps
+from allo_lib.losses import values_unread
 
 _PRINT_EVERY = 15.0  # seconds between progress lines, short runs print none
+# What must be finite, and how a divergence names it.
+_FINITE = {"log-probs": "log-probs", "loss": "loss", "grad_norm": "gradient norm"}
 
 
 @dataclass(frozen=True)
@@ -87,17 +91,19 @@ def train(
         trainer.objective, trainer.log_, trainer.label = objective, log, label
         trainer.checkpoints, trainer.optimizer_ = checkpoints, optimizer
         trainer.started = started
+        kept_in = None if checkpoints is None else checkpoints.folder
+        trainer.numbers = numbers = Numbers(
+            optimizer, log, label, model.config.pad_token_id, kept_in
+        )
         trainer.remove_callback(PrinterCallback)
-        trainer.add_callback(_Watch(optimizer, log))
+        trainer.add_callback(_Watch(numbers))
         trainer.add_callback(_Progress(label, log))
         if checkpoints is not None:
             trainer.add_callback(_WhenDue(checkpoints))
         begun = checkpoints.latest() if checkpoints is not None else None
-        optimizer.check_gradient, optimizer.watch = trainer.stop_unless_gradient_finite, True
-        try:
+        with numbers:
             trainer.train(resume_from_checkpoint=None if begun is None else str(begun))
-        finally:
-            optimizer.check_gradient, optimizer.watch = None, False
+            numbers.read()
     log.seconds = round(log.seconds + time.perf_counter() - started, 3)
     return log
 
@@ -119,6 +125,9 @@ def _arguments(folder: str, schedule: Schedule, device: torch.device) -> Trainin
         max_grad_norm=0,
         seed=schedule.seed,
         use_cpu=device.type == "cpu",
+        # Neither a look at the loss nor a copy of a batch makes the host wait for a GPU.
+        logging_nan_inf_filter=False,
+        accelerator_config={"non_blocking": device.type != "cpu"},
         save_strategy="no",
         logging_strategy="no",
         report_to=[],
@@ -134,6 +143,7 @@ class _Trainer(Trainer):
     objective: Callable
     log_: Log
     label: str
+    numbers: "Numbers"
     checkpoints: Checkpoints | None
     optimizer_: torch.optim.Optimizer  # as it was given; Trainer wraps its own
     started: float  # time.perf_counter() when this process began the training
@@ -144,50 +154,16 @@ class _Trainer(Trainer):
         self.model_accepts_loss_kwargs = False
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        self._batch = inputs
         logps = response_logps(model, inputs)
-        self._stop_unless_finite("log-probs", float(logps.detach().sum()))
-        loss, metrics = self.objective(logps, inputs)
-        value = float(loss.detach())
-        self._stop_unless_finite("loss", value)
-        self.log_.loss.append(value)
-        for key, metric in metrics.items():
-            self.log_.metrics.setdefault(key, []).append(metric)
-        pad = self.model.config.pad_token_id
-        self.log_.tokens += int((inputs["input_ids"] != pad).sum())
+        with values_unread():
+            loss, metrics = self.objective(logps, inputs)
+        self.numbers.forward(self.state.global_step, inputs, logps, loss, metrics)
         return loss
-
-    def _stop_unless_finite(self, what: str, value: float) -> None:
-        if not math.isfinite(value):
-            step, batch = self.state.global_step, self._keep_batch()
-            told = f"; the batch is in {batch}" if batch else ""
-            error = Diverged(
-                f"{self.label}: the {what} became {value} at step {step}; "
-                f"lower the learning rate{told}"
-            )
-            error.batch = batch
-            raise error
-
-    def stop_unless_gradient_finite(self, norm: torch.Tensor) -> None:
-        """Called by the optimizer before it changes anything."""
-        self._stop_unless_finite("gradient norm", float(norm))
-
-    def _keep_batch(self) -> Path | None:
-        """The batch of this step as a file beside the checkpoints."""
-        if self.checkpoints is None:
-            return None
-        path = self.checkpoints.folder / f"not-finite-at-step-{self.state.global_step}.safetensors"
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            weights.save_tensors(dict(self._batch), path)
-        except OSError as error:
-            print(f"{self.label}: the batch could not be kept ({error})", file=sys.stderr)
-            return None
-        return path
 
     # Trainer saves and resumes by these; its own versions pickle.
 
     def _save_checkpoint(self, model, trial) -> None:
+        self.numbers.read()  # the log is part of it, and nothing that diverged may be
         seconds = self.log_.seconds + time.perf_counter() - self.started
         log = asdict(self.log_) | {"seconds": seconds}
 
@@ -216,19 +192,110 @@ class _Trainer(Trainer):
             kept.read_random_state(Path(checkpoint))
 
 
+class Numbers:
+    """The numbers of a training on their way from its device to its log; entered like a file.
+
+    On a GPU a look at one makes the host wait until all work given so far is done, several times a
+    step. So they are copied together and looked at a step later, when they have long arrived. The
+    optimizer sees by itself, where they are, that one is not finite, and changes nothing from then
+    on (`MaskedAdamW.guard`): a divergence is told late, but the weights are those before it. On a
+    CPU everything is looked at at once.
+    """
+
+    def __init__(self, optimizer, log: Log, label: str, pad_token_id: int, kept_in=None):
+        """kept_in: the folder for the batch of a step that diverged; None keeps it nowhere."""
+        self.optimizer, self.log, self.label = optimizer, log, label
+        self.pad_token_id, self.kept_in = pad_token_id, kept_in
+        self.late = optimizer.param_groups[0]["params"][0].is_cuda
+        self._waiting: deque[tuple] = deque()
+        self._batch: dict = {}  # of the last forward pass that was looked at
+
+    def __enter__(self) -> "Numbers":
+        self.optimizer.watch = True
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.optimizer.watch, self.optimizer.refused = False, None
+        vars(self.optimizer).pop("found_inf", None)
+
+    def forward(self, step: int, batch: dict, logps, loss, metrics: dict) -> None:
+        """Take what a forward pass gave; `step` is the number of steps before this one."""
+        total = logps.detach().sum()
+        for number in (total, loss):
+            self.optimizer.guard(number)
+        read = (batch["input_ids"] != self.pad_token_id).sum()
+        told = {"log-probs": total, "loss": loss.detach(), "tokens": read} | metrics
+        self._send(step, told, batch)
+
+    def step(self, step: int) -> None:
+        """Take what the optimizer's step `step` gave, and look at the numbers before it."""
+        told = {"grad_norm": self.optimizer.grad_norm, "moved": self.optimizer.moved}
+        self._send(step, {key: value for key, value in told.items() if value is not None}, None)
+        self.read(before=step)
+
+    def read(self, before: float = math.inf) -> None:
+        """Look at all numbers of steps before `before`; Diverged for one that is not finite."""
+        while self._waiting and self._waiting[0][0] < before:
+            step, names, values, arrived, batch = self._waiting.popleft()
+            if arrived is not None:
+                arrived.synchronize()
+            self._note(step, dict(zip(names, values.tolist(), strict=True)), batch)
+
+    def _send(self, step: int, told: dict, batch: dict | None) -> None:
+        if not told:
+            return
+        together = torch.stack([value.double() for value in told.values()])
+        values, arrived = together.to("cpu", non_blocking=True), None
+        if together.is_cuda:
+            arrived = torch.cuda.Event()
+            arrived.record()
+        self._waiting.append((step, list(told), values, arrived, batch))
+        if not self.late:
+            self.read()
+
+    def _note(self, step: int, told: dict[str, float], batch: dict | None) -> None:
+        self._batch = self._batch if batch is None else batch
+        for key, what in _FINITE.items():
+            if not math.isfinite(told.get(key, 0.0)):
+                self._diverged(step, what, told[key])
+        self.log.tokens += int(told.pop("tokens", 0))
+        told.pop("log-probs", None)
+        if "loss" in told:
+            self.log.loss.append(told.pop("loss"))
+        for key, value in told.items():
+            self.log.metrics.setdefault(key, []).append(value)
+
+    def _diverged(self, step: int, what: str, value: float) -> None:
+        kept = self._keep(step)
+        told = f"; the batch is in {kept}" if kept else ""
+        error = Diverged(
+            f"{self.label}: the {what} became {value} at step {step}; lower the learning rate{told}"
+        )
+        error.batch = kept
+        raise error
+
+    def _keep(self, step: int) -> Path | None:
+        """The batch of this step as a file beside the checkpoints."""
+        if self.kept_in is None:
+            return None
+        path = self.kept_in / f"not-finite-at-step-{step}.safetensors"
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            weights.save_tensors(self._batch, path)
+        except OSError as error:
+            print(f"{self.label}: the batch could not be kept ({error})", file=sys.stderr)
+            return None
+        return path
+
+
 class _Watch(TrainerCallback):
     """Logs of every step how large its gradient was and how much of the model it moved."""
 
-    def __init__(self, optimizer, log: Log):
-        self.optimizer, self.log = optimizer, log
+    def __init__(self, numbers: Numbers):
+        self.numbers = numbers
 
     def on_step_end(self, args, state, control, **_):
-        for name, value in (
-            ("grad_norm", self.optimizer.grad_norm),
-            ("moved", self.optimizer.moved),
-        ):
-            if value is not None:
-                self.log.metrics.setdefault(name, []).append(float(value))
+        self.numbers.step(state.global_step - 1)
 
 
 class _WhenDue(TrainerCallback):
@@ -251,7 +318,7 @@ class _Progress(TrainerCallback):
 
     def on_step_end(self, args, state, control, **_):
         now = time.perf_counter()
-        if now - self.last >= _PRINT_EVERY:
+        if self.log.loss and now - self.last >= _PRINT_EVERY:
             self.last = now
             print(
                 f"{self.label}: step {state.global_step} of {state.max_steps}, "

@@ -5,8 +5,6 @@
 #     text_representation:
 #       extension: .py
 #       format_name: percent
-#       format_version: '1.3'
-#       jupytext_version: 1.19.6
 #   kernelspec:
 #     display_name: Python 3
 #     language: python
@@ -36,6 +34,12 @@
 # measurements of this machine at this moment: they are in `tables/efficiency.csv`, not in
 # `measurements.csv`, so that the latter stays the same to the byte from run to run.
 #
+# Where they are installed and the profile asks for them, other ways are measured, all by TRL's DPOTrainer:
+# `trl_default`; `trl_best` (reference computed before, no checkpointing); and as that, with PEFT's adapters of as
+# many trained values as `allo_scalar` has, `peft` (LoRA) and `peft_supertuning` (the largest entries of each
+# linear layer, in a dense copy of it). Where weights are bfloat16, TRL keeps no float32 masters, and its moments
+# are bfloat16, too.
+#
 # The **floor** is what a step would take if all its matrix products ran at the rate of a large one: the
 # operations counted in one step over the rate measured in the same process. What is above it is memory
 # traffic, small products, and everything that is no product.
@@ -64,11 +68,7 @@ rows = efficiency.measure(study)
 efficiency.write(rows, study.results_dir / "tables" / "efficiency.csv")
 table(rows, f"Cost of a DPO step on {name}. `dense`: AdamW on all neurons; `dense_masked`: the released "
       "code's dense mask; `allo_scalar`, `allo_row`: this project's masked AdamW on scalar neurons and on "
-      "whole rows, at the profile's share, all four with this project's forward pass. TRL's DPOTrainer, where it "
-      "is installed and the profile asks for it: `trl_default`; `trl_best` (reference computed before, no "
-      "checkpointing); and, like that, as many trained values as `allo_scalar` by PEFT: `peft` (LoRA) and "
-      "`peft_supertuning` (the largest entries of each linear layer). Where weights are bfloat16, TRL keeps no "
-      "float32 masters, and its moments are bfloat16, too.")
+      "whole rows, at the profile's share, all four with this project's forward pass. The others are TRL's.")
 
 # %%
 show(figures.efficiency_bars(rows, title=f"cost of a DPO step, {name}"), study, "07_efficiency",

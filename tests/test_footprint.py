@@ -61,7 +61,7 @@ def peak_of_a_step(config, share, prompt, response, pairs, dtype) -> int:
 @pytest.mark.parametrize(
     "asked",
     [
-        (smollm(6), 0.1, 115, 165, 1, FP32),  # at the end of backward, three gradients of the head
+        (smollm(2), 0.1, 115, 165, 1, FP32),  # at the end of backward, three gradients of the head
         (smollm(6), 0.05, 115, 165, 4, BF16),  # at its start, with all activations
         (small(False), 0.1, 40, 60, 2, FP32),
         (small(False), 0.5, 4, 4, 1, BF16),  # at the end, with all gradients of kept entries

@@ -23,8 +23,13 @@ from transformers.integrations import flex_attention as flex_integration
 from allo_lib.batches import Layout, collate
 from allo_lib.forward import layout_of, logps_of_rows, pair_logps, response_logps
 from allo_lib.losses import token_logps
+from allo_lib.tree_attention import no_mask
 
-LAYOUTS = (Layout(0), Layout(0, shared=True, width=16))
+LAYOUTS = (
+    Layout(0),
+    Layout(0, shared=True, width=16),
+    Layout(0, shared=True, width=16, one_row=True),
+)
 
 SIZES = dict(
     vocab_size=VOCABULARY,
@@ -116,7 +121,7 @@ def assert_same(model, rows, layout, tolerance=1e-5):
         assert torch.allclose(got[name] / scale, value / scale, atol=tolerance), name
 
 
-BOTH_WAYS = [(kind, layout) for kind in KINDS for layout in LAYOUTS[: 1 + (kind != "gemma2")]]
+BOTH_WAYS = [(kind, layout) for kind in KINDS for layout in LAYOUTS[: 1 + 2 * (kind != "gemma2")]]
 
 
 @pytest.mark.parametrize("kind, layout", BOTH_WAYS)
@@ -130,10 +135,32 @@ def test_which_models_read_trees():
 
 
 @settings(max_examples=25, deadline=None)
-@given(st.integers(0, 10_000), st.integers(1, 5), st.integers(1, 400), st.booleans())
-def test_trees_are_exact_for_random_lengths(seed, count, width, grouped):
+@given(st.integers(0, 10_000), st.integers(1, 5), st.integers(1, 400), st.booleans(), st.booleans())
+def test_trees_are_exact_for_random_lengths(seed, count, width, grouped, one_row):
     model = make("grouped queries" if grouped else "tied").eval()
-    assert_same(model, families(count, seed), Layout(0, shared=True, width=width))
+    assert_same(model, families(count, seed), Layout(0, True, width, one_row))
+
+
+def test_all_trees_share_a_row_on_a_cpu_unless_activations_are_recomputed():
+    """Recomputed in backward, attention would no longer be made tree by tree."""
+    model = make("llama")
+    assert layout_of(model, 0).one_row
+    model.gradient_checkpointing_enable()
+    layout = layout_of(model.train(), 0)
+    assert layout.shared and not layout.one_row
+    assert_same(model, families(), layout)
+
+
+def test_attention_that_is_not_made_tree_by_tree_gives_nan_and_no_wrong_number():
+    batch = collate(families(), LAYOUTS[2])
+    mask = no_mask(batch["ends"], torch.float32)
+    assert (
+        mask.shape == (1, 1, *batch["input_ids"].shape[1:] * 2)
+        and mask.untyped_storage().nbytes() == 4
+    )
+    model = make("llama").eval()
+    reads = {key: batch[key] for key in ("input_ids", "position_ids")}
+    assert model(**reads, attention_mask=mask).logits.isnan().all()
 
 
 @pytest.fixture

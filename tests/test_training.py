@@ -8,13 +8,14 @@ from tiny_models import VOCABULARY, tiny_llama, weights_of
 
 from allo_lib import weights
 from allo_lib.batches import Layout, collate, pair_batch
+from allo_lib.checkpoints import Checkpoints
 from allo_lib.errors import AlloError
 from allo_lib.forward import logps_of_rows
 from allo_lib.importance import select_neurons
 from allo_lib.objectives import objective
 from allo_lib.optim import MaskedAdamW
 from allo_lib.stages import run_stage
-from allo_lib.training import Diverged, Schedule, train
+from allo_lib.training import Diverged, Numbers, Schedule, train
 
 
 def draw(generator, length: int) -> list[int]:
@@ -160,6 +161,67 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_names_the_step(bad):
     optimizer.close()
     assert isinstance(caught.value, AlloError) and "\n" not in str(caught.value)
     assert len(calls) == 3
+
+
+@pytest.fixture
+def late(monkeypatch):
+    """Numbers are looked at a step late, as on a GPU."""
+    begin = Numbers.__init__
+
+    def begin_late(self, *given, **named):
+        begin(self, *given, **named)
+        self.late = True
+
+    monkeypatch.setattr(Numbers, "__init__", begin_late)
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_numbers_read_late_are_the_same_numbers(accumulation, request):
+    def run():
+        model = tiny_llama()
+        schedule = Schedule(3e-3, 2, 4, 0, accumulation=accumulation)
+        return dpo(model, pairs(model), schedule), weights_of(model)
+
+    log, end = run()
+    request.getfixturevalue("late")
+    log_late, end_late = run()
+    assert log_late.loss == log.loss and log_late.metrics == log.metrics
+    assert log_late.tokens == log.tokens
+    assert all(torch.equal(end[name], end_late[name]) for name in end)
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient norm"])
+def test_a_divergence_told_late_leaves_the_weights_before_it_and_names_its_own_batch(
+    what, request, tmp_path
+):
+    """The steps that a GPU has begun by then change nothing."""
+
+    def run(folder):
+        model, calls, seen = tiny_llama(), [], []
+
+        def turns_bad(logps, batch):
+            calls.append(1)
+            seen.append(batch["input_ids"])
+            bad = len(calls) == 3
+            if bad and what == "gradient norm":
+                logps.register_hook(lambda grad: grad * math.nan)
+            return logps.sum() * (math.inf if bad and what == "loss" else 1.0), {}
+
+        optimizer = MaskedAdamW(model, None, lr=1e-3)
+        with pytest.raises(Diverged, match=f"the {what} became .* at step 2") as told:
+            train(model, solutions(12), lambda rows: collate(rows, Layout(0)), turns_bad, optimizer,
+                  Schedule(1e-3, 1, 2, 0), checkpoints=Checkpoints(folder, 1e9))  # fmt: skip
+        optimizer.close()
+        batch = weights.read_tensors(told.value.batch)
+        assert torch.equal(batch["input_ids"], seen[2])
+        assert optimizer.refused is None and not hasattr(optimizer, "found_inf")
+        return weights_of(model), len(calls)
+
+    end, calls = run(tmp_path / "at once")
+    request.getfixturevalue("late")
+    end_late, calls_late = run(tmp_path / "late")
+    assert calls_late > calls == 3
+    assert all(torch.equal(end[name], end_late[name]) for name in end)
 
 
 def test_a_rate_that_is_far_too_large_ends_clearly_and_frees_the_model():
