@@ -192,6 +192,31 @@ def test_notebooks_that_there_are_not_are_told(command, text):
     assert "--only" in told and "expected numbers of notebooks: 00, 01, 06" in told
 
 
+MINUTES = {
+    "zero": "0",
+    "zero with a point": "0.00",
+    "negative": "-1",
+    "empty": "",
+    "blank": " ",
+    "text": "nine",
+    "NaN": "nan",
+    "infinity": "inf",
+    "exponent": "1e3",
+    "comma": "0,5",
+    "point": ".",
+    "unit": "9m",
+    "clock": "9:30",
+    "thousands of digits": "9" * 5000,
+    "another script": "٩",
+}
+
+
+@pytest.mark.parametrize("text", MINUTES.values(), ids=MINUTES)
+def test_minutes_that_are_none_are_told(command, text):
+    told = command("toy.yaml", f"--minutes={text}")
+    assert "--minutes" in told and "expected a number of minutes above 0, as in 9 or 0.5" in told
+
+
 LINES = {
     "no data": (["toy.yaml", "--data="], "--data is empty: give it a value, or leave the option"),
     "no folder": (["toy.yaml", "--out="], "--out is empty: give it a value, or leave the option"),
@@ -212,6 +237,8 @@ LINES = {
     "nothing after p": (["toy.yaml", "-p"], "argument -p: expected 2 arguments"),
     "equals after p": (["toy.yaml", "-p", "method.beta=1"], "argument -p: expected 2 arguments"),
     "rerun of a run": (["toy.yaml", "--rerun"], "unrecognized arguments: --rerun"),
+    "nothing after minutes": (["toy.yaml", "--minutes"], "--minutes: expected one argument"),
+    "minutes of status": (["status", "toy.yaml", "--minutes", "9"], "arguments: --minutes 9"),
     "fresh status": (["status", "toy.yaml", "--fresh"], "unrecognized arguments: --fresh"),
     "only of verify": (["verify", "toy.yaml", "--only", "00"], "unrecognized arguments: --only"),
     "data of status": (["status", "toy.yaml", "--data", "."], "unrecognized arguments: --data ."),

@@ -28,6 +28,7 @@ from allo_lib import (
     missing,
     notes,
     overlaps,
+    parallel,
     report,
     results,
     stages,
@@ -133,6 +134,19 @@ def test_a_file_that_is_not_made_again_is_told(tmp_path):
     assert Store(tmp_path).get("stage", INPUTS, never).json() == {}
 
 
+def test_damage_that_came_meanwhile_is_told_and_mended_by_the_next(tmp_path):
+    made = Store(tmp_path).get("stage", INPUTS, make())
+    lose(tmp_path)
+
+    def slowly(folder):
+        make()(folder)
+        (made.path / MANIFEST).write_text("{")
+
+    with pytest.raises(AlloError, match="has no same.safetensors now: run again"):
+        Store(tmp_path).get("stage", INPUTS, slowly).file("same.safetensors")
+    assert value_of(Store(tmp_path).get("stage", INPUTS, make(2.0))) == 2.0
+
+
 def _ask(folder, gate, told):
     mine = float(os.getpid())
     found = Store(folder).get("stage", INPUTS, make(mine, str(mine)))
@@ -221,6 +235,20 @@ def test_the_next_method_is_measured_to_the_same_bits(measured, tmp_path, traine
         assert again and all((there / p).read_bytes() == (here / p).read_bytes() for p in again)
 
 
+def test_what_methods_share_is_made_again_before_workers_ask_for_it(
+    measured, tmp_path, monkeypatch, trained
+):
+    study = opened(carried(measured, tmp_path / "there"))
+    (sft,) = measured.glob(f"{STORE}/sft/*/model.safetensors")
+    monkeypatch.setattr(type(study), "_make_sft", lambda self, name, to: shutil.copy(sft, to))
+    parallel.prepare(study, DOMAIN)
+    assert trained == [f"{DOMAIN}, importance (delta)"]
+    monkeypatch.setattr("allo_lib.store.Store._make", never)
+    study.load_sft(DOMAIN), study.scores(DOMAIN).file("scores.safetensors")
+    for split in ("train", "heldout"):
+        opened(study.results_dir).encoded(DOMAIN, split)
+
+
 def test_lost_weights_are_made_again_on_as_many_threads(measured, tmp_path, monkeypatch):
     study, seen = opened(carried(measured, tmp_path / "there")), []
     found = study.sft(DOMAIN)
@@ -256,6 +284,11 @@ def test_weights_with_other_bits_are_told(measured, tmp_path, monkeypatch, capsy
     results.update(study, [0])
     assert re.search(r"^sft/\w+: made again with other bits$", capsys.readouterr().err, re.M)
     before, after = (arms.result(study, DOMAIN, method) for method in METHODS)
+    # The chosen candidate was trained again, and its result tells of that training.
+    records = [json.loads(p.read_text()) for p in measured.glob(f"{STORE}/candidate/*/record.json")]
+    assert after["displacement"] not in [record["displacement"] for record in records]
+    (chosen,) = [one for one in after["tried"] if one["rates"] == after["rates"]]
+    assert {key: after[key] for key in ("dev", "displacement")}.items() <= chosen.items()
     assert before["sft"] == sha256(first)[:12] != after["sft"]
     told = manifest.noted(folder)
     assert told["trained_again"] == {
