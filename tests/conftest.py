@@ -49,17 +49,25 @@ def chromium() -> str | None:
     return next(filter(None, map(shutil.which, ("chromium", "chromium-browser"))), None)
 
 
+def cuda() -> bool:
+    """Whether there is a GPU, for tests marked `gpu`."""
+    import torch
+
+    return torch.cuda.is_available()
+
+
 def pytest_collection_modifyitems(config, items):
-    """Leave out the tests of a browser where there is none, and say so in one line."""
-    left_out = [item for item in items if item.get_closest_marker("browser")]
-    if left_out and chromium() is None:
-        items[:] = [item for item in items if item not in left_out]
-        config.hook.pytest_deselected(items=left_out)
-        reporter = config.pluginmanager.get_plugin("terminalreporter")
-        reporter.write_line(
-            f"{len(left_out)} tests marked browser are left out: no chromium here "
-            "(apt-get install chromium)"
-        )
+    """Leave out tests for which the machine lacks something, and say so in one line each."""
+    for marker, there_is_one, lack in (
+        ("browser", chromium, "no chromium here (apt-get install chromium)"),
+        ("gpu", cuda, "no CUDA device here"),
+    ):
+        left_out = [item for item in items if item.get_closest_marker(marker)]
+        if left_out and not there_is_one():
+            items[:] = [item for item in items if item not in left_out]
+            config.hook.pytest_deselected(items=left_out)
+            reporter = config.pluginmanager.get_plugin("terminalreporter")
+            reporter.write_line(f"{len(left_out)} tests marked {marker} are left out: {lack}")
 
 
 @pytest.fixture
