@@ -89,9 +89,10 @@ class Window:
         self.tell()
         with (self.out / LOG).open("ab", buffering=0) as log:
             log.write(f"\n== {name} ==\n".encode())
+            started = {"ALLO_STARTED": str(time.time())}  # `--minutes` counts from there
             process = subprocess.Popen(
-                command, cwd=ROOT, env=self.environment, stdin=subprocess.DEVNULL, stdout=log,
-                stderr=log, start_new_session=True,
+                command, cwd=ROOT, env=self.environment | started, stdin=subprocess.DEVNULL,
+                stdout=log, stderr=log, start_new_session=True,
             )  # fmt: skip
             try:
                 while process.poll() is None and (rest := begun + limit - time.monotonic()) > 0:

@@ -16,6 +16,7 @@ import gpu_window
 import psutil
 import pytest
 from conftest import ROOT
+from test_gpu import check_study
 from test_notebooks import environment
 from test_run_all import until
 from tiny_study import DOMAIN, PROFILE, open_study
@@ -84,7 +85,7 @@ def test_windows_that_are_cut_off_add_up_to_one_run(tmp_path):
     assert "tables/efficiency.csv" in first.carried()
 
     carried = ("--only", "study", "--carried", first.out)
-    second = Window(tmp_path / "second", 0.75, *carried, more=REST)
+    second = Window(tmp_path / "second", 0.6, *carried, more=REST)
     second.process.wait()
     # Out of time; on a busy machine too late to say what is missing, and then it is ended.
     assert second.told()["phases"]["study"]["status"] in (3, -signal.SIGTERM), second.log()
@@ -94,6 +95,8 @@ def test_windows_that_are_cut_off_add_up_to_one_run(tmp_path):
     for window in (second, third):
         assert "00_setup (seed 0): done before" in window.log()
     assert {"measurements.csv", "manifest.json", "report.html"} <= third.carried()
+
+    check_study(third.results, "cpu")
 
     whole = open_study(tmp_path / "whole", **SETTINGS)
     results.run_methods(whole, {DOMAIN: METHODS})
