@@ -159,6 +159,18 @@ class Search:
 
 
 @dataclass(frozen=True)
+class Replicates:
+    """Runs of every method on one SFT model: each pair set in each order of its pairs.
+
+    One training run is a noisy draw; what a method does to an SFT model is the mean over these,
+    which all methods share. Learning rates are searched on the first run alone.
+    """
+
+    pair_sets: int = 1  # disjoint sets of `pairs.train` training pairs
+    orders: int = 1  # of the pairs of a set
+
+
+@dataclass(frozen=True)
 class Compute:
     """Batches, threads and repeats: they change cost, and results only by rounding."""
 
@@ -199,6 +211,7 @@ class Profile:
     domains: dict[str, Domain] = field(default_factory=dict)
     method: Method = field(default_factory=Method)
     search: Search = field(default_factory=Search)
+    replicates: Replicates = field(default_factory=Replicates)
     compute: Compute = field(default_factory=Compute)
     timing: Timing = field(default_factory=Timing)
     judge: Judge = field(default_factory=Judge)
@@ -225,6 +238,8 @@ def settings_hash(settings: dict) -> str:
     compute = dict(settings.get("compute", {}))
     compute.pop("checkpoint_minutes", None)
     hashed = {key: value for key, value in settings.items() if key != "judge"}
+    if settings.get("replicates") == dataclasses.asdict(Replicates()):
+        del hashed["replicates"]
     if isinstance(settings.get("domains"), dict):
         hashed["domains"] = {k: _without_unused(v) for k, v in settings["domains"].items()}
     return fingerprint(hashed | {"compute": compute})
