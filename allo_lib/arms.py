@@ -80,6 +80,8 @@ def _method_inputs(study: Study, name: str, method: str) -> dict:
         "paper_protocol": paper,
     }
     inputs |= {"relative_to": relative} if relative else {}
+    if study.domain(name).tuned:
+        inputs["tuned"] = study.domain(name).tuned.get(method.removesuffix(PAPER_PROTOCOL))
     return inputs | instructions.inputs(study, name)
 
 
@@ -161,10 +163,30 @@ def _fixed_rates(study: Study, name: str, method: str) -> Rates | None:
         return tuple(result(study, name, "dpo")["rates"])
     relative = relative_rates(method)
     if relative is None:
-        return None
+        return _tuned_rates(study, name, method)
     other, factors = relative
     best_rates = result(study, name, other)["rates"]
     return tuple(rate * factor for rate, factor in zip(best_rates, factors, strict=True))
+
+
+def _tuned_rates(study: Study, name: str, method: str) -> Rates | None:
+    """The rates that a profile with tuned ones has for a method; None to search for them."""
+    tuned, stages = study.domain(name).tuned, stages_of(method, study.profile)
+    if not tuned or not stages:
+        return None
+    if len(tuned.get(method, ())) != len(stages):
+        raise AlloError(
+            f"{name}, {method}: `tuned` has {len(tuned.get(method, ()))} rates for its "
+            f"{len(stages)} stages; tune it (./run_all.sh tune), or leave the method out"
+        )
+    return tuned[method]
+
+
+def score_at(study: Study, name: str, method: str, rates: Rates) -> float:
+    """The development score of a method at given rates; the store keeps it, but no weights."""
+    artifact = _candidate(study, name, stages_of(method, study.profile), rates)
+    (artifact.path / WEIGHTS).unlink(missing_ok=True)
+    return artifact.json()["dev"]
 
 
 def _candidate(study: Study, name: str, stages: tuple[Stage, ...], rates: Rates) -> Artifact:
@@ -286,7 +308,8 @@ def _rows(study: Study, name: str, stage: Stage, first: bool) -> list[dict]:
     """Training rows of a stage; its reference is the model that the stage starts from."""
     if stage.objective in ON_SOLUTIONS:
         return _solution_rows(study, name, stage.objective)
-    rows = [dict(row) for row in study.encoded(name, study.train)]
+    splits = (study.train, "mask") if stage.pairs == "all" else (study.train,)
+    rows = [dict(row) for split in splits for row in study.encoded(name, split)]
     if not first:
         for row, values in zip(rows, study.logps(study.model, rows), strict=True):
             row |= {f"{side}_reference": values[side] for side in ("chosen", "rejected")}

@@ -121,6 +121,9 @@ class Domain:
     pairs: Pairs = field(default_factory=Pairs)
     rewriter: Rewriter = field(default_factory=Rewriter)
     rates: Rates = field(default_factory=Rates)
+    # method -> a rate a stage, found on other SFT models (`tuning`), in place of a search on every
+    # seed; in a profile's file the name of a file in `profiles/rates` that holds them.
+    tuned: dict[str, tuple[float, ...]] = field(default_factory=dict)
     dev: int = 0  # problems for choosing learning rates (all data sets together)
     test: int = 0  # problems for the reported accuracy (all data sets together)
     explain: int = 0  # of questions without a worked solution: statements before the answer
@@ -246,11 +249,12 @@ def settings_hash(settings: dict) -> str:
 
 
 def _without_unused(domain):
-    """Settings of a domain without `instructions` where it has none."""
-    unused = json.loads(json.dumps(dataclasses.asdict(Instructions())))
-    if isinstance(domain, dict) and domain.get("instructions") == unused:
-        return {key: value for key, value in domain.items() if key != "instructions"}
-    return domain
+    """Settings of a domain without `instructions` and `tuned` where it has none."""
+    unused = {"instructions": json.loads(json.dumps(dataclasses.asdict(Instructions())))}
+    unused["tuned"] = {}
+    if not isinstance(domain, dict):
+        return domain
+    return {k: v for k, v in domain.items() if k not in unused or v != unused[k]}
 
 
 def fingerprint(value) -> str:

@@ -131,11 +131,16 @@ def _tokens(pairs: list[dict]) -> int:
 
 
 def _in_worker(profile: Profile, seed: int, results_dir: str, data_dir, *row) -> None:
-    _result(_study(profile.hash(), seed, results_dir, data_dir, _Held(profile)), *row)
+    _result(study_of(profile, seed, results_dir, data_dir), *row)
 
 
 def _result(study: Study, name: str, method: str, replicate: int) -> dict:
     return arms.result(study.at(replicate), name, method)
+
+
+def study_of(profile: Profile, seed: int, results_dir: str, data_dir) -> Study:
+    """In a worker: the study, the one that it opened last if it is the same."""
+    return _study(profile.hash(), seed, results_dir, data_dir, _Held(profile))
 
 
 class _Held:

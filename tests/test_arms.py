@@ -51,10 +51,18 @@ def test_controls_get_as_many_updates_as_both_stages(profile):
 
     assert epochs("allo") == 2
     for method in ("sft", "rft", "ipo", "bco", "simpo", "npo", "rdpo", "ppo", "a2c", "dpo_long",
-                   "dpo_top10_long",
+                   "dpo_top10_long", "dpo_last10_long", "dpo_random10_long", "dpo_all_pairs",
                    "allo_no_forgetting", "allo_no_learning", "allo_random_neurons"):  # fmt: skip
         assert epochs(method) == 2, method
     assert epochs("dpo") == epochs("dpo_top10") == 1 and epochs("sft_base") == 0
+
+
+def test_all_pairs_are_those_of_training_and_those_of_the_masks(tiny_study, profile):
+    (stage,) = stages_of("dpo_all_pairs", profile)
+    rows = arms._rows(tiny_study, DOMAIN, stage, first=True)
+    both = [tiny_study.encoded(DOMAIN, split) for split in ("train", "mask")]
+    assert rows == both[0] + both[1] and min(map(len, both)) > 0
+    assert "pairs" in stage.settings() and "pairs" not in stages_of("dpo", profile)[0].settings()
 
 
 def test_each_ablation_changes_one_thing_of_allo(profile):
