@@ -23,7 +23,8 @@ from allo_lib.token_rewards import key_tokens
 from allo_lib.training import Diverged, Log, Schedule
 from allo_lib.workers import torch_threads
 
-# Methods whose weights stay in the store after their result is known: notebooks look into them.
+# Methods whose weights stay in the store after their result is known, those of the first
+# replicate: notebooks look into them.
 KEPT = ("dpo", "dpo_long", "allo", "allo_no_learning")
 WEIGHTS = "model.safetensors"
 DIVERGED = -1.0  # development score of a candidate whose training reached NaN; below every real one
@@ -79,6 +80,8 @@ def _method_inputs(study: Study, name: str, method: str) -> dict:
         "paper_protocol": paper,
     }
     inputs |= {"relative_to": relative} if relative else {}
+    if study.domain(name).tuned:
+        inputs["tuned"] = study.domain(name).tuned.get(method.removesuffix(PAPER_PROTOCOL))
     return inputs | instructions.inputs(study, name)
 
 
@@ -95,8 +98,11 @@ def _stage_inputs(study: Study, name: str, stages: tuple[Stage, ...]) -> dict:
         "method": {key: method[key] for key in used},
         "warmup_rate": study.domain(name).rates.dense,
     }
-    sampled = any(stage.objective in ON_POLICY for stage in stages)
-    return inputs | ({"on_policy": asdict(on_policy.DEFAULT)} if sampled else {})
+    if any(stage.objective in ON_POLICY for stage in stages):
+        inputs["on_policy"] = asdict(on_policy.DEFAULT)
+    if study.replicate and stages:
+        inputs["replicate"] = [study.pair_set, study.order]
+    return inputs
 
 
 def _make_result(study: Study, name: str, method: str, folder: Path) -> None:
@@ -141,7 +147,7 @@ def _make_result(study: Study, name: str, method: str, folder: Path) -> None:
         for one in tried]}  # fmt: skip
     record |= scoring.of_a_ruin(study, name) if ruined else scoring.measure(study, name, model)
     write_json(folder / "record.json", record)
-    kept = method.removesuffix(PAPER_PROTOCOL) in KEPT
+    kept = method.removesuffix(PAPER_PROTOCOL) in KEPT and not study.replicate
     for rates, artifact in candidates.items():
         diverged = records[rates]["dev"] == DIVERGED  # its batch may be wanted
         if stages and not diverged and not (kept and rates == chosen.rates):
@@ -149,16 +155,38 @@ def _make_result(study: Study, name: str, method: str, folder: Path) -> None:
 
 
 def _fixed_rates(study: Study, name: str, method: str) -> Rates | None:
-    """The rates of a row that follow from another row's; None for those that are searched for."""
+    """The rates that follow from another row, or the first replicate; None to search for them."""
+    if study.replicate:
+        return tuple(result(study.at(0), name, method)["rates"])
     if method.endswith(PAPER_PROTOCOL):
         # The paper's protocol: every mask at the one rate that plain DPO likes best.
         return tuple(result(study, name, "dpo")["rates"])
     relative = relative_rates(method)
     if relative is None:
-        return None
+        return _tuned_rates(study, name, method)
     other, factors = relative
     best_rates = result(study, name, other)["rates"]
     return tuple(rate * factor for rate, factor in zip(best_rates, factors, strict=True))
+
+
+def _tuned_rates(study: Study, name: str, method: str) -> Rates | None:
+    """The rates that a profile with tuned ones has for a method; None to search for them."""
+    tuned, stages = study.domain(name).tuned, stages_of(method, study.profile)
+    if not tuned or not stages:
+        return None
+    if len(tuned.get(method, ())) != len(stages):
+        raise AlloError(
+            f"{name}, {method}: `tuned` has {len(tuned.get(method, ()))} rates for its "
+            f"{len(stages)} stages; tune it (./run_all.sh tune), or leave the method out"
+        )
+    return tuned[method]
+
+
+def score_at(study: Study, name: str, method: str, rates: Rates) -> float:
+    """The development score of a method at given rates; the store keeps it, but no weights."""
+    artifact = _candidate(study, name, stages_of(method, study.profile), rates)
+    (artifact.path / WEIGHTS).unlink(missing_ok=True)
+    return artifact.json()["dev"]
 
 
 def _candidate(study: Study, name: str, stages: tuple[Stage, ...], rates: Rates) -> Artifact:
@@ -220,7 +248,7 @@ def _train_stage(study, name, stages, number: int, rate, masters: dict, folder: 
         rate,
         domain.epochs * stage.epochs,
         domain.batch_size,
-        derive(study.seed, "order", name, number),
+        derive(study.seed, "order", name, number, *([study.order] if study.order else [])),
         method.forgetting_warmup if stage.objective in ON_REJECTED else method.learning_warmup,
     )
     if stage.objective in ON_POLICY:
@@ -246,7 +274,7 @@ def _train_on_policy(study: Study, name: str, stage: Stage, schedule: Schedule) 
     """The same for stages that sample their responses: to the questions of the training pairs."""
     domain, method, task = study.domain(name), study.profile.method, study.task(name)
     known = study.pair_questions(name)
-    questions = [known[row["id"]] for row in study.pairs(name).rows["train"]]
+    questions = [known[row["id"]] for row in study.pairs(name).rows[study.train]]
 
     def reward(number: int, response) -> float:
         return float(response.ended and task.right(questions[number], response.text))
@@ -280,7 +308,8 @@ def _rows(study: Study, name: str, stage: Stage, first: bool) -> list[dict]:
     """Training rows of a stage; its reference is the model that the stage starts from."""
     if stage.objective in ON_SOLUTIONS:
         return _solution_rows(study, name, stage.objective)
-    rows = [dict(row) for row in study.encoded(name, "train")]
+    splits = (study.train, "mask") if stage.pairs == "all" else (study.train,)
+    rows = [dict(row) for split in splits for row in study.encoded(name, split)]
     if not first:
         for row, values in zip(rows, study.logps(study.model, rows), strict=True):
             row |= {f"{side}_reference": values[side] for side in ("chosen", "rejected")}
@@ -299,7 +328,7 @@ def _solution_rows(study: Study, name: str, objective_: str) -> list[dict]:
     Pairs fit as they are; gold solutions are of any length, and a few long ones among short ones
     cost a step several times its memory.
     """
-    pairs, domain = study.pairs(name).rows["train"], study.domain(name)
+    pairs, domain = study.pairs(name).rows[study.train], study.domain(name)
     if objective_ == "rft" or study.task(name) is None:
         texts = [(row["prompt"], row["chosen"]) for row in pairs]
     else:
@@ -313,10 +342,10 @@ def _solution_rows(study: Study, name: str, objective_: str) -> list[dict]:
 def _fixed_keys(study: Study, name: str, stage: Stage) -> list[list[float]]:
     """Key tokens chosen once, before training, instead of from the policy at every step."""
     if stage.key == "oracle":
-        return study.oracle_tokens(name, "train")
+        return study.oracle_tokens(name, study.train)
     if stage.key == "random":
         return study.random_keys(name, stage.key_share)
-    rows = study.encoded(name, "train")
+    rows = study.encoded(name, study.train)
     live = weights.snapshot(study.model)
     reference_model, _ = trained_model(study, name, "dpo")
     policy = study.logps(reference_model, rows)
@@ -327,7 +356,7 @@ def _fixed_keys(study: Study, name: str, stage: Stage) -> list[list[float]]:
             torch.ones(1, len(row["rejected"]), dtype=torch.bool),
             stage.key_share,
         )[0].float().tolist()
-        for ours, row in zip(policy, study.encoded(name, "train"), strict=True)
+        for ours, row in zip(policy, study.encoded(name, study.train), strict=True)
     ]  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""The commands behind `run_all.sh`: run, test, status, verify."""
+"""The commands behind `run_all.sh`: run, test, status, verify, tune."""
 
 import argparse
 import dataclasses
@@ -28,7 +28,8 @@ USAGE = """\
              [--minutes M] [-p NAME VALUE]... [--fresh]
 ./run_all.sh test [PYTEST ARGS]
 ./run_all.sh status [PROFILE] [--domains A,B] [--out DIR]
-./run_all.sh verify [PROFILE] [--out DIR] [--rerun] [--data DIR]"""
+./run_all.sh verify [PROFILE] [--out DIR] [--rerun] [--data DIR]
+./run_all.sh tune [PROFILE] [--seeds 100,101] [--out DIR] [--data DIR] [-p NAME VALUE]..."""
 _EXPONENT = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)[eE][+-]?\d+")
 
 
@@ -49,6 +50,8 @@ def main(arguments: list[str] | None = None) -> int:
             return show_status(arguments[1:])
         if command == "verify":
             return check(arguments[1:])
+        if command == "tune":
+            return tune(arguments[1:])
         return run(arguments)
     except AlloError as error:
         print(f"run_all: {' '.join(str(error).split())}", file=sys.stderr)
@@ -130,6 +133,25 @@ def check(arguments: list[str]) -> int:
     if not problems:
         print(f"{shown(asked.results)}: verified")
     return 1 if problems else 0
+
+
+def tune(arguments: list[str]) -> int:
+    """Find every method's learning rates on SFT models that are not reported."""
+    parser = _parser("find learning rates on SFT models of their own")
+    parser.add_argument("--seeds", default="100,101,102,103", help="of these models")
+    _add_data(parser)
+    options = parser.parse_args(arguments)
+    asked = _run_of(options)
+    if not options.out:  # what is tuned on is no part of what is reported
+        asked = dataclasses.replace(
+            asked, results=asked.results.with_name(f"{asked.profile.name}-tuning")
+        )
+    driver.check_folder(asked, fresh=False)
+    from allo_lib import tuning  # loads torch
+
+    data = None if asked.data is None else str(asked.data)
+    print(f"wrote {shown(tuning.tune(asked.profile, asked.seeds, asked.results, data))}")
+    return 0
 
 
 def _parser(description: str) -> _Parser:

@@ -121,6 +121,9 @@ class Domain:
     pairs: Pairs = field(default_factory=Pairs)
     rewriter: Rewriter = field(default_factory=Rewriter)
     rates: Rates = field(default_factory=Rates)
+    # method -> a rate a stage, found on other SFT models (`tuning`), in place of a search on every
+    # seed; in a profile's file the name of a file in `profiles/rates` that holds them.
+    tuned: dict[str, tuple[float, ...]] = field(default_factory=dict)
     dev: int = 0  # problems for choosing learning rates (all data sets together)
     test: int = 0  # problems for the reported accuracy (all data sets together)
     explain: int = 0  # of questions without a worked solution: statements before the answer
@@ -156,6 +159,18 @@ class Search:
 
     candidates: int = 5  # trained models per method and domain
     factor: float = 2.0  # ratio of neighbouring rates
+
+
+@dataclass(frozen=True)
+class Replicates:
+    """Runs of every method on one SFT model: each pair set in each order of its pairs.
+
+    One training run is a noisy draw; what a method does to an SFT model is the mean over these,
+    which all methods share. Learning rates are searched on the first run alone.
+    """
+
+    pair_sets: int = 1  # disjoint sets of `pairs.train` training pairs
+    orders: int = 1  # of the pairs of a set
 
 
 @dataclass(frozen=True)
@@ -199,6 +214,7 @@ class Profile:
     domains: dict[str, Domain] = field(default_factory=dict)
     method: Method = field(default_factory=Method)
     search: Search = field(default_factory=Search)
+    replicates: Replicates = field(default_factory=Replicates)
     compute: Compute = field(default_factory=Compute)
     timing: Timing = field(default_factory=Timing)
     judge: Judge = field(default_factory=Judge)
@@ -225,17 +241,20 @@ def settings_hash(settings: dict) -> str:
     compute = dict(settings.get("compute", {}))
     compute.pop("checkpoint_minutes", None)
     hashed = {key: value for key, value in settings.items() if key != "judge"}
+    if settings.get("replicates") == dataclasses.asdict(Replicates()):
+        del hashed["replicates"]
     if isinstance(settings.get("domains"), dict):
         hashed["domains"] = {k: _without_unused(v) for k, v in settings["domains"].items()}
     return fingerprint(hashed | {"compute": compute})
 
 
 def _without_unused(domain):
-    """Settings of a domain without `instructions` where it has none."""
-    unused = json.loads(json.dumps(dataclasses.asdict(Instructions())))
-    if isinstance(domain, dict) and domain.get("instructions") == unused:
-        return {key: value for key, value in domain.items() if key != "instructions"}
-    return domain
+    """Settings of a domain without `instructions` and `tuned` where it has none."""
+    unused = {"instructions": json.loads(json.dumps(dataclasses.asdict(Instructions())))}
+    unused["tuned"] = {}
+    if not isinstance(domain, dict):
+        return domain
+    return {k: v for k, v in domain.items() if k not in unused or v != unused[k]}
 
 
 def fingerprint(value) -> str:

@@ -34,7 +34,8 @@ from allo_lib.parts import KEY
 
 # Everything that --fresh takes away from a results folder, besides the store and the manifest.
 OUTPUTS = (
-    "notebooks", "figures", "tables", "instructions", "measurements.csv", "claims.csv",
+    "notebooks", "figures", "tables", "instructions", "outcomes.parquet", "measurements.csv",
+    "claims.csv",
     "report.html",
 )  # fmt: skip
 

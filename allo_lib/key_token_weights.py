@@ -57,11 +57,11 @@ class KeyTokenWeights:
 
     def forgetting_weights(self, name: str, stage: Stage) -> list[list[float]]:
         """w_t of the rejected responses of the training pairs, by the stage's token rule."""
-        rows = self.encoded(name, "train")
+        rows = self.encoded(name, self.train)
         if stage.tokens == "all":
             return [[1.0] * len(row["rejected"]) for row in rows]
         if stage.tokens == "oracle":
-            return self.oracle_tokens(name, "train")
+            return self.oracle_tokens(name, self.train)
         chosen = [
             token_rewards.unaligned_weights(
                 torch.tensor([values]),
@@ -69,7 +69,7 @@ class KeyTokenWeights:
                 stage.rule,
                 self.profile.method.token_threshold,
             )[0].tolist()
-            for values in self.keep_probabilities(name, "train", stage.reward_model)
+            for values in self.keep_probabilities(name, self.train, stage.reward_model)
         ]
         if stage.tokens == "random":
             return [self._shuffled(w, "forgetting", i) for i, w in enumerate(chosen)]
@@ -86,14 +86,15 @@ class KeyTokenWeights:
         ]
 
     def _shuffled(self, values: list[float], purpose: str, number: int) -> list[float]:
-        seed = derive(self.seed, "random tokens", purpose, number)
+        run = [self.replicate] if self.replicate else []
+        seed = derive(self.seed, "random tokens", purpose, number, *run)
         order = torch.randperm(len(values), generator=torch.Generator().manual_seed(seed))
         return torch.tensor(values)[order].tolist()
 
     def random_keys(self, name: str, share: float) -> list[list[float]]:
         """As many key tokens per rejected response as the method takes, at random places."""
         counts = [
-            (max(1, round(share * len(r["rejected"]))), r) for r in self.encoded(name, "train")
+            (max(1, round(share * len(r["rejected"]))), r) for r in self.encoded(name, self.train)
         ]
         ones = [[1.0] * n + [0.0] * (len(row["rejected"]) - n) for n, row in counts]
         return [self._shuffled(values, "learning", i) for i, values in enumerate(ones)]

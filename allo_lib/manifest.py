@@ -17,7 +17,7 @@ STORE = ".store"  # artifacts and marks of finished notebooks; local, never comm
 SEED_FOLDER = "seed"  # with the seed's number behind it
 ALL_SEEDS = "all"  # the group of the notebooks that run once over all seeds
 # What a run that was killed while it wrote a file may leave beside it.
-_HALF_WRITTEN = re.compile(r"\.(manifest\.json|measurements\.csv)\.\d+(\.tmp)?")
+_HALF_WRITTEN = re.compile(r"\.(manifest\.json|measurements\.csv|outcomes\.parquet)\.\d+(\.tmp)?")
 
 
 def file_hashes(results: Path) -> dict[str, str]:

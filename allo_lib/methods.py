@@ -31,7 +31,7 @@ _RATES = re.compile(rf"(allo)_rates_x{_NUMBER}_x{_NUMBER}")
 _BY_RULE = ("allo_f5_l20", "allo_key5", "allo_rates_x0p5_x2")
 # Fields of a stage that came after results had been stored; at these values the store knows it
 # without them.
-_LATER = {"scope": "global"}
+_LATER = {"scope": "global", "pairs": "train"}
 # Random and last neurons need a larger rate than the top ones: as much larger as with plain DPO.
 _WIDER = {"random": "random", "bottom": "last"}
 
@@ -47,7 +47,8 @@ class Stage:
     tokens: what forgetting weighs tokens by: "rewriter", "all", "random" or "oracle".
     reward_model: quality of the rewriter, see `rewriter`. rule: see token_rewards.
     key: whence the key tokens of learning: "policy", "reference" (a DPO model), "random", "oracle";
-    key_share: None for the profile's.
+    key_share: None for the profile's. pairs: "train", or "all", which adds those of the importance
+    scores and the reward model.
     """
 
     objective: str
@@ -63,6 +64,7 @@ class Stage:
     key: str = "policy"
     key_share: float = 1.0
     scope: str = "global"
+    pairs: str = "train"
 
     def settings(self) -> dict:
         """The stage as the store knows it: every field, the later ones where they say something."""
@@ -187,6 +189,8 @@ def _methods(profile: Profile) -> dict[str, tuple[Stage, ...]]:
     return (
         {"sft_base": (), "dpo": (Stage("dpo", "dense"),)}
         | {"dpo_long": (Stage("dpo", "dense", epochs=2),), "allo": _allo(settings)}
+        # What ALLO makes of pairs that the others never see, given to plain DPO.
+        | {"dpo_all_pairs": (Stage("dpo", "dense", epochs=2, pairs="all"),)}
         | _baselines()
         | _masked(settings)
         | _ablations(settings)
@@ -223,7 +227,10 @@ def _masked(settings: Method) -> dict[str, tuple[Stage, ...]]:
             f"dpo_random{percent}": dpo("random", "random"),
             f"dpo_top{percent}_gradient": dpo("top", "top", estimator="gradient"),
             f"dpo_top{percent}_magnitude": dpo("top", "top", estimator="magnitude"),
-            f"dpo_top{percent}_long": dpo("top", "top", epochs=2),
+        }
+        | {
+            f"dpo_{order}{percent}_long": dpo(order, neurons, epochs=2)
+            for order, neurons in (("top", "top"), ("last", "bottom"), ("random", "random"))
         }
     )
 

@@ -12,12 +12,13 @@ from allo_lib.study import Study
 
 
 def lines(study: Study) -> list[str]:
-    """One line a domain: what is missing, and the scores of what is there."""
+    """One line a domain: methods that lack a replicate, and the scores of the first ones."""
     told = []
     for name in study.profile.domains:
         asked = results.methods_of(study, name)
-        found = analysis.trained_before(study, name)
-        missing = [method for method in asked if method not in found]
+        runs = [analysis.trained_before(study.at(r), name) for r in study.replicates]
+        found = runs[0]
+        missing = [method for method in asked if not all(method in run for run in runs)]
         scores = [f"{method} {analysis.score_of(one)[0]:.3f}" for method, one in found.items()]
         line = f"seed {study.seed}, {name}: methods {', '.join(missing) or 'none'}"
         told.append(f"{line} (there: {', '.join(scores) or 'none'})")

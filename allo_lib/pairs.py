@@ -1,11 +1,13 @@
 """Preference pairs: sampled from the SFT model and sorted by the verifier, or given by people.
 
-Every question (or conversation) is in one split only: `train` for the compared methods, `mask` for
+Every question (or conversation) is in one split only: `train` for the compared methods (and
+`train1`, `train2`, ... for the further pair sets of a profile with replicates), `mask` for
 importance scores and the reward model, `heldout` for reward accuracy, `dev` for learning rates of
 domains without a verifier.
 """
 
 import random
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,8 +22,9 @@ from allo_lib.rewriter import Correction
 from allo_lib.seeds import derive
 from allo_lib.store import Artifact, write_json
 
-SPLITS = ("train", "heldout", "dev", "mask")
+SPLITS = ("train", "heldout", "dev", "mask")  # and `train_split` of further pair sets
 COLUMNS = ("prompt", "chosen", "rejected")
+_FURTHER = re.compile(r"train[1-9]\d*")
 
 
 @dataclass
@@ -62,8 +65,15 @@ class Pairs:
     @classmethod
     def load(cls, artifact: Artifact) -> "Pairs":
         """Read what `save` wrote."""
-        rows = {split: artifact.json(f"{split}.json") for split in SPLITS}
+        names = [path.stem for path in artifact.path.glob("*.json")]
+        splits = [name for name in names if name in SPLITS or _FURTHER.fullmatch(name)]
+        rows = {split: artifact.json(f"{split}.json") for split in (*SPLITS, *splits)}
         return cls(rows, artifact.json(), artifact.key)
+
+
+def train_split(pair_set: int) -> str:
+    """The split that holds a pair set's training pairs: "train", "train1", ..."""
+    return f"train{pair_set or ''}"
 
 
 def make_pairs(study, name: str) -> Pairs:
@@ -72,12 +82,18 @@ def make_pairs(study, name: str) -> Pairs:
     if domain.kind == "preferences":
         rows, summary = _given_pairs(study, name)
         heldout_rows, _ = _given_pairs(study, name, "test")
-        counts = {split: getattr(domain.pairs, split) for split in ("train", "dev", "mask")}
-        split = _split(rows, counts, name)
+        split = _split(rows, _counts(study, domain, ("train", "dev", "mask")), name)
         return Pairs(split | {"heldout": heldout_rows[: domain.pairs.heldout]}, summary)
     rows, summary = _sampled_pairs(study, name)
-    counts = {split: getattr(domain.pairs, split) for split in ("train", "heldout", "mask")}
+    counts = _counts(study, domain, ("train", "heldout", "mask"))
     return Pairs(_split(rows, counts, name) | {"dev": []}, summary)
+
+
+def _counts(study, domain, splits: tuple[str, ...]) -> dict[str, int]:
+    """Pairs of each split; further pair sets come last, so that none of them changes another."""
+    counts = {split: getattr(domain.pairs, split) for split in splits}
+    further = range(1, study.profile.replicates.pair_sets)
+    return counts | {train_split(number): domain.pairs.train for number in further}
 
 
 def _split(rows: list[dict], counts: dict[str, int], name: str) -> dict[str, list[dict]]:

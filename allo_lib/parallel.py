@@ -17,20 +17,26 @@ from allo_lib.runtime import give_back_freed_memory
 from allo_lib.study import Study
 from allo_lib.workers import fork_server, leave_with_parent
 
-Row = tuple[str, str]  # domain and method
+Row = tuple[str, str, int]  # domain, method and replicate
 
 
 def run_methods(study: Study, asked: Mapping[str, Sequence[str]]) -> dict[str, dict[str, dict]]:
     """Results of methods by domain, in the order asked: domain -> method -> result.
 
-    What is missing is trained first, that of all domains side by side.
+    What is missing is trained first, that of all domains and replicates side by side; the results
+    are those of the study's own replicate.
     """
     missing = {
-        name: [method for method in methods if not arms.is_done(study, name, method)]
+        name: [
+            (method, replicate)
+            for method in methods
+            for replicate in study.replicates
+            if not arms.is_done(study.at(replicate), name, method)
+        ]
         for name, methods in asked.items()
     }
-    for name, methods in missing.items():
-        if methods:
+    for name, runs in missing.items():
+        if runs:
             prepare(study, name)
     _run_groups(study, _groups(study, missing))
     return {
@@ -41,29 +47,38 @@ def run_methods(study: Study, asked: Mapping[str, Sequence[str]]) -> dict[str, d
 
 def prepare(study: Study, name: str) -> None:
     """Make what several methods share before they ask for it at the same time."""
-    study.encoded(name, "train")
-    study.encoded(name, "heldout")
+    splits = {study.at(replicate).train for replicate in study.replicates}
+    for split in (*sorted(splits), "heldout"):
+        study.encoded(name, split)
     study.scores(name).file("scores.safetensors")
-    study.keep_probabilities(name, "train")
+    for split in sorted(splits):
+        study.keep_probabilities(name, split)
     if study.task(name) is not None:
         study.drafts(name, "dev"), study.drafts(name, "test")
     if study.domain(name).instructions.datasets:
         study.replies(name)
 
 
-def _groups(study: Study, missing: Mapping[str, Sequence[str]]) -> list[list[Row]]:
-    """What can be trained at once; then what reads the trained model of another row."""
-    first: list[Row] = []
-    later: list[Row] = []
-    for name, methods in missing.items():
-        for method in methods:
-            other = waits_for(method)
-            if other is None or arms.is_done(study, name, other):
-                first.append((name, method))
-            else:
-                first.append((name, other))
-                later.append((name, method))
-    return [list(dict.fromkeys(group)) for group in (first, later) if group]
+def _groups(study: Study, missing: Mapping[str, Sequence[tuple[str, int]]]) -> list[list[Row]]:
+    """What can be trained at once; then what reads another row's result, and so on."""
+    groups: dict[int, list[Row]] = {}
+
+    def place(row: Row) -> int:
+        """The group that a row belongs to, after those that it waits for."""
+        name, method, replicate = row
+        if arms.is_done(study.at(replicate), name, method):
+            return -1
+        others = [(name, method, 0)] if replicate else []  # whose rates it takes
+        if waits_for(method):
+            others.append((name, waits_for(method), replicate))
+        number = 1 + max((place(other) for other in others), default=-1)
+        groups.setdefault(number, []).append(row)
+        return number
+
+    for name, runs in missing.items():
+        for run in runs:
+            place((name, *run))
+    return [list(dict.fromkeys(groups[number])) for number in sorted(groups)]
 
 
 def _run_groups(study: Study, groups: list[list[Row]]) -> None:
@@ -72,8 +87,8 @@ def _run_groups(study: Study, groups: list[list[Row]]) -> None:
     workers = min(study.profile.compute.workers, os.cpu_count() or 1, most)
     started = time.perf_counter()
     if workers < 2:
-        for name, method in (row for group in groups for row in group):
-            _tell(name, method, arms.result(study, name, method), started)
+        for row in (row for group in groups for row in group):
+            _tell(row, _result(study, *row), started)
         return
     give_back_freed_memory()  # the workers need it, this process only waits
     settings = {"mp_context": fork_server(), "initializer": leave_with_parent}
@@ -85,13 +100,12 @@ def _run_groups(study: Study, groups: list[list[Row]]) -> None:
 def _wait_for_group(pool, study: Study, group: list[Row], started: float) -> None:
     settings = (study.profile, study.seed, str(study.results_dir), study.data_dir)
     waiting = {
-        pool.submit(_in_worker, *settings, *row): row
-        for row in _longest_first(study, group)
+        pool.submit(_in_worker, *settings, *row): row for row in _longest_first(study, group)
     }
     try:
         for future in as_completed(waiting):
             future.result()
-            _tell(*waiting[future], arms.result(study, *waiting[future]), started)
+            _tell(waiting[future], _result(study, *waiting[future]), started)
     except BaseException:
         for future in waiting:
             future.cancel()
@@ -100,11 +114,11 @@ def _wait_for_group(pool, study: Study, group: list[Row], started: float) -> Non
 
 def _longest_first(study: Study, rows: list[Row]) -> list[Row]:
     """By tokens of training in all, so that no worker ends long after the others."""
-    tokens = {name: _tokens(study.encoded(name, "train")) for name in dict(rows)}
+    tokens = {name: _tokens(study.encoded(name, "train")) for name, *_ in rows}
 
     def size(row: Row) -> int:
-        name, method = row
-        fixed = method.endswith(PAPER_PROTOCOL) or relative_rates(method)
+        name, method, replicate = row
+        fixed = replicate or method.endswith(PAPER_PROTOCOL) or relative_rates(method)
         candidates = 1 if fixed else study.profile.search.candidates
         epochs = sum(stage.epochs for stage in stages_of(method, study.profile))
         return candidates * epochs * tokens[name]
@@ -116,8 +130,17 @@ def _tokens(pairs: list[dict]) -> int:
     return sum(len(pair[key]) for pair in pairs for key in ("prompt", "chosen", "rejected"))
 
 
-def _in_worker(profile: Profile, seed: int, results_dir: str, data_dir, name, method) -> None:
-    arms.result(_study(profile.hash(), seed, results_dir, data_dir, _Held(profile)), name, method)
+def _in_worker(profile: Profile, seed: int, results_dir: str, data_dir, *row) -> None:
+    _result(study_of(profile, seed, results_dir, data_dir), *row)
+
+
+def _result(study: Study, name: str, method: str, replicate: int) -> dict:
+    return arms.result(study.at(replicate), name, method)
+
+
+def study_of(profile: Profile, seed: int, results_dir: str, data_dir) -> Study:
+    """In a worker: the study, the one that it opened last if it is the same."""
+    return _study(profile.hash(), seed, results_dir, data_dir, _Held(profile))
 
 
 class _Held:
@@ -138,7 +161,9 @@ def _study(profile_hash: str, seed: int, results_dir: str, data_dir, held: _Held
     return Study(held.profile, seed, results_dir, data_dir)
 
 
-def _tell(name: str, method: str, found: dict, started: float) -> None:
+def _tell(row: Row, found: dict, started: float) -> None:
+    name, method, replicate = row
     rates = ", ".join(f"{rate:g}" for rate in found["rates"]) or "none"
-    told = f"{name}, {method}: best rates {rates}, dev {found['dev']:.3f}"
+    told = f"{name}, {method}{f', replicate {replicate}' if replicate else ''}: "
+    told += f"best rates {rates}, dev {found['dev']:.3f}"
     print(f"{told} ({time.perf_counter() - started:.0f} s)", flush=True)

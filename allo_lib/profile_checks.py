@@ -111,6 +111,8 @@ def check(profile: Profile) -> None:
         )
     if min(timing.repeats, timing.warm_up, timing.steps) < 1:
         raise AlloError("timing: repeats, warm_up and steps must be at least 1 each")
+    if min(profile.replicates.pair_sets, profile.replicates.orders) < 1:
+        raise AlloError("replicates: pair_sets and orders must be at least 1 each")
     _check_words(profile)
     for name, domain in profile.domains.items():
         _check_domain(name, domain)

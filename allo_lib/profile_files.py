@@ -13,6 +13,7 @@ from allo_lib.parts import KEY, part_of
 from allo_lib.profile_checks import build, check, short
 
 PROFILES = Path(__file__).parent / "profiles"
+RATES = PROFILES / "rates"
 _MISREAD = re.compile(r"[+-]?0[0-7_]+|.*:.*")  # octal and base 60 in YAML 1.1: 010 is 8, 1:30 is 90
 
 
@@ -48,6 +49,7 @@ def load_profile(name: str, overrides: dict | None = None, device: str | None = 
     only = settings.pop(KEY, None)
     for key, value in settings.items():
         _set_dotted(raw, key, value)
+    _resolve_tuned(raw, path)
     profile = build(Profile, raw, where=path.name)
     check(profile)
     check_instructions(profile)
@@ -140,6 +142,25 @@ def _read_yaml(path: Path) -> dict:
     if not isinstance(raw, dict):
         raise AlloError(f"{path.name} holds a {type(raw).__name__}: expected keys with values")
     return raw
+
+
+def _resolve_tuned(raw: dict, path: Path) -> None:
+    """Put the rates of `tuned: NAME` in place of the name."""
+    domains = raw.get("domains")
+    for name, domain in domains.items() if isinstance(domains, dict) else ():
+        given = domain.get("tuned") if isinstance(domain, dict) else None
+        if not isinstance(given, str):
+            continue
+        known = sorted(file.stem for file in RATES.glob("*.yaml"))
+        if given not in known:
+            raise AlloError(
+                f"{path.name}: domains.{name}.tuned: got {short(given)}, expected one of "
+                f"{', '.join(known) or 'none that are there'}"
+            )
+        rates = _read_yaml(RATES / f"{given}.yaml").get(str(name))
+        if rates is None:
+            raise AlloError(f"{given}.yaml has no rates of domain {short(str(name))}; tune it")
+        domains[name] = domain | {"tuned": rates}
 
 
 def _size(device: str | None) -> str:

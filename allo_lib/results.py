@@ -1,10 +1,20 @@
 """From the results of a seed to rows of `measurements.csv`, and whose results a folder holds."""
 
+import dataclasses
 import json
 import statistics
 from pathlib import Path
 
-from allo_lib import arms, importance, instructions, measurements, notes, scoring, win_rates
+from allo_lib import (
+    arms,
+    importance,
+    instructions,
+    measurements,
+    notes,
+    outcomes,
+    scoring,
+    win_rates,
+)
 from allo_lib.claims import loss_pairs, wanted_pairs
 from allo_lib.config import Profile
 from allo_lib.errors import AlloError
@@ -61,23 +71,57 @@ def methods_of(study: Study, name: str) -> list[str]:
 
 
 def seed_rows(study: Study) -> list[Measurement]:
-    """All rows of the study's seed; whatever is not in the store yet is made."""
+    """All rows of the study's seed; whatever is not in the store yet is made.
+
+    Of several replicates a row tells the mean: what a method does to this seed's SFT model.
+    """
     rows = []
     for name in study.profile.domains:
-        results = {method: arms.result(study, name, method) for method in methods_of(study, name)}
-        for method, found in results.items():
-            rows += _method_rows(study, name, method, found)
-        instructions.write_outputs(study, name, results)
-        rows += win_rates.rows(study, name, results)
-        for method, baseline in wanted_pairs(results):
-            rows += _paired_rows(study, name, method, baseline, results)
-        for method, baseline in loss_pairs({m: r for m, r in results.items() if r["loss"]}):
-            losses = (results[one]["loss"][-1] for one in (method, baseline))
-            rows.append(loss_gap(study.seed, method, baseline, name, *losses))
+        runs = [results_of(study.at(replicate), name) for replicate in study.replicates]
+        rows += mean_rows([_result_rows(study, name, results) for results in runs])
+        instructions.write_outputs(study, name, runs[0])
+        rows += win_rates.rows(study, name, runs[0])
         rows += overlap_rows(study, name)
         note = f"{notes.CELLS}seed{study.seed}.{name}"
-        notes.leave(study.store.folder, note, notes.cells_of(results))
+        notes.leave(study.store.folder, note, notes.cells_of(runs[0]))
     return rows
+
+
+def results_of(study: Study, name: str) -> dict[str, dict]:
+    """Results of all methods of a domain, of the study's replicate: method -> result."""
+    return {method: arms.result(study, name, method) for method in methods_of(study, name)}
+
+
+def _result_rows(study: Study, name: str, results: dict[str, dict]) -> list[Measurement]:
+    """The rows of one replicate's results."""
+    rows = []
+    for method, found in results.items():
+        rows += _method_rows(study, name, method, found)
+    for method, baseline in wanted_pairs(results):
+        rows += _paired_rows(study, name, method, baseline, results)
+    for method, baseline in loss_pairs({m: r for m, r in results.items() if r["loss"]}):
+        losses = (results[one]["loss"][-1] for one in (method, baseline))
+        rows.append(loss_gap(study.seed, method, baseline, name, *losses))
+    return rows
+
+
+def mean_rows(runs: list[list[Measurement]]) -> list[Measurement]:
+    """The mean of every row over replicates, of the rows that all of them have.
+
+    The standard error is that of one replicate, as all answer the same problems; n is theirs.
+    """
+    if len(runs) == 1:
+        return runs[0]
+    by_run = [{(row.method, row.dataset, row.metric): row for row in rows} for rows in runs]
+    means = []
+    for key, row in by_run[0].items():
+        same = [rows[key] for rows in by_run if key in rows]
+        if len(same) == len(runs):
+            value, stderr = (
+                statistics.fmean(getattr(one, part) for one in same) for part in ("value", "stderr")
+            )
+            means.append(dataclasses.replace(row, value=value, stderr=stderr))
+    return means
 
 
 def average_name(study: Study, name: str) -> str:
@@ -230,15 +274,30 @@ def update(study: Study, seeds: list[int]) -> list[Measurement]:
     """
     path = study.results_dir / "measurements.csv"
     rows = measurements.read(path) if path.is_file() else []
+    answers = outcomes.read(study.results_dir / outcomes.NAME)
     for seed in seeds:
         of_seed = study if seed == study.seed else Study(
             study.profile, seed, study.results_dir, study.data_dir
         )  # fmt: skip
         run_methods(of_seed, {name: methods_of(of_seed, name) for name in study.profile.domains})
         rows = measurements.merge(rows, seed_rows(of_seed), datasets_of(study))
+        for name in study.profile.domains:
+            answers = outcomes.merge(answers, outcomes_of(of_seed, name))
     path.parent.mkdir(parents=True, exist_ok=True)
     measurements.write(path, rows)
+    if len(answers):
+        outcomes.write(study.results_dir / outcomes.NAME, answers)
     return rows
+
+
+def outcomes_of(study: Study, name: str):
+    """The outcomes of all methods and replicates on a domain (`outcomes`), a DataFrame."""
+    heldout = [row["id"] for row in study.pairs(name).rows["heldout"]]
+    return outcomes.frame(
+        (study.seed, replicate, method, name, found, heldout)
+        for replicate in study.replicates
+        for method, found in results_of(study.at(replicate), name).items()
+    )
 
 
 def difference(found: dict, baseline: dict) -> Interval:

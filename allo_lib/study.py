@@ -5,6 +5,7 @@ weights (`key_token_weights`) are artifacts of the store; `arms` trains the meth
 """
 
 import contextlib
+import copy
 import os
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -21,7 +22,7 @@ from allo_lib.forward import pair_logps
 from allo_lib.generation import generate
 from allo_lib.key_neurons import KeyNeurons
 from allo_lib.key_token_weights import KeyTokenWeights
-from allo_lib.pairs import Pairs, make_pairs
+from allo_lib.pairs import Pairs, make_pairs, train_split
 from allo_lib.profile_files import load_profile
 from allo_lib.runtime import make_deterministic
 from allo_lib.seeds import derive
@@ -39,7 +40,9 @@ class Study(KeyNeurons, KeyTokenWeights):
     """Settings and shared artifacts of one seed. Open it with `Study.open`."""
 
     def __init__(self, profile: Profile, seed: int, results_dir: Path, data_dir: str | None = None):
-        self.profile, self.seed = profile, seed
+        self.profile, self.seed, self.replicate = profile, seed, 0
+        self._first: Study | None = None  # of another replicate: the study of the first one
+        self._others: dict[int, Study] = {}  # of the first replicate: those of the others
         self.results_dir, self.data_dir = Path(results_dir), data_dir
         self.store = Store(self.results_dir / STORE)
         self.device = "cuda" if profile.size == "gpu" else "cpu"
@@ -67,6 +70,38 @@ class Study(KeyNeurons, KeyTokenWeights):
             workers.start_early()
         return cls(loaded, seed, folder, os.environ.get("ALLO_DATA"))
 
+    def at(self, replicate: int) -> "Study":
+        """This study at another of its replicates: other training pairs, or in another order.
+
+        Everything else, the live model among it, is the first one's own.
+        """
+        first = self._first or self
+        if replicate and replicate not in first._others:
+            other = first._others[replicate] = copy.copy(first)
+            other.replicate, other._first = replicate, first
+        return first._others[replicate] if replicate else first
+
+    @property
+    def replicates(self) -> range:
+        """Numbers of the runs of every method on this study's SFT model."""
+        settings = self.profile.replicates
+        return range(settings.pair_sets * settings.orders)
+
+    @property
+    def pair_set(self) -> int:
+        """Which of the profile's pair sets this replicate is trained on."""
+        return self.replicate // self.profile.replicates.orders
+
+    @property
+    def order(self) -> int:
+        """Which order of its pairs this replicate takes."""
+        return self.replicate % self.profile.replicates.orders
+
+    @property
+    def train(self) -> str:
+        """The split that holds this replicate's training pairs."""
+        return train_split(self.pair_set)
+
     @property
     def dtype(self) -> str:
         """Dtype of the weights on this machine."""
@@ -76,6 +111,8 @@ class Study(KeyNeurons, KeyTokenWeights):
 
     @cached_property
     def _loaded(self):
+        if self._first is not None:
+            return self._first._loaded
         settings = self.profile.model
         if settings.name != "micro":
             model, tokenizer, note = models.load(
@@ -125,6 +162,8 @@ class Study(KeyNeurons, KeyTokenWeights):
     @cached_property
     def _initial(self) -> dict[str, torch.Tensor]:
         """The weights as they were loaded, on the CPU."""
+        if self._first is not None:
+            return self._first._initial
         return weights.snapshot(self._loaded[0], "cpu")
 
     def _kept(self, kind: str, inputs: dict, make, name: str = "") -> Artifact:

@@ -51,10 +51,18 @@ def test_controls_get_as_many_updates_as_both_stages(profile):
 
     assert epochs("allo") == 2
     for method in ("sft", "rft", "ipo", "bco", "simpo", "npo", "rdpo", "ppo", "a2c", "dpo_long",
-                   "dpo_top10_long",
+                   "dpo_top10_long", "dpo_last10_long", "dpo_random10_long", "dpo_all_pairs",
                    "allo_no_forgetting", "allo_no_learning", "allo_random_neurons"):  # fmt: skip
         assert epochs(method) == 2, method
     assert epochs("dpo") == epochs("dpo_top10") == 1 and epochs("sft_base") == 0
+
+
+def test_all_pairs_are_those_of_training_and_those_of_the_masks(tiny_study, profile):
+    (stage,) = stages_of("dpo_all_pairs", profile)
+    rows = arms._rows(tiny_study, DOMAIN, stage, first=True)
+    both = [tiny_study.encoded(DOMAIN, split) for split in ("train", "mask")]
+    assert rows == both[0] + both[1] and min(map(len, both)) > 0
+    assert "pairs" in stage.settings() and "pairs" not in stages_of("dpo", profile)[0].settings()
 
 
 def test_each_ablation_changes_one_thing_of_allo(profile):
@@ -474,7 +482,7 @@ def test_workers_and_one_process_find_the_same(tiny_study, begun):
 def test_a_worker_s_error_reaches_the_user(begun):
     study = open_study(begun, compute__workers=2, search__candidates=0)
     with pytest.raises(AlloError, match="candidates is 0"):
-        parallel._run_groups(study, [[(DOMAIN, "dpo"), (DOMAIN, "npo")]])
+        parallel._run_groups(study, [[(DOMAIN, "dpo", 0), (DOMAIN, "npo", 0)]])
 
 
 def test_workers_begin_with_what_takes_longest(tiny_study, monkeypatch):
@@ -483,21 +491,33 @@ def test_workers_begin_with_what_takes_longest(tiny_study, monkeypatch):
     pair = {"prompt": [1] * 4, "chosen": [1], "rejected": [1]}
     pairs = {"a": [pair], "b": [pair] * 3}
     monkeypatch.setattr(tiny_study, "encoded", lambda name, split: pairs[name])
-    rows = [("a", "sft_base"), ("a", "dpo_paper"), ("a", "dpo"), ("a", "npo"), ("a", "allo"),
-            ("b", "dpo_top10")]  # fmt: skip
-    expected = ["dpo_top10", "npo", "allo", "dpo", "dpo_paper", "sft_base"]
-    assert [method for _, method in parallel._longest_first(tiny_study, rows)] == expected
+    rows = [("a", "sft_base", 0), ("a", "dpo_paper", 0), ("a", "dpo", 0), ("a", "npo", 0),
+            ("a", "allo", 0), ("b", "dpo_top10", 0), ("b", "dpo_top10", 1)]  # fmt: skip
+    expected = ["dpo_top10", "npo", "allo", "dpo_top10", "dpo", "dpo_paper", "sft_base"]
+    assert [method for _, method, _ in parallel._longest_first(tiny_study, rows)] == expected
     with pytest.raises(AlloError, match="'orpo' is not known"):
-        parallel._longest_first(tiny_study, [("a", "orpo")])
+        parallel._longest_first(tiny_study, [("a", "orpo", 0)])
 
 
 def test_domains_share_the_workers_and_each_waits_for_its_own_dpo(tiny_study, monkeypatch):
     monkeypatch.setattr(arms, "is_done", lambda study, name, method: (name, method) == ("a", "dpo"))
     missing = {"a": ["dpo_paper", "npo"], "b": ["allo", "dpo_paper"], "c": ["dpo_paper", "dpo"]}
+    missing = {name: [(method, 0) for method in methods] for name, methods in missing.items()}
     first, later = parallel._groups(tiny_study, missing)
-    assert first == [("a", "dpo_paper"), ("a", "npo"), ("b", "allo"), ("b", "dpo"), ("c", "dpo")]
-    assert later == [("b", "dpo_paper"), ("c", "dpo_paper")]
+    assert [row[:2] for row in first] == [
+        ("a", "dpo_paper"), ("a", "npo"), ("b", "allo"), ("b", "dpo"), ("c", "dpo")
+    ]  # fmt: skip
+    assert later == [("b", "dpo_paper", 0), ("c", "dpo_paper", 0)]
     assert parallel._groups(tiny_study, {"a": [], "b": []}) == []
+
+
+def test_further_replicates_wait_for_the_first_whose_rates_they_take(tiny_study, monkeypatch):
+    monkeypatch.setattr(arms, "is_done", lambda study, name, method: False)
+    missing = {"a": [("npo", 0), ("npo", 1), ("dpo_paper", 1)]}
+    first, second, third = parallel._groups(tiny_study, missing)
+    assert first == [("a", "npo", 0), ("a", "dpo", 0)]
+    assert second == [("a", "npo", 1), ("a", "dpo_paper", 0), ("a", "dpo", 1)]
+    assert third == [("a", "dpo_paper", 1)]
 
 
 def test_every_known_method_has_a_rate_and_an_objective(profile):

@@ -1,0 +1,115 @@
+"""Replicates are runs of their own on one SFT model, and every number comes from their outcomes."""
+
+import pandas as pd
+import pytest
+from tiny_study import DOMAIN, open_study
+
+from allo_lib import arms, outcomes, results
+from allo_lib.errors import AlloError
+from allo_lib.pairs import train_split
+from allo_lib.profile_files import load_profile
+
+METHODS = ["dpo", "dpo_top10"]
+
+
+@pytest.fixture(scope="module")
+def replicated(tmp_path_factory):
+    study = open_study(
+        tmp_path_factory.mktemp("replicated"), methods=METHODS, ablations=[], stability=["halves"],
+        replicates__pair_sets=2, replicates__orders=2, domains__miniature__pairs__train=8,
+        domains__miniature__batch_size=2,
+    )  # fmt: skip
+    return study, results.update(study, [study.seed])
+
+
+def rates_and_loss(study, replicate: int, method: str = "dpo"):
+    found = arms.result(study.at(replicate), DOMAIN, method)
+    return found["rates"], found["loss"][-1]
+
+
+def test_pair_sets_share_no_question_and_orders_share_all(replicated):
+    study, _ = replicated
+    rows = study.pairs(DOMAIN).rows
+    ids = [{row["id"] for row in rows[train_split(number)]} for number in (0, 1)]
+    assert all(len(one) > 3 for one in ids) and not ids[0] & ids[1]
+    assert not (ids[0] | ids[1]) & {r["id"] for s in ("mask", "heldout") for r in rows[s]}
+    assert [study.at(r).train for r in study.replicates] == ["train", "train", "train1", "train1"]
+
+
+def test_every_replicate_is_another_run_at_the_rates_of_the_first(replicated):
+    study, _ = replicated
+    rates, losses = zip(*(rates_and_loss(study, r) for r in study.replicates), strict=True)
+    assert len(set(map(tuple, rates))) == 1
+    assert len(set(map(tuple, losses))) == len(study.replicates) == 4
+
+
+def test_replicates_share_the_sft_model_and_the_mask(replicated):
+    study, _ = replicated
+    for replicate in study.replicates:
+        assert study.at(replicate).sft(DOMAIN).path == study.sft(DOMAIN).path
+        assert study.at(replicate).model is study.model
+    for kind in ("sft", "pairs", "scores"):
+        wanted = {"scores": 3}.get(kind, 1)  # of all pairs, and of either half
+        assert len(list((study.store.folder / kind).iterdir())) == wanted, kind
+
+
+def test_measurements_are_the_means_that_the_outcomes_give(replicated):
+    study, rows = replicated
+    told = outcomes.read(study.results_dir / outcomes.NAME)
+    assert set(told["method"]) == {"sft_base", *METHODS} and set(told["replicate"]) == {0, 1, 2, 3}
+    problems = told[told["margin"].isna()]
+    per_run = problems.groupby(["method", "dataset", "replicate"], observed=True)["right"].mean()
+    means = per_run.groupby(level=["method", "dataset"], observed=True).mean()
+    measured = {(r.method, r.dataset): r.value for r in rows if r.metric == "accuracy"}
+    for (method, dataset), mean in means.items():
+        assert measured[method, dataset] == pytest.approx(mean), (method, dataset)
+    pairs = told[told["margin"].notna()]
+    assert (pairs["right"] == (pairs["margin"] > 0)).all()
+    right = pairs.groupby("method", observed=True)["right"].mean()
+    ranked = {r.method: r.value for r in rows if r.metric == "reward_accuracy"}
+    assert ranked == pytest.approx({m: v for m, v in right.items() if m in ranked})
+    answered = 1 - problems.groupby("method", observed=True)["answered"].mean()
+    cut = {r.method: r.value for r in rows if r.metric == "no_answer" and r.dataset == "average"}
+    assert cut == pytest.approx(dict(answered.items()), abs=1e-6)
+
+
+def test_one_replicate_is_the_study_as_it_was():
+    """Keys, hashes and draws of a study without replicates are those of before there were any."""
+    plain = load_profile("tiny")
+    again = load_profile("tiny", {"replicates.pair_sets": 1, "replicates.orders": 1})
+    more = load_profile("tiny", {"replicates.orders": 2})
+    assert plain.hash() == again.hash() != more.hash()
+    with pytest.raises(AlloError, match="at least 1 each"):
+        load_profile("tiny", {"replicates.orders": 0})
+
+
+def table(*rows) -> pd.DataFrame:
+    return pd.DataFrame(rows, columns=outcomes.COLUMNS)
+
+
+A = (0, 0, "dpo", "toy", "chain", "p1", True, True, None)
+B = (0, 0, "dpo", "toy", "toy", "h1", False, True, -0.5)
+
+
+def test_the_file_holds_what_was_written_in_an_order_of_its_own(tmp_path):
+    paths = [tmp_path / "a.parquet", tmp_path / "b.parquet"]
+    outcomes.write(paths[0], table(A, B))
+    outcomes.write(paths[1], table(B, A))
+    assert paths[0].read_bytes() == paths[1].read_bytes()
+    read = outcomes.read(paths[0])
+    assert list(read.columns) == outcomes.COLUMNS
+    assert read["right"].tolist() == [True, False] and read["margin"].tolist()[1] == -0.5
+    outcomes.write(paths[1], outcomes.merge(read, table((1, *A[1:]))))
+    assert outcomes.read(paths[1])["model"].tolist() == [0, 0, 1]
+    outcomes.write(paths[1], outcomes.merge(read, table((*A[:6], False, True, None))))
+    assert outcomes.read(paths[1])["right"].tolist() == [False]  # the pair is of the same domain
+
+
+def test_an_outcome_given_twice_or_a_file_of_another_kind_is_refused(tmp_path):
+    with pytest.raises(AlloError, match="is given twice"):
+        outcomes.write(tmp_path / "a.parquet", table(A, A))
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "b.parquet").write_text("no parquet")
+    with pytest.raises(AlloError, match="not a readable Parquet file"):
+        outcomes.read(tmp_path / "b.parquet")
+    assert outcomes.read(tmp_path / "none.parquet").empty
