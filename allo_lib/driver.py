@@ -255,6 +255,8 @@ def _wait_for(process: subprocess.Popen, job: Job, deadline: float | None) -> No
 def write_manifest(run: Run, ran: set[str]) -> None:
     """Describe the results folder as it is now; `ran` names the groups that ran just now."""
     told, commit = machine(), manifest.commit_of(ROOT)
+    if run.profile.size == "cpu":  # whatever else is in the machine
+        told |= {"device": "cpu", "cuda": None}
     here = {name: told[name] for name in ("device", "threads", "python")}
     here |= {"torch": told["versions"].get("torch"), **commit}
     before = (manifest.read(run.results) or {}).get("runs", {})

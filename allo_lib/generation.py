@@ -106,7 +106,9 @@ def _sees_all(model) -> bool:
 
 
 def _replays_steps(model) -> bool:
-    return model.device.type == "cuda" and _sees_all(model)
+    """Whether steps can be recorded: on a GPU, by an attention that reads a mask of every two."""
+    attention = model.config.get_text_config()._attn_implementation
+    return model.device.type == "cuda" and attention == "sdpa" and _sees_all(model)
 
 
 class _Decoding:

@@ -1,6 +1,7 @@
 """AdamW that trains a mask: state for kept entries only, all others never change by a bit."""
 
 import hashlib
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -182,13 +183,13 @@ class MaskedAdamW(torch.optim.AdamW):
     def state_dict(self) -> dict:
         """Torch's state, the masters (bf16 weights do not determine them), the mask's hash."""
         masters = [packed.master.detach() for packed in self._packed]
-        return super().state_dict() | {"masters": masters, "mask": self._mask_hash()}
+        return super().state_dict() | {"masters": masters, "mask": self._mask_hash}
 
     def load_state_dict(self, state_dict: dict) -> None:
         """Restore the `state_dict` of the same model and mask; AlloError for any other."""
         state_dict = dict(state_dict)
         masters = state_dict.pop("masters", [])
-        if state_dict.pop("mask", None) != self._mask_hash():
+        if state_dict.pop("mask", None) != self._mask_hash:
             raise AlloError("MaskedAdamW: the saved state is of another mask; resume with its mask")
         super().load_state_dict(state_dict)
         self._seen = None
@@ -197,7 +198,10 @@ class MaskedAdamW(torch.optim.AdamW):
                 packed.master.copy_(master)
                 packed.write_back()
 
+    @cached_property
     def _mask_hash(self) -> str:
+        """Of names, shapes and places. Kept: it copies all places to the host, and a wrapper of the
+        optimizer may ask for its state at every start of a training."""
         digest = hashlib.sha256()
         for packed in self._packed:
             digest.update(f"{packed.name}:{tuple(packed.parameter.shape)};".encode())
