@@ -10,6 +10,7 @@ from allo_lib.config import Profile
 from allo_lib.errors import AlloError
 from allo_lib.importance import NeuronMask
 from allo_lib.measurements import Measurement, seeds_of
+from allo_lib.overlaps import chance_within
 from allo_lib.parallel import run_methods
 from allo_lib.parts import Part
 from allo_lib.stats import Interval, PairedCounts, paired_interval
@@ -198,7 +199,7 @@ def top_masks(study: Study, name: str) -> dict[str, NeuronMask]:
 
 
 def overlap_rows(study: Study, name: str) -> list[Measurement]:
-    """Overlap of each compared pair of masks, and what chance would give."""
+    """Overlap of each compared pair of masks, and what either chance would give (`overlaps`)."""
     masks, rows = top_masks(study, name), []
     for comparison in study.profile.stability:
         first, second = (masks[variant] for variant in OVERLAPS[comparison])
@@ -206,6 +207,7 @@ def overlap_rows(study: Study, name: str) -> list[Measurement]:
         for metric, value in (
             ("mask_overlap", first.overlap(second)),
             ("mask_overlap_chance", chance),
+            (measurements.CHANCE_IN_TENSORS, chance_within(first, second)),
         ):
             rows.append(Measurement(study.seed, comparison, name, metric, value, 0.0, first.kept))
     return rows

@@ -127,7 +127,7 @@ def change_text(change: Interval | None) -> list[str]:
     if change is None:
         return ["", ""]
     effect, low, high = (100 * part for part in (change.effect, change.low, change.high))
-    return [f"{effect:+z.2f}", f"[{low:+z.2f}, {high:+z.2f}]"]
+    return [f"{effect:+z.2f}", f"[{low:+z.2f}, {high:+z.2f}]" if change.defined else ""]
 
 
 def how(rows: Sequence[Measurement]) -> str:
