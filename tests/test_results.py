@@ -185,6 +185,17 @@ def test_overlap_rows_stand_beside_chance(study, rows):
         assert row.value == pytest.approx(overlap) and row.n == masks[0].kept
         chance = value(rows, comparison, DOMAIN, "mask_overlap_chance")
         assert chance.value == pytest.approx(share / (2 - share), rel=1e-3)
+        # At random places of each tensor both keep a neuron with the product of their shares of it.
+        kept = [
+            mask.indices[name].numel() / masks[0].shapes[name].numel()
+            for name in masks[0].indices
+            for mask in masks
+        ]
+        sizes = [shape.numel() for shape in masks[0].shapes.values()]
+        common = sum(a * b * n for a, b, n in zip(kept[::2], kept[1::2], sizes, strict=True))
+        within = value(rows, comparison, DOMAIN, measurements.CHANCE_IN_TENSORS)
+        assert within.value == pytest.approx(common / (2 * masks[0].kept - common))
+        assert within.value > chance.value
 
 
 def test_a_mask_overlaps_itself_and_only_the_asked_comparisons_are_made(tiny_study, rows):
