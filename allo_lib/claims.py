@@ -35,16 +35,13 @@ from allo_lib.comparisons import (
     trend,
 )
 from allo_lib.cost_claims import efficiency_claims
-from allo_lib.declared import BASELINES, DECLARED, Declared, loss_pairs, wanted_pairs
+from allo_lib.declared import DECLARED, Declared, loss_pairs, wanted_pairs
 from allo_lib.errors import AlloError
 from allo_lib.measurements import CHANCE_IN_TENSORS, Measurement
 from allo_lib.stats import LEVEL, Interval, mean_interval
 from allo_lib.verdicts import (
-    CONTRADICTED,
     MARGIN,
-    NO_DIFFERENCE,
     POINTS,
-    SUPPORTED,
     UNDECIDED,
     Claim,
     PValues,
@@ -53,24 +50,8 @@ from allo_lib.verdicts import (
     p_values,
 )
 
-__all__ = [
-    "BASELINES",
-    "COLUMNS",
-    "CONTRADICTED",
-    "DECLARED",
-    "MARGIN",
-    "NO_DIFFERENCE",
-    "SUPPORTED",
-    "UNDECIDED",
-    "Claim",
-    "compute",
-    "efficiency_claims",
-    "loss_pairs",
-    "protocol_disagreements",
-    "read",
-    "wanted_pairs",
-    "write",
-]
+__all__ = ["COLUMNS", "DECLARED", "MARGIN", "Claim", "compute", "efficiency_claims",
+           "loss_pairs", "protocol_disagreements", "read", "wanted_pairs", "write"]  # fmt: skip
 COLUMNS = ("id", "claim", "effect", "ci_low", "ci_high", "unit", "verdict", "evidence")
 _OVERLAPS = ("orders", "halves", "estimators")
 
@@ -226,7 +207,7 @@ def _rows(declared: Declared, domain: Domain, parts, notes, suffix: str) -> list
         paper = None
     else:
         held, told, paper = [], [_tell(measured[0], unit)], measured[0].paper
-    told += [*notes, where, _how(measured), lost]
+    told += [*notes, where, *dict.fromkeys(_how(part.interval) for part in measured), lost]
     effect, low, high = min(part.interval.effect for part in measured), None, None
     if count == len(measured):
         low = min(part.interval.low for part in measured)
@@ -235,7 +216,7 @@ def _rows(declared: Declared, domain: Domain, parts, notes, suffix: str) -> list
     evidence = "; ".join(text for text in told if text)
     found = [Claim(name, declared.text, effect, low, high, unit, UNDECIDED, evidence, p, paper)]
     for part, (effect, (low, high)) in zip(measured, held, strict=bool(held)):
-        evidence = "; ".join([_tell(part, unit), where, _how([part])])
+        evidence = "; ".join([_tell(part, unit), where, _how(part.interval)])
         key = f"{declared.id}.{part.key}{suffix}"
         found.append(Claim(key, part.name, effect, low, high, unit, UNDECIDED, evidence,
                            part.p, part.paper))  # fmt: skip
@@ -272,18 +253,11 @@ def _tell(part: Part, unit: str) -> str:
     return f"{words} ({'; '.join([*details, *filter(None, part.notes)])})"
 
 
-def _how(parts: Sequence[Part]) -> str:
-    """How the intervals were made, from which models and problems; once where they agree."""
-    ways = {}
-    for part in parts:
-        interval = part.interval
-        seeds = ", ".join(map(str, interval.seeds))
-        way = f"{interval.kind}; seed{'s' * (len(interval.seeds) > 1)} {seeds}"
-        way += f"; n = {interval.n}" if interval.n else ""
-        ways.setdefault(way, []).append(part.name)
-    if len(ways) == 1:
-        return next(iter(ways))
-    return "; ".join(f"{', '.join(names)}: {way}" for way, names in ways.items())
+def _how(interval: Interval) -> str:
+    """How the interval was made, from which models and problems."""
+    seeds = ", ".join(map(str, interval.seeds))
+    way = f"{interval.kind}; seed{'s' * (len(interval.seeds) > 1)} {seeds}"
+    return f"{way}; n = {interval.n}" if interval.n else way
 
 
 def _mentions(index, pairs, domain: Domain) -> list[str]:

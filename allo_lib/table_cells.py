@@ -135,8 +135,8 @@ def how(rows: Sequence[Measurement]) -> str:
     seeds = seeds_of(rows)
     if len(seeds) > 1:
         return (
-            f"Means over seeds {', '.join(map(str, seeds))} ± standard error over seeds, or of their "
-            "problems where that is larger; intervals: Student's t over seeds, cut at 0 and 100%."
+            f"Means over seeds {', '.join(map(str, seeds))} ± standard error over seeds, or of "
+            "their problems where that is larger; intervals: Student's t over seeds, cut at 0 and 100%."
         )
     return f"Seed {seeds[0]}, ± standard error over problems; normal intervals."
 

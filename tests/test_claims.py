@@ -6,12 +6,11 @@ import numpy as np
 import pytest
 
 from allo_lib import claims
-from allo_lib.claims import CONTRADICTED, SUPPORTED, UNDECIDED
 from allo_lib.errors import AlloError
 from allo_lib.measurements import Measurement
 from allo_lib.stats import Interval
 from allo_lib.table_cells import change_text, plain
-from allo_lib.verdicts import corrected
+from allo_lib.verdicts import CONTRADICTED, SUPPORTED, UNDECIDED, corrected
 from tests import synthetic_results
 
 IDS = "C1 C1p C2 C2p C3 C3p C4 C4s C5 C6 C7 C8 C9 C10".split()
