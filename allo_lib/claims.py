@@ -95,8 +95,12 @@ def _parts(declared, domain, index, shared, paper) -> tuple[list[Part], list[str
     if declared.kind == "overlap":
         return [_overlap_part(index, name, domain, shared) for name in _OVERLAPS], []
     if declared.kind == "lower loss":
-        notes = ["training loss over the last quarter of the steps, not held-out loss"]
-        return [_loss_part(index, *pair, domain, shared) for pair in declared.pairs], notes
+        ((first, second),) = declared.pairs
+        gap = metric_difference(
+            index, (second, "train_loss"), (first, "train_loss"), domain, shared
+        )
+        part = Part(second, f"loss of {second} minus {first}", gap, p_values(gap, "loss"))
+        return [part], ["training loss over the last quarter of the steps, not held-out loss"]
     if declared.id == "C9":
         return _reward_parts(index, domain)
     parts, bar = [], -MARGIN if declared.kind == "no worse" else 0.0
@@ -164,12 +168,6 @@ def _improvement(index, first: str, second: str, domain: Domain) -> str:
     return f"probability of improvement over {second} {found.effect:.2f}{ends}"
 
 
-def _loss_part(index, first, second, domain, shared) -> Part:
-    sides = (second, "train_loss"), (first, "train_loss")
-    interval = metric_difference(index, *sides, domain, shared)
-    return Part(second, f"loss of {second} minus {first}", interval, p_values(interval, "loss"))
-
-
 def _overlap_part(index, name, domain, shared) -> Part:
     """Against chance within each tensor, where that was measured, else chance over all neurons."""
     ways = {
@@ -194,24 +192,20 @@ def _rows(declared: Declared, domain: Domain, parts, notes, suffix: str) -> list
     measured = [part for part in parts if part.interval is not None]
     missing = [part.name for part in parts if part.interval is None]
     lost = f"not measured: {', '.join(missing)}" if missing else ""
-    row = Claim(name, declared.text, None, None, None, unit, UNDECIDED, lost)
     if not measured:
-        return [row]
+        return [Claim(name, declared.text, None, None, None, unit, UNDECIDED, lost)]
     where = f"on {domain.name} ({', '.join(domain.datasets)})"
     count = sum(part.p is not None for part in parts)
-    several = len(parts) > 1
-    if several:
-        held = [_held(part.interval, count) for part in measured]
+    held, told, paper = [], [_tell(measured[0], unit)], measured[0].paper
+    if len(parts) > 1:
+        held, paper = [_held(part.interval, count) for part in measured], None
         told = [_ends(part.name, *both, unit) for part, both in zip(measured, held, strict=True)]
         told += ["one SFT model decides nothing"] * (len(measured[0].interval.seeds) < 2)
-        paper = None
-    else:
-        held, told, paper = [], [_tell(measured[0], unit)], measured[0].paper
     told += [*notes, where, *dict.fromkeys(_how(part.interval) for part in measured), lost]
     effect, low, high = min(part.interval.effect for part in measured), None, None
     if count == len(measured):
         low = min(part.interval.low for part in measured)
-        high = min(high for _, (_, high) in held) if several else measured[0].interval.high
+        high = min(high for _, (_, high) in held) if held else measured[0].interval.high
     p = jointly([part.p for part in parts])
     evidence = "; ".join(text for text in told if text)
     found = [Claim(name, declared.text, effect, low, high, unit, UNDECIDED, evidence, p, paper)]

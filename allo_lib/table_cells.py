@@ -136,7 +136,8 @@ def how(rows: Sequence[Measurement]) -> str:
     if len(seeds) > 1:
         return (
             f"Means over seeds {', '.join(map(str, seeds))} ± standard error over seeds, or of "
-            "their problems where that is larger; intervals: Student's t over seeds, cut at 0 and 100%."
+            "their problems where that is larger; intervals: Student's t over seeds, cut at 0 and "
+            "100%."
         )
     return f"Seed {seeds[0]}, ± standard error over problems; normal intervals."
 
