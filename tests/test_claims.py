@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from allo_lib import claims
+from allo_lib import claims, comparisons
 from allo_lib.errors import AlloError
 from allo_lib.measurements import Measurement
 from allo_lib.stats import Interval
@@ -142,6 +142,20 @@ def test_the_interval_of_several_parts_is_that_of_the_least_decided_one(by_id):
     assert min(part.ci_low for part in parts) < whole.ci_low < whole.effect
     for claim in (whole, *parts):
         assert claim.ci_low < claim.effect < claim.ci_high
+
+
+def test_the_probability_of_improvement_counts_wins_and_half_the_ties():
+    scores = {0: ((0.6, 0.5), (0.5, 0.5)), 1: ((0.4, 0.5), (0.5, 0.6)), 2: ((0.6, 0.5), (0.6, 0.5))}
+    rows = [
+        Measurement(seed, method, name, "accuracy", value, 0.01, 100)
+        for seed, pairs in scores.items()
+        for name, pair in zip(("ecqa", "qasc"), pairs, strict=True)
+        for method, value in zip(("allo", "sft"), pair, strict=True)
+    ]
+    (domain,) = comparisons.domains_of(rows)
+    found = comparisons.improvement(comparisons.index_of(rows), "allo", "sft", domain)
+    assert found.by_seed == (0.75, 0.0, 1.0) and found.effect == pytest.approx(1.75 / 3)
+    assert (found.low, found.high) == (0.0, 1.0)  # of three models: cut to what it can be
 
 
 def test_reward_models_make_a_trend(rows, by_id):
