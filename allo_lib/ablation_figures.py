@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
 
-from allo_lib.figure_style import GREY, PALETTE, VERDICT_STYLE, subplots
+from allo_lib.figure_style import GREY, PALETTE, side_style, subplots
 from allo_lib.overlaps import Overlap
 
 Z95 = 1.959964  # half-width of a 95% interval in standard errors
@@ -22,8 +22,7 @@ def effects_against(
     """Change against `reference`, `effects[label]`; coloured where the interval leaves out 0."""
     figure, axis = subplots(size=(6.4, 1.3 + 0.34 * len(effects)))
     for place, (effect, low, high) in enumerate(effects.values()):
-        verdict = "not reproduced" if high < 0 else "reproduced" if low > 0 else "inconclusive"
-        colour, marker = VERDICT_STYLE[verdict]
+        colour, marker = side_style(low, high)
         axis.plot((100 * low, 100 * high), (place, place), color=colour, lw=2)
         axis.plot(100 * effect, place, marker, color=colour, ms=7)
     axis.axvline(0, color="black", lw=0.8)

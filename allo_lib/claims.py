@@ -1,99 +1,74 @@
 """The paper's claims C1-C10 and their verdicts, computed from measurements and never typed in.
 
-`verdicts` has the rule; of several parts the paper's smallest effect is the one that counts. C3
-(no worse) takes a DPO that learned something (assay sensitivity, ICH E10): where DPO is not shown
-to beat the starting model, nothing could have been worse than it, and `reproduced` becomes
-`inconclusive`.
+`verdicts` has the rule. C3 (no worse) takes a DPO that learned something (assay sensitivity, ICH
+E10): nothing can be worse than a DPO that is not shown to beat the starting model, so that this is
+part of what supports it.
 
-A claim of several parts needs all of them: its verdict is the weakest part's, which is the one
-shown (of equals, the smallest effect). To reproduce such a conjunction takes no correction
-for its parts (Berger 1982, intersection-union test); to refute it by any
-of k parts does, so the p-value of `not reproduced` is k times the smallest. Verdicts in
-`claims.csv` are those of the intervals; which of them survive Holm's correction over all claims is
-in `tables/claims_holm.csv` (`corrected`).
+A claim of several parts is followed by one row a part, as in `C2.dpo_last10`. Its own row has the
+smallest of their effects; the interval of that begins at the lowest of their lower ends (the
+least decided part's) and ends at the lowest of their upper ends, these held together (Bonferroni),
+so that it is on one side of zero where the p-values of `verdicts.jointly` are below 5%.
 
-Training losses (C1, C1p) are compared step by step, as both arms read the same pairs in the same
-order. C1-C3 give each arm its own best learning rate; C1p-C3p use the paper's protocol, one rate
-for all.
+C1-C3 give each arm its own best learning rate; C1p-C3p use the paper's protocol, one rate for all.
 The first domain that was measured has the plain ids; others add theirs, as in `C4:helpfulness`.
 """
 
 import csv
 import io
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 
 from allo_lib import published
+from allo_lib.ablations import REWARD_MODELS
 from allo_lib.comparisons import (
     Domain,
     compare,
     domains_of,
+    improvement,
     index_of,
     metric_by_seed,
     metric_difference,
     paper_effect,
     shared_names,
+    trend,
 )
 from allo_lib.cost_claims import efficiency_claims
-from allo_lib.declared import BASELINES, DECLARED, Declared, loss_pairs, wanted_pairs
+from allo_lib.declared import DECLARED, Declared, loss_pairs, wanted_pairs
 from allo_lib.errors import AlloError
-from allo_lib.measurements import LOSS_GAP, Measurement
-from allo_lib.multiple import holm
-from allo_lib.stats import WIDE, Interval, difference_interval, mean_interval
+from allo_lib.measurements import CHANCE_IN_TENSORS, Measurement
+from allo_lib.stats import LEVEL, Interval, mean_interval
 from allo_lib.verdicts import (
-    INCONCLUSIVE,
     MARGIN,
-    NOT_REPRODUCED,
-    REPRODUCED,
+    POINTS,
+    UNDECIDED,
     Claim,
-    after,
-    deciding_p,
-    judge,
+    PValues,
+    corrected,
+    jointly,
     p_values,
 )
 
-__all__ = [
-    "BASELINES",
-    "COLUMNS",
-    "DECLARED",
-    "INCONCLUSIVE",
-    "MARGIN",
-    "NOT_REPRODUCED",
-    "REPRODUCED",
-    "Claim",
-    "compute",
-    "corrected",
-    "efficiency_claims",
-    "judge",
-    "loss_pairs",
-    "protocol_disagreements",
-    "read",
-    "wanted_pairs",
-    "write",
-]
-COLUMNS = tuple(field.name for field in fields(Claim) if field.name != "p")
-# From weakest to strongest, for claims of several parts.
-_ORDER = (NOT_REPRODUCED, INCONCLUSIVE, REPRODUCED)
-_POINTS = {"accuracy", "held-out reward accuracy", "win rate"}
+__all__ = ["COLUMNS", "DECLARED", "MARGIN", "Claim", "compute", "efficiency_claims",
+           "loss_pairs", "protocol_disagreements", "read", "wanted_pairs", "write"]  # fmt: skip
+COLUMNS = ("id", "claim", "effect", "ci_low", "ci_high", "unit", "verdict", "evidence")
 _OVERLAPS = ("orders", "halves", "estimators")
-# C9 compares with the first of these that was measured, and mentions the others.
-_WORSE_REWARDS = ("allo_rm_shuffled", "allo_rm_untrained", "allo_rm_early")
 
 
 @dataclass(frozen=True)
 class Part:
-    """One comparison inside a claim, with its own verdict; `interval` None when not measured.
+    """One comparison inside a claim; `interval` and `p` are None when not measured.
 
-    `p` holds the p-values of `reproduced` and of `not reproduced`.
+    `key` names it behind the claim's id, `notes` are further sentences of its evidence.
     """
 
+    key: str
     name: str
     interval: Interval | None
-    verdict: str
+    p: PValues | None
     paper: float | None = None
-    reason: str = ""
-    p: tuple[float, float] = (1.0, 1.0)
+    notes: tuple[str, ...] = ()
 
 
 def compute(
@@ -101,7 +76,8 @@ def compute(
     efficiency: Sequence[Mapping[str, str]] = (),
     paper_dir: str | Path | None = None,
 ) -> list[Claim]:
-    """All claims, in order, for every domain that `rows` has; C10 from the efficiency table."""
+    """All claims, each with the rows of its parts, for every domain that `rows` has, corrected for
+    many comparisons; C10 from the efficiency table."""
     paper = published.main_results(paper_dir), published.empirical_study(paper_dir)
     index = index_of(rows)
     claims = []
@@ -110,175 +86,186 @@ def compute(
         suffix = f":{domain.name}" if position else ""
         for declared in DECLARED:
             parts, notes = _parts(declared, domain, index, shared, paper)
-            claims.append(_claim(declared, domain, parts, notes, suffix))
-    return claims + efficiency_claims(efficiency)
+            claims += _rows(declared, domain, parts, notes, suffix)
+    return corrected(claims + efficiency_claims(efficiency))
 
 
 def _parts(declared, domain, index, shared, paper) -> tuple[list[Part], list[str]]:
     """The parts of a claim and what else its evidence should say."""
-    if declared.id == "C8":
+    if declared.kind == "overlap":
         return [_overlap_part(index, name, domain, shared) for name in _OVERLAPS], []
-    pairs, notes = declared.pairs, []
-    if declared.id == "C9":
-        measured = {key[1] for key in index}
-        present = [name for name in _WORSE_REWARDS if name in measured] or list(_WORSE_REWARDS[:1])
-        pairs = (("allo", present[0]),)
-        notes = [("allo", name) for name in present[1:]] + [("allo_rm_oracle", "allo")]
-    if declared.id == "C7":
-        notes = [("allo", "allo_random_tokens")]
-    told = [_mention(*pair, compare(index, *pair, domain), domain.unit) for pair in notes]
     if declared.kind == "lower loss":
-        return [_loss_part(index, *pair, domain, shared) for pair in pairs], []
-    effects = [paper_effect(paper, *pair, domain) for pair in pairs]
-    # One bar for the whole claim: a baseline that failed in the paper must not raise it.
-    smallest = min((effect for effect in effects if effect is not None), default=None)
+        ((first, second),) = declared.pairs
+        gap = metric_difference(
+            index, (second, "train_loss"), (first, "train_loss"), domain, shared
+        )
+        part = Part(second, f"loss of {second} minus {first}", gap, p_values(gap, "loss"))
+        return [part], ["training loss over the last quarter of the steps, not held-out loss"]
+    if declared.id == "C9":
+        return _reward_parts(index, domain)
+    parts, bar = [], -MARGIN if declared.kind == "no worse" else 0.0
     word = "above" if declared.kind == "above" else "no worse than"
-    parts = []
-    for (first, second), effect in zip(pairs, effects, strict=True):
+    for first, second in declared.pairs:
         interval = compare(index, first, second, domain)
-        verdict, reason = judge(interval, declared.kind, smallest)
-        p = p_values(interval, declared.kind, smallest)
-        if declared.kind == "no worse" and verdict == REPRODUCED:
-            reference = second.removesuffix("_paper")
-            verdict, reason, least = _sensitive(index, reference, domain, shared)
-            p = max(p[0], least), p[1]
-        parts.append(Part(f"{first} {word} {second}", interval, verdict, effect, reason, p))
-    return parts, [text for text in told if text]
+        p, notes = p_values(interval, domain.unit, bar), ()
+        if declared.kind == "no worse" and p is not None:
+            learned, notes = _sensitive(index, second.removesuffix("_paper"), domain, shared)
+            p = replace(p, above=max(p.above, learned), over=max(p.over, learned))
+        if declared.id == "C5" and interval is not None:
+            notes = (_improvement(index, first, second, domain),)
+        effect = paper_effect(paper, first, second, domain)
+        parts.append(Part(second, f"{first} {word} {second}", interval, p, effect, notes))
+    if declared.id == "C5" and (known := [part for part in parts if part.interval is not None]):
+        strongest = min(known, key=lambda part: part.interval.effect)
+        return parts, [f"strongest baseline: {strongest.key}", *strongest.notes]
+    told = [("allo", "allo_random_tokens")] if declared.id == "C7" else []
+    return parts, _mentions(index, told, domain)
 
 
-def _sensitive(index, reference: str, domain: Domain, shared) -> tuple[str, str, float]:
-    """The verdict on "no worse than reference" where the interval allows it, why, and its p."""
+def _reward_parts(index, domain) -> tuple[list[Part], list[str]]:
+    """C9: a trend over three or more reward models, else ALLO against one with a worse one."""
+    measured = {key[1] for key in index}
+    order = [name for name in REWARD_MODELS if name in measured]
+    worse = [name for name in order if name not in ("allo", "allo_rm_oracle")]
+    others = [("allo", name) for name in worse] + [("allo_rm_oracle", "allo")]
+    # Neither untrained nor shuffled targets know anything of the task: they share the lowest rank.
+    ranks = {name: max(0, place - 1) for place, name in enumerate(REWARD_MODELS)}
+    found = trend(index, {name: ranks[name] for name in order}, "allo", domain)
+    if found is not None:
+        told = order[0]
+        for before, name in pairwise(order):
+            told += f" {'=' if ranks[before] == ranks[name] else '<'} {name}"
+        name = f"rise from the worst to the best reward model ({told})"
+        part = Part("", name, found, p_values(found, domain.unit))
+        return [part], _mentions(index, others, domain)
+    first, second = others[0] if worse else ("allo", "allo_rm_shuffled")
+    found = compare(index, first, second, domain)
+    part = Part("", f"{first} above {second}", found, p_values(found, domain.unit))
+    return [part], _mentions(index, others[1:], domain)
+
+
+def _sensitive(index, reference: str, domain: Domain, shared) -> tuple[float, tuple[str, ...]]:
+    """The p-value of "the reference learned something", and what to say where that is not shown."""
     if domain.prefix:  # the starting model ranks no pair: chance is what there is to beat
         right = metric_by_seed(index, reference, domain.metric, domain, shared)
-        values = {seed: value[:2] for seed, value in right.items()}
-        chance = dict.fromkeys(values, (0.5, 0.0))
-        learned = difference_interval(values, chance) if values else None
+        values = {seed: value - 0.5 for seed, (value, _, _) in right.items()}
+        stderrs = {seed: stderr for seed, (_, stderr, _) in right.items()}
+        learned = mean_interval(values, stderrs) if values else None
     else:
         learned = compare(index, reference, "sft_base", domain)
-    if learned is not None and learned.defined and learned.low > 0:
-        return REPRODUCED, "", learned.p_at_most(0.0)
+    p = p_values(learned, domain.unit) or PValues()
+    if p.above < 1 - LEVEL:
+        return p.above, ()
     size = "" if learned is None else f" ({_size(learned.effect, domain.unit)} points)"
-    reason = f"{reference} itself is not shown to beat the starting model{size}"
-    return INCONCLUSIVE, reason, 1.0
+    return p.above, (f"{reference} itself is not shown to beat the starting model{size}",)
 
 
-def _loss_part(index, first, second, domain, shared) -> Part:
-    sides = (second, "train_loss"), (first, "train_loss")
-    interval = metric_difference(index, *sides, domain, shared)
-    gaps = metric_by_seed(index, first, f"{LOSS_GAP}{second}", domain, shared)
-    if interval is not None and interval.seeds == tuple(gaps):
-        values, stderrs, steps = zip(*gaps.values(), strict=True)
-        values = dict(zip(gaps, (-value for value in values), strict=True))
-        stderrs = dict(zip(gaps, stderrs, strict=True))
-        interval = mean_interval(values, stderrs, sum(steps), few=True)
-    return _plain_part(f"loss of {second} minus {first}", interval)
+def _improvement(index, first: str, second: str, domain: Domain) -> str:
+    found = improvement(index, first, second, domain)
+    if found is None:
+        return ""
+    ends = f" [{found.low:.2f}, {found.high:.2f}]" if found.decides else ""
+    return f"probability of improvement over {second} {found.effect:.2f}{ends}"
 
 
 def _overlap_part(index, name, domain, shared) -> Part:
-    sides = (name, "mask_overlap"), (name, "mask_overlap_chance")
-    interval = metric_difference(index, *sides, domain, shared)
-    if interval is not None:
-        interval = replace(interval, n=0)  # the count of neurons is no sample size
-    return _plain_part(f"masks of two {name}, overlap minus chance", interval)
+    """Against chance within each tensor, where that was measured, else chance over all neurons."""
+    ways = {
+        CHANCE_IN_TENSORS: "of random masks as large in every tensor",
+        "mask_overlap_chance": "of random masks over all neurons (the global one)",
+    }
+    for metric in ways:
+        sides = (name, "mask_overlap"), (name, metric)
+        interval = metric_difference(index, *sides, domain, shared)
+        if interval is not None:
+            interval = replace(interval, n=0)  # the count of neurons is no sample size
+            break
+    told, notes = f"masks of two {name}, overlap minus chance", (f"chance: {ways[metric]}",)
+    return Part(name, told, interval, p_values(interval, "overlap"), notes=notes)
 
 
-def _plain_part(name: str, interval: Interval | None) -> Part:
-    """A part to which the paper has no number."""
-    verdict, reason = judge(interval, "above")
-    return Part(name, interval, verdict, None, reason, p_values(interval, "above"))
-
-
-def _claim(declared: Declared, domain: Domain, parts: list[Part], notes, suffix: str) -> Claim:
-    unit = domain.unit
-    if declared.kind == "lower loss":
-        unit = "training loss (reduction)"
-    if declared.kind == "overlap":
-        unit = "intersection over union above chance"
+def _rows(declared: Declared, domain: Domain, parts, notes, suffix: str) -> list[Claim]:
+    """The claim's row, and one a part where it has several and some were measured."""
+    units = {"lower loss": "training loss (reduction)",
+             "overlap": "intersection over union above chance"}  # fmt: skip
+    unit, name = units.get(declared.kind, domain.unit), declared.id + suffix
     measured = [part for part in parts if part.interval is not None]
     missing = [part.name for part in parts if part.interval is None]
-    name, text = declared.id + suffix, declared.text
     lost = f"not measured: {', '.join(missing)}" if missing else ""
     if not measured:
-        return Claim(name, text, None, None, None, unit, INCONCLUSIVE, lost)
-    shown = min(measured, key=lambda part: (_ORDER.index(part.verdict), part.interval.effect))
-    verdict = shown.verdict
-    if missing and verdict == REPRODUCED:
-        verdict = INCONCLUSIVE
+        return [Claim(name, declared.text, None, None, None, unit, UNDECIDED, lost)]
     where = f"on {domain.name} ({', '.join(domain.datasets)})"
-    evidence = [_tell(part, unit) for part in measured]
-    evidence += [*notes, where, _how(measured), lost]
-    effect, low, high = shown.interval.effect, shown.interval.low, shown.interval.high
-    if not shown.interval.defined:
-        low = high = None
-    told = "; ".join(text for text in evidence if text)
-    return Claim(name, text, effect, low, high, unit, verdict, told, _p(verdict, parts))
+    count = sum(part.p is not None for part in parts)
+    held, told, paper = [], [_tell(measured[0], unit)], measured[0].paper
+    if len(parts) > 1:
+        held, paper = [_held(part.interval, count) for part in measured], None
+        told = [_ends(part.name, *both, unit) for part, both in zip(measured, held, strict=True)]
+        told += ["one SFT model decides nothing"] * (len(measured[0].interval.seeds) < 2)
+    told += [*notes, where, *dict.fromkeys(_how(part.interval) for part in measured), lost]
+    effect, low, high = min(part.interval.effect for part in measured), None, None
+    if count == len(measured):
+        low = min(part.interval.low for part in measured)
+        high = min(high for _, (_, high) in held) if held else measured[0].interval.high
+    p = jointly([part.p for part in parts])
+    evidence = "; ".join(text for text in told if text)
+    found = [Claim(name, declared.text, effect, low, high, unit, UNDECIDED, evidence, p, paper)]
+    for part, (effect, (low, high)) in zip(measured, held, strict=bool(held)):
+        evidence = "; ".join([_tell(part, unit), where, _how(part.interval)])
+        key = f"{declared.id}.{part.key}{suffix}"
+        found.append(Claim(key, part.name, effect, low, high, unit, UNDECIDED, evidence,
+                           part.p, part.paper))  # fmt: skip
+    return found
 
 
-def _p(verdict: str, parts: Sequence[Part]) -> float | None:
-    """The p-value of a claim's verdict; parts that were not measured support nothing."""
-    known = [part for part in parts if part.interval is not None and part.interval.defined]
-    if not known:
-        return None
-    support = max(part.p[0] for part in parts)
-    refute = min(1.0, len(known) * min(part.p[1] for part in known))
-    return deciding_p(verdict, support, refute)
+def _held(interval: Interval, count: int) -> tuple[float, tuple[float | None, float | None]]:
+    """Effect and the interval that holds together with those of the other of `count` parts."""
+    if not interval.decides:
+        return interval.effect, (None, None)
+    ends = interval.ends(1 - (1 - LEVEL) / count)
+    return interval.effect, tuple(min(max(end, -1.0), 1.0) for end in ends)
 
 
-def corrected(claims: Sequence[Claim]) -> list[tuple[float | None, str]]:
-    """Holm's adjusted p-value of each claim and the verdict that is left; over all with a p."""
-    places = [place for place, claim in enumerate(claims) if claim.p is not None]
-    values = holm([claims[place].p for place in places])
-    adjusted = dict(zip(places, values, strict=True))
-    return [
-        (adjusted.get(place), after(claim.verdict, adjusted.get(place)))
-        for place, claim in enumerate(claims)
-    ]
+def _ends(name: str, effect: float, ends: tuple, unit: str) -> str:
+    """One part in words: its effect and interval."""
+    words = f"{name}: {_size(effect, unit)}"
+    if ends[0] is not None:
+        words += f" [{_size(ends[0], unit)}, {_size(ends[1], unit)}]"
+    return words + " points" * (unit in POINTS)
 
 
 def _tell(part: Part, unit: str) -> str:
-    """One part in words: effect, interval, each seed's effect, and the paper's."""
+    """One part in words: effect, 95% interval, each model's effect, and the paper's."""
     interval = part.interval
-    words = f"{part.name}: {_size(interval.effect, unit)}"
-    if interval.defined:
-        words += f" [{_size(interval.low, unit)}, {_size(interval.high, unit)}]"
-    if unit in _POINTS:
-        words += " points"
-    details = []
-    if len(interval.seeds) > 1:
-        details.append("by seed " + ", ".join(_size(effect, unit) for effect in interval.by_seed))
-    if interval.spread > WIDE:
-        details.append(f"seeds differ {interval.spread:.1f} times more than problems explain")
-    if len(interval.seeds) == 1:
-        details.append("one seed: other seeds may differ by more than this interval")
-    details.append("" if part.paper is None else f"paper {_size(part.paper, unit)}")
-    details.append(part.reason)
-    details = "; ".join(detail for detail in details if detail)
-    return f"{words} ({details})" if details else words
+    known = interval.low, interval.high
+    words = _ends(part.name, interval.effect, known if interval.defined else (None, None), unit)
+    if len(interval.by_seed) > 1:
+        each = ", ".join(_size(effect, unit) for effect in interval.by_seed)
+        details = [f"by model {each}", f"SD {_size(interval.seed_sd, unit).lstrip('+')}"]
+    else:
+        details = ["one SFT model decides nothing"]
+    details += [] if part.paper is None else [f"paper {_size(part.paper, unit)}"]
+    return f"{words} ({'; '.join([*details, *filter(None, part.notes)])})"
 
 
-def _how(parts: Sequence[Part]) -> str:
-    """How the intervals were made, from which seeds and problems; once where they agree."""
-    ways = {}
-    for part in parts:
-        interval = part.interval
-        seeds = ", ".join(map(str, interval.seeds))
-        way = f"{interval.kind}; seed{'s' * (len(interval.seeds) > 1)} {seeds}"
-        way += f"; n = {interval.n}" if interval.n else ""
-        ways.setdefault(way, []).append(part.name)
-    if len(ways) == 1:
-        return next(iter(ways))
-    return "; ".join(f"{', '.join(names)}: {way}" for way, names in ways.items())
+def _how(interval: Interval) -> str:
+    """How the interval was made, from which models and problems."""
+    seeds = ", ".join(map(str, interval.seeds))
+    way = f"{interval.kind}; seed{'s' * (len(interval.seeds) > 1)} {seeds}"
+    return f"{way}; n = {interval.n}" if interval.n else way
 
 
-def _mention(first: str, second: str, interval: Interval | None, unit: str) -> str:
-    if interval is None:
-        return ""
-    ends = f"[{_size(interval.low, unit)}, {_size(interval.high, unit)}]"
-    return f"also {first} against {second}: {_size(interval.effect, unit)} {ends} points"
+def _mentions(index, pairs, domain: Domain) -> list[str]:
+    """Comparisons beside those of a claim, in words."""
+    found = [(*pair, compare(index, *pair, domain)) for pair in pairs]
+    return [
+        "also " + _ends(f"{first} against {second}", gap.effect, (gap.low, gap.high), domain.unit)
+        for first, second, gap in found
+        if gap is not None
+    ]
 
 
 def _size(value: float, unit: str) -> str:
-    return f"{100 * value:+z.2f}" if unit in _POINTS else f"{value:+z.4f}"
+    return f"{100 * value:+z.2f}" if unit in POINTS else f"{value:+z.4f}"
 
 
 def protocol_disagreements(claims: Sequence[Claim]) -> list[str]:

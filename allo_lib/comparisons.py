@@ -7,7 +7,7 @@ from functools import lru_cache
 
 from allo_lib import published
 from allo_lib.measurements import AVERAGE, GAIN, LOSS, REWARD, Measurement, is_average
-from allo_lib.stats import Interval, PairedCounts, difference_interval, paired_interval
+from allo_lib.stats import Interval, PairedCounts, mean_interval, paired_interval
 
 # Rows by (seed, method, dataset, metric).
 Index = Mapping[tuple[int, str, str, str], Measurement]
@@ -181,10 +181,47 @@ def metric_by_seed(
 
 def metric_difference(index, first, second, domain, shared) -> Interval | None:
     """First minus second, each a (method, metric), by seed; None when no seed has both."""
-    ours = metric_by_seed(index, *first, domain, shared)
-    theirs = metric_by_seed(index, *second, domain, shared)
-    common = set(ours) & set(theirs)
-    if not common:
+    ours, theirs = (metric_by_seed(index, *side, domain, shared) for side in (first, second))
+    values = {seed: ours[seed][0] - theirs[seed][0] for seed in set(ours) & set(theirs)}
+    return mean_interval(values, n=sum(ours[seed][2] for seed in values)) if values else None
+
+
+def improvement(index: Index, first: str, second: str, domain: Domain) -> Interval | None:
+    """The chance that a run of the first method is better than one of the second.
+
+    Agarwal et al. 2021 (arXiv 2108.13264, `probability_of_improvement` of rliable): the mean over
+    data sets of 1 where it is better, 1/2 where they are equal; here of runs from one SFT
+    model, whose mean over models has the interval.
+    """
+    values = {}
+    for seed in _seeds(index):
+        rows = [[index.get((seed, method, name, domain.metric)) for method in (first, second)]
+                for name in domain.datasets]  # fmt: skip
+        if all(map(all, rows)):
+            won = [(a.value > b.value) + (a.value == b.value) / 2 for a, b in rows]
+            values[seed] = sum(won) / len(won)
+    return mean_interval(values).within(0.0, 1.0) if values else None
+
+
+def trend(index: Index, ranks: Mapping[str, int], own: str, domain: Domain) -> Interval | None:
+    """The rise in accuracy from the lowest to the highest rank by a straight line over the methods.
+
+    Least squares, model by model, over the differences to `own`, on the same problems. None with
+    fewer than three methods, or one that was not compared with `own` on the same seeds.
+    """
+    gaps = {name: compare(index, name, own, domain) for name in ranks if name != own}
+    if len(gaps) < 2 or own not in ranks or None in gaps.values():
         return None
-    values = [{seed: side[seed][:2] for seed in common} for side in (ours, theirs)]
-    return difference_interval(*values, n=sum(ours[seed][2] for seed in common))
+    seeds = {gap.seeds for gap in gaps.values()}
+    levels = sorted(set(ranks.values()))
+    places = {name: levels.index(rank) for name, rank in ranks.items()}
+    mean = sum(places.values()) / len(places)
+    spread = sum((place - mean) ** 2 for place in places.values())
+    if len(seeds) > 1 or not spread:
+        return None
+    weights = {name: (places[name] - mean) / spread * (len(levels) - 1) for name in gaps}
+    values, errors = {}, {}
+    for i, seed in enumerate(next(iter(seeds))):
+        values[seed] = sum(weights[name] * gap.by_seed[i] for name, gap in gaps.items())
+        errors[seed] = math.hypot(*(weights[name] * gap.errors[i] for name, gap in gaps.items()))
+    return mean_interval(values, errors, next(iter(gaps.values())).n)

@@ -2,18 +2,11 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from allo_lib.errors import AlloError
-from allo_lib.stats import log_ratio_interval
-from allo_lib.verdicts import (
-    INCONCLUSIVE,
-    NOT_REPRODUCED,
-    REPRODUCED,
-    Claim,
-    deciding_p,
-    judge,
-    p_values,
-)
+from allo_lib.stats import mean_interval
+from allo_lib.verdicts import CONTRADICTED, SUPPORTED, UNDECIDED, Claim, p_values
 
 _C10 = "ALLO costs less than full optimisation with a dense mask (time, peak memory, state)"
 _C10_UNIT = "ln(time of dense / time of ALLO)"
@@ -23,8 +16,10 @@ def efficiency_claims(table: Sequence[Mapping[str, str]]) -> list[Claim]:
     """C10 for every device of `tables/efficiency.csv`: `allo_scalar` against `dense_masked`.
 
     The effect is ln(dense time / ALLO time) for a pair, above zero when ALLO is faster. Its
-    interval needs the columns `seconds_per_pair_low` and `seconds_per_pair_high`. `reproduced` asks
-    for a time interval above zero and for less peak memory and less optimizer state.
+    interval is Student's t over the processes, which ran in turns, so that the first of one is
+    compared with the first of the other, if the table has each one's time; else the verdict is
+    by whether the whole ranges of the processes lie apart, which is no matter of chance.
+    To support the claim ALLO must also take less peak memory and less optimizer state.
     """
     by_device: dict[str, dict[str, Mapping[str, str]]] = {}
     for row in table:
@@ -35,23 +30,19 @@ def efficiency_claims(table: Sequence[Mapping[str, str]]) -> list[Claim]:
             suffix = f":{device}" if claims else ""
             claims.append(_efficiency_claim(device, variants, suffix))
     text = "not measured: allo_scalar and dense_masked on one device"
-    return claims or [Claim("C10", _C10, None, None, None, _C10_UNIT, INCONCLUSIVE, text)]
+    return claims or [Claim("C10", _C10, None, None, None, _C10_UNIT, UNDECIDED, text)]
 
 
 def _efficiency_claim(device: str, variants, suffix: str) -> Claim:
     ours, dense = variants["allo_scalar"], variants["dense_masked"]
     seconds = [_number(row, "seconds_per_pair") for row in (dense, ours)]
-    effect = math.log(seconds[0] / seconds[1])
-    ends = [
-        (_number(row, "seconds_per_pair_low"), _number(row, "seconds_per_pair_high"))
-        for row in (dense, ours)
-    ]
-    interval = None
-    if not any(math.isnan(end) for pair in ends for end in pair):
-        interval = log_ratio_interval((seconds[0], *ends[0]), (seconds[1], *ends[1]))
-    verdict, _ = judge(interval, "above")
-    p = None if interval is None else deciding_p(verdict, *p_values(interval, "above"))
+    each = [_each(row) for row in (dense, ours)]
+    if not all(time > 0 or math.isnan(time) for time in (*seconds, *each[0], *each[1])):
+        raise AlloError(
+            f"efficiency table, {device} has a time that is not above 0: measure it again"
+        )
     words = [f"on {device}: time of allo_scalar over dense_masked {seconds[1] / seconds[0]:.3f}"]
+    lasting = []  # whether ALLO takes less of what is no matter of chance; None where unknown
     for column, name in (
         ("peak_bytes_above_model", "peak memory"),
         ("state_bytes_per_parameter", "optimizer state"),
@@ -59,11 +50,42 @@ def _efficiency_claim(device: str, variants, suffix: str) -> Claim:
         pair = [_number(row, column) for row in (ours, dense)]
         known = not any(map(math.isnan, pair)) and pair[1] > 0
         words.append(f"{name} {pair[0] / pair[1]:.3f}" if known else f"{name} not measured")
-        if verdict == REPRODUCED and not (known and pair[0] < pair[1]):
-            verdict, p = (NOT_REPRODUCED if known else INCONCLUSIVE), None  # no matter of chance
-    words.append(interval.kind if interval else "no interval of the timings")
-    low, high = (interval.low, interval.high) if interval else (None, None)
-    return Claim(f"C10{suffix}", _C10, effect, low, high, _C10_UNIT, verdict, ", ".join(words), p)
+        lasting.append(pair[0] < pair[1] if known else None)
+    claim = Claim(f"C10{suffix}", _C10, math.log(seconds[0] / seconds[1]), None, None, _C10_UNIT,
+                  UNDECIDED, "")  # fmt: skip
+    if len(each[0]) == len(each[1]) > 1:
+        ratios = [math.log(first / second) for first, second in zip(*each, strict=True)]
+        found = mean_interval(dict(enumerate(ratios)))
+        words.append(f"t interval over {len(ratios)} processes of each, in turns")
+        claim = replace(claim, effect=found.effect, p=p_values(found, _C10_UNIT))
+        if found.defined:
+            claim = replace(claim, ci_low=found.low, ci_high=found.high)
+    else:
+        ends = [[_number(row, f"seconds_per_pair_{end}") for end in ("low", "high")]
+                for row in (dense, ours)]  # fmt: skip
+        faster, slower = ends[1][1] < ends[0][0], ends[1][0] > ends[0][1]
+        told = "lie apart" if faster or slower else "overlap or are not known"
+        words.append(f"ranges of processes, which are no intervals and no matter of chance, {told}")
+        verdict = SUPPORTED if faster else CONTRADICTED if slower else UNDECIDED
+        claim = replace(claim, verdict=verdict)
+    if False in lasting:
+        claim = replace(claim, verdict=CONTRADICTED, p=None)
+    elif None in lasting and claim.p is not None:
+        claim = replace(claim, p=replace(claim.p, above=1.0))
+    elif None in lasting and claim.verdict == SUPPORTED:
+        claim = replace(claim, verdict=UNDECIDED)
+    return replace(claim, evidence=", ".join(words))
+
+
+def _each(row: Mapping[str, str]) -> list[float]:
+    """The seconds a pair of each process, in the order in which they ran; none in older tables."""
+    cell = row.get("seconds_per_pair_each") or ""
+    try:
+        return [float(text) for text in cell.split()]
+    except ValueError:
+        raise AlloError(
+            f"efficiency table, seconds_per_pair_each is {cell[:80]!r}: expected numbers"
+        ) from None
 
 
 def _number(row: Mapping[str, str], column: str) -> float:

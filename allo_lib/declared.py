@@ -10,7 +10,7 @@ BASELINES = ("sft", "rft", "rdpo", "ipo", "bco", "simpo", "npo", "ppo", "a2c")
 
 @dataclass(frozen=True)
 class Declared:
-    """A claim about methods: `kind` is "above", "no worse" or "lower loss"."""
+    """A claim about methods: `kind` is "above", "no worse", "lower loss" or "overlap"."""
 
     id: str
     text: str

@@ -31,6 +31,7 @@ COLUMNS = (
     "seconds_per_pair",
     "seconds_per_pair_low",
     "seconds_per_pair_high",
+    "seconds_per_pair_each",
     "tokens_per_second",
     "peak_bytes_above_model",
     "state_bytes_per_parameter",
@@ -49,9 +50,10 @@ def variants(study: Study) -> list[str]:
 def measure(study: Study) -> list[dict]:
     """Rows of `tables/efficiency.csv`: DPO steps on one batch of pairs (`workload`).
 
-    Seconds per pair are medians over processes, with the lowest and highest. Tokens per second
-    count each token of a pair once, whatever a variant repeats or pads. Peak memory is above that
-    of the process with the model loaded and nothing else done, and that of the timed steps alone.
+    Seconds per pair are medians over processes, with the lowest, the highest and each. Tokens per
+    second count each token of a pair once, whatever a variant repeats or pads. Peak memory is above
+    that of the process with the model loaded and nothing else done, and that of the timed steps
+    alone.
     The floor is the time that the counted operations of a step take at the rate of a large matrix
     product on the same device.
 
@@ -145,6 +147,7 @@ def _row(variant: str, runs: list[dict]) -> dict:
         "seconds_per_pair": f"{median:.6g}",
         "seconds_per_pair_low": f"{min(per_pair):.6g}",
         "seconds_per_pair_high": f"{max(per_pair):.6g}",
+        "seconds_per_pair_each": " ".join(f"{seconds:.6g}" for seconds in per_pair),
         "tokens_per_second": f"{last['tokens_per_step'] / pairs_a_step / median:.6g}",
         "peak_bytes_above_model": round(statistics.median(run["peak"] for run in runs)),
         "state_bytes_per_parameter": f"{last['state']:.4g}",

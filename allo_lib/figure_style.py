@@ -13,10 +13,12 @@ from PIL import Image, PngImagePlugin
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 GREY = "#777777"
 VERDICT_STYLE = {
-    "reproduced": ("#009E73", "o"),
-    "not reproduced": ("#D55E00", "X"),
-    "inconclusive": (GREY, "s"),
+    "supported": ("#009E73", "o"),
+    "contradicted": ("#D55E00", "X"),
+    "no difference": ("#0072B2", "D"),
+    "undecided": (GREY, "s"),
 }
+_SIDES = (("#E69F00", "<"), ("#56B4E9", ">"), (GREY, "s"))  # below, above, around zero
 _STYLE = {
     "font.size": 10,
     "axes.titlesize": 10.5,
@@ -39,6 +41,11 @@ def subplots(rows: int = 1, columns: int = 1, size: tuple[float, float] = (6.4, 
     figure, axes = plt.subplots(rows, columns, figsize=size, **options)
     plt.close(figure)
     return figure, axes
+
+
+def side_style(low: float, high: float) -> tuple[str, str]:
+    """Colour and marker by which side of zero an interval lies on; those of no verdict."""
+    return _SIDES[0 if high < 0 else 1 if low > 0 else 2]
 
 
 def save(figure: Figure, folder: str | Path, name: str, caption: str = "") -> Path:

@@ -11,7 +11,7 @@ from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from allo_lib.figure_style import GREY, PALETTE, VERDICT_STYLE, save, subplots
+from allo_lib.figure_style import GREY, PALETTE, save, side_style, subplots
 from allo_lib.outcome_figures import claims_figure, efficiency_bars, main_table_figure
 from allo_lib.published import arm_label
 from allo_lib.token_pictures import token_rewards_html, token_rewards_picture
@@ -300,9 +300,7 @@ def ablation_bars(
     figure, axis = subplots(size=(6.8, 1.3 + 0.36 * len(effects)))
     places = np.arange(len(effects))
     for place, (effect, low, high) in zip(places, effects.values(), strict=True):
-        clear = "not reproduced" if high < 0 else "reproduced" if low > 0 else "inconclusive"
-        colour = VERDICT_STYLE[clear][0]
-        axis.barh(place, 100 * effect, 0.6, color=colour, alpha=0.75)
+        axis.barh(place, 100 * effect, 0.6, color=side_style(low, high)[0], alpha=0.75)
         ends = [[100 * (effect - low)], [100 * (high - effect)]]
         axis.errorbar(100 * effect, place, xerr=ends, fmt="none", ecolor="black", capsize=4)
     axis.axvline(0, color="black", lw=0.8)

@@ -2,9 +2,8 @@
 
 Outcomes are binary (an answer is right, a held-out pair is ranked right), so the paired comparison
 of methods A and B on the same n problems is fully told by two shares: problems that A alone gets
-right (`gain_over:B`) and problems that B alone gets right (`loss_to:B`). With these two rows an
-exact paired bootstrap needs no list of problems. Values are fractions; timings are kept elsewhere,
-so that two runs of one seed write the same bytes.
+right (`gain_over:B`) and problems that B alone gets right (`loss_to:B`). Values are fractions;
+timings are kept elsewhere, so that two runs of one seed write the same bytes.
 """
 
 import contextlib
@@ -24,6 +23,8 @@ GAIN = "gain_over:"
 LOSS = "loss_to:"
 # Training loss minus that of a baseline, step by step: both see the same pairs in the same order.
 LOSS_GAP = "train_loss_minus:"
+# Overlap of random masks that keep as much of every tensor as the two that are compared.
+CHANCE_IN_TENSORS = "mask_overlap_chance_per_tensor"
 # The prefix of a metric that counts held-out preference pairs instead of answered problems.
 REWARD = "reward_"
 _NAME = re.compile(r"[A-Za-z0-9_.:+\-]+")

@@ -76,7 +76,11 @@ def main_table_figure(
 
 
 def claims_figure(claims: Sequence, title: str = "") -> Figure:
-    """Forest plot of `claims.Claim` rows: one panel a unit, right of zero supports the claim."""
+    """Forest plot of `claims.Claim` rows: one panel a unit, right of zero supports the claim.
+
+    Parts stand below their claim, thinner. Without an interval over SFT models only the effect is
+    drawn.
+    """
     groups: dict[str, list] = {}
     for claim in claims:
         groups.setdefault(claim.unit, []).append(claim)
@@ -88,9 +92,9 @@ def claims_figure(claims: Sequence, title: str = "") -> Figure:
     for verdict, (colour, marker) in VERDICT_STYLE.items():
         axes[0, 0].plot([], [], marker, color=colour, label=verdict)
     legend = figure.legend(
-        *axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=3
+        *axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=4
     )
-    legend.set_title("right of zero supports the claim; lines: 95% intervals")
+    legend.set_title("right of zero supports the claim; lines: 95% intervals over SFT models")
     figure.suptitle(title or None)
     return figure
 
@@ -133,7 +137,9 @@ def _forest(axis, unit: str, group: Sequence) -> None:
     names = []
     for place, claim in enumerate(group):
         colour, marker = VERDICT_STYLE[claim.verdict]
-        names.append(f"{SHORT.get(claim.id.split(':')[0], '')}  {claim.id}")
+        part = claim.whole != claim.id
+        words = "" if part else SHORT.get(claim.id.split(":")[0], "")
+        names.append(f"{words}  {claim.id}")
         if claim.id.startswith("C3"):
             axis.plot(-scale * MARGIN, place, "|", color="black", ms=14)
         if claim.effect is None:
@@ -147,10 +153,10 @@ def _forest(axis, unit: str, group: Sequence) -> None:
                 size=9,
             )
             continue
-        axis.plot(scale * claim.effect, place, marker, color=colour, ms=7)
+        axis.plot(scale * claim.effect, place, marker, color=colour, ms=4.5 if part else 7)
         if claim.ci_low is not None:
             ends = scale * claim.ci_low, scale * claim.ci_high
-            axis.plot(ends, (place, place), color=colour, lw=2)
+            axis.plot(ends, (place, place), color=colour, lw=1 if part else 2)
     axis.axvline(0, color="black", lw=0.8)
     axis.set_yticks(range(len(group)), names)
     axis.set_ylim(len(group) - 0.4, -0.6)

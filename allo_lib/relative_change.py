@@ -15,7 +15,7 @@ from allo_lib.stats import Interval
 
 CAPTION = (
     "ALLO relative to DPO on every data set: score of ALLO over that of DPO, minus 1, with its 95% "
-    "interval over problems (and seeds, where there are several), beside the paper's own change. "
+    "interval over SFT models (of one model, over its problems), beside the paper's own change. "
     "The paper publishes no intervals."
 )
 _OWN, _FURTHEST = "paper, same data", 100.0  # per cent; what lies further is cut, with an arrow

@@ -25,10 +25,10 @@ from allo_lib.errors import AlloError
 from allo_lib.figure_style import caption_of
 from allo_lib.measurements import Measurement
 from allo_lib.measurements import read as read_measurements
+from allo_lib.verdicts import POINTS, RULE
 
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 PROFILES = ("tiny", "tiny-full", "smollm2")
-_HOLM = ("id", "verdict", "p", "p_holm", "verdict_holm")
 _OF_SEED = re.compile(r"_seed(\d+)\.png$")
 _EFFICIENCY = {"variant", "device", "seconds_per_pair", "peak_bytes_above_model"}
 # What stands beside a domain of whose data sets the paper has none.
@@ -47,9 +47,10 @@ th, td { border-bottom: 1px solid #ddd; padding: .3rem .6rem; text-align: left;
 img { max-width: 100%; height: auto }
 figure { margin: 1.5rem 0 }
 figcaption, .note { color: #444; font-size: .9rem }
-.reproduced { color: #00664b; font-weight: 600 }
-.not-reproduced { color: #a34700; font-weight: 600 }
-.inconclusive { color: #555; font-weight: 600 }
+.supported { color: #00664b; font-weight: 600 }
+.contradicted { color: #a34700; font-weight: 600 }
+.no-difference { color: #0060a0; font-weight: 600 }
+.undecided { color: #555; font-weight: 600 }
 """
 
 
@@ -83,23 +84,6 @@ def read_efficiency(path: str | Path) -> list[dict[str, str]]:
     return rows
 
 
-def read_holm(path: str | Path) -> dict[str, str]:
-    """Claim -> the verdict that Holm's correction leaves, of `tables/claims_holm.csv`.
-
-    Empty when the file does not exist, as in results made before it was written. AlloError when it
-    is no text or another table.
-    """
-    if not Path(path).exists():
-        return {}
-    try:
-        header, *lines = csv.reader(_text(Path(path)).splitlines(), strict=True)
-    except (csv.Error, ValueError):
-        raise AlloError(f"{path} is no CSV file: run notebook 06_evaluation again") from None
-    if tuple(header) != _HOLM or any(len(line) != len(_HOLM) for line in lines):
-        raise AlloError(f"{path} is another table: expected columns {','.join(_HOLM)}")
-    return {line[0]: line[-1] for line in lines}
-
-
 def _text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
@@ -120,7 +104,8 @@ def draw(
             figures.claims_figure(claims),
             folder,
             "claims",
-            "Every claim with its 95% interval; right of zero supports it.",
+            "Every claim and its parts with 95% intervals over SFT models, those of the parts of "
+            "one claim held together; right of zero supports it.",
         )
     ]
     changes = relative_change.changes_of(rows, paper_dir)
@@ -210,10 +195,8 @@ def build(results_dir: str | Path) -> Path:
         '<p class="note">Low-Redundant Optimization for Large Language Model Alignment '
         "(arXiv 2406.12606). Every number comes from measurements.csv of this folder.</p>",
         "<h2>Claims</h2>",
-        _claims_html(
-            claims_module.read(folder / "claims.csv"),
-            read_holm(folder / "tables" / "claims_holm.csv"),
-        ),
+        f'<p class="note">{_inline(RULE)}</p>',
+        _claims_html(claims_module.read(folder / "claims.csv")),
         _figure_html(folder / "figures" / "claims.png"),
         _figure_html(folder / "figures" / "relative_change.png"),
         "<h2>Tables</h2>",
@@ -237,17 +220,14 @@ def _note_html(text: str) -> str:
     return f'<p class="note">{html.escape(text)}</p>' if text else ""
 
 
-def _claims_html(claims: Sequence[Claim], holm: dict[str, str]) -> str:
-    """The claims; `holm` has what the correction leaves of each verdict (a column of its own)."""
-    header = ["id", "claim", "effect", "95% interval", "unit", "verdict"]
-    header += ["after Holm"] * bool(holm) + ["evidence"]
+def _claims_html(claims: Sequence[Claim]) -> str:
+    header = ["id", "claim", "effect", "95% interval", "unit", "verdict", "evidence"]
     lines = ["<table><tr>" + "".join(f"<th>{cell}</th>" for cell in header) + "</tr>"]
     for claim in claims:
         cells = [claim.id, claim.claim, *effect_text(claim), claim.unit]
         row = "".join(f"<td>{html.escape(cell)}</td>" for cell in cells)
-        for verdict in [claim.verdict, *([holm.get(claim.id, "")] if holm else [])]:
-            kind = html.escape(verdict.replace(" ", "-"), quote=True)
-            row += f'<td class="{kind}">{html.escape(verdict)}</td>'
+        kind = html.escape(claim.verdict.replace(" ", "-"), quote=True)
+        row += f'<td class="{kind}">{html.escape(claim.verdict)}</td>'
         lines.append(f"<tr>{row}<td>{html.escape(claim.evidence)}</td></tr>")
     return "\n".join([*lines, "</table>"])
 
@@ -256,9 +236,9 @@ def effect_text(claim: Claim) -> tuple[str, str]:
     """Effect and interval as text: points for accuracies, the plain number for other units."""
     if claim.effect is None:
         return "not measured", ""
-    accuracy = "accuracy" in claim.unit or claim.unit == "win rate"
-    form = (lambda x: f"{100 * x:+z.2f}") if accuracy else (lambda x: f"{x:+z.4f}")
-    words = form(claim.effect) + (" points" if accuracy else "")
+    points = claim.unit in POINTS
+    form = (lambda x: f"{100 * x:+z.2f}") if points else (lambda x: f"{x:+z.4f}")
+    words = form(claim.effect) + (" points" if points else "")
     if claim.ci_low is None:
         return words, "none"
     return words, f"[{form(claim.ci_low)}, {form(claim.ci_high)}]"
@@ -325,8 +305,8 @@ def _inline(text: str) -> str:
 
 
 def readme_block(results_root: str | Path) -> str:
-    """The claims table and main figure of each committed profile, as Markdown between markers."""
-    parts = [BEGIN]
+    """The rule, and the claims table and main figure of each committed profile, between markers."""
+    parts = [BEGIN, RULE]
     for profile in PROFILES:
         folder = Path(results_root) / profile
         if (folder / "claims.csv").exists():
@@ -347,43 +327,26 @@ def _profile_block(folder: Path, link: str) -> str:
     claims = claims_module.read(folder / "claims.csv")
     for claim in (claim for claim in claims if claim.effect is not None):
         effect, interval = effect_text(claim)
-        if "accuracy" not in claim.unit:
+        if claim.unit not in POINTS:
             effect += f" {claim.unit}"
-        cells = [claim.id, claim.claim, effect, interval, f"**{claim.verdict}**"]
+        verdict = row_comparisons.with_tags(f"**{claim.verdict}**", claim.tags)
+        cells = [claim.id, claim.claim, effect, interval, verdict]
         lines.append(f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |")
     lines += [
         "",
         f"Evidence for each row: [claims.csv]({link}/claims.csv), "
-        f"[report.html]({link}/report.html), [tables]({link}/tables).",
+        f"[report.html]({link}/report.html), [tables]({link}/tables); the p-values: "
+        f"[verdicts]({link}/tables/verdicts.md).",
     ]
     if len(domains) > 1:
         lines[-1] += f" Claims that name no domain are those of `{domains[0].name}`."
     unmeasured = ", ".join(claim.id for claim in claims if claim.effect is None)
     if unmeasured:
         lines += ["", f"Not measured (`evidence` says for want of what): {unmeasured}."]
-    sentence = _holm_sentence(claims, read_holm(folder / "tables" / "claims_holm.csv"), link)
-    if sentence:
-        lines += ["", sentence]
     differing = claims_module.protocol_disagreements(claims)
     if differing:
         lines += ["", *[f"- {sentence}" for sentence in differing]]
     return "\n".join(lines)
-
-
-def _holm_sentence(claims: Sequence[Claim], holm: dict[str, str], link: str) -> str:
-    """Which verdicts survive the correction, in words; nothing without its table."""
-    decided = [claim for claim in claims if claim.verdict != claims_module.INCONCLUSIVE]
-    if not holm or not decided:
-        return ""
-    kept = [claim.id for claim in decided if holm.get(claim.id) == claim.verdict]
-    lost = [claim.id for claim in decided if claim.id not in kept]
-    words = f"{', '.join(kept) or 'none'} kept"
-    if lost:
-        words += f"; {', '.join(lost)} inconclusive then"
-    return (
-        "Verdicts after [Holm's correction for many comparisons]"
-        f"({link}/tables/claims_holm.md): {words}."
-    )
 
 
 def readme_is_current(readme_path: str | Path, results_root: str | Path) -> bool:

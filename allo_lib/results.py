@@ -20,6 +20,7 @@ from allo_lib.config import Profile
 from allo_lib.errors import AlloError
 from allo_lib.importance import NeuronMask
 from allo_lib.measurements import Measurement, seeds_of
+from allo_lib.overlaps import chance_within
 from allo_lib.parallel import run_methods
 from allo_lib.parts import Part
 from allo_lib.stats import Interval, PairedCounts, paired_interval
@@ -243,11 +244,11 @@ def top_masks(study: Study, name: str) -> dict[str, NeuronMask]:
 
 
 def overlap_rows(study: Study, name: str) -> list[Measurement]:
-    """Overlap of each compared pair of masks, and what chance would give."""
+    """Overlap of each compared pair of masks, and what either chance would give (`overlaps`)."""
     rows = []
     for comparison in study.profile.stability:
         found = _overlap(study, name, *OVERLAPS[comparison])
-        for metric in ("mask_overlap", "mask_overlap_chance"):
+        for metric in ("mask_overlap", "mask_overlap_chance", measurements.CHANCE_IN_TENSORS):
             told = found[metric], 0.0, found["kept"]
             rows.append(Measurement(study.seed, comparison, name, metric, *told))
     return rows
@@ -262,6 +263,7 @@ def _overlap(study: Study, name: str, first: str, second: str) -> dict:
         one, other = (NeuronMask.load(mask.file("mask.safetensors")) for mask in masks)
         found = {"mask_overlap": one.overlap(other), "kept": one.kept}
         found["mask_overlap_chance"] = importance.chance_overlap(one.share)
+        found[measurements.CHANCE_IN_TENSORS] = chance_within(one, other)
         write_json(folder / "record.json", found)
 
     return study.store.get("overlap", {"masks": [mask.key for mask in masks]}, make).json()

@@ -1,18 +1,17 @@
-"""ALLO against every other row of the main tables, and what is left of verdicts after Holm."""
+"""ALLO against every other row of the main tables, and the p-values behind the claims."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from allo_lib import published
-from allo_lib.claims import corrected
 from allo_lib.comparisons import Domain, columns_of, compare, domains_of, index_of, paper_effect
 from allo_lib.measurements import Measurement
 from allo_lib.multiple import holm
 from allo_lib.not_run import reason
 from allo_lib.stats import Interval
 from allo_lib.table_cells import Table, change_text, how
-from allo_lib.verdicts import INCONCLUSIVE, Claim, after, deciding_p, judge, p_values
+from allo_lib.verdicts import RULE, UNDECIDED, Claim, PValues, decide, p_values, tags_of
 
 METHOD = "allo"
 # The two families of comparisons: what a reader takes home, and what stands behind it.
@@ -23,7 +22,8 @@ AVERAGES, SINGLE = "averages", "single data sets"
 class Comparison:
     """METHOD minus `baseline` on one data set, or on the average of a domain.
 
-    `paper` is the paper's effect; `p` is None and `missing` says why where nothing was measured.
+    `paper` is the paper's effect; `p` is None where no verdict can rest on the interval, and
+    `missing` says why nothing was measured. `sign` and `small` are p-values after correction.
     """
 
     domain: str
@@ -32,14 +32,22 @@ class Comparison:
     family: str
     interval: Interval | None
     paper: float | None
-    verdict: str = INCONCLUSIVE
-    p: float | None = None
-    adjusted: float | None = None
+    p: PValues | None = None
+    sign: float | None = None
+    small: float | None = None
     missing: str = ""
 
     @property
-    def verdict_after(self) -> str:
-        return after(self.verdict, self.adjusted)
+    def verdict(self) -> str:
+        """On "METHOD is above the row", by the rule of `verdicts`."""
+        return UNDECIDED if self.p is None else decide(self.p, self.sign, self.small)
+
+    @property
+    def tags(self) -> list[str]:
+        if self.p is None:
+            return []
+        ends = self.interval.low, self.interval.high
+        return tags_of(self.verdict, self.small, self.paper, *ends)
 
 
 def compare_rows(
@@ -47,9 +55,7 @@ def compare_rows(
 ) -> list[Comparison]:
     """Every comparison of METHOD with a row of the main tables, each family corrected by Holm.
 
-    The verdict is on the paper's own sign: `reproduced` where METHOD is better here too, or worse
-    where it is worse in the paper. Where no paired counts exist the accuracies are taken as
-    independent, and the interval says so.
+    Where no paired counts exist the accuracies are taken as independent, and the interval says so.
     """
     index = index_of(rows)
     paper = published.main_results(paper_dir), published.empirical_study(paper_dir)
@@ -61,9 +67,11 @@ def compare_rows(
         if baseline != METHOD
     ]
     for family in (AVERAGES, SINGLE):
-        places = [i for i, one in enumerate(found) if one.family == family and one.p is not None]
-        for place, adjusted in zip(places, holm([found[i].p for i in places]), strict=True):
-            found[place] = replace(found[place], adjusted=adjusted)
+        places = [i for i, one in enumerate(found) if one.family == family and one.p]
+        signs = holm([found[i].p.sign for i in places])
+        smalls = holm([found[i].p.small for i in places])
+        for place, sign, small in zip(places, signs, smalls, strict=True):
+            found[place] = replace(found[place], sign=sign, small=small)
     return found
 
 
@@ -72,15 +80,12 @@ def _one(index, paper, domain: Domain, dataset: str, baseline: str) -> Compariso
     family = AVERAGES if dataset == columns_of(domain)[-1] else SINGLE
     effect = paper_effect(paper, METHOD, baseline, part)
     interval = compare(index, METHOD, baseline, part, unpaired=True)
-    one = Comparison(domain.name, dataset, baseline, family, interval, effect)
+    p = p_values(interval, domain.unit)
+    one = Comparison(domain.name, dataset, baseline, family, interval, effect, p)
     if interval is None:
         lacking = METHOD if not _measured(index, METHOD, part) else baseline
         return replace(one, missing=f"{lacking}: {reason(index, lacking, dataset, domain)}")
-    turned, bar = interval, effect
-    if effect is not None and effect < 0:  # the paper has it the other way round
-        turned, bar = interval.flipped(), -effect
-    verdict, _ = judge(turned, "above", bar)
-    return replace(one, verdict=verdict, p=deciding_p(verdict, *p_values(turned, "above", bar)))
+    return one
 
 
 def _measured(index, method: str, domain: Domain) -> bool:
@@ -99,17 +104,16 @@ def row_comparisons(rows: Sequence[Measurement], paper_dir: str | Path | None = 
     return Table(
         "comparisons",
         "ALLO against every other row of the main tables, points",
-        f"{how(rows)} Difference: ALLO minus the row, with the bootstrap's 95% interval over "
-        "problems (and seeds, where there are several). Verdict: whether the paper's sign holds, "
-        "by the rule of the claims; p is the level at which the interval would just fail to give "
-        "it. Corrected by Holm's method in two families over all domains: the "
-        f"{sizes[AVERAGES]} comparisons on averages (or on a domain's only data set), and the "
-        f"{sizes[SINGLE]} on single data sets. Beside data sets that the paper does not have "
-        "stands its mean over its eight question and maths sets. Rows that were not run: "
-        "comparisons.csv says why.",
+        f"{how(rows)} Difference: ALLO minus the row, with its 95% interval over SFT models (of "
+        "one model, over its problems). p: two-sided, that it is none; p size: that it is a point "
+        "or more. Verdict: on ALLO being above the row, by the rule of the claims, corrected "
+        f"by Holm's method in two families over all domains: the {sizes[AVERAGES]} comparisons on "
+        f"averages (or on a domain's only data set), and the {sizes[SINGLE]} on single data sets. "
+        "Beside data sets that the paper does not have stands its mean over its eight question and "
+        "maths sets. Rows that were not run: comparisons.csv says why.",
         [_record(one) for one in found],
-        ["domain", "data set", "against", "difference", "95% interval", "paper", "p", "p, Holm",
-         "verdict", "after Holm"],
+        ["domain", "data set", "against", "difference", "95% interval", "paper", "p, Holm",
+         "p size, Holm", "verdict"],
         [_line(one) for one in measured],
     )  # fmt: skip
 
@@ -126,10 +130,12 @@ def _record(one: Comparison) -> dict:
         "ci_high": interval and interval.high,
         "published": one.paper,
         "family": one.family,
-        "p": one.p,
-        "p_holm": one.adjusted,
+        "p": one.p and one.p.sign,
+        "p_holm": one.sign,
+        "p_size": one.p and one.p.small,
+        "p_size_holm": one.small,
         "verdict": one.verdict if interval else "",
-        "verdict_holm": one.verdict_after if interval else "",
+        "tags": "; ".join(one.tags),
         "interval": interval.kind if interval else "",
         "seeds": " ".join(map(str, interval.seeds)) if interval else "",
         "n": interval.n if interval else "",
@@ -139,8 +145,9 @@ def _record(one: Comparison) -> dict:
 
 def _line(one: Comparison) -> list[str]:
     paper = "" if one.paper is None else f"{100 * one.paper:+z.2f}"
+    words = with_tags(one.verdict, one.tags)
     return [one.domain, one.dataset, published.LABELS[one.baseline], *change_text(one.interval),
-            paper, p_text(one.p), p_text(one.adjusted), one.verdict, one.verdict_after]  # fmt: skip
+            paper, p_text(one.sign), p_text(one.small), words]  # fmt: skip
 
 
 def p_text(p: float | None) -> str:
@@ -150,25 +157,31 @@ def p_text(p: float | None) -> str:
     return "< 0.001" if p < 0.001 else f"{p:.3f}"
 
 
+def with_tags(verdict: str, tags: Sequence[str]) -> str:
+    """A verdict and its tags in words."""
+    return f"{verdict} ({'; '.join(tags)})" if tags else verdict
+
+
 def claims_table(claims: Sequence[Claim]) -> Table:
-    """`claims_holm.csv` and `.md`: which verdicts of `claims.csv` survive Holm's correction."""
-    left = corrected(claims)
-    family = sum(adjusted is not None for adjusted, _ in left)
+    """`verdicts.csv` and `.md`: the p-values behind the verdicts, before and after correction."""
     records, body = [], []
-    for claim, (adjusted, verdict) in zip(claims, left, strict=True):
-        records.append({"id": claim.id, "verdict": claim.verdict, "p": claim.p,
-                        "p_holm": adjusted, "verdict_holm": verdict})  # fmt: skip
-        if claim.effect is not None:
-            body.append([claim.id, claim.verdict, p_text(claim.p), p_text(adjusted), verdict])
+    for claim in claims:
+        p = claim.p
+        records.append({"id": claim.id, "family": claim.family, "p": p and p.sign,
+                        "p_holm": claim.sign, "p_size": p and p.small,
+                        "p_size_holm": claim.small, "published": claim.paper,
+                        "verdict": claim.verdict, "tags": "; ".join(claim.tags)})  # fmt: skip
+        if p is not None:
+            numbers = (p.sign, claim.sign, p.small, claim.small)
+            body.append([claim.id, claim.family, *map(p_text, numbers),
+                         with_tags(claim.verdict, claim.tags)])  # fmt: skip
     return Table(
-        "claims_holm",
-        "The claims, corrected for one another",
-        f"Holm's method over the {family} claims of claims.csv that have an interval. p is the "
-        "level at which the interval would just fail to give the verdict; of a claim of k parts "
-        "the largest p of its parts where all must hold, and k times the smallest where one that "
-        "fails is enough. Claims that were not measured are left out. A verdict without a p rests "
-        "on no interval.",
+        "verdicts",
+        "The verdicts and the p-values behind them",
+        f"{RULE} p: two-sided, that the effect (of C3 above minus its margin) is none; p size: "
+        "that it is a point or more; each before and after Holm's method. Claims that were not "
+        "measured, or from one SFT model, are left out, and so are verdicts that rest on no p.",
         records,
-        ["claim", "verdict", "p", "p, Holm", "after Holm"],
+        ["id", "family", "p", "p, Holm", "p size", "p size, Holm", "verdict"],
         body,
     )

@@ -127,7 +127,7 @@ def change_text(change: Interval | None) -> list[str]:
     if change is None:
         return ["", ""]
     effect, low, high = (100 * part for part in (change.effect, change.low, change.high))
-    return [f"{effect:+z.2f}", f"[{low:+z.2f}, {high:+z.2f}]"]
+    return [f"{effect:+z.2f}", f"[{low:+z.2f}, {high:+z.2f}]" if change.defined else ""]
 
 
 def how(rows: Sequence[Measurement]) -> str:
@@ -135,8 +135,9 @@ def how(rows: Sequence[Measurement]) -> str:
     seeds = seeds_of(rows)
     if len(seeds) > 1:
         return (
-            f"Means over seeds {', '.join(map(str, seeds))} ± standard error over seeds; "
-            "intervals of single methods: Student's t over seeds, cut at 0 and 100%."
+            f"Means over seeds {', '.join(map(str, seeds))} ± standard error over seeds, or of "
+            "their problems where that is larger; intervals: Student's t over seeds, cut at 0 and "
+            "100%."
         )
     return f"Seed {seeds[0]}, ± standard error over problems; normal intervals."
 

@@ -118,7 +118,8 @@ def ablation_table(rows: Sequence[Measurement], domain: Domain) -> Table:
     return Table(
         f"ablations_{domain.name}",
         f"ALLO with one thing changed, {domain.name}: {domain.unit}, %",
-        f"{how(rows)} Change: paired difference to ALLO on the same problems, in points.",
+        f"{how(rows)} Change: paired difference to ALLO on the same problems, in points, with its "
+        "interval over SFT models (of one model, over its problems).",
         records,
         ["variant", f"{name} (measured)", "change to ALLO", "95% interval"],
         body,
@@ -157,7 +158,8 @@ def comparison_table(rows: Sequence[Measurement], domain: Domain) -> Table:
     return Table(
         f"comparisons_{domain.name}",
         f"Paired differences, {domain.name}: {domain.unit}, points",
-        f"{how(rows)} Paired bootstrap on the same problems; not corrected for many comparisons "
+        f"{how(rows)} Differences on the same problems, with t intervals over SFT models (of one "
+        "model, over its problems); no verdicts, as they are not corrected for many comparisons "
         "(the table `comparisons` has ALLO against the rows of the main tables, corrected).",
         records,
         ["method", "baseline", "difference", "95% interval"],

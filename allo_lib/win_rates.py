@@ -143,8 +143,8 @@ def paired(
 
     With d the outcome of one minus that of the other on an instruction, the means of max(d, 0) and
     of max(-d, 0): what they differ by is the difference of the win rates. Outcomes of a half (ties)
-    make d = +-1/2, which the paired bootstrap draws as wholes: as d^2 <= |d|, its interval is then
-    too wide rather than too narrow.
+    make d = +-1/2, whose variance is reckoned as that of wholes: as d^2 <= |d|, an interval over
+    problems is then too wide rather than too narrow.
 
     None where the two were not judged on the same instructions with equal weights (Arena-Hard's
     program gives some more than others): their win rates are then compared as independent ones.

@@ -5,6 +5,8 @@
 #     text_representation:
 #       extension: .py
 #       format_name: percent
+#       format_version: '1.3'
+#       jupytext_version: 1.19.6
 #   kernelspec:
 #     display_name: Python 3
 #     language: python
@@ -19,7 +21,7 @@
 # updates (C6, C7, C9). With $a_i$ and $b_i$ saying (1 or 0) whether the changed method and ALLO are
 # right on problem $i$ of $n$, the effect of the change is
 # $$\hat\delta = \frac{1}{n}\sum_{i=1}^{n} (a_i - b_i).$$
-# Intervals are 95%, by the paired bootstrap over this seed's problems. All seeds together are in
+# Intervals are 95%, over this seed's problems: they say nothing of other models. All seeds together are in
 # 06_evaluation. A figure is drawn where the profile asks for its rows (`allo_lib/ablations.py`).
 
 # %% tags=["parameters"]
@@ -71,8 +73,8 @@ for name in study.profile.domains:
     effects = {m: results.difference(found[name][m], found[name]["allo"]) for m in rows}
     bars = {m: (e.effect, e.low, e.high) for m, e in effects.items()}
     figure = figures.ablation_bars(bars, title=f"{name}, seed {seed}", unit=results.unit(found[name]["allo"]))
-    show(figure, study, f"05_ablations_{name}", "Difference to ALLO with 95% intervals (paired bootstrap "
-         "over problems): left of zero, the part that was changed had helped.")
+    show(figure, study, f"05_ablations_{name}", "Difference to ALLO with 95% intervals (over this "
+         "model's problems): left of zero, the part that was changed had helped.")
     table([{"method": m, "score": analysis.score_of(found[name][m])[0], "minus ALLO": e.effect,
             "low": e.low, "high": e.high} for m, e in effects.items()], f"The numbers behind it, {name}.")
 
@@ -176,7 +178,7 @@ for name in study.profile.domains:
         if scalar is not None:
             e = results.difference(rows, scalar)
             say(f"**{name}, {percent(share)}**: rows minus scalars {100 * e.effect:+.1f} points "
-                f"[{100 * e.low:+.1f}, {100 * e.high:+.1f}], paired bootstrap over problems.")
+                f"[{100 * e.low:+.1f}, {100 * e.high:+.1f}], over problems.")
 
 # %% [markdown]
 # ## Which tokens? (C7)

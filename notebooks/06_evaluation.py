@@ -18,17 +18,19 @@
 #
 # **Question.** Which of the paper's claims hold here, by how much, and how sure is that?
 #
-# Accuracy is that of greedy decoding with standard error $\sqrt{p(1-p)/n}$. Two methods are compared
-# on the same problems: with $g$ the share of problems that only the first gets right and $l$ those that
-# only the second does, the effect is $g - l$, and the paired bootstrap resamples problems (and, with
-# several seeds, seeds first). A claim is `reproduced` only when its 95% interval excludes zero on the
-# right side. Verdicts are computed from `measurements.csv`, never typed in.
+# Accuracy is that of greedy decoding. Two methods are compared on the same problems: with $g$ the share of
+# problems that only the first gets right and $l$ those that only the second does, the effect is $g - l$. Each
+# SFT model (here one a seed) gives one effect $e_i$; these are independent, its problems are not. With $m$
+# models of mean effect $\bar e$ and standard deviation $s$ the interval is Student's
+# $$\bar e \pm t_{m-1}\, s / \sqrt{m},$$
+# or the normal one that the problems alone would give, where that is wider, as for models that happen to
+# agree. One model decides nothing. Verdicts are computed from `measurements.csv`, never typed in, by the rule
+# that is printed above them.
 #
-# Of many comparisons some come out by chance. With $m$ of them and $p_{(1)} \le \dots \le p_{(m)}$, Holm's
-# method adjusts $\tilde p_{(k)} = \max_{j \le k} \min(1, (m - j + 1)\, p_{(j)})$: keeping only verdicts with
-# $\tilde p < 0.05$, the chance that even one of them is wrong is at most 5%. It is applied to three
-# families: the claims; ALLO against every other row of the main tables on the averages; and the same on
-# single data sets. Both verdicts are shown, before and after.
+# Of many comparisons some come out by chance. With $k$ of them and $p_{(1)} \le \dots \le p_{(k)}$, Holm's
+# method adjusts $\tilde p_{(i)} = \max_{j \le i} \min(1, (k - j + 1)\, p_{(j)})$: keeping only verdicts with
+# $\tilde p < 0.05$, the chance that even one of a family is wrong is at most 5%. Only verdicts after this
+# correction are shown; the table `verdicts` has the p-values before and after.
 
 # %% tags=["parameters"]
 profile = "tiny"  # name, or path of a YAML file
@@ -42,7 +44,9 @@ from IPython.display import Image, Markdown, display
 
 from allo_lib import claims, report, results
 from allo_lib.notebook import say, table
+from allo_lib.row_comparisons import with_tags
 from allo_lib.study import Study
+from allo_lib.verdicts import RULE
 
 study = Study.open(profile, seed, results_dir, overrides)
 measured = results.update(study, [seed] if seeds is None else seeds)
@@ -81,24 +85,13 @@ for path in [path for path in pictures if path.stem != "relative_change"]:
 # ## The claims
 
 # %%
+say(RULE)
 verdicts = claims.read(study.results_dir / "claims.csv")
 table([{"id": c.id, "claim": c.claim, "effect": c.effect, "low": c.ci_low, "high": c.ci_high,
-        "unit": c.unit, "verdict": c.verdict} for c in verdicts], "Effects are turned so that a "
-      "positive one supports the claim. Evidence is in claims.csv.")
+        "unit": c.unit, "verdict": with_tags(c.verdict, c.tags)} for c in verdicts],
+      "Effects are turned so that a positive one supports the claim. Evidence is in claims.csv.")
 for claim in verdicts:
     say(f"- **{claim.id}: {claim.verdict}.** {claim.evidence}")
-
-# %% [markdown]
-# ## What the correction leaves
-
-# %%
-left = report.read_holm(study.results_dir / "tables" / "claims_holm.csv")
-decided = [claim for claim in verdicts if claim.verdict != claims.INCONCLUSIVE]
-for claim in decided:
-    words = "keeps its verdict" if left[claim.id] == claim.verdict else "is inconclusive then"
-    say(f"- {claim.id} ({claim.verdict}) {words}.")
-if not decided:
-    say("No claim was decided, so there is nothing to correct.")
 
 # %% [markdown]
 # ## Where the two protocols disagree

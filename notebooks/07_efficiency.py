@@ -5,6 +5,8 @@
 #     text_representation:
 #       extension: .py
 #       format_name: percent
+#       format_version: '1.3'
+#       jupytext_version: 1.19.6
 #   kernelspec:
 #     display_name: Python 3
 #     language: python
@@ -30,7 +32,8 @@
 # - the reference model's log-probs are computed once and kept.
 #
 # Each variant trains DPO on the same pairs, all of them in every step, every block of steps in a process of
-# its own, the variants in turn; medians over the blocks are shown with their range. Times and memory are
+# its own, the variants in turn; medians over the blocks are shown with their range, and C10 is decided by
+# Student's t over the blocks, each beside the other variant's of the same turn. Times and memory are
 # measurements of this machine at this moment: they are in `tables/efficiency.csv`, not in
 # `measurements.csv`, so that the latter stays the same to the byte from run to run.
 #
@@ -57,6 +60,7 @@ import math
 from allo_lib import analysis, claims, efficiency, figures, footprint, report
 from allo_lib.notebook import percent, say, show, table
 from allo_lib.study import Study
+from allo_lib.verdicts import RULE
 from allo_lib.workload import domain_of, workload
 
 study = Study.open(profile, seed, results_dir, overrides)
@@ -132,6 +136,7 @@ table(footprint.in_gigabytes(fits), "GB of a step of a masked stage at its peak,
 # %%
 if measured.is_file():
     report.rebuild(study.results_dir)
+    say(RULE)
     for claim in claims.read(study.results_dir / "claims.csv"):
         if claim.id.startswith("C10"):
             say(f"**{claim.id}: {claim.verdict}.** {claim.evidence}")

@@ -164,6 +164,9 @@ def test_every_variant_is_measured(tiny_study):
     assert state["allo_scalar"] < state["dense"] < state["dense_masked"]
     for row in rows:
         low, middle, high = (float(row[f"seconds_per_pair{end}"]) for end in ("_low", "", "_high"))
+        each = [float(text) for text in row["seconds_per_pair_each"].split()]
+        assert (min(each), max(each)) == (low, high)
+        assert len(each) == tiny_study.profile.timing.repeats
         assert 0 < low <= middle <= high and float(row["tokens_per_second"]) > 0
         assert row["peak_bytes_above_model"] >= 0
 

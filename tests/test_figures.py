@@ -18,7 +18,7 @@ MEASURED = {"sft_base": (0.5, 0.49, 0.51), "dpo": (0.7, 0.69, 0.71), "allo": (0.
 
 
 def every_figure() -> dict[str, Figure]:
-    found = claims.compute(synthetic_results.rows((0,)), EFFICIENCY)
+    found = claims.compute(synthetic_results.rows(), EFFICIENCY)
     paper = {name: row["qa_avg"] for name, row in published.main_results().items()}
     arms = {"dpo_top10": (0.76, 0.01), "dpo": (0.75, 0.01)}
     return {
@@ -36,8 +36,10 @@ def every_figure() -> dict[str, Figure]:
         "claims": figures.claims_figure(found),
         "efficiency": figures.efficiency_bars(EFFICIENCY),
         "cost": figures.quality_against_cost(
-            {"scalar": [(0.9, 0.7, 0.01, 0.1), (0.8, 0.6, 0.01, 0.01)],
-             "whole rows": [(0.7, 0.65, 0.01, 0.1)]},
+            {
+                "scalar": [(0.9, 0.7, 0.01, 0.1), (0.8, 0.6, 0.01, 0.01)],
+                "whole rows": [(0.7, 0.65, 0.01, 0.1)],
+            },
             ("all neurons", 0.72),
         ),
         "tokens": figures.token_rewards_picture([(["a", "b"], [0.1, 0.9], "rejected")]),
@@ -93,7 +95,18 @@ def test_no_text_is_smaller_than_nine_points(drawn):
         ("rates", ["DPO: best 0.0002", "ALLO: best 0.001"]),
         ("margin", ["training reward margin"]),
         ("main", ["not run", "+ Vanilla PPO"]),
-        ("claims", ["reproduced", "not reproduced", "inconclusive", "C10", "accuracy, points"]),
+        (
+            "claims",
+            [
+                "supported",
+                "contradicted",
+                "no difference",
+                "undecided",
+                "C10",
+                "C2.dpo_last10",
+                "accuracy, points",
+            ],
+        ),
         ("cost", ["operations of a step (all neurons: 1)", "10%", "whole rows", "all neurons"]),
         ("efficiency", ["allo_scalar", "dense_masked", "(MB)", "seconds a pair"]),
     ],

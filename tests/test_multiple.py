@@ -30,6 +30,22 @@ def test_what_is_rejected_is_what_the_closed_test_rejects(p_values, level):
         assert p_values[place] <= adjusted <= 1
 
 
+@given(st.lists(st.tuples(st.floats(0, 1), st.sampled_from([0.25, 0.5, 1.0])), max_size=6))
+def test_weights_are_those_of_the_closed_test(family):
+    """A set of hypotheses goes when one of its p is at most its share of the weights' level."""
+    p_values, weights = [p for p, _ in family], [w for _, w in family]
+    for place, adjusted in enumerate(holm(p_values, weights)):
+        sets = itertools.chain.from_iterable(
+            itertools.combinations(range(len(family)), size) for size in range(1, len(family) + 1)
+        )
+        closed = max(
+            min(1.0, min(p_values[i] * sum(weights[j] for j in s) / weights[i] for i in s))
+            for s in sets
+            if place in s
+        )
+        assert adjusted == pytest.approx(closed)
+
+
 def test_an_empty_family_is_fine_and_impossible_values_are_not():
     assert holm([]) == []
     for bad in (-0.1, 1.1, float("nan")):

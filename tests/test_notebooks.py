@@ -158,7 +158,7 @@ def test_its_claims_are_computed_from_its_rows(whole, tmp_path):
     folder, _ = whole
     told = claims.read(folder / "claims.csv")
     assert {"C1", "C2", "C3", "C1p", "C4", "C6", "C7", "C8", "C10"} <= {c.id for c in told}
-    verdicts = {"reproduced", "not reproduced", "inconclusive"}
+    verdicts = {"supported", "contradicted", "no difference", "undecided"}
     assert {c.verdict for c in told} <= verdicts
 
 

@@ -8,6 +8,8 @@ import pytest
 
 from allo_lib import claims, comparisons, measurements, published, report
 from allo_lib.errors import AlloError
+from allo_lib.figure_style import VERDICT_STYLE
+from allo_lib.verdicts import RULE
 from tests import synthetic_results
 
 
@@ -47,7 +49,7 @@ def test_rebuilding_needs_only_measurements_and_changes_no_byte(results, tmp_pat
         "figures/main_miniature.pdf",
         "figures/relative_change.png",
         "tables/comparisons.csv",
-        "tables/claims_holm.md",
+        "tables/verdicts.md",
     } <= set(map(str, before))
     (tmp_path / "tiny").mkdir()
     rows = (results / "measurements.csv").read_bytes()
@@ -82,13 +84,13 @@ def test_figures_of_single_seeds_come_from_the_lowest_one(results, tmp_path):
 def test_report_escapes_what_files_contain(results, tmp_path):
     (tmp_path / "tables").mkdir()
     evil = "<script>alert(1)</script>"
-    claim = claims.Claim("C1", evil, 0.1, None, None, "accuracy", "inconclusive", evil)
+    claim = claims.Claim("C1", evil, 0.1, None, None, "accuracy", "undecided", evil)
     claims.write(tmp_path / "claims.csv", [claim])
     table = f"# {evil}\n\n| a | b |\n| --- | --- |\n| **1** | {evil} |\n\nNote {evil}\n"
     (tmp_path / "tables" / "x.md").write_text(table)
     page = Page(report.build(tmp_path).read_text(encoding="utf-8"))
     assert "script" not in page.tags and page.words.count(evil) == 5
-    assert page.tags.count("b") == 1 and page.tags.count("table") == 2
+    assert page.tags.count("b") == 1 + RULE.count("**") / 2 and page.tags.count("table") == 2
 
 
 def test_efficiency_table_adds_its_claim_and_figure(tmp_path):
@@ -100,7 +102,7 @@ def test_efficiency_table_adds_its_claim_and_figure(tmp_path):
     lines = [",".join(EFFICIENCY[0]), *[",".join(row.values()) for row in EFFICIENCY]]
     (tmp_path / "tables" / "efficiency.csv").write_text("\n".join(lines) + "\n")
     report.rebuild(tmp_path)
-    assert claims.read(tmp_path / "claims.csv")[-1].verdict == "reproduced"
+    assert claims.read(tmp_path / "claims.csv")[-1].verdict == "supported"
     assert (tmp_path / "figures" / "efficiency.png").exists()
 
 
@@ -132,7 +134,7 @@ def test_readme_block_is_replaced_and_the_rest_kept(results, tmp_path):
         assert (f"| {claim.id} | {claim.claim} |" in text) == (claim.id not in unmeasured)
     assert f"for want of what): {', '.join(unmeasured)}." in text
     assert "name no domain" not in text  # of which there is one
-    readme.write_text(text.replace("**inconclusive**", "**reproduced**", 1))
+    readme.write_text(text.replace("**undecided**", "**supported**", 1))
     assert not report.readme_is_current(readme, results.parent)
 
 
@@ -161,30 +163,27 @@ def test_readme_shows_the_main_figure_of_the_first_domain(tmp_path):
     assert "(results/tiny/figures/main_miniature.png)" in report.readme_block(tmp_path)
 
 
-def test_the_report_shows_which_verdicts_survive_the_correction(results, tmp_path):
-    text = (results / "report.html").read_text(encoding="utf-8")
-    page = Page(text)
-    assert "after Holm" in page.words and text.index("relative to DPO") < text.index("<h2>Tables")
-    left = report.read_holm(results / "tables" / "claims_holm.csv")
-    found = claims.read(results / "claims.csv")
-    assert list(left) == [claim.id for claim in found]
-    sentence = report.readme_block(results.parent)
-    assert "Verdicts after [Holm's correction for many comparisons]" in sentence
-    # Results made before the correction was written have no such column.
-    claims.write(tmp_path / "claims.csv", found)
-    old = report.build(tmp_path).read_text(encoding="utf-8")
-    assert "after Holm" not in old
-    assert report.read_holm(tmp_path / "tables" / "claims_holm.csv") == {}
+def test_the_rule_stands_wherever_verdicts_do(results):
+    page = Page((results / "report.html").read_text(encoding="utf-8"))
+    plain = RULE.replace("*", "")
+    assert page.words.count(plain) == 2  # above the claims, and below the table of their p-values
+    assert RULE in report.readme_block(results.parent)
+    assert RULE in (results / "tables" / "verdicts.md").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize(
-    "content", [b"\xff", b"", b"id,p\nC1,0\n", b"id,verdict,p,p_holm,verdict_holm\nC1\n"]
-)
-def test_a_broken_table_of_corrected_claims_is_told(tmp_path, content):
-    path = tmp_path / "claims_holm.csv"
-    path.write_bytes(content)
-    with pytest.raises(AlloError, match="claims_holm.csv"):
-        report.read_holm(path)
+def test_verdicts_are_told_apart_in_the_report_and_tags_in_readme(tmp_path):
+    folder = tmp_path / "tiny"
+    measurements.write(folder / "measurements.csv", synthetic_results.rows())
+    report.rebuild(folder)
+    text = (folder / "report.html").read_text(encoding="utf-8")
+    for verdict in VERDICT_STYLE:
+        assert f".{verdict.replace(' ', '-')} {{ color" in text
+    assert '<td class="contradicted">contradicted</td>' in text
+    block = report.readme_block(tmp_path)
+    assert "**supported** (published effect outside the interval)" in block
+    assert "| C2.dpo_last10 | dpo_top10 above dpo_last10 |" in block
+    old = ("reproduced", "inconclusive", "bootstrap", "after Holm")
+    assert not any(word in block for word in old)
 
 
 def test_the_papers_numbers_are_told_when_broken(tmp_path):

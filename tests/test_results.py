@@ -1,6 +1,7 @@
 """Rows of measurements follow from the records they are made of."""
 
 import json
+import math
 import statistics
 
 import numpy as np
@@ -185,6 +186,16 @@ def test_overlap_rows_stand_beside_chance(study, rows):
         assert row.value == pytest.approx(overlap) and row.n == masks[0].kept
         chance = value(rows, comparison, DOMAIN, "mask_overlap_chance")
         assert chance.value == pytest.approx(share / (2 - share), rel=1e-3)
+        # At random places of each tensor both keep a neuron with the product of their shares of it.
+        kept = [
+            mask.indices[name].numel() / math.prod(masks[0].shapes[name])
+            for name in masks[0].indices
+            for mask in masks
+        ]
+        sizes = [math.prod(shape) for shape in masks[0].shapes.values()]
+        common = sum(a * b * n for a, b, n in zip(kept[::2], kept[1::2], sizes, strict=True))
+        within = value(rows, comparison, DOMAIN, measurements.CHANCE_IN_TENSORS)
+        assert within.value == pytest.approx(common / (2 * masks[0].kept - common))
 
 
 def test_a_mask_overlaps_itself_and_only_the_asked_comparisons_are_made(tiny_study, rows):

@@ -210,7 +210,6 @@ READERS = {
     "measurements": measurements.read,
     "efficiency": report.read_efficiency,
     "claims": claims.read,
-    "corrected claims": report.read_holm,
     "published": in_folder("main_results.csv", published.main_results),
     "profile": in_folder("own.yaml", lambda folder: load_profile(str(folder / "own.yaml"))),
     "manifest": in_folder(manifest.NAME, manifest.read),
