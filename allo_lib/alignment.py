@@ -148,7 +148,7 @@ def align(
     with as_found(model):
         mask = run.importance() if "importance" in run.stages else run.saved_mask()
     trains = "forgetting" in run.stages or "learning" in run.stages
-    with undone_if_stopped(model, mask if trains else NeuronMask({}, 0)) as changed:
+    with undone_if_stopped(model, mask if trains else NeuronMask({}, {})) as changed:
         with as_found(model):
             if "forgetting" in run.stages:
                 run.forgetting(mask)
