@@ -21,6 +21,7 @@ from allo_lib.checkpoints import Checkpoints
 from allo_lib.config import fingerprint
 from allo_lib.encoding import encode_text
 from allo_lib.errors import AlloError
+from allo_lib.forward import layout_of
 from allo_lib.given_model import (
     as_found,
     check_model,
@@ -206,6 +207,7 @@ class _Run:
         if too_long and (self.config.overlong == "raise" or not self.rows):
             raise too_long[0]
         self._tell(len(given), longest, merged)
+        self._try_longest()
         settings = asdict(self.config) | {"checkpoint_minutes": None, "stages": self.stages}
         begins = [weights_hash(self.model), rows_hash(self.rows), settings]
         self._begun = self.output_dir / ".checkpoints" / fingerprint(begins)[:24]
@@ -245,6 +247,14 @@ class _Run:
             )
         for line in filter(None, told):
             print(line, flush=True)
+
+    def _try_longest(self) -> None:
+        """Find how the model is read so that the longest pair has its own log-probs."""
+        by_length = sorted(self.rows, key=lambda row: sum(map(len, row.values())))
+        shortest, pair = by_length[0], by_length[-1]
+        rows = [{"prompt": pair["prompt"], "response": pair[side]} for side in SIDES]
+        rows.append({"prompt": shortest["prompt"], "response": shortest["chosen"]})
+        layout_of(self.model, self.tokenizer.pad_token_id, rows)
 
     def checkpoints(self, stage: str) -> Checkpoints:
         """Where a stage of this very call goes on from."""
