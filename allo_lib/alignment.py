@@ -171,7 +171,7 @@ class _Run:
     def __init__(self, model, tokenizer, config: AlignConfig, stages, output_dir: Path):
         check_model(model)
         models.check_tokenizer(tokenizer, model)
-        if model.config.pad_token_id is None:
+        if getattr(model.config, "pad_token_id", None) is None:
             model.config.pad_token_id = tokenizer.pad_token_id
         self.model, self.tokenizer, self.config = model, tokenizer, config
         self.stages, self.output_dir = stages, output_dir

@@ -118,7 +118,7 @@ def _way(model, layout: Layout | None = None, rows=None) -> _Way:
         found = next((way for key, way in known.items() if key[0] == attention), None)
         if found is not None:
             return found
-        layout = _trees(model, model.config.pad_token_id or 0)
+        layout = _trees(model, getattr(model.config, "pad_token_id", None) or 0)
     key = attention, layout.one_row
     if rows is not None or key not in known:
         way = _found(model, layout, rows or _TRIAL)

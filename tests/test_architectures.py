@@ -47,7 +47,7 @@ SELDOM = (
     "biogpt", "big_bird", "bitnet", "camembert", "cohere2", "cohere2_moe", "ctrl", "cwm",
     "deepseek_v4", "diffllama", "doge", "ernie4_5", "exaone4", "exaone_moe", "glm", "glm4",
     "glm4_moe_lite", "gptj", "granitemoe_swa", "helium", "hy_v3", "kolibri1", "laguna", "lfm2",
-    "mbart", "megatron-bert", "mellum", "mimo_v2_flash", "minimax_m2", "ministral",
+    "mbart", "megatron-bert", "mellum", "minimax_m2", "ministral",
     "modernbert-decoder", "nemotron", "nemotron_h", "olmo3", "olmo_hybrid", "openai-gpt",
     "persimmon", "qwen3_next", "recurrent_gemma", "roformer", "seed_oss", "solar_open",
     "vaultgemma", "xglm", "xlm", "youtu",
@@ -183,6 +183,8 @@ def test_align_runs_whole_or_refuses_in_one_line(tmp_path, kind):
         assert all(torch.equal(before[n], value) for n, value in model.named_parameters())
         return
     config = RATES | {"max_length": 128}  # some do not say how many tokens they read
+    if not all(value.requires_grad for value in model.parameters()):
+        config["estimator"] = "gradient"  # some have constants among their parameters
     result = align(model, words(), PAIRS, config=config, output_dir=tmp_path)
     assert result.logs["learning"].loss[0] == pytest.approx(0.693147, abs=1e-4)
     assert any(not torch.equal(before[n], value) for n, value in model.named_parameters())
