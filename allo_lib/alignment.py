@@ -16,14 +16,24 @@ from types import NoneType
 
 import torch
 
-from allo_lib import models, rewriter, warning_signs, weights
+from allo_lib import models, rewriter, warning_signs
 from allo_lib.checkpoints import Checkpoints
 from allo_lib.config import fingerprint
-from allo_lib.encoding import encode_pairs, special_tokens_in
+from allo_lib.encoding import encode_text
 from allo_lib.errors import AlloError
+from allo_lib.forward import layout_of
+from allo_lib.given_model import (
+    as_found,
+    check_model,
+    check_trainable,
+    context_of,
+    several_gpus,
+    undone_if_stopped,
+    weights_back,
+)
 from allo_lib.importance import NeuronMask, count_ties, select_neurons
+from allo_lib.preferences import SIDES, encode_preference, read_rows
 from allo_lib.reference import rows_hash, weights_hash, with_reference
-from allo_lib.rewriter import Correction
 from allo_lib.seeds import derive
 from allo_lib.stages import run_stage
 from allo_lib.store import Store, write_json
@@ -37,8 +47,8 @@ CHOICES = {
     "estimator": ("delta", "gradient"),
     "rewriter_neurons": ("all", "kept"),
     "token_rule": RULES,
+    "overlong": ("drop", "raise"),
 }
-COLUMNS = ("prompt", "chosen", "rejected")
 
 # What numbers among the settings may be; NaN is above and below nothing.
 _NUMBER = (int, float)
@@ -63,10 +73,6 @@ _LIMITS = {
     "checkpoint_minutes": (_NUMBER, "a number of at least 0", lambda value: value >= 0),
 }
 _MAY_BE_NONE = ("max_length", "max_grad_norm")
-_EXPECTED = (
-    "expected one split of a datasets.Dataset, or a list of dicts, with the columns "
-    + ", ".join(COLUMNS)
-)
 
 
 @dataclass(frozen=True)
@@ -94,6 +100,7 @@ class AlignConfig:
     epochs: int = 1  # of every stage
     forward_batch: int = 8  # rows of a forward pass without gradients
     max_length: int | None = None  # tokens of a row; None is the model's context
+    overlong: str = "drop"  # what becomes of pairs that are longer: "drop" or "raise"
     max_grad_norm: float = 1.0
     seed: int = 0
     # Of training, between two checkpoints that the same call goes on from if stopped; 0: none.
@@ -139,12 +146,21 @@ def align(
     run = _Run(model, tokenizer, _settings(config), _chosen_stages(stages), folder)
     run.read(pairs)
     run.output_dir.mkdir(parents=True, exist_ok=True)
-    mask = run.importance() if "importance" in run.stages else run.saved_mask()
-    if "forgetting" in run.stages:
-        run.forgetting(mask)
-    if "learning" in run.stages:
-        run.learning(mask)
-    run.save()
+    with as_found(model):
+        mask = run.importance() if "importance" in run.stages else run.saved_mask()
+    trains = "forgetting" in run.stages or "learning" in run.stages
+    with undone_if_stopped(model, mask if trains else NeuronMask({}, {})) as changed:
+        with as_found(model):
+            if "forgetting" in run.stages:
+                run.forgetting(mask)
+            if "learning" in run.stages:
+                run.learning(mask)
+        if trains and not changed():
+            raise AlloError(
+                f"align: the stages changed no weight (in {model.dtype}); raise forgetting_rate "
+                "and learning_rate, or load the model in a finer dtype"
+            )
+        run.save()
     run.forget_checkpoints()
     return AlignResult(model, mask, run.logs, run.output_dir)
 
@@ -153,27 +169,92 @@ class _Run:
     """What the stages of one call share."""
 
     def __init__(self, model, tokenizer, config: AlignConfig, stages, output_dir: Path):
+        check_model(model)
         models.check_tokenizer(tokenizer, model)
-        if model.config.pad_token_id is None:
+        if getattr(model.config, "pad_token_id", None) is None:
             model.config.pad_token_id = tokenizer.pad_token_id
         self.model, self.tokenizer, self.config = model, tokenizer, config
         self.stages, self.output_dir = stages, output_dir
         self.logs: dict[str, Log] = {}
         self.masters: dict = {}  # float32 values of kept entries, handed from stage to stage
+        self.rows: list[dict] = []  # the pairs as token ids
+        # Of each pair the rows of the reward model, to train it and to read it; None if too long.
+        self.corrections: list[tuple[dict, dict] | None] = []
+        self.left_out: dict[str, list[int]] = {"overlong": [], "not_forgotten": []}
 
     def read(self, pairs) -> None:
-        _check_model(self.model)
-        if "importance" in self.stages and self.config.estimator == "delta":
-            _check_unfrozen(self.model)
-        rows = _rows(pairs)
-        for number, row in enumerate(rows):
-            _check_pair(self.tokenizer, row, f"align: pair {number}")
-        context = self.model.config.max_position_embeddings
-        longest = min(self.config.max_length or context, context)
-        self.texts, self.rows = rows, encode_pairs(self.tokenizer, rows, longest)
+        """All that can be known before anything is trained: what fits, and what is told of it."""
+        every = "importance" in self.stages and self.config.estimator == "delta"
+        check_trainable(self.model, every, self.config.max_length)
+        lengths = (context_of(self.model), self.config.max_length)
+        longest = min(length for length in lengths if length)
+        given = read_rows(pairs)
+        merged, too_long = 0, []
+        for number, row in enumerate(given):
+            place = f"align: pair {number}"
+            pair = encode_preference(self.tokenizer, row, place)
+            length = len(pair.ids["prompt"]) + max(len(pair.ids[side]) for side in SIDES)
+            if length > longest:
+                told = f"{place}: {length} tokens, but the longest row is {longest}; shorten the "
+                too_long.append(AlloError(f"{told}prompt or leave the pair out"))
+                self.left_out["overlong"].append(number)
+                continue
+            merged += pair.merged
+            self.rows.append(pair.ids)
+            self.corrections.append(self._correction(pair, context_of(self.model) or longest))
+            if self.corrections[-1] is None:
+                self.left_out["not_forgotten"].append(number)
+        if too_long and (self.config.overlong == "raise" or not self.rows):
+            raise too_long[0]
+        self._tell(len(given), longest, merged)
+        self._try_longest()
         settings = asdict(self.config) | {"checkpoint_minutes": None, "stages": self.stages}
         begins = [weights_hash(self.model), rows_hash(self.rows), settings]
         self._begun = self.output_dir / ".checkpoints" / fingerprint(begins)[:24]
+
+    def _correction(self, pair, longest: int) -> tuple[dict, dict] | None:
+        """The rows by which the reward model learns of this pair and is asked about it."""
+        heading = rewriter.heading(pair.texts["chosen"], pair.texts["rejected"])
+        asked = pair.ids["prompt"] + encode_text(self.tokenizer, heading)
+        if len(asked) + max(len(pair.ids[side]) for side in SIDES) > longest:
+            return None
+        learnt, read = ({"prompt": asked, "response": pair.ids[side]} for side in SIDES)
+        return learnt, read
+
+    def _tell(self, given: int, longest: int, merged: int) -> None:
+        if "forgetting" in self.stages and not any(self.corrections):
+            raise AlloError(
+                f"align: no pair's prompt, chosen and rejected response fit into {longest} tokens "
+                "together with either reply, as the rewriting reward model of the stage "
+                "'forgetting' reads them; shorten the pairs or leave the stage out"
+            )
+        overlong, unread = (self.left_out[key] for key in ("overlong", "not_forgotten"))
+        told = [several_gpus(self.model.device.type, torch.cuda.device_count())]
+        if overlong:
+            told.append(
+                f"align: {len(overlong)} of {given} pairs are longer than {longest} tokens and "
+                "dropped (align.json lists them)"
+            )
+        if unread and "forgetting" in self.stages:
+            told.append(
+                f"align: {len(unread)} pairs take no part in 'forgetting', as the reward model's "
+                "row (prompt, both responses, and one of them again) does not fit"
+            )
+        if merged:
+            told.append(
+                f"align: in {merged} pairs the prompt's end is read otherwise before a reply than "
+                "alone (tokens merge, or the template says so); the response begins there"
+            )
+        for line in filter(None, told):
+            print(line, flush=True)
+
+    def _try_longest(self) -> None:
+        """Find how the model is read so that the longest pair has its own log-probs."""
+        by_length = sorted(self.rows, key=lambda row: sum(map(len, row.values())))
+        shortest, pair = by_length[0], by_length[-1]
+        rows = [{"prompt": pair["prompt"], "response": pair[side]} for side in SIDES]
+        rows.append({"prompt": shortest["prompt"], "response": shortest["chosen"]})
+        layout_of(self.model, self.tokenizer.pad_token_id, rows)
 
     def checkpoints(self, stage: str) -> Checkpoints:
         """Where a stage of this very call goes on from."""
@@ -205,18 +286,17 @@ class _Run:
         if config.estimator == "gradient":
             self.logs["importance"] = Log()
             return gradient_scores(self.model, rows, **common)
-        start = weights.snapshot(self.model, "cpu")
-        scores, record = delta_of_dpo(
-            self.model,
-            rows,
-            lr=config.importance_rate,
-            epochs=config.epochs,
-            label="importance",
-            clip=config.max_grad_norm,
-            checkpoints=self.checkpoints("importance"),
-            **common,
-        )
-        weights.restore(self.model, start)
+        with weights_back(self.model):
+            scores, record = delta_of_dpo(
+                self.model,
+                rows,
+                lr=config.importance_rate,
+                epochs=config.epochs,
+                label="importance",
+                clip=config.max_grad_norm,
+                checkpoints=self.checkpoints("importance"),
+                **common,
+            )
         self.logs["importance"] = Log(loss=record["loss"])
         return scores
 
@@ -229,7 +309,8 @@ class _Run:
         return mask
 
     def forgetting(self, mask) -> None:
-        rows = self._with_reference()
+        pairs = zip(self._with_reference(), self.corrections, strict=True)
+        rows = [row for row, correction in pairs if correction]
         for row, values in zip(rows, self._token_weights(mask), strict=True):
             row["rejected_weights"] = values
         rate = self.config.forgetting_rate
@@ -244,7 +325,8 @@ class _Run:
         self.model.save_pretrained(self.output_dir)
         self.tokenizer.save_pretrained(self.output_dir)
         losses = {stage: log.loss for stage, log in self.logs.items()}
-        write_json(self.output_dir / "align.json", {"config": asdict(self.config), "loss": losses})
+        record = {"config": asdict(self.config), "left_out": self.left_out, "loss": losses}
+        write_json(self.output_dir / "align.json", record)
 
     def _train(self, rows, name: str, rate: float, mask, warmup: float, masters=None) -> Log:
         """Train one stage; it starts from `masters` where given and leaves its own there."""
@@ -277,22 +359,14 @@ class _Run:
 
     def _token_weights(self, mask) -> list[list[float]]:
         """Train the rewriter from the model's weights, read its probabilities, put them back."""
-        start, tokenizer = weights.snapshot(self.model, "cpu"), self.tokenizer
-        examples = [
-            Correction(
-                row["prompt"], *(_reply(row[side]) for side in ("chosen", "rejected", "chosen"))
-            )
-            for row in self.texts
-        ]
-        rows = rewriter.training_rows(tokenizer, examples, "trained", self.config.seed, plain=False)
-        context = self.model.config.max_position_embeddings
-        rows = [row for row in rows if len(row["prompt"]) + len(row["response"]) <= context]
+        learnt, read = zip(*filter(None, self.corrections), strict=True)
         trained = mask if self.config.rewriter_neurons == "kept" else None
-        self.logs["rewriter"] = self._train(rows, "sft", self.config.rewriter_rate, trained, 0.1)
-        values = rewriter.keep_probabilities(
-            self.model, tokenizer, examples, self.config.forward_batch, plain=False
-        )
-        weights.restore(self.model, start)
+        rate, config = self.config.rewriter_rate, self.config
+        with weights_back(self.model):
+            self.logs["rewriter"] = self._train(list(learnt), "sft", rate, trained, 0.1)
+            values = rewriter.probabilities(
+                self.model, list(read), self.tokenizer.pad_token_id, config.forward_batch
+            )
         chosen = [self._weights_of(row) for row in values]
         _warn(warning_signs.no_choice_of_tokens(chosen))
         return chosen
@@ -306,84 +380,6 @@ class _Run:
 def _warn(found: str | None) -> None:
     if found:
         print(f"warning: {found}", file=sys.stderr, flush=True)
-
-
-def _reply(response) -> str:
-    return response if isinstance(response, str) else response[-1]["content"]
-
-
-def _check_model(model) -> None:
-    if not any(value.requires_grad for value in model.parameters()):
-        raise AlloError(
-            "align: every parameter of the model is frozen; expected some to train: call "
-            "model.requires_grad_(True)"
-        )
-    models.check_finite(model)
-    if getattr(model.config, "max_position_embeddings", None) is None:
-        raise AlloError(
-            "align: the model's config does not say how many tokens it reads; set "
-            "model.config.max_position_embeddings"
-        )
-
-
-def _check_unfrozen(model) -> None:
-    for name, value in model.named_parameters():
-        if not value.requires_grad:
-            raise AlloError(
-                f"align: {name} is frozen, but the scores of estimator 'delta' are of a run that "
-                "trains every parameter: unfreeze it, or choose estimator 'gradient'"
-            )
-
-
-def _rows(pairs) -> list[dict]:
-    """The pairs as dicts with the three columns; AlloError for anything else."""
-    if not isinstance(pairs, Iterable):
-        raise AlloError(f"align: pairs is a {type(pairs).__name__}; {_EXPECTED}")
-    rows = list(pairs)
-    if not rows:
-        raise AlloError("align: no pairs were given; expected at least one")
-    for number, row in enumerate(rows):
-        if not isinstance(row, Mapping):
-            kind = type(row).__name__
-            raise AlloError(f"align: pair {number} is a {kind}, not a dict; {_EXPECTED}")
-        missing = [name for name in COLUMNS if name not in row]
-        if missing:
-            raise AlloError(
-                f"align: pairs lack the column {missing[0]!r} (pair {number}); expected "
-                f"{', '.join(COLUMNS)}"
-            )
-    return [dict(row) for row in rows]
-
-
-def _check_pair(tokenizer, row: dict, place: str) -> None:
-    """What the encoding of a pair would pass over, though it hardly is what its author meant."""
-    for key in COLUMNS:
-        if isinstance(row[key], str):
-            found = special_tokens_in(tokenizer, row[key])
-            if found:
-                raise AlloError(
-                    f"{place}: the {key} string contains the special token {found[0]!r}; give chat "
-                    "messages, whose template writes such tokens and whose content is read as "
-                    "plain text, or take it out"
-                )
-        elif key != "prompt" and isinstance(row[key], (list, tuple)) and len(row[key]) > 1:
-            _check_repeats(row["prompt"], row[key][:-1], f"{place}: {key}")
-
-
-def _check_repeats(prompt, before, place: str) -> None:
-    """The last message is the reply; what stands before it may only be the prompt once more."""
-    asked = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    if [_turn(message) for message in before] != [_turn(message) for message in asked or []]:
-        raise AlloError(
-            f"{place} has {len(before)} messages before the reply that are not the prompt; put "
-            "them into the prompt"
-        )
-
-
-def _turn(message):
-    if not isinstance(message, dict):
-        return message
-    return message.get("role"), message.get("content")
 
 
 def _settings(config) -> AlignConfig:

@@ -9,7 +9,7 @@ hidden state predicts a token, and the token; and `place`, int64 [B, T]: which o
 belongs here, N where there is none.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -24,13 +24,15 @@ class Layout:
     """How sequences become rows. shared: one tree for what begins alike, several trees a row; else
     one padded row a sequence, which every causal model can read. width: the model's hidden size.
     one_row: all trees in one row without padding, for attention tree by tree (`tree_attention`).
-    multiple: tokens of which a row's length is a multiple."""
+    multiple: tokens of which a row's length is a multiple. window: tokens that attention looks back
+    where it does not see all, so that longer sequences are not shared; 0 for all."""
 
     pad_token_id: int
     shared: bool = False
     width: int = 1
     one_row: bool = False
     multiple: int = 1
+    window: int = 0
 
 
 def collate(rows: list[dict], layout: Layout) -> dict[str, Tensor]:
@@ -41,6 +43,8 @@ def collate(rows: list[dict], layout: Layout) -> dict[str, Tensor]:
     and left out, as in `losses.token_logps`.
     """
     sequences = [[*row["prompt"], *row["response"]] for row in rows]
+    if layout.window and max(map(len, sequences)) > layout.window:
+        layout = replace(layout, shared=False)
     if layout.shared:
         groups = _by_prompt(rows)
         trees = [prefix_tree.grow([sequences[i] for i in group]) for group in groups]

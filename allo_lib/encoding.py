@@ -5,6 +5,8 @@ as the letters that it is made of, and only the chat template and the end of a r
 token itself. A tokenizer that cannot tell the two apart refuses such a text.
 """
 
+import json
+
 from allo_lib.errors import AlloError
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
@@ -14,15 +16,25 @@ BEFORE_A_REPLY = ("user", "tool", "function")  # what the last message of a prom
 def encode_prompt(tokenizer, prompt) -> list[int]:
     """Token ids of a prompt: a string as it stands, chat messages by the tokenizer's template.
 
+    A string begins as the tokenizer begins every text, with its BOS token if it adds one.
+
     Raises:
         AlloError: neither of the two, messages in an order that leaves nothing to reply to or that
             the template refuses, text that is no Unicode, or a special token's name in it that the
             tokenizer cannot read as text.
     """
     if isinstance(prompt, str):
-        return encode_text(tokenizer, prompt)
+        return [*beginning(tokenizer), *encode_text(tokenizer, prompt)]
     check_messages(prompt, BEFORE_A_REPLY)
-    return _encode_chat(tokenizer, prompt)
+    return encode_chat(tokenizer, prompt, add_generation_prompt=True)
+
+
+def beginning(tokenizer) -> list[int]:
+    """Ids of the special tokens that the tokenizer puts before every text: none, or BOS."""
+    whole = tokenizer("a")["input_ids"]
+    bare = tokenizer("a", add_special_tokens=False)["input_ids"]
+    places = range(len(whole) - len(bare) + 1)
+    return whole[: next((i for i in places if whole[i : i + len(bare)] == bare), 0)]
 
 
 def encode_response(tokenizer, response) -> list[int]:
@@ -108,28 +120,25 @@ def _special_ids(tokenizer) -> set[int]:
     return ids - ({tokenizer.unk_token_id} - meant)
 
 
-def _encode_chat(tokenizer, messages) -> list[int]:
-    texts = [message["content"] for message in messages]
-    names = {name for text in texts for name in special_tokens_in(tokenizer, text)}
+def encode_chat(tokenizer, messages, **settings) -> list[int]:
+    """Token ids of chat messages by the tokenizer's template; `settings` go to `render_chat`.
+
+    Names of special tokens in what people wrote are letters. AlloError where that cannot be, or
+    where the template does not take the messages.
+    """
+    texts = json.dumps([messages, settings.get("tools")], ensure_ascii=False, default=str)
+    names = special_tokens_in(tokenizer, texts)
+    expected = "give messages in its order, or strings"
     if not names:
-        return _render(tokenizer, messages)
-    ids = _render(tokenizer, messages, sanitize_control_tokens=True)
+        return render_chat(tokenizer, messages, expected, **settings)
+    ids = render_chat(tokenizer, messages, expected, sanitize_control_tokens=True, **settings)
     # Versions of transformers that do not know this argument pass over it in silence.
-    without = [message | {"content": _without(message["content"], names)} for message in messages]
+    without, tools = json.loads(_without(texts, names))
+    plain = settings | ({"tools": tools} if tools else {})
     special = _special_ids(tokenizer)
-    if _count(ids, special) != _count(_render(tokenizer, without), special):
+    if _count(ids, special) != _count(render_chat(tokenizer, without, expected, **plain), special):
         raise _unreadable(sorted(names)[0])
     return ids
-
-
-def _render(tokenizer, messages, **settings) -> list[int]:
-    return render_chat(
-        tokenizer,
-        messages,
-        "give messages in its order, or strings",
-        add_generation_prompt=True,
-        **settings,
-    )
 
 
 def render_chat(
@@ -152,7 +161,7 @@ def render_chat(
         ) from error
 
 
-def _without(text: str, names: set[str]) -> str:
+def _without(text: str, names: list[str]) -> str:
     for name in sorted(names, key=len, reverse=True):
         text = text.replace(name, "x")
     return text

@@ -2,93 +2,186 @@
 
 import contextlib
 import weakref
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from allo_lib.batches import Layout, collate, side
+from allo_lib.errors import AlloError
 from allo_lib.head import target_logps
 from allo_lib.losses import IGNORED
 from allo_lib.prefix_tree import blocks, sees
 from allo_lib.tree_attention import TreeByTree, no_mask
 
-# Config keys of models that change their logits after the head: those take the plain way.
+# Config keys of models that change their logits after the head, by too little to be seen while
+# those are small.
 _AFTER_HEAD = ("final_logit_softcapping", "logit_scale", "logits_scaling")
 # The attentions of transformers that take a mask for every two tokens, and how it is made.
 _MASKS = {"sdpa": sees, "flex_attention": blocks}
 # Rows on a GPU are as long as a multiple of this: its attention copies masks of other lengths.
 _ALIGNED = 16
-# How far hidden states of the same sequence may lie apart, relative to the largest, by dtype.
+# Config keys of how far back attention sees, of models that do not tell it layer by layer.
+_WINDOWS = ("sliding_window", "sliding_window_size", "window_size", "attention_chunk_size")
+# How far log-probs of the same sequences may lie apart, relative to their size, by dtype.
 _SAME = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 3e-2}
-# model -> (its attention, tree by tree or not) -> whether it reads trees
-_shares: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+# What a model raises for arguments or parts that it does not have.
+_LACKING = (TypeError, ValueError, RuntimeError, LookupError, AttributeError, NotImplementedError)
+
+
+@dataclass(frozen=True)
+class _Way:
+    """How a model is read. trees: prefixes are shared. matrix: logits are its head's matrix times
+    its decoder's hidden states. placed: it is told positions, as in all ways but the plainest."""
+
+    trees: bool
+    matrix: bool
+    placed: bool = True
+
+
+# The cheapest first; the last one is the model's own forward pass of padded rows.
+_WAYS = (_Way(True, True), _Way(True, False), _Way(False, True), _Way(False, False),
+         _Way(False, False, False))  # fmt: skip
+# model -> (its attention, tree by tree or not) -> how it is read
+_known: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+_TRIAL = (
+    {"prompt": [1, 2, 3], "response": [4, 5, 6, 7]},
+    {"prompt": [1, 2, 3], "response": [8, 9, 10, 11, 12]},
+    {"prompt": [13, 2], "response": [3, 14, 15]},
+)
 
 
 def response_logps(model, batch: dict[str, Tensor]) -> Tensor:
     """Log-prob of every response token of a batch (`batches`); float32 [B, T], 0 behind the end.
 
     The language-model head runs on the positions before response tokens only, and once for
-    positions that several responses share.
+    positions that several responses share; but for models whose logits are more than its product.
     """
-    if any(getattr(model.config, key, None) for key in _AFTER_HEAD):
-        logits = _read(model, model, batch).logits.flatten(0, 1)[batch["before"]]
-        logps = -F.cross_entropy(logits.float(), batch["targets"], reduction="none")
-    else:
-        hidden = _read(model, model.get_decoder(), batch).last_hidden_state.flatten(0, 1)
+    return _logps(model, batch, _way(model))
+
+
+def _logps(model, batch: dict[str, Tensor], way: _Way) -> Tensor:
+    if way.matrix:
+        hidden = _read(model, model.get_decoder(), batch, way.placed).last_hidden_state.flatten(
+            0, 1
+        )
         hidden = hidden[batch["before"]]
         head = model.get_output_embeddings()
         logps = target_logps(hidden, head.weight, getattr(head, "bias", None), batch["targets"])
+    else:
+        logits = _read(model, model, batch, way.placed).logits.flatten(0, 1)[batch["before"]]
+        logps = -F.cross_entropy(logits.float(), batch["targets"], reduction="none")
     return torch.cat([logps, logps.new_zeros(1)])[batch["place"]]
 
 
-def layout_of(model, pad_token_id: int) -> Layout:
+def layout_of(model, pad_token_id: int, rows=None) -> Layout:
     """How batches of this model are laid out: as trees if it reads those as it reads plain rows.
 
-    Sequences share their prefixes where a short trial gives the same hidden states both ways. It
-    does not for attention that takes no mask for every two tokens, sliding windows, or layers that
-    are no attention at all: those models get one padded row a sequence. On a CPU all trees share
-    one row and attention is made tree by tree, but for recomputed activations, which are made again
-    when that is over.
+    A short trial finds the cheapest way of reading the model that gives the log-probs of its own
+    forward pass, row by row: on `rows` where given, else on a few short ones, once. Sequences do
+    not share their prefixes for attention that takes no mask for every two tokens, layers that are
+    no full attention, or rows longer than a sliding window. On a CPU all trees share one row and
+    attention is made tree by tree, but for recomputed activations, which are made again when that
+    is over.
+
+    Raises:
+        AlloError: no way gives the model's own log-probs; it is no causal language model.
     """
+    layout = _trees(model, pad_token_id)
+    way = _way(model, layout, rows)
+    return replace(layout, shared=way.trees, one_row=way.trees and layout.one_row)
+
+
+def _trees(model, pad_token_id: int) -> Layout:
     config = model.config.get_text_config()
-    attention = config._attn_implementation
     recomputes = any(getattr(part, "gradient_checkpointing", False) for part in model.modules())
-    one_row = model.device.type == "cpu" and attention == "sdpa" and not recomputes
-    multiple = 1 if model.device.type == "cpu" else _ALIGNED
-    known = _shares.setdefault(model, {})
-    if (attention, one_row) not in known:
-        tried = Layout(pad_token_id, True, config.hidden_size, one_row, multiple)
-        known[attention, one_row] = _reads_trees(model, tried)
-    shared = known[attention, one_row]
-    return Layout(pad_token_id, shared, config.hidden_size, shared and one_row, multiple)
+    on_cpu = model.device.type == "cpu"
+    one_row = on_cpu and config._attn_implementation == "sdpa" and not recomputes
+    width, multiple = getattr(config, "hidden_size", 1), 1 if on_cpu else _ALIGNED
+    return Layout(pad_token_id, True, width, one_row, multiple, _window(config))
+
+
+def _window(config) -> int:
+    """Tokens up to which a row is read by full attention although it is a sliding one; 0: all."""
+    if getattr(config, "layer_types", None):
+        return 0  # told layer by layer
+    found = (getattr(config, key, None) for key in _WINDOWS)
+    return min((one for one in found if type(one) is int and one > 0), default=0)
+
+
+def _way(model, layout: Layout | None = None, rows=None) -> _Way:
+    """The way that was found for the model, or is found now."""
+    known = _known.setdefault(model, {})
+    attention = model.config.get_text_config()._attn_implementation
+    if layout is None:  # what it is asked for next to that, the trial found as well
+        found = next((way for key, way in known.items() if key[0] == attention), None)
+        if found is not None:
+            return found
+        layout = _trees(model, getattr(model.config, "pad_token_id", None) or 0)
+    key = attention, layout.one_row
+    if rows is not None or key not in known:
+        way = _found(model, layout, rows or _TRIAL)
+        if not way.matrix and known.get(key) != way:
+            name = type(model).__name__
+            print(f"{name}: its own logits are used, which are no product of its head", flush=True)
+        known[key] = way
+    return known[key]
 
 
 @torch.no_grad()
-def _reads_trees(model, layout: Layout) -> bool:
+def _found(model, layout: Layout, rows) -> _Way:
     config = model.config.get_text_config()
+    if config.vocab_size < 16 and rows is _TRIAL:
+        rows = [{k: [i % config.vocab_size for i in v] for k, v in row.items()} for row in rows]
     kinds = set(getattr(config, "layer_types", None) or ("full_attention",))
-    takes_masks = config._attn_implementation in _MASKS
-    if not takes_masks or kinds != {"full_attention"} or config.vocab_size < 16:
-        return False
-    training = model.training
-    rows = [
-        {"prompt": [1, 2, 3], "response": [4, 5, 6, 7]},
-        {"prompt": [1, 2, 3], "response": [8, 9, 10, 11, 12]},
-        {"prompt": [13, 2], "response": [3, 14, 15]},
-    ]
+    shares = config._attn_implementation in _MASKS and kinds == {"full_attention"}
+    modes = [(part, part.training) for part in model.modules()]
     model.eval()
     try:
-        plain, tree = (
-            before_responses(model, collate(rows, one))
-            for one in (Layout(layout.pad_token_id), layout)
-        )
-    except (TypeError, ValueError, RuntimeError, IndexError):
-        return False  # the model's forward takes no such mask or positions
+        own = [_own(model, row) for row in rows]
+        expected = torch.cat(own)
+        counted = type(expected) is not Tensor or expected.is_meta  # shapes without values
+        if counted or not torch.isfinite(expected).all():  # the training tells of that
+            return _Way(False, True)
+        for way in _WAYS[0 if shares else 2 :]:
+            if way.matrix and any(getattr(config, key, None) for key in _AFTER_HEAD):
+                continue
+            batch = to_device(collate(list(rows), replace(layout, shared=way.trees)), model)
+            try:
+                logps = _logps(model, batch, way)
+            except _LACKING:
+                continue
+            found = torch.cat([one[: len(e)] for one, e in zip(logps, own, strict=True)])
+            if _same(found, expected, model.dtype):
+                return way
+    except _LACKING as error:
+        reason = " ".join(str(error).split())[:200]
+        raise _no_causal(model, f"its forward pass fails: {reason}") from error
     finally:
-        model.train(training)
-    distance = (plain - tree).abs().max() / plain.abs().max().clamp_min(1e-12)
-    return bool(distance <= _SAME.get(plain.dtype, 0.0))
+        for part, mode in modes:
+            part.training = mode
+    raise _no_causal(model, "what it gives of a row depends on what stands behind or beside it")
+
+
+def _own(model, row: dict) -> Tensor:
+    """Log-probs of one response by the model's plain forward pass of that row alone."""
+    ids = torch.tensor([[*row["prompt"], *row["response"]]], device=model.device)
+    logits = model(input_ids=ids, use_cache=False).logits[0, len(row["prompt"]) - 1 : -1]
+    return -F.cross_entropy(logits.float(), ids[0, len(row["prompt"]) :], reduction="none")
+
+
+def _same(found: Tensor, expected: Tensor, dtype: torch.dtype) -> bool:
+    # A mean, as in 16 bits a mixture of experts may send a token elsewhere for a rounding error.
+    distance = (found - expected).norm() / expected.norm().clamp_min(1e-12)
+    return bool(distance <= _SAME.get(dtype, 0.0))
+
+
+def _no_causal(model, why: str) -> AlloError:
+    return AlloError(
+        f"{type(model).__name__} cannot be read as a causal language model: {why}; give one of "
+        "transformers' ...ForCausalLM that reads from left to right"
+    )
 
 
 def before_responses(model, batch: dict[str, Tensor]) -> Tensor:
@@ -98,9 +191,11 @@ def before_responses(model, batch: dict[str, Tensor]) -> Tensor:
     return hidden[batch["before"][batch["place"][batch["labels"] != IGNORED]]]
 
 
-def _read(model, part, batch: dict[str, Tensor]):
+def _read(model, part, batch: dict[str, Tensor], placed: bool = True):
     """What `part` of the model (its decoder, or all of it) gives of the batch's rows."""
-    reads = {key: batch[key] for key in ("input_ids", "position_ids")} | {"use_cache": False}
+    reads = {"input_ids": batch["input_ids"], "use_cache": False}
+    if placed:
+        reads["position_ids"] = batch["position_ids"]
     attention = contextlib.nullcontext()
     if "sizes" in batch:
         attention = TreeByTree(batch["ends"], batch["sizes"])

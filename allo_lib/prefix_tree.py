@@ -44,7 +44,7 @@ def grow(sequences: Sequence[Sequence[int]]) -> Tree:
     path: list[int] = []
     for i in sorted(range(len(sequences)), key=lambda i: tuple(sequences[i])):
         sequence = sequences[i]
-        shared = _shared_length(before, sequence)
+        shared = shared_length(before, sequence)
         size = len(tree)
         for node in path[shared:]:
             tree.ends[node] = size
@@ -120,7 +120,8 @@ def _first_fit(sizes: Sequence[int], length: int) -> list[list[int]]:
     return rows
 
 
-def _shared_length(a: Sequence[int], b: Sequence[int]) -> int:
+def shared_length(a: Sequence, b: Sequence) -> int:
+    """How many first members two sequences have in common."""
     for i, (x, y) in enumerate(zip(a, b, strict=False)):
         if x != y:
             return i

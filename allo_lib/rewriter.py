@@ -9,7 +9,7 @@ import math
 import random
 from dataclasses import dataclass
 
-from allo_lib.encoding import encode_prompt, encode_response
+from allo_lib.encoding import encode_prompt, encode_response, encode_text
 from allo_lib.forward import logps_of_rows
 
 # Share of the training examples that a reward model which was stopped on the way has seen.
@@ -35,8 +35,12 @@ def rewriter_prompt(tokenizer, prompt, solution: str, prediction: str, plain: bo
     """
     if plain:
         return encode_prompt(tokenizer, f"{prompt} {solution} ? {prediction} ?")
-    headed = f"\nCorrect solution:{_spaced(solution)}\nPrediction:{_spaced(prediction)}\nCorrected:"
-    return encode_prompt(tokenizer, prompt) + encode_prompt(tokenizer, headed)
+    return encode_prompt(tokenizer, prompt) + encode_text(tokenizer, heading(solution, prediction))
+
+
+def heading(solution: str, prediction: str) -> str:
+    """What stands between a question and the corrected prediction."""
+    return f"\nCorrect solution:{_spaced(solution)}\nPrediction:{_spaced(prediction)}\nCorrected:"
 
 
 def training_rows(tokenizer, corrections: list[Correction], quality: str, seed: int, plain: bool):
@@ -70,7 +74,12 @@ def keep_probabilities(
         }
         for e in examples
     ]
-    logps = logps_of_rows(model, rows, tokenizer.pad_token_id, batch_size)
+    return probabilities(model, rows, tokenizer.pad_token_id, batch_size)
+
+
+def probabilities(model, rows: list[dict], pad_token_id: int, batch_size: int):
+    """The model's probability of every token of each row's `response`, lists of floats."""
+    logps = logps_of_rows(model, rows, pad_token_id, batch_size)
     return [[math.exp(min(0.0, value)) for value in row] for row in logps]
 
 

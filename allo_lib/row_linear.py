@@ -30,7 +30,11 @@ class RowLinear:
         self.module.weight.requires_grad_(True)
 
     def _forward(self, x: Tensor) -> Tensor:
-        weight, bias = self.module.weight, self.module.bias
+        weight, bias, kind = self.module.weight, self.module.bias, x.device.type
+        if torch.is_autocast_enabled(kind):  # as it does for the product itself, backward included
+            dtype = torch.get_autocast_dtype(kind)
+            x, weight = x.to(dtype), weight.to(dtype)
+            bias = None if bias is None else bias.to(dtype)
         return _RowProduct.apply(x, self.masters, weight, bias, self.rows)
 
 

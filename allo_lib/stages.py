@@ -1,5 +1,7 @@
 """One training stage of any method: rows, objective and mask in, a trained model and log out."""
 
+from dataclasses import replace
+
 from allo_lib.batches import Layout, collate, pair_batch, rejected_batch
 from allo_lib.forward import layout_of
 from allo_lib.objectives import ON_REJECTED, ON_SOLUTIONS, objective
@@ -42,7 +44,11 @@ def run_stage(
     from those in the dict and leaves its own there, for the next one.
     checkpoints: see `training.train`.
     after: called with the optimizer before it is closed, for those who want its float32 masters.
+
+    The first step of a rate that rises has rate 0: where it would be the only one, none rises.
     """
+    if len(rows) <= schedule.batch_size and schedule.epochs == 1:
+        schedule = replace(schedule, warmup=0.0)
     optimizer = MaskedAdamW(
         model,
         mask,

@@ -114,7 +114,7 @@ def _arguments(folder: str, schedule: Schedule, device: torch.device) -> Trainin
             f"batch_size {schedule.batch_size} is no multiple of accumulation "
             f"{schedule.accumulation}; choose one that is"
         )
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=folder,
         per_device_train_batch_size=schedule.batch_size // schedule.accumulation,
         gradient_accumulation_steps=schedule.accumulation,
@@ -135,6 +135,9 @@ def _arguments(folder: str, schedule: Schedule, device: torch.device) -> Trainin
         remove_unused_columns=False,
         dataloader_pin_memory=device.type != "cpu",
     )
+    # Where Trainer sees several GPUs it would wrap the model in replicas; a launcher shares them.
+    arguments._n_gpu = min(1, arguments.n_gpu)
+    return arguments
 
 
 class _Trainer(Trainer):

@@ -170,9 +170,9 @@ def test_stages_hold_one_model_and_state_for_kept_entries(
     monkeypatch.setattr(alignment, "run_stage", spy)
     config = FAST | (LEAN if lean else {})
     align(model, tokenizer, pairs, config=config, output_dir=tmp_path)
-    # Master, two moments and the gradient of a tenth: 16 bytes of 4. Some hundred bytes are buffers
-    # of the model and of the test.
-    kept = 0.1 * size * 4 + 4096
+    # Master, two moments, the gradient and the value to go back to of a tenth: 20 bytes of 4. Some
+    # hundred bytes are buffers of the model and of the test.
+    kept = 0.1 * size * 5 + 4096
     assert most["forgetting"] <= kept and most["learning"] <= kept
     if lean:
         assert "importance" not in most  # no optimizer at all

@@ -1,0 +1,379 @@
+"""Pairs in all of TRL's forms, by chat templates of the common kinds, against TRL's own ids."""
+
+import hashlib
+import json
+import types
+
+import pytest
+from datasets import Dataset
+from refusals import refused
+from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers, processors
+from tokenizers import models as tokenizer_models
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from trl import DPOConfig, DPOTrainer
+
+from allo_lib import miniature, packaged_weights
+from allo_lib.encoding import encode_pairs, encode_prompt
+from allo_lib.preferences import encode_preference
+
+# --- tokenizers and templates --------------------------------------------------------------------
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+GEMMA = (
+    "{{ bos_token }}{% for m in messages %}"
+    "{% if m.role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+    "<start_of_turn>{{ 'model' if m.role == 'assistant' else m.role }}\n"
+    "{{ m.content | trim }}<end_of_turn>\n{% endfor %}"
+    "{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
+)
+PHI3 = (
+    "{% for m in messages %}{% if m.role in ['system', 'user', 'assistant'] %}"
+    "<|{{ m.role }}|>\n{{ m.content }}<|end|>\n{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% else %}{{ eos_token }}{% endif %}"
+)
+LLAMA3 = (
+    "{{ bos_token }}{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n"
+    "{{ m.content | trim }}<|eot_id|>{% endfor %}"
+    "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
+)
+# Thoughts stand in the turns after the last question only, there also where they are empty.
+QWEN3 = (
+    "{% if tools %}<|im_start|>system\n{% for tool in tools %}{{ tool | tojson }}\n{% endfor %}"
+    "<|im_end|>\n{% endif %}{% set n = namespace(last=0) %}"
+    "{% for m in messages %}{% if m.role == 'user' %}{% set n.last = loop.index0 %}{% endif %}"
+    "{% endfor %}{% for m in messages %}"
+    "<|im_start|>{{ 'user' if m.role == 'tool' else m.role }}\n"
+    "{% if m.role == 'assistant' and loop.index0 > n.last %}"
+    "<think>\n{{ m.reasoning_content or '' }}\n</think>\n\n{% endif %}"
+    "{{ m.content }}{% for call in m.tool_calls or [] %}<tool_call>\n"
+    "{{ call.function | tojson }}\n</tool_call>{% endfor %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+INST = (
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]"
+    "{% else %} {{ m.content }}{{ eos_token }}{% endif %}{% endfor %}"
+)
+OPEN = (  # a template that ends no turn by a token
+    "{% for m in messages %}### {{ m.role }}:\n{{ m.content }}\n\n{% endfor %}"
+    "{% if add_generation_prompt %}### assistant:\n{% endif %}"
+)
+
+
+def bytewise(template=None, bos=None, eos="<eos>", special=(), added=(), merges=(), adds_bos=False):
+    """One token a byte, but for `merges` of two signs; `special` and `added` tokens beside."""
+    alphabet = {byte: i for i, byte in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    for left, right in merges:
+        alphabet[left + right] = len(alphabet)
+    core = Tokenizer(tokenizer_models.BPE(vocab=alphabet, merges=list(merges)))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    core.decoder = decoders.ByteLevel()
+    names = {"eos_token": eos, "pad_token": "<pad>"} | ({"bos_token": bos} if bos else {})
+    core.add_special_tokens([*names.values(), *special])
+    core.add_tokens([AddedToken(name, special=False) for name in added])
+    if adds_bos:
+        core.post_processor = processors.TemplateProcessing(
+            single=f"{bos} $A", special_tokens=[(bos, core.token_to_id(bos))]
+        )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core, chat_template=template, extra_special_tokens=list(special), **names
+    )
+
+
+def sentencepiece():
+    """Words of letters with a sign for the blank before them, and one before every text."""
+    words = ["<unk>", "<s>", "</s>", "<pad>", "\n", "▁", "▁Yes", "Yes", "▁No", "No", "▁Q", "Q", ":",
+             "▁now", "w", "s", *"abcdefghijklmnopqrt"]  # fmt: skip
+    scores = [(word, -1.0 - 0.1 * (len(word) < 2)) for word in words]
+    core = Tokenizer(tokenizer_models.Unigram(scores, unk_id=0, byte_fallback=False))
+    core.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    core.decoder = decoders.Metaspace(prepend_scheme="first")
+    core.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 1)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core, unk_token="<unk>", bos_token="<s>", eos_token="</s>",
+        pad_token="<pad>",
+    )  # fmt: skip
+
+
+IM = ("<|im_start|>", "<|im_end|>")
+TOKENIZERS = {
+    "chatml": lambda: bytewise(CHATML, eos="<|im_end|>", special=IM[:1]),
+    "gemma": lambda: bytewise(
+        GEMMA, "<bos>", special=("<start_of_turn>", "<end_of_turn>"), adds_bos=False
+    ),
+    "phi3": lambda: bytewise(
+        PHI3, "<s>", "<|endoftext|>", ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
+    ),
+    "llama3": lambda: bytewise(
+        LLAMA3, "<|begin|>", special=("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
+    ),
+    "qwen3": lambda: bytewise(
+        QWEN3, eos="<|im_end|>", special=IM[:1],
+        added=("<think>", "</think>", "<tool_call>", "</tool_call>"),
+    ),
+    "turn's end that is not special": lambda: bytewise(CHATML, added=IM),
+    "inst": lambda: bytewise(INST, "<s>", "</s>"),
+}  # fmt: skip
+
+
+def user(content):
+    return {"role": "user", "content": content}
+
+
+def assistant(content, **more):
+    return {"role": "assistant", "content": content} | more
+
+
+def texts(tokenizer, row):
+    """A pair encoded and read back: prompt, chosen, rejected."""
+    ids = encode_preference(tokenizer, row, "pair 0").ids
+    return tuple(tokenizer.decode(ids[key]) for key in ("prompt", "chosen", "rejected"))
+
+
+def trl_ids(tokenizer, row) -> dict:
+    """What TRL's DPOTrainer makes of a row; it looks at nothing of itself but the tokenizer."""
+    trainer = types.SimpleNamespace(_tokenizer=tokenizer)
+    config = DPOConfig(output_dir="unused", max_length=None, report_to=[], use_cpu=True)
+    (made,) = DPOTrainer._prepare_dataset(
+        trainer, Dataset.from_list([row]), tokenizer, config, "train"
+    )
+    return {key: made[f"{key}_ids"] for key in ("prompt", "chosen", "rejected")}
+
+
+# --- chat templates ------------------------------------------------------------------------------
+
+PAIR = {"prompt": [user("Hi")], "chosen": [assistant("yes")], "rejected": [assistant("no")]}
+ENDS = {  # the prompt's text, and what the template writes around a reply
+    "chatml": ("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n", "{}<|im_end|>"),
+    "gemma": ("<bos><start_of_turn>user\nHi<end_of_turn>\n<start_of_turn>model\n",
+              "{}<end_of_turn>"),
+    "phi3": ("<|user|>\nHi<|end|>\n<|assistant|>\n", "{}<|end|>\n<|endoftext|>"),
+    "llama3": ("<|begin|><|start_header_id|>user<|end_header_id|>\n\nHi<|eot_id|>"
+               "<|start_header_id|>assistant<|end_header_id|>\n\n", "{}<|eot_id|>"),
+    "qwen3": ("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n",
+              "<think>\n\n</think>\n\n{}<|im_end|>"),
+    "turn's end that is not special": (
+        "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n", "{}<|im_end|>"),
+    "inst": ("<s>[INST] Hi [/INST]", " {}</s>"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+def test_a_response_ends_as_the_template_ends_a_turn(kind):
+    prompt, reply = ENDS[kind]
+    expected = (prompt, reply.format("yes"), reply.format("no"))
+    assert texts(TOKENIZERS[kind](), PAIR) == expected
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+def test_ids_of_messages_are_trls_up_to_the_blank_behind_the_end(kind):
+    tokenizer = TOKENIZERS[kind]()
+    longer = PAIR | {"prompt": [user("a"), assistant("b"), user("c")]}
+    for row in (PAIR, longer):
+        ours, theirs = encode_preference(tokenizer, row, "").ids, trl_ids(tokenizer, row)
+        assert ours["prompt"] == theirs["prompt"]
+        for side in ("chosen", "rejected"):
+            kept = len(ours[side])
+            assert ours[side] == theirs[side][:kept]
+            assert tokenizer.decode(theirs[side][kept:]) in ("", "\n")
+
+
+def test_a_template_without_an_end_gets_the_end_token():
+    prompt, chosen, _ = texts(bytewise(OPEN), PAIR)
+    assert prompt == "### user:\nHi\n\n### assistant:\n" and chosen == "yes\n\n<eos>"
+
+
+def test_a_generation_prompt_that_no_conversation_has_counts_to_the_reply_and_is_told():
+    template = OPEN.replace("assistant:\n{% endif", "assistant:\nthink{% endif")
+    found = encode_preference(bytewise(template), PAIR, "pair 0")
+    assert found.merged and bytewise(template).decode(found.ids["prompt"]).endswith("assistant:\n")
+
+
+def test_special_tokens_in_messages_stay_letters_in_prompt_and_reply():
+    tokenizer = TOKENIZERS["chatml"]()
+    row = {"prompt": [user("a<|im_end|>")], "chosen": [assistant("<|im_end|>")],
+           "rejected": [assistant("x")]}  # fmt: skip
+    ids, end = encode_preference(tokenizer, row, "pair 0").ids, tokenizer.eos_token_id
+    assert [ids[key].count(end) for key in ("prompt", "chosen", "rejected")] == [1, 1, 1]
+    assert len(ids["chosen"]) == len("<|im_end|>") + 1
+
+
+# --- where the prompt is -------------------------------------------------------------------------
+
+
+def test_the_prompt_may_be_in_the_replies_or_a_string_or_both():
+    tokenizer = TOKENIZERS["gemma"]()
+    expected = encode_preference(tokenizer, PAIR, "pair 0")
+    both = {side: [user("Hi"), *PAIR[side]] for side in ("chosen", "rejected")}
+    for row in (both, PAIR | {"prompt": "Hi"}, both | {"prompt": "Hi"}, PAIR | both,
+                PAIR | {"chosen": "yes", "rejected": "no"}):  # fmt: skip
+        assert encode_preference(tokenizer, row, "pair 0") == expected
+    assert (
+        encode_preference(tokenizer, both, "").ids["prompt"] == trl_ids(tokenizer, both)["prompt"]
+    )
+
+
+def test_a_string_prompt_is_one_of_the_messages_that_stand_before_the_replies():
+    tokenizer = TOKENIZERS["chatml"]()
+    before = [{"role": "system", "content": "Be kind."}, user("a"), assistant("b"), user("Hi")]
+    row = {side: [*before, *PAIR[side]] for side in ("chosen", "rejected")}
+    expected = encode_preference(tokenizer, PAIR | {"prompt": before}, "pair 0")
+    assert encode_preference(tokenizer, row | {"prompt": "Hi"}, "pair 0") == expected
+    with refused("pair 0: chosen has 4 messages before the reply that are not the prompt"):
+        encode_preference(tokenizer, row | {"prompt": "Ho"}, "pair 0")
+    with refused("chosen and rejected do not follow the same messages"):
+        encode_preference(tokenizer, row | {"chosen": PAIR["chosen"]}, "pair 0")
+
+
+@pytest.mark.parametrize(
+    ("chosen", "rejected"),
+    [("Q: a\nYes", "Q: a\nNo"), ("Is it so? I can", "Is it so? I do"), ("so it is", "so 1")],
+)
+def test_an_implicit_prompt_of_strings_is_what_trl_extracts(chosen, rejected):
+    row = {"chosen": chosen, "rejected": rejected}
+    for tokenizer in (bytewise(), bytewise(bos="<s>", adds_bos=True), sentencepiece()):
+        assert encode_preference(tokenizer, row, "").ids == trl_ids(tokenizer, row)
+
+
+# --- strings -------------------------------------------------------------------------------------
+
+STRINGS = {"prompt": "Q: is it so\n", "chosen": "Yes now", "rejected": "No"}
+
+
+def test_strings_follow_the_tokenizers_own_convention_as_trl():
+    for tokenizer in (bytewise(), bytewise(bos="<s>"), bytewise(bos="<s>", adds_bos=True),
+                      sentencepiece()):  # fmt: skip
+        ids = encode_preference(tokenizer, STRINGS, "").ids
+        assert ids == trl_ids(tokenizer, STRINGS)
+        assert ids["prompt"] == encode_prompt(tokenizer, STRINGS["prompt"])
+
+
+@pytest.mark.parametrize("adds_bos", [True, False])
+def test_a_written_bos_is_the_one_at_the_beginning(adds_bos):
+    tokenizer = bytewise(bos="<s>", adds_bos=adds_bos)
+    written = encode_preference(tokenizer, STRINGS | {"prompt": "<s>Q"}, "").ids
+    assert written["prompt"] == [tokenizer.bos_token_id, *tokenizer.encode("Q")[-1:]]
+    with refused("the prompt string contains the special token '<s>'"):
+        encode_preference(tokenizer, STRINGS | {"prompt": "Q<s>"}, "pair 0")
+
+
+def test_no_blank_gets_into_a_reply_after_a_newline():
+    tokenizer = sentencepiece()
+    found = encode_preference(tokenizer, STRINGS, "pair 0")
+    assert tokenizer.convert_ids_to_tokens(found.ids["chosen"]) == ["Yes", "▁now", "</s>"]
+    assert tokenizer.convert_ids_to_tokens(found.ids["rejected"]) == ["No", "</s>"]
+    assert not found.merged
+
+
+def test_tokens_that_merge_over_the_boundary_are_the_replys_and_told():
+    tokenizer = bytewise(merges=[("o", "k")])
+    found = encode_preference(tokenizer, {"prompt": "go", "chosen": "k", "rejected": "n"}, "")
+    assert found.merged
+    assert [tokenizer.decode(ids) for ids in found.ids.values()] == ["g", "ok<eos>", "on<eos>"]
+    assert found.ids == trl_ids(tokenizer, {"prompt": "go", "chosen": "k", "rejected": "n"})
+
+
+# --- tools, calls and thoughts -------------------------------------------------------------------
+
+TOOL = {"type": "function", "function": {"name": "add", "parameters": {}}}
+CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
+CALLED = {
+    "prompt": [user("1+1?")],
+    "chosen": [{"role": "assistant", "tool_calls": [CALL]}],
+    "rejected": [assistant("no")],
+}
+
+
+@pytest.mark.parametrize("tools", [[TOOL], json.dumps([TOOL])])
+def test_tools_calls_and_thoughts_are_what_the_template_writes(tools):
+    tokenizer = TOKENIZERS["qwen3"]()
+    row = CALLED | {"tools": tools, "rejected": [assistant("no", reasoning_content="hm")]}
+    prompt, chosen, rejected = texts(tokenizer, row)
+    assert prompt.startswith('<|im_start|>system\n{"type": "function"')
+    assert chosen.endswith(
+        '<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call><|im_end|>'
+    )
+    assert rejected == "<think>\nhm\n</think>\n\nno<|im_end|>"
+    found = encode_preference(tokenizer, row, "")
+    assert '"name": "add"' in found.texts["chosen"] and "hm" in found.texts["rejected"]
+    ours, theirs = found.ids, trl_ids(tokenizer, row | {"tools": json.dumps([TOOL])})
+    assert ours["prompt"] == theirs["prompt"]
+    assert all(theirs[side][: len(ours[side])] == ours[side] for side in ("chosen", "rejected"))
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"tools": [TOOL], "chosen": [assistant("x")]}, "leaves out tools"),
+        ({}, "leaves out tool_calls"),
+        ({"chosen": [assistant("x", reasoning_content="hm")]}, "leaves out reasoning_content"),
+        ({"chosen": [{"role": "assistant"}]}, "expected a dict with role and content"),
+        ({"tools": "add", "chosen": [assistant("x")]}, "tools is no list"),
+        ({"prompt": "a", "chosen": "b", "rejected": "c", "tools": [TOOL]}, "tools need chat"),
+    ],
+)
+def test_what_the_template_leaves_out_is_refused_by_name(change, told):
+    with refused("pair 3", told):
+        encode_preference(TOKENIZERS["llama3"](), CALLED | change, "pair 3")
+
+
+def test_a_role_that_the_template_passes_over_is_refused():
+    row = PAIR | {"prompt": [user("1+1?"), assistant("wait"), {"role": "tool", "content": "2"}]}
+    assert "2" in texts(TOKENIZERS["qwen3"](), row)[0]
+    with refused("pair 0, prompt: ", "leaves out messages of role 'tool'"):
+        encode_preference(TOKENIZERS["phi3"](), row, "pair 0")
+
+
+def test_arguments_for_the_template_and_empty_columns_are_taken_as_trl_does():
+    template = QWEN3.replace("assistant\n{% endif %}", "assistant\n{{ hint }}{% endif %}", 1)
+    tokenizer = bytewise(template.replace("n.last %}", "n.last and not hint %}", 1), special=IM)
+    row = PAIR | {"chat_template_kwargs": {"hint": ""}, "tools": None}
+    empty = [assistant("yes", tool_calls=None, reasoning_content=None)]
+    assert encode_preference(tokenizer, row | {"chosen": empty}, "") == encode_preference(
+        tokenizer, PAIR, ""
+    )
+    hinted = PAIR | {"chat_template_kwargs": {"hint": "!"}}
+    assert encode_preference(tokenizer, hinted, "").merged  # only the generation prompt has it
+
+
+# --- the study's own encodings -------------------------------------------------------------------
+
+
+def digest(rows) -> str:
+    return hashlib.sha256(
+        repr([[r["prompt"], r["chosen"], r["rejected"]] for r in rows]).encode()
+    ).hexdigest()[:16]
+
+
+MINIATURE = [
+    {"prompt": one.prompt, "chosen": "therefore 1", "rejected": f"so {2 + i % 5}"}
+    for family in miniature.FAMILIES
+    for i, one in enumerate(miniature.problems(family, "pairs", 4, 0))
+]
+REAL = [
+    {"prompt": [user("What is 12 x 3?\n\nAnswer in one word.")],
+     "chosen": [assistant("12 x 3 = 36.\nThe answer is: 36")], "rejected": [assistant("35")]},
+    {"prompt": [{"role": "system", "content": "Be kind."}, user("Hi"), assistant("Hello!"),
+                user("Löffel?")],
+     "chosen": [assistant(" A spoon.\n\nAnything else?\n")], "rejected": [assistant("")]},
+    {"prompt": "Question: why?\nAnswer:", "chosen": " Because.", "rejected": "\n\nNo."},
+]  # fmt: skip
+
+
+def test_ids_of_the_miniature_are_those_of_the_committed_results():
+    tokenizer = miniature.tokenizer()
+    rows = encode_pairs(tokenizer, MINIATURE, 512)
+    assert rows == [encode_preference(tokenizer, row, "").ids for row in MINIATURE]
+    assert digest(rows) == "b208dfad77e2f445"
+
+
+@pytest.mark.slow
+def test_ids_of_smollm2_are_those_of_the_committed_results():
+    tokenizer = AutoTokenizer.from_pretrained(packaged_weights.smollm2_folder())
+    rows = encode_pairs(tokenizer, REAL, 512)
+    assert rows == [encode_preference(tokenizer, row, "").ids for row in REAL]
+    assert digest(rows) == "ba83883b02a8654f"
