@@ -312,6 +312,8 @@ class Study(KeyNeurons, KeyTokenWeights):
         inputs = self.inputs(name, *fields) | {"sft": self.sft(name).key}
         if self.domain(name).kind == "preferences":
             inputs["one_per"] = "conversation"
+        if self.profile.replicates.pair_sets > 1:
+            inputs["pair_sets"] = self.profile.replicates.pair_sets
         make = lambda folder: make_pairs(self, name).save(folder)  # noqa: E731
         return Pairs.load(self._kept("pairs", inputs, make))
 

@@ -1,13 +1,18 @@
 """Replicates are runs of their own on one SFT model, and every number comes from their outcomes."""
 
+import dataclasses
+
 import pandas as pd
 import pytest
 from tiny_study import DOMAIN, open_study
 
 from allo_lib import arms, outcomes, results
+from allo_lib.config import Replicates
 from allo_lib.errors import AlloError
 from allo_lib.pairs import train_split
 from allo_lib.profile_files import load_profile
+from allo_lib.store import NotMade
+from allo_lib.study import Study
 
 METHODS = ["dpo", "dpo_top10"]
 
@@ -34,6 +39,15 @@ def test_pair_sets_share_no_question_and_orders_share_all(replicated):
     assert all(len(one) > 3 for one in ids) and not ids[0] & ids[1]
     assert not (ids[0] | ids[1]) & {r["id"] for s in ("mask", "heldout") for r in rows[s]}
     assert [study.at(r).train for r in study.replicates] == ["train", "train", "train1", "train1"]
+
+
+def test_a_study_of_fewer_pair_sets_has_pairs_of_its_own(replicated):
+    """Else the pairs of one would be read where the other wants more splits."""
+    study, _ = replicated
+    alone = dataclasses.replace(study.profile, replicates=Replicates(1, 2))
+    other = Study(alone, study.seed, study.results_dir)
+    with other.store.only_reading(), pytest.raises(NotMade):
+        other.pairs(DOMAIN)
 
 
 def test_every_replicate_is_another_run_at_the_rates_of_the_first(replicated):
