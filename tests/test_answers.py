@@ -263,6 +263,7 @@ def test_small_formulas_are_not_the_same_for_being_small(ours, gold):
     [
         (r"\frac{1}{2^{98}}", "2^{-98}"), (r"\frac{2}{2^{99}}", r"\frac{1}{2^{98}}"),
         (r"\frac{x}{2^{98}}", r"x \cdot 2^{-98}"), (r"\sqrt{2}\sqrt{3}", r"\sqrt{6}"),
+        ("x + 2x^2", "2x^2 + x"),
         ("0.5", r"\frac{1}{2}"),
     ],
 )  # fmt: skip
