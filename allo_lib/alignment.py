@@ -123,11 +123,15 @@ def align(
     """Align `model` in place by ALLO and save it.
 
     Args:
-        model: a causal language model of transformers.
+        model: a causal language model of transformers. It comes back in the mode and with the
+            settings it had; where the call is stopped or fails, with its weights too, so that the
+            same call again gives what an unstopped one gives.
         tokenizer: its tokenizer, with pad and end tokens.
         pairs: a datasets.Dataset (or list of dicts) with TRL's columns prompt, chosen, rejected;
-            strings or chat messages. As no gold solution is known, the chosen response takes its
-            place in the rewriting reward model.
+            strings or chat messages, with or without a prompt of its own (`preferences`). As no
+            gold solution is known, the chosen response takes its place in the rewriting reward
+            model. Pairs that are too long are dropped, those for which the reward model's row is
+            take no part in forgetting; both are told and listed in `align.json`.
         stages: any of "importance", "forgetting", "learning", run in this order. Without
             "importance" every neuron is trained, or those of `mask.safetensors` in `output_dir`.
         config: an AlignConfig, or a dict of its fields.
@@ -138,9 +142,10 @@ def align(
             on from if this one is stopped.
 
     Raises:
-        AlloError: unknown stage or setting, no pairs, missing columns, a pair that does not fit the
-            model's context or whose responses are equal, a tokenizer without pad or end token, or a
-            loss that is not finite.
+        AlloError: unknown stage or setting, a model that cannot be aligned as it is
+            (`given_model`), no pairs, missing columns, no pair that fits the model's context, a
+            pair that cannot be encoded or whose responses are equal, a tokenizer without pad or end
+            token, a loss that is not finite, or stages that changed no weight.
     """
     folder = _folder(output_dir)
     run = _Run(model, tokenizer, _settings(config), _chosen_stages(stages), folder)

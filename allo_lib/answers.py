@@ -11,7 +11,7 @@ import re
 
 from allo_lib.errors import AlloError
 from allo_lib.formulas import is_formula, same_formula
-from allo_lib.numerals import number, same_number
+from allo_lib.numerals import number, plain_type, same_number
 
 KINDS = ("choice", "yes_no", "number", "latex")
 STYLES = ("text", "letter")
@@ -20,11 +20,11 @@ MARKER = "The answer is"
 
 
 def final_text(response: str) -> str | None:
-    """What follows the last `The answer is:`, blanks around it removed; None without one."""
+    """What follows the last `The answer is:`, without blanks and `**` around it; None without."""
     _, marker, given = response.rpartition(MARKER)
     if not marker or not given.startswith(":"):
         return None
-    return given[1:].strip()
+    return plain_type(given[1:].strip())
 
 
 def read(kind: str, response: str, choices=None, style: str = "text") -> str | None:

@@ -53,8 +53,10 @@ def check_trainable(model, every: bool, max_length: int | None) -> None:
     """AlloError unless some parameter (`every`: all of them) is trainable, all are finite, and it
     is known how many tokens a row may have."""
     if not any(value.requires_grad for value in model.parameters()):
-        _refuse_frozen = "every parameter of the model is frozen; expected some to train"
-        raise AlloError(f"align: {_refuse_frozen}: call model.requires_grad_(True)")
+        raise AlloError(
+            "align: every parameter of the model is frozen; expected some to train: call "
+            "model.requires_grad_(True)"
+        )
     models.check_finite(model)
     if context_of(model) is None and max_length is None:
         raise AlloError(
@@ -95,11 +97,11 @@ def as_found(model):
     """
     modes = {part: part.training for part in model.modules()}
     trained = {value: value.requires_grad for value in model.parameters()}
-    owners = {id(one): one for one in (model.config, *map(_config, modes)) if one is not None}
+    configs = {id(one): one for part in modes if (one := getattr(part, "config", None)) is not None}
     kept = [(model.config, "use_cache", getattr(model.config, "use_cache", None))]
-    for owner in (*modes, *owners.values()):
-        for key, value in vars(owner).items():
-            is_rate = "drop" in key or "jitter" in key or _is_dropout(owner) and key == "p"
+    for owner in (*modes, *configs.values()):
+        for key, value in list(vars(owner).items()):
+            is_rate = "drop" in key or "jitter" in key or key == "p"  # that of nn.Dropout
             if is_rate and isinstance(value, float) and value > 0:
                 kept.append((owner, key, value))
     try:
@@ -114,14 +116,6 @@ def as_found(model):
             part.training = mode
         for value, mode in trained.items():
             value.requires_grad_(mode)
-
-
-def _config(part):
-    return getattr(part, "config", None)
-
-
-def _is_dropout(part) -> bool:
-    return isinstance(part, torch.nn.modules.dropout._DropoutNd)
 
 
 @contextlib.contextmanager

@@ -8,19 +8,25 @@ _NOT_UNITS = frozenset(
     "a and are dozen half hundred is less million billion minus more of or over per_cent plus pi "
     "squared than thousand times to trillion was x".split()
 )
-_DIGITS = r"(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]*)?|\.[0-9]+"
+# What may be squared or cubed behind a number; of other letters a power is a formula.
+_MEASURES = "mm|cm|dm|m|km|in|ft|yd|mi|units?|inches|feet|meters|centimeters|miles|yards"
+_PLAIN = r"(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]*)?|\.[0-9]+"
+_DIGITS = rf"(?:{_PLAIN})(?:[eE][-+]?[0-9]{{1,2}}(?![0-9]))?"
 _NUMBER = re.compile(
-    rf"(?P<sign>[-+]?)\s*\$?\s*(?P<inner>-?)(?:(?P<whole>[0-9]+) +(?=[0-9]+/))?"
+    r"(?:[A-Za-z]\s*=\s*)?(?P<sign>[-+]?)\s*[$€£¥]?\s*(?P<inner>-?)"
+    r"(?:(?P<whole>[0-9]+) +(?=[0-9]+/))?"
     rf"(?P<top>{_DIGITS})(?:\s*/\s*(?P<bottom>{_DIGITS}))?"
-    r"(?:\s*[%°¢]|(?P<unit>(?: +[A-Za-z][A-Za-z./²³-]*){1,3}))?"
+    rf"(?:\s*[%°¢€£¥]| *(?:{_MEASURES}) ?\^ ?(?:[23]|\{{[23]\}})"
+    r"|(?P<unit>(?: +[A-Za-z][A-Za-z./²³-]*){1,3}))?"
 )
 
 
 def number(text: str) -> Fraction | None:
     r"""The number that a text is, exactly; None if it is anything else.
 
-    Takes `1,234`, `-3.50`, `3/10`, `1 1/2`, `\frac{3}{10}`, a dollar before it, and behind it a
-    percent sign (`50%` is 50, as the data sets ask for per cent) or a unit of at most three words.
+    Takes `1,234`, `-3.50`, `1e3`, `3/10`, `1 1/2`, `\frac{3}{10}`, a sign of money or `x =` before
+    it, and behind it a percent sign (`50%` is 50, as the data sets ask for per cent), a unit of at
+    most three words, or a measure squared or cubed (`m^2`).
     """
     text = unwrapped(text)
     if len(text) > 80:
@@ -61,14 +67,18 @@ def same_number(given: str, gold: str) -> bool | None:
     ours, theirs = number(given), number(gold)
     if ours is None or theirs is None:
         return None
+    names = [re.match(r"([A-Za-z])\s*=", unwrapped(text)) for text in (given, gold)]
+    if all(names) and names[0][1] != names[1][1]:
+        return False
     decimals = len(re.split(r"[^0-9]", gold.partition(".")[2])[0]) if "/" not in gold else 0
     apart, unit = abs(ours - theirs), Fraction(1, 10**decimals)
     return apart == 0 or (decimals >= 3 and apart < unit) or (decimals >= 4 and apart == unit)
 
 
 def unwrapped(text: str) -> str:
-    r"""Without a last full stop and `$...$`, `\(...\)`, `\[...\]` or `\boxed{...}` around all."""
-    text = text.strip().removesuffix(".").rstrip()
+    r"""Without a last full stop and `**...**`, `$...$`, `\(...\)`, `\[...\]` or `\boxed{...}`
+    around all."""
+    text = plain_type(text.strip().removesuffix(".").rstrip())
     for start, end in (("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]")):
         if len(text) > len(start + end) and text.startswith(start) and text.endswith(end):
             inner = text[len(start) : -len(end)]
@@ -79,6 +89,12 @@ def unwrapped(text: str) -> str:
     if text.startswith(r"\boxed{") and _closes_last(text):
         text = text[len(r"\boxed{") : -1].strip()
     return text.removesuffix(".").rstrip()
+
+
+def plain_type(text: str) -> str:
+    """Without Markdown's `**` around all, or what is left of it where more stood inside."""
+    bare = text.removeprefix("**").removesuffix("**")
+    return text if bare == text or "**" in bare else bare.strip().removesuffix(".").rstrip()
 
 
 def _closes_last(text: str) -> bool:

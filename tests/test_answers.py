@@ -11,7 +11,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from refusals import refused
 
-from allo_lib import answers, formulas
+from allo_lib import answers, formulas, numerals
 from allo_lib.numerals import number
 
 NUMBERS = {
@@ -33,8 +33,8 @@ def test_numbers_are_read_exactly(text, value):
 
 @pytest.mark.parametrize(
     "text",
-    ["", " ", "-", "$", "%", "1,23", "1,2345", "12,34,567", "1.2.3", "1e5", "0x10", "3 4", "3 or 4",
-     "3 and a half", "3 million", "2 dozen", "12 squared", "x", "x = 3", "3 + 4", "1/0", "0/0",
+    ["", " ", "-", "$", "%", "1,23", "1,2345", "12,34,567", "1.2.3", "0x10", "3 4", "3 or 4",
+     "3 and a half", "3 million", "2 dozen", "12 squared", "x", "3 + 4", "1/0", "0/0",
      "1/2/3", "--3", "-$-3", "3:00", "5th", "12 (twelve)", "18 is it", "٣", "½", "nan", "inf",
      "18 eggs left over today", "9" * 100, "1_000"],
 )  # fmt: skip
@@ -204,3 +204,68 @@ def test_unknown_kinds_and_styles_are_told():
 
 def test_numbers_are_finite():
     assert all(math.isfinite(value) for value in NUMBERS.values())
+
+
+@pytest.mark.parametrize(
+    ("text", "meant"),
+    [
+        ("**18**", "18"), ("**18.**", "18"), ("18**", "18"), ("** 18", "18"), ("**$18**.", "18"),
+        ("x = 5", "5"), ("$x=-5$", "-5"), (r"\boxed{x = 1/2}", "1/2"), ("n = 3 apples", "3"),
+        ("\u20ac5", "5"), ("-\u20ac5.50", "-5.5"), ("5\u20ac", "5"),
+        ("\u00a33", "3"), ("\u00a5100", "100"),
+        ("1e3", "1000"), ("-2.5E-3", "-0.0025"), ("1e3 dollars", "1000"),
+        ("5 m^2", "5"), ("5m^{2}", "5"), (r"5 \text{ cm}^2", "5"), ("1,200 ft^3", "1200"),
+    ],
+)  # fmt: skip
+def test_usual_ways_of_writing_a_number_are_read(text, meant):
+    assert numerals.number(text) == Fraction(meant)
+    read = answers.read("number", f"So it is. The answer is: {text}")
+    assert read is not None and answers.is_same("number", read, meant)
+    assert not answers.is_same("number", read, str(Fraction(meant) + 1))
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["5 x^2", "3 y^2", "2**3", "**2** or **3**", "x = y", "x =", "1e", "e3", "1e999", "x = 1, 2"],
+)
+def test_what_only_looks_like_a_number_is_none(text):
+    assert numerals.number(text) is None
+
+
+def test_other_names_are_other_answers_and_a_name_alone_is_none():
+    assert numerals.same_number("x = 5", "5") and numerals.same_number("5", "x = 5")
+    assert numerals.same_number("x = 5", "x=5.0") and not numerals.same_number("x = 5", "y = 5")
+
+
+@pytest.mark.parametrize(
+    ("kind", "text", "found"),
+    [("yes_no", "**Yes.**", "yes"), ("choice", "**(B) tea**", "B"), ("latex", "**\\pi**", "\\pi")],
+)
+def test_markdown_around_an_answer_of_any_kind_is_none_of_it(kind, text, found):
+    for whole in (f"The answer is: {text}", f"**The answer is:** {text.strip('*')}"):
+        assert answers.read(kind, whole, ["milk", "tea"], "letter") == found
+
+
+@pytest.mark.parametrize(
+    ("ours", "gold"),
+    [
+        (r"\frac{1}{2^{98}}", "2^{99}"), (r"\frac{1}{2^{98}}", r"\frac{1}{2^{99}}"),
+        ("10^{-20}", "10^{-30}"), (r"\frac{x}{2^{98}}", r"\frac{x}{2^{99}}"),
+        (r"\frac{1}{3^{80}}", r"-\frac{1}{3^{80}}"),
+    ],
+)  # fmt: skip
+def test_small_formulas_are_not_the_same_for_being_small(ours, gold):
+    assert not answers.is_same("latex", ours, gold) and not answers.is_same("latex", gold, ours)
+
+
+@pytest.mark.parametrize(
+    ("ours", "gold"),
+    [
+        (r"\frac{1}{2^{98}}", "2^{-98}"), (r"\frac{2}{2^{99}}", r"\frac{1}{2^{98}}"),
+        (r"\frac{x}{2^{98}}", r"x \cdot 2^{-98}"), (r"\sqrt{2}\sqrt{3}", r"\sqrt{6}"),
+        ("x + 2x^2", "2x^2 + x"),
+        ("0.5", r"\frac{1}{2}"),
+    ],
+)  # fmt: skip
+def test_equal_formulas_are_the_same_however_small(ours, gold):
+    assert answers.is_same("latex", ours, gold) and answers.is_same("latex", gold, ours)

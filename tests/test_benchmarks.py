@@ -212,9 +212,10 @@ CASES = {
                      f"{A} x\n+ 1")),
     ],
     "mawps": [
-        (TREES, said("98", "98.0", "98 trees", "98 short trees.", "$98$", " 98 ", right=True)),
+        (TREES, said("98", "98.0", "98 trees", "98 short trees.", "$98$", " 98 ", "X = 98",
+                     right=True)),
         (TREES, said("98.5", "142", "16", "-98", "99", right=False)),
-        (TREES, unread("98", "X = 41 + 57", f"{A} X = 98", f"{A} 41 + 57", f"{A} many",
+        (TREES, unread("98", "X = 41 + 57", f"{A} 41 + 57", f"{A} many",
                        f"{A} 98 99", "The answer is 98")),
         (PIE, said("0.166667", "0.166666", "0.16666666666666663", "0.16666666666666666", "1/6",
                    r"\frac{1}{6}", ".166667 tablespoons", right=True)),
