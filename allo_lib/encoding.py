@@ -6,6 +6,8 @@ token itself. A tokenizer that cannot tell the two apart refuses such a text.
 """
 
 import json
+import weakref
+from typing import NamedTuple
 
 from allo_lib.errors import AlloError
 
@@ -52,7 +54,7 @@ def encode_response(tokenizer, response) -> list[int]:
 def encode_text(tokenizer, text: str) -> list[int]:
     """Token ids of plain text, without any special token; AlloError where that cannot be."""
     check_text(text)
-    special = _special_ids(tokenizer)
+    special = _tokens_of(tokenizer).special
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     if not special.isdisjoint(ids):
         ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
@@ -108,16 +110,42 @@ def _check_message(message, place: str) -> None:
 
 def special_tokens_in(tokenizer, text: str) -> list[str]:
     """Names of the tokenizer's special tokens that a text contains, the one for unknown aside."""
-    names = tokenizer.convert_ids_to_tokens(sorted(_special_ids(tokenizer)))
-    return [name for name in names if name in text]
+    groups = _tokens_of(tokenizer).names.items()
+    return [name for start, names in groups if start in text for name in names if name in text]
 
 
-def _special_ids(tokenizer) -> set[int]:
-    added = tokenizer.added_tokens_decoder.items()
-    ids = {number for number, token in added if token.special} | set(tokenizer.all_special_ids)
+class _Tokens(NamedTuple):
+    """Special tokens by id and, grouped by their first two letters, by name; all added ones."""
+
+    special: frozenset[int]
+    names: dict[str, list[str]]
+    added: frozenset[int]
+
+
+# tokenizer -> (what it is asked for, its tokens): some have thousands, and tell of them slowly
+_known: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+
+
+def _tokens_of(tokenizer) -> _Tokens:
     # Any word may be unknown; that one only counts where it has another meaning, too.
-    meant = {tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.bos_token_id}
-    return ids - ({tokenizer.unk_token_id} - meant)
+    meant = (tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.bos_token_id)
+    state = (len(tokenizer), tokenizer.unk_token_id, *meant)
+    if _known.get(tokenizer, (None,))[0] != state:
+        added = tokenizer.added_tokens_decoder
+        special = {i for i, token in added.items() if token.special}
+        special |= set(tokenizer.all_special_ids)
+        special -= {tokenizer.unk_token_id} - set(meant)
+        names: dict[str, list[str]] = {}
+        for name in tokenizer.convert_ids_to_tokens(sorted(special)):
+            names.setdefault(name[:2], []).append(name)
+        everything = frozenset(added) | set(tokenizer.all_special_ids)
+        _known[tokenizer] = state, _Tokens(frozenset(special), names, everything)
+    return _known[tokenizer][1]
+
+
+def added_tokens(tokenizer) -> frozenset[int]:
+    """Ids of the tokens that no text is made of: special ones and those added for templates."""
+    return _tokens_of(tokenizer).added
 
 
 def encode_chat(tokenizer, messages, **settings) -> list[int]:
@@ -135,7 +163,7 @@ def encode_chat(tokenizer, messages, **settings) -> list[int]:
     # Versions of transformers that do not know this argument pass over it in silence.
     without, tools = json.loads(_without(texts, names))
     plain = settings | ({"tools": tools} if tools else {})
-    special = _special_ids(tokenizer)
+    special = _tokens_of(tokenizer).special
     if _count(ids, special) != _count(render_chat(tokenizer, without, expected, **plain), special):
         raise _unreadable(sorted(names)[0])
     return ids
@@ -167,7 +195,7 @@ def _without(text: str, names: list[str]) -> str:
     return text
 
 
-def _count(ids: list[int], special: set[int]) -> int:
+def _count(ids: list[int], special: frozenset[int]) -> int:
     return sum(token in special for token in ids)
 
 

@@ -156,7 +156,7 @@ def _parted(head: list[int], joints: list[list[int]], texts: dict[str, str]) -> 
 
 def _ended(tokenizer, ids: list[int]) -> list[int]:
     """A response up to the last token of the template's own; the end token if it writes none."""
-    own = set(tokenizer.added_tokens_decoder) | set(tokenizer.all_special_ids)
+    own = encoding.added_tokens(tokenizer)
     past = max((place + 1 for place, token in enumerate(ids) if token in own), default=0)
     if past and not tokenizer.decode(ids[past:]).strip():
         return ids[:past]

@@ -25,6 +25,9 @@ class Letters:
     eos_token_id, pad_token_id, bos_token_id, unk_token_id = 1, 0, None, None
     added_tokens_decoder, all_special_ids = {}, [0, 1]
 
+    def __len__(self):
+        return 0x110000
+
     def convert_ids_to_tokens(self, ids):
         return [chr(number) for number in ids]
 
