@@ -108,8 +108,7 @@ def test_a_score_leaves_no_weights_and_can_be_asked_for_again(tiny_study):
 @pytest.mark.slow
 def test_tuning_two_models_writes_rates_and_their_evidence(tmp_path, monkeypatch):
     monkeypatch.setattr(cli, "ROOT", tmp_path)
-    changes = {"methods": "[dpo, allo]", "ablations": "[]", "search.candidates": "5",
-               "domains.miniature.pretrain.examples": "640"}  # fmt: skip
+    changes = {"methods": "[dpo, allo]", "ablations": "[]", "search.candidates": "5"}
     given = [part for item in changes.items() for part in ("-p", *item)]
     assert cli.main(["tune", str(PROFILE), "--seeds", "7,8", *given]) == 0
     folder = tmp_path / "results" / "seconds-tuning"
