@@ -49,6 +49,9 @@ class Counting:
     def __call__(self, *given, **settings):
         return self.tokenizer(*given, **settings)
 
+    def __len__(self):
+        return len(self.tokenizer)
+
     def decode(self, ids, **settings):
         self.tokens += len(ids)
         return self.tokenizer.decode(ids, **settings)
