@@ -51,7 +51,7 @@ class _RowProduct(torch.autograd.Function):
         gradient = gradient.flatten(0, -2)
         to_masters = to_bias = None
         if ctx.needs_input_grad[1]:
-            # Half the time of index_select along a row's entries on a CPU.
+            # index_select along a row's entries is slower on a CPU, most in bfloat16.
             kept = gradient.gather(1, rows.expand(len(gradient), -1)).T @ x.flatten(0, -2)
             to_masters = kept.flatten().float()
         if ctx.needs_input_grad[3]:
