@@ -1,4 +1,4 @@
-"""mkdocs hook: the site has the repository's own tree, so a link that works in one works in both."""
+"""The site has the repository's own tree, so that a relative link works in both."""
 
 from pathlib import Path
 
