@@ -1,4 +1,4 @@
-"""The commands behind `run_all.sh`: run, test, status, verify, figures, tune, grid."""
+"""The commands behind `run_all.sh`: run, test, status, verify, figures, tune, grid, harness."""
 
 import argparse
 import dataclasses
@@ -33,7 +33,8 @@ USAGE = """\
 ./run_all.sh verify [PROFILE] [--out DIR] [--rerun] [--data DIR]
 ./run_all.sh figures [PROFILE] [NAME] [--out DIR]
 ./run_all.sh tune [PROFILE] [--seeds 100,101] [--out DIR] [--data DIR] [-p NAME VALUE]...
-./run_all.sh grid FILE.yaml [--task K] [--out DIR] [--data DIR]"""
+./run_all.sh grid FILE.yaml [--task K] [--out DIR] [--data DIR]
+./run_all.sh harness [PROFILE] [--methods sft_base,dpo,allo] [--limit N] [--out DIR] [--data DIR]"""
 _EXPONENT = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)[eE][+-]?\d+")
 
 
@@ -60,6 +61,8 @@ def main(arguments: list[str] | None = None) -> int:
             return tune(arguments[1:])
         if command == "grid":
             return run_grid(arguments[1:])
+        if command == "harness":
+            return run_harness(arguments[1:])
         return run(arguments)
     except AlloError as error:
         print(f"run_all: {' '.join(str(error).split())}", file=sys.stderr)
@@ -215,6 +218,30 @@ def run_grid(arguments: list[str]) -> int:
         driver.run_study(asked)
         grid.merge(runs, folder)
     print(f"wrote {shown(folder / grid.TABLE)}")
+    return 0
+
+
+def run_harness(arguments: list[str]) -> int:
+    """Evaluate models of a study by lm-evaluation-harness, on the study's problems."""
+    parser = _parser("evaluate models of a study by lm-evaluation-harness")
+    parser.add_argument("--seeds", default="0", help="the seed whose models are taken")
+    parser.add_argument("--methods", default="sft_base,dpo,allo", help="rows of the main table")
+    parser.add_argument("--limit", metavar="N", help="problems of each data set, default all")
+    _add_data(parser)
+    options = parser.parse_args(arguments)
+    asked, limit = _run_of(options), options.limit
+    if limit is not None and not re.fullmatch("[1-9][0-9]{0,8}", limit):
+        raise AlloError(f"--limit {_cut(limit)!r}: expected a whole number above 0")
+    driver.check_folder(asked, fresh=False)
+    methods = [name.strip() for name in options.methods.split(",")]
+    for name in methods:
+        stages_of(name, asked.profile)
+    from allo_lib import harness  # loads torch
+    from allo_lib.study import Study
+
+    data = None if asked.data is None else str(asked.data)
+    study = Study(asked.profile, asked.seeds[0], asked.results, data)
+    print(f"wrote {shown(harness.evaluate(study, methods, limit and int(limit)))}")
     return 0
 
 
