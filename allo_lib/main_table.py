@@ -1,13 +1,12 @@
 """The paper's main tables: every row on every data set, measured and published side by side."""
 
-from collections.abc import Sequence
 from pathlib import Path
 
 from allo_lib import judge_names, published
-from allo_lib.comparisons import WIN, Domain, columns_of, index_of
-from allo_lib.measurements import AVERAGE, Measurement
+from allo_lib.comparisons import WIN, Domain, StudyResults, columns_of
+from allo_lib.measurements import AVERAGE
 from allo_lib.not_run import Reasons
-from allo_lib.table_cells import Table, cell_of, ends, how, percent, printed, rank, record_of
+from allo_lib.table_cells import Table, ends, how, percent, printed, rank, record_of
 
 # What stands beside data sets that the paper does not have.
 PAPER_AVERAGES = {
@@ -22,22 +21,22 @@ _PRINTED = {
 }
 
 
-def main_table(
-    rows: Sequence[Measurement], domain: Domain, paper_dir: str | Path | None = None
-) -> Table:
+def main_table(results: StudyResults, domain: Domain, paper_dir: str | Path | None = None) -> Table:
     """Twelve methods on the domain's data sets and their mean, each beside the paper's number.
 
     It has no body where nothing was measured, unless methods replied and only a judge is missing.
     """
-    index, paper = index_of(rows), published.main_results(paper_dir)
-    sets, beside, reasons = columns_of(domain), published_columns(paper, domain), Reasons()
-    cells = {(m, d): cell_of(index, m, d, domain) for m in published.LABELS for d in sets}
+    paper, sets, reasons = published.main_results(paper_dir), columns_of(domain), Reasons()
+    beside = published_columns(paper, domain)
+    cells = {
+        (m, name): results.score(m, domain.only(name)) for m in published.LABELS for name in sets
+    }
     records, missing = [], {}
     for method in published.LABELS:
         for name in sets:
             cell = cells[method, name]
             told = record_of(domain, method, name, cell, beside.get(name, {}).get(method))
-            why = "" if cell else reasons.of(index, method, name, domain)
+            why = "" if cell else reasons.of(results, method, name, domain)
             missing[method, name] = reasons.mark(why)
             records.append(told | {"reason": why})
         for name in [name for name in beside if name not in sets]:
@@ -60,8 +59,8 @@ def main_table(
     return Table(
         f"main_{domain.name}",
         f"All methods, {domain.name}: {domain.unit}, %",
-        f"{how(rows)} Bold: best of a column; underlined: second best. The paper publishes no "
-        f"intervals.{judge_names.sentence(index, domain)}{_named_for_what_they_are(index)}"
+        f"{how(results)} Bold: best of a column; underlined: second best. The paper publishes no "
+        f"intervals.{judge_names.sentence(results.index, domain)}{_on_policy(results)}"
         f"{reasons.text()}",
         records,
         header,
@@ -71,9 +70,8 @@ def main_table(
     )
 
 
-def _named_for_what_they_are(index) -> str:
-    measured = {method for _, method, *_ in index}
-    if not measured & {"ppo", "a2c"}:
+def _on_policy(results: StudyResults) -> str:
+    if not results.methods & {"ppo", "a2c"}:
         return ""
     return (
         " PPO and A2C are measured with a linear critic on the policy's hidden states and the "

@@ -1,9 +1,7 @@
-"""`measurements.csv`: one row a measurement, the source of every table, claim and main figure.
+"""`measurements.csv`: one row a measurement, for readers and spreadsheets.
 
-Outcomes are binary (an answer is right, a held-out pair is ranked right), so the paired comparison
-of methods A and B on the same n problems is fully told by two shares: problems that A alone gets
-right (`gain_over:B`) and problems that B alone gets right (`loss_to:B`). Values are fractions;
-timings are kept elsewhere, so that two runs of one seed write the same bytes.
+Comparisons of methods are no rows of it: they come from the outcomes (`outcomes`, `comparisons`).
+Values are fractions; timings are kept elsewhere, so that two runs of one seed write the same bytes.
 """
 
 import contextlib
@@ -19,10 +17,6 @@ from pathlib import Path
 from allo_lib.errors import AlloError
 
 AVERAGE = "average"
-GAIN = "gain_over:"
-LOSS = "loss_to:"
-# Training loss minus that of a baseline, step by step: both see the same pairs in the same order.
-LOSS_GAP = "train_loss_minus:"
 # Overlap of random masks that keep as much of every tensor as the two that are compared.
 CHANCE_IN_TENSORS = "mask_overlap_chance_per_tensor"
 # The prefix of a metric that counts held-out preference pairs instead of answered problems.
@@ -62,34 +56,6 @@ def proportion(
     share = sum(bool(outcome) for outcome in outcomes) / n
     stderr = math.sqrt(share * (1 - share) / n)
     return Measurement(seed, method, dataset, metric, share, stderr, n)
-
-
-def paired(
-    seed: int,
-    method: str,
-    baseline: str,
-    dataset: str,
-    outcomes: Sequence[bool],
-    baseline_outcomes: Sequence[bool],
-    prefix: str = "",
-) -> list[Measurement]:
-    """The two rows that tell how `method` differs from `baseline` on the same problems.
-
-    `prefix` is "" for accuracy and "reward_" for held-out pairs. Raises AlloError when the two
-    lists differ in length.
-    """
-    if len(outcomes) != len(baseline_outcomes):
-        raise AlloError(
-            f"{method} has {len(outcomes)} outcomes on {dataset} but {baseline} has "
-            f"{len(baseline_outcomes)}: a paired comparison needs the same problems in one order"
-        )
-    both = list(zip(map(bool, outcomes), map(bool, baseline_outcomes), strict=True))
-    gains = [ours and not theirs for ours, theirs in both]
-    losses = [theirs and not ours for ours, theirs in both]
-    return [
-        proportion(seed, method, dataset, f"{prefix}{GAIN}{baseline}", gains),
-        proportion(seed, method, dataset, f"{prefix}{LOSS}{baseline}", losses),
-    ]
 
 
 def average(rows: Sequence[Measurement], name: str = AVERAGE) -> Measurement:

@@ -1,6 +1,6 @@
 """Why a cell of the main tables is empty, as far as the measurements themselves can tell."""
 
-from allo_lib.comparisons import WIN, Domain, Index
+from allo_lib.comparisons import WIN, Domain, StudyResults
 from allo_lib.judge_names import NOBODY, was_judged
 from allo_lib.measurements import AVERAGE, REWARD
 
@@ -13,29 +13,23 @@ _PAIRS = {
 }
 
 
-def reason(index: Index, method: str, dataset: str, domain: Domain) -> str:
+def reason(results: StudyResults, method: str, dataset: str, domain: Domain) -> str:
     """Why `method` has no score on a data set of the domain (or on `average`), in words."""
     if domain.prefix == REWARD and method in _PAIRS:
         return _PAIRS[method]
-    if domain.prefix == WIN and not was_judged(index, domain):
-        return NOBODY if _replied(index, method, domain) else _without_scores(index, method)
-    keys = [key for key in index if key[1] == method and key[3] == domain.metric]
-    here = [name for name in domain.datasets if any(key[2] == name for key in keys)]
-    if dataset == AVERAGE and here and here != list(domain.datasets):
-        return f"run on {', '.join(here)} only"
-    if dataset == AVERAGE and here:
+    if domain.prefix == WIN and not was_judged(results.index, domain):
+        replied = {key[1] for key in results.index if key[2] in domain.datasets}
+        return NOBODY if method in replied else _without_scores(results, method)
+    here = results.datasets_of(method, domain)
+    if not here:
+        return _without_scores(results, method)
+    if dataset == AVERAGE and here == list(domain.datasets):
         return "no seed has it on all data sets"
-    if here:
-        return f"run on {', '.join(here)} only"
-    return _without_scores(index, method)
+    return f"run on {', '.join(here)} only"
 
 
-def _replied(index: Index, method: str, domain: Domain) -> bool:
-    return any(key[1] == method and key[2] in domain.datasets for key in index)
-
-
-def _without_scores(index: Index, method: str) -> str:
-    elsewhere = any(key[1] == method for key in index)
+def _without_scores(results: StudyResults, method: str) -> str:
+    elsewhere = method in results.methods
     return "run on other domains only" if elsewhere else "not among the methods of this run"
 
 
@@ -45,9 +39,9 @@ class Reasons:
     def __init__(self):
         self.letters: dict[str, str] = {}
 
-    def of(self, index: Index, method: str, dataset: str, domain: Domain) -> str:
+    def of(self, results: StudyResults, method: str, dataset: str, domain: Domain) -> str:
         """The reason of one cell; it has a letter from now on."""
-        told = reason(index, method, dataset, domain)
+        told = reason(results, method, dataset, domain)
         self.letters.setdefault(told, chr(ord("a") + len(self.letters)))
         return told
 
