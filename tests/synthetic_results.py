@@ -54,7 +54,8 @@ def table(
             for replicate in range(replicates):
                 right = {m: _right(rng, hardness, share) for m, share in ACCURACY.items()}
                 # Learning alone is right as often as ALLO, on other problems.
-                right["allo_no_forgetting"] = right["allo"][::-1]
+                if "allo_no_forgetting" in right:
+                    right["allo_no_forgetting"] = right["allo"][::-1]
                 place = model, replicate, domain, dataset
                 frames += [_frame(place, m, one, None) for m, one in right.items()]
         hardness = rng.random(pairs)
