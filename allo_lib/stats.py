@@ -87,7 +87,7 @@ def mean_and_error(
     1, one problem more on either side than were seen to tell two methods apart (Bonett & Price
     2012, doi:10.3102/1076998611411915): that none was seen does not mean that there is none.
     """
-    variances = [np.var([*group, *extra]) / (len(group) + len(extra)) for group in groups]
+    variances = [np.var(np.append(group, extra)) / (len(group) + len(extra)) for group in groups]
     mean = float(np.mean([np.mean(group) for group in groups]))
     return mean, float(np.sum(variances)) ** 0.5 / len(groups)
 

@@ -14,7 +14,7 @@ from allo_lib.figure_style import VERDICT_STYLE
 from allo_lib.verdicts import RULE
 from tests import synthetic_results
 
-MANIFEST = {"profile_hash": "0" * 64, "seeds": [0], "runs": {}, "files": {}}
+MANIFEST = {"profile": "tiny", "profile_hash": "0" * 64, "seeds": [0], "runs": {}, "files": {}}
 
 
 @pytest.fixture(scope="module")
