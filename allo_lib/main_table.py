@@ -1,11 +1,13 @@
-"""The paper's main tables: every row on every data set, measured and published side by side."""
+"""The paper's main tables: every row on every data set, measured and published side by side.
+
+An empty cell has its reason, as far as the results themselves can tell.
+"""
 
 from pathlib import Path
 
 from allo_lib import judge_names, published
 from allo_lib.comparisons import WIN, Domain, StudyResults, columns_of
-from allo_lib.measurements import AVERAGE
-from allo_lib.not_run import Reasons
+from allo_lib.measurements import AVERAGE, REWARD
 from allo_lib.table_cells import Table, ends, how, percent, printed, rank, record_of
 
 # What stands beside data sets that the paper does not have.
@@ -18,6 +20,13 @@ _PRINTED = {
     frozenset(published.QUESTIONS): "qa_avg",
     frozenset(published.MATHS): "math_avg",
     frozenset(published.INSTRUCTIONS): "instructions_avg",
+}
+# Methods that preference pairs of people leave no room for.
+_PAIRS = {
+    "sft_base": "the starting model is the reference itself and gives every pair the margin 0",
+    "rft": "nothing is sampled where people gave the pairs, so it would be SFT",
+    "ppo": "needs a verifier of answers as its reward, and pairs of people have none",
+    "a2c": "needs a verifier of answers as its reward, and pairs of people have none",
 }
 
 
@@ -102,3 +111,47 @@ def _paper_column(values: dict[str, float], name: str, domain: Domain) -> list[s
     maths = name == AVERAGE and set(domain.datasets) == set(published.MATHS)
     name = "math_avg" if maths else name
     return rank([printed(values[method], name) for method in published.LABELS])
+
+
+def reason(results: StudyResults, method: str, dataset: str, domain: Domain) -> str:
+    """Why `method` has no score on a data set of the domain (or on `average`), in words."""
+    if domain.prefix == REWARD and method in _PAIRS:
+        return _PAIRS[method]
+    if domain.prefix == WIN and not judge_names.was_judged(results.index, domain):
+        replied = {key[1] for key in results.index if key[2] in domain.datasets}
+        return judge_names.NOBODY if method in replied else _without_scores(results, method)
+    here = results.datasets_of(method, domain)
+    if not here:
+        return _without_scores(results, method)
+    if dataset == AVERAGE and here == list(domain.datasets):
+        return "no seed has it on all data sets"
+    return f"run on {', '.join(here)} only"
+
+
+def _without_scores(results: StudyResults, method: str) -> str:
+    elsewhere = method in results.methods
+    return "run on other domains only" if elsewhere else "not among the methods of this run"
+
+
+class Reasons:
+    """The reasons of one table, each with a letter that its empty cells show."""
+
+    def __init__(self):
+        self.letters: dict[str, str] = {}
+
+    def of(self, results: StudyResults, method: str, dataset: str, domain: Domain) -> str:
+        """The reason of one cell; it has a letter from now on."""
+        told = reason(results, method, dataset, domain)
+        self.letters.setdefault(told, chr(ord("a") + len(self.letters)))
+        return told
+
+    def mark(self, told: str) -> str:
+        """What the cell shows: `(a)`, or nothing without a reason."""
+        return f"({self.letters[told]})" if told else ""
+
+    def text(self) -> str:
+        """A sentence for the caption; empty where no cell is."""
+        if not self.letters:
+            return ""
+        listed = "; ".join(f"({letter}) {told}" for told, letter in self.letters.items())
+        return f" Cells without a number were not run: {listed}."

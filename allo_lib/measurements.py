@@ -76,11 +76,6 @@ def average(rows: Sequence[Measurement], name: str = AVERAGE) -> Measurement:
     return Measurement(seed, method, name, metric, mean, stderr, sum(row.n for row in rows))
 
 
-def is_average(dataset: str) -> bool:
-    """Whether this is a mean over data sets: `average`, or `average:maths` of one domain."""
-    return dataset.partition(":")[0] == AVERAGE
-
-
 def merge(
     old: Iterable[Measurement], new: Iterable[Measurement], datasets: Collection[str] | None = None
 ) -> list[Measurement]:
@@ -154,13 +149,6 @@ def read(path: str | Path) -> list[Measurement]:
     rows = [_parse(cells, f"{path} line {line}") for line, cells in enumerate(lines[1:], 2)]
     _check_unique(rows, str(path))
     return rows
-
-
-def to_frame(rows: Iterable[Measurement]):
-    """The rows as a pandas DataFrame with the columns of the file."""
-    import pandas
-
-    return pandas.DataFrame([astuple(row) for row in rows], columns=list(COLUMNS))
 
 
 def seeds_of(rows: Iterable[Measurement]) -> list[int]:

@@ -6,9 +6,8 @@ from pathlib import Path
 
 from allo_lib import published
 from allo_lib.comparisons import Domain, StudyResults, columns_of, paper_effect
-from allo_lib.multiple import holm
-from allo_lib.not_run import reason
-from allo_lib.stats import Interval
+from allo_lib.main_table import reason
+from allo_lib.stats import Interval, holm
 from allo_lib.table_cells import Table, change_text, how
 from allo_lib.verdicts import RULE, UNDECIDED, Claim, PValues, decide, p_values, tags_of
 

@@ -13,8 +13,7 @@ even one wrong sign, and that of one wrong "no difference", at 5% each in a fami
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-from allo_lib.multiple import holm
-from allo_lib.stats import LEVEL, Interval
+from allo_lib.stats import LEVEL, Interval, holm
 
 MARGIN = 0.02  # C3: a loss of accuracy below two points counts as no worse
 SMALL = 0.01  # an effect within one point of accuracy is negligible

@@ -129,8 +129,3 @@ def test_merge_replaces_seeds_and_keeps_the_others():
     merged = m.merge([row(0, "a"), row(1, "a"), row(1, "b")], [row(1, "c"), row(2, "a")])
     assert [(r.seed, r.metric) for r in merged] == [(0, "a"), (1, "c"), (2, "a")]
     assert m.seeds_of(merged) == [0, 1, 2]
-
-
-def test_frame_has_the_columns_of_the_file():
-    frame = m.to_frame([m.Measurement(0, "dpo", "chain", "accuracy", 0.5, 0.1, 9)])
-    assert ",".join(frame.columns) + "\n" == HEADER and len(frame) == 1

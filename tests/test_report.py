@@ -62,13 +62,13 @@ def test_rebuilding_needs_only_outcomes_and_measurements_and_no_torch(results, t
         "import sys, time\n"
         "sys.modules['torch'] = sys.modules['transformers'] = None  # importing either raises\n"
         "from allo_lib import report\n"
-        "start = time.monotonic()\n"
+        "start = time.process_time()\n"
         "report.rebuild(sys.argv[1])\n"
-        "print(time.monotonic() - start)"
+        "print(time.process_time() - start)"
     )
     command = [sys.executable, "-c", code, str(tmp_path / "tiny")]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert float(done.stdout) < 60
+    assert float(done.stdout) < 60  # of CPU time: seconds, but not on a busy machine
     assert files_of(tmp_path / "tiny") == before
 
 

@@ -3,8 +3,8 @@
 import pytest
 
 from allo_lib import claims, published, row_comparisons
-from allo_lib.multiple import holm
 from allo_lib.row_comparisons import AVERAGES, SINGLE, claims_table, compare_rows
+from allo_lib.stats import holm
 from allo_lib.verdicts import CONTRADICTED, NO_DIFFERENCE, RULE, SUPPORTED, UNDECIDED, corrected
 from tests import synthetic_results
 from tests.test_claims import EFFICIENCY
