@@ -21,12 +21,11 @@ EFFICIENCY = [
         "seconds_per_pair": seconds,
         "peak_bytes_above_model": peak,
         "state_bytes_per_parameter": state,
-        "seconds_per_pair_low": str(float(seconds) * 0.95),
-        "seconds_per_pair_high": str(float(seconds) * 1.05),
+        "seconds_per_pair_each": each,
     }
-    for variant, seconds, peak, state in (
-        ("allo_scalar", "0.2", "1000", "1.6"),
-        ("dense_masked", "0.3", "3000", "10"),
+    for variant, seconds, each, peak, state in (
+        ("allo_scalar", "0.2", "0.19 0.2 0.21", "1000", "1.6"),
+        ("dense_masked", "0.3", "0.29 0.3 0.32", "3000", "10"),
     )
 ]
 
@@ -271,30 +270,13 @@ def test_a_second_domain_adds_claims_with_its_name():
     assert "paper" not in found["C4:helpfulness"].evidence
 
 
-@pytest.mark.parametrize(
-    ("changes", "verdict"),
-    [
-        ({}, SUPPORTED),  # 0.19 to 0.21 and 0.285 to 0.315: apart
-        ({"seconds_per_pair_high": "0.29"}, UNDECIDED),
-        ({"seconds_per_pair_low": "", "seconds_per_pair_high": ""}, UNDECIDED),
-        ({"peak_bytes_above_model": "4000"}, CONTRADICTED),
-        ({"state_bytes_per_parameter": "10"}, CONTRADICTED),
-        ({"peak_bytes_above_model": ""}, UNDECIDED),
-        (
-            {
-                "seconds_per_pair": "0.4",
-                "seconds_per_pair_low": "0.39",
-                "seconds_per_pair_high": "0.41",
-            },
-            CONTRADICTED,
-        ),
-    ],
-)
-def test_cost_needs_time_memory_and_state(changes, verdict):
-    (claim,) = claims.efficiency_claims([EFFICIENCY[0] | changes, EFFICIENCY[1]])
-    assert (claim.id, claim.verdict) == ("C10", verdict)
-    # A range of processes is no interval, and its verdict no matter of chance.
-    assert (claim.ci_low, claim.p) == (None, None)
+def test_one_process_of_each_decides_nothing_of_time_and_cost_may_without_chance():
+    once = [row | {"seconds_per_pair_each": row["seconds_per_pair"]} for row in EFFICIENCY]
+    (claim,) = corrected(claims.efficiency_claims(once))
+    assert (claim.id, claim.verdict, claim.ci_low, claim.p) == ("C10", UNDECIDED, None, None)
+    more = {"state_bytes_per_parameter": "10"}
+    (claim,) = corrected(claims.efficiency_claims([once[0] | more, once[1]]))
+    assert (claim.verdict, claim.p, claim.sign) == (CONTRADICTED, None, None)
 
 
 @pytest.mark.parametrize(

@@ -219,19 +219,3 @@ def test_a_profile_of_one_model_says_that_it_decides_nothing(results):
     told = "One SFT model decides nothing: no claim about methods has a verdict here"
     assert told in (results / "report.html").read_text(encoding="utf-8")
     assert told in report.readme_block(results.parent)
-
-
-@pytest.mark.slow
-def test_fifty_methods_on_ten_data_sets_and_five_models_take_less_than_a_minute(tmp_path):
-    import time
-
-    extra = {f"dpo_top{i}": 0.6 + 0.01 * i for i in range(2, 18)}
-    names = [name for name in published.LABELS if name not in synthetic_results.ACCURACY]
-    more = dict.fromkeys(names, 0.65) | extra
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(synthetic_results, "ACCURACY", synthetic_results.ACCURACY | more)
-        sets = (*published.QUESTIONS, *published.MATHS)
-        synthetic_results.write(tmp_path, range(5), datasets=sets, n=300, replicates=2)
-    start = time.monotonic()
-    report.rebuild(tmp_path, models=5)
-    assert time.monotonic() - start < 60

@@ -5,7 +5,7 @@ import pytest
 from allo_lib import claims, published, row_comparisons
 from allo_lib.row_comparisons import AVERAGES, SINGLE, claims_table, compare_rows
 from allo_lib.stats import holm
-from allo_lib.verdicts import CONTRADICTED, NO_DIFFERENCE, RULE, SUPPORTED, UNDECIDED, corrected
+from allo_lib.verdicts import CONTRADICTED, NO_DIFFERENCE, RULE, SUPPORTED, UNDECIDED
 from tests import synthetic_results
 from tests.test_claims import EFFICIENCY
 
@@ -147,12 +147,3 @@ def test_the_table_of_verdicts_has_the_rule_and_every_p(results):
             assert record["p"] <= record["p_holm"] < 0.05
     assert records["C4"]["verdict"] == SUPPORTED  # planted
     assert records["C6"]["verdict"] == UNDECIDED  # planted without an effect
-
-
-def test_memory_decides_cost_without_chance():
-    (claim,) = corrected(
-        claims.efficiency_claims(
-            [EFFICIENCY[0] | {"state_bytes_per_parameter": "10"}, EFFICIENCY[1]]
-        )
-    )
-    assert (claim.p, claim.sign, claim.verdict) == (None, None, CONTRADICTED)
