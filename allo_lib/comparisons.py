@@ -100,10 +100,8 @@ class StudyResults:
         folder = Path(folder)
         rows = measurements_file.read(folder / "measurements.csv")
         table = outcomes.read(folder / outcomes.NAME)
-        if not len(table) and not rows:
-            raise AlloError(
-                f"{folder} has no measurements and no outcomes: run the notebooks 00 to 06"
-            )
+        if not len(table):
+            raise AlloError(f"{folder} has no {outcomes.NAME}: run the notebooks 00 to 06")
         return cls(table, rows, models)
 
     @cached_property

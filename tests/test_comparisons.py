@@ -170,7 +170,7 @@ def test_no_score_has_an_interval_beyond_0_or_100():
 
 def test_a_folder_without_any_results_is_told(tmp_path):
     measurements.write(tmp_path / "measurements.csv", [])
-    with pytest.raises(AlloError, match="no measurements and no outcomes"):
+    with pytest.raises(AlloError, match="has no outcomes.parquet: run"):
         StudyResults.load(tmp_path)
 
 

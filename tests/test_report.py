@@ -123,7 +123,7 @@ def test_bad_inputs_get_one_line(tmp_path):
     with pytest.raises(AlloError, match="does not exist"):
         report.rebuild(tmp_path)
     measurements.write(tmp_path / "measurements.csv", [])
-    with pytest.raises(AlloError, match="no measurements and no outcomes"):
+    with pytest.raises(AlloError, match="has no outcomes.parquet: run"):
         report.rebuild(tmp_path)
     (tmp_path / "e.csv").write_text("variant,device\na,b\n")
     with pytest.raises(AlloError, match="lacks columns"):
