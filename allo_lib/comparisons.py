@@ -142,7 +142,7 @@ class StudyResults:
             found = {model: (*mean_and_error(groups), sum(map(len, groups)))
                      for model in self.seeds
                      if (groups := self._groups(model, method, domain))}  # fmt: skip
-        return found and _interval_of(found).within(0.0, 1.0) or None
+        return _interval_of(found).within(0.0, 1.0) if found else None
 
     def compare(
         self, first: str, second: str, domain: Domain, *, relative: bool = False
