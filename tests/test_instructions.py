@@ -393,16 +393,6 @@ def test_a_study_without_instructions_has_no_rows_and_no_files(tiny_study):
     assert not (tiny_study.results_dir / "instructions").exists()
 
 
-def test_weighted_or_missing_verdicts_are_not_paired():
-    whole = judges.Judgement("x", ("a", "b"), (1.0, 0.0), (1.0, 1.0))
-    assert len(win_rates.paired(0, "allo", "dpo", "arena_hard", whole, whole)) == 2
-    for other in (
-        judges.Judgement("x", ("a", "b"), (1.0, 0.0), (2.0, 4.0)),
-        judges.Judgement("x", ("a",), (1.0,), (1.0,), unjudged=1),
-    ):
-        assert win_rates.paired(0, "allo", "dpo", "arena_hard", whole, other) == []
-
-
 @pytest.mark.parametrize("own, wanted", [("", "float32"), ("bfloat16", "bfloat16")])
 def test_the_judge_runs_where_the_study_does(folder, monkeypatch, own, wanted):
     study = open_instructed(
