@@ -113,6 +113,8 @@ def check(profile: Profile) -> None:
         raise AlloError("timing: repeats, warm_up and steps must be at least 1 each")
     if min(profile.replicates.pair_sets, profile.replicates.orders) < 1:
         raise AlloError("replicates: pair_sets and orders must be at least 1 each")
+    if profile.models < 1:
+        raise AlloError(f"models: got {profile.models}, expected at least 1")
     _check_words(profile)
     for name, domain in profile.domains.items():
         _check_domain(name, domain)
