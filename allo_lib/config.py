@@ -95,17 +95,18 @@ class Instructions:
 
 @dataclass(frozen=True)
 class Judge:
-    """Who compares replies to instructions with those of the SFT model (`judges.judge`).
+    """Who compares replies to instructions with those of the SFT model (`judges`).
 
     It is no part of Profile.hash: it changes no reply, and rows of measurements.csv name it.
     """
 
-    kind: str = ""  # "reward_model", "judge_model", "alpaca_eval" or "arena_hard"; "" is nobody
-    model: str = ""  # of the first two kinds: a hub id or a folder
+    # "reward_model", a model that runs here; "programs", AlpacaEval's and Arena-Hard's own, whose
+    # verdicts are read beside the replies; "" is nobody.
+    kind: str = ""
+    model: str = ""  # the reward model: a hub id or a folder
     revision: str = ""  # of a hub model; "" is its newest
     dtype: str = ""  # of its weights, as for `Model`; "" is that of the study's own model
-    batch_size: int = 8  # texts that a model judges at once
-    checkout: str = ""  # "arena_hard": clone of its programs; "" is ARENA_HARD_AUTO's
+    batch_size: int = 8  # texts that it reads at once
 
 
 @dataclass(frozen=True)

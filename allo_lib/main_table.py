@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from allo_lib import judge_names, published
-from allo_lib.comparisons import WIN, Domain, columns_of, index_of
+from allo_lib import published
+from allo_lib.comparisons import WIN, Domain, columns_of, index_of, judged_by
 from allo_lib.measurements import AVERAGE, Measurement
 from allo_lib.not_run import Reasons
 from allo_lib.table_cells import Table, cell_of, ends, how, percent, printed, rank, record_of
@@ -61,7 +61,7 @@ def main_table(
         f"main_{domain.name}",
         f"All methods, {domain.name}: {domain.unit}, %",
         f"{how(rows)} Bold: best of a column; underlined: second best. The paper publishes no "
-        f"intervals.{judge_names.sentence(index, domain)}{_named_for_what_they_are(index)}"
+        f"intervals.{judged_by(index, domain)}{_named_for_what_they_are(index)}"
         f"{reasons.text()}",
         records,
         header,

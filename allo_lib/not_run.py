@@ -1,7 +1,6 @@
 """Why a cell of the main tables is empty, as far as the measurements themselves can tell."""
 
-from allo_lib.comparisons import WIN, Domain, Index
-from allo_lib.judge_names import NOBODY, was_judged
+from allo_lib.comparisons import NOBODY, WIN, Domain, Index, was_judged
 from allo_lib.measurements import AVERAGE, REWARD
 
 # Methods that preference pairs of people leave no room for.

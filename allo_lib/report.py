@@ -10,7 +10,6 @@ from pathlib import Path
 from allo_lib import claims as claims_module
 from allo_lib import (
     figures,
-    judge_names,
     manifest,
     notes,
     published,
@@ -20,7 +19,7 @@ from allo_lib import (
 )
 from allo_lib.ablations import single_changes
 from allo_lib.claims import Claim
-from allo_lib.comparisons import compare, domains_of, index_of
+from allo_lib.comparisons import compare, domains_of, index_of, judged_by
 from allo_lib.errors import AlloError
 from allo_lib.figure_style import caption_of
 from allo_lib.measurements import Measurement
@@ -131,7 +130,7 @@ def _draw_domain(rows, domain, folder: Path, paper_dir) -> list[Path]:
         titles = {"title": f"{domain.name}: {', '.join(domain.datasets)}", "paper_title": title}
         figure = figures.main_table_figure(measured, paper, unit=domain.unit, **titles)
         caption = "All methods: measured, and the paper's own numbers on its models and data."
-        caption += judge_names.sentence(index_of(rows), domain)
+        caption += judged_by(index_of(rows), domain)
         paths.append(figures.save(figure, folder, f"main_{domain.name}", caption))
     for suffix, protocol in (("", "each arm at its own best rate"), ("_paper", "one rate for all")):
         arms = ("dpo_top10", "dpo_last10", "dpo_random10", "dpo")

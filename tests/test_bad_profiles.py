@@ -274,8 +274,8 @@ VALUES = {
     "judge of no kind": ("judge.kind", "gpt", "judge.kind: got 'gpt', expected one of reward_mode"),
     "pairs as a judge": ("judge.kind", "preferences", "judge.kind: got 'preferences', expected on"),
     "judge a text": ("judge", "reward_model", "judge: expected a section with keys, got 'reward"),
-    "judge of nothing": ("judge.kind", "alpaca_eval", "alpaca_eval has nothing to judge; give a d"),
-    "judge without a model": ("judge.kind", "judge_model", "judge.model: judge_model needs one; g"),
+    "judge of nothing": ("judge.kind", "programs", "programs has nothing to judge; give a domain"),
+    "judge without a model": ("judge.kind", "reward_model", "judge.model: reward_model needs one;"),
     "judges at once": ("judge.batch_size", 0, "judge.batch_size: got 0, expected more than zero"),
     # Keys.
     "empty key": ("", 1, "unknown key ''; expected one of"),
@@ -314,10 +314,9 @@ INSTRUCTED = {
     "judge key": (ASKED, {"name": "me/rm"}, "judge: unknown key 'name'; expected one of batch_siz"),
     "no model": (ASKED, {"kind": "reward_model"}, "judge.model: reward_model needs one; give a hu"),
     "blank model": (ASKED, {"kind": "reward_model", "model": " "}, "reward_model needs one; give"),
-    "program's model": (ASKED, {"kind": "arena_hard", "model": "x"}, "judges by models of its own"),
-    "program's dtype": (ASKED, {"kind": "alpaca_eval", "dtype": "auto"}, "judge.dtype: alpaca_eva"),
-    "dtype": (ASKED, {"kind": "judge_model", "model": "x", "dtype": "int8"}, "got 'int8'"),
-    "checkout": (ASKED, {"kind": "judge_model", "model": "x", "checkout": "y"}, "judge_model need"),
+    "program's model": (ASKED, {"kind": "programs", "model": "x"}, "judge by models of their own"),
+    "program's dtype": (ASKED, {"kind": "programs", "dtype": "auto"}, "judge.dtype: programs"),
+    "dtype": (ASKED, {"kind": "reward_model", "model": "x", "dtype": "int8"}, "got 'int8'"),
 }  # fmt: skip
 
 
