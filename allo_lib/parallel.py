@@ -30,7 +30,7 @@ def run_methods(study: Study, asked: Mapping[str, Sequence[str]]) -> dict[str, d
         name: [
             (method, replicate)
             for method in methods
-            for replicate in study.replicates
+            for replicate in study.replicates_of(method)
             if not arms.is_done(study.at(replicate), name, method)
         ]
         for name, methods in asked.items()

@@ -67,7 +67,8 @@ def methods_of(study: Study, name: str) -> list[str]:
         # SFT on chosen replies is RFT, as nothing is sampled; and the starting model, which is the
         # reference itself, gives every pair the margin 0: it ranks nothing.
         asked = tuple(m for m in asked if m not in ("rft", "sft_base"))
-    asked = tuple(m for m in asked if arms.why_not(study, name, m) is None)
+    once = profile.replicates.once if study.replicate else ()
+    asked = tuple(m for m in asked if m not in once and arms.why_not(study, name, m) is None)
     return list(dict.fromkeys(asked))
 
 
@@ -117,7 +118,7 @@ def mean_rows(runs: list[list[Measurement]]) -> list[Measurement]:
     means = []
     for key, row in by_run[0].items():
         same = [rows[key] for rows in by_run if key in rows]
-        if len(same) == len(runs):
+        if len(same) in (1, len(runs)):  # of a method that is run once
             value, stderr = (
                 statistics.fmean(getattr(one, part) for one in same) for part in ("value", "stderr")
             )
