@@ -83,7 +83,7 @@ def _method_inputs(study: Study, name: str, method: str) -> dict:
     }
     inputs |= {"relative_to": relative} if relative else {}
     if study.domain(name).tuned:
-        inputs["tuned"] = _tuned_rates(study, name, method)
+        inputs["tuned"] = _fixed_rates(study, name, method)
     return inputs | instructions.inputs(study, name)
 
 
@@ -158,26 +158,30 @@ def _make_result(study: Study, name: str, method: str, folder: Path) -> None:
 
 def _fixed_rates(study: Study, name: str, method: str) -> Rates | None:
     """The rates that follow from another row, or the first replicate; None to search for them."""
-    if study.replicate:
+    tuned = study.domain(name).tuned
+    if study.replicate and not tuned:
         return _point(result(study.at(0), name, method))
+
+    def best_of(other: str) -> Rates:
+        return _tuned_rates(study, name, other) if tuned else _point(result(study, name, other))
+
     if method.endswith(PAPER_PROTOCOL):
         # The paper's protocol: every mask at the one rate that plain DPO likes best.
-        return _point(result(study, name, "dpo"))
+        return best_of("dpo")
     relative = relative_rates(method)
-    if relative is None:
-        return _tuned_rates(study, name, method)
-    other, factors = relative
-    best_rates = result(study, name, other)["rates"]
-    return tuple(rate * factor for rate, factor in zip(best_rates, factors, strict=True))
+    if relative is not None:
+        other, factors = relative
+        return tuple(rate * by for rate, by in zip(best_of(other), factors, strict=True))
+    return _tuned_rates(study, name, method) if tuned else None
 
 
 def _tuned_rates(study: Study, name: str, method: str) -> Rates | None:
-    """The rates that a profile with tuned ones has for a method; None to search for them.
+    """The tuned rates of a method; None where nothing is trained.
 
     After the rate of a single stage may stand what else was searched (`methods.knob_of`).
     """
     tuned, stages = study.domain(name).tuned, stages_of(method, study.profile)
-    if not tuned or not stages:
+    if not stages:
         return None
     found = tuned.get(method) or tuned.get(tuned_as(method), ())
     if len(found) not in {len(stages), len(stages) + (knob_of(stages) is not None)}:

@@ -345,7 +345,7 @@ def settings_hash(settings: dict) -> str:
     compute = dict(settings.get("compute", {}))
     compute.pop("checkpoint_minutes", None)
     hashed = {key: value for key, value in settings.items() if key != "judge"}
-    if settings.get("replicates") == dataclasses.asdict(Replicates()):
+    if settings.get("replicates") == json.loads(json.dumps(dataclasses.asdict(Replicates()))):
         del hashed["replicates"]
     if settings.get("model", {}).get("architectures") == ["llama"]:
         hashed["model"] = {k: v for k, v in settings["model"].items() if k != "architectures"}

@@ -18,6 +18,7 @@ from allo_lib.config import Method, Profile, Rates
 from allo_lib.errors import AlloError
 
 PAPER_PROTOCOL = "_paper"  # suffix of rows that run at the one rate that is best for plain DPO
+KEY_REFERENCE = "allo_key_reference"  # whose key tokens a model trained by DPO picks
 ROWS = "_rows"  # suffix of rows whose neurons are whole rows of the weight matrices
 # Importance scores that ALLO is also trained with, by their variant (`score_variants`).
 ESTIMATORS = ("gradient", "magnitude", "lr_x0.3", "lr_x3", "half_epoch")
@@ -131,7 +132,7 @@ def tuned_as(method: str) -> str:
 
 def waits_for(method: str) -> str | None:
     """The row whose result must be known before this one can be trained; None for most."""
-    if method.endswith(PAPER_PROTOCOL) or method == "allo_key_reference":
+    if method.endswith(PAPER_PROTOCOL) or method == KEY_REFERENCE:
         return "dpo"
     relative = relative_rates(method)
     return relative[0] if relative else None

@@ -163,9 +163,7 @@ def _sampled_pairs(study, name: str) -> tuple[list[dict], list[dict], dict]:
         share = [task.right(question, r.text) and r.ended for r in group]
         right_share += sum(share) / len(share)
         both += bool(right and wrong)
-        pairs = [(chosen, rejected) for chosen in right for rejected in wrong]
-        random.Random(derive(study.seed, "pairs", question.id)).shuffle(pairs)
-        rows += [_row(task, question, *pair) for pair in pairs[: settings.per_question]]
+        rows += _pairs_of(study, task, question, right, wrong, settings.per_question)
         if _that_fit(study.tokenizer, question.prompt, [question.solution], domain.max_length):
             all_wrong += [_row(task, question, question.solution, text) for text in wrong]
     summary = {
@@ -187,6 +185,13 @@ def _that_fit(tokenizer, prompt, responses: list[str], max_length: int) -> list[
     """
     room = max_length - len(encode_prompt(tokenizer, prompt))
     return [text for text in responses if len(encode_response(tokenizer, text)) <= room]
+
+
+def _pairs_of(study, task, question, right, wrong, most: int) -> list[dict]:
+    """At most `most` random (right, wrong) pairs of one question, without repeats."""
+    pairs = [(chosen, rejected) for chosen in right for rejected in wrong]
+    random.Random(derive(study.seed, "pairs", question.id)).shuffle(pairs)
+    return [_row(task, question, *pair) for pair in pairs[:most]]
 
 
 def _row(task, question, chosen: str, rejected: str) -> dict:

@@ -97,9 +97,7 @@ def tune(profile: Profile, seeds: tuple[int, ...], folder: Path, data: str | Non
         for method in methods_of(studies[0], name)
         if method == tuned_as(method) and not relative_rates(method)
     }
-    for study in studies:
-        for name in profile.domains:
-            parallel.prepare(study, name)
+    parallel.prepare_all([(study, name) for study in studies for name in profile.domains])
     searches = {}
     for (name, method), stages in asked.items():
         if stages:
