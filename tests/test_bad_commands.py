@@ -164,7 +164,10 @@ LINES = {
     "rerun of a run": (["toy.yaml", "--rerun"], "unrecognized arguments: --rerun"),
     "minutes of status": (["status", "toy.yaml", "--minutes", "9"], "arguments: --minutes 9"),
     "data of status": (["status", "toy.yaml", "--data", "."], "unrecognized arguments: --data ."),
-    "unknown command": (["Status"], "no profile 'Status': expected one of smollm2, tiny, tiny-"),
+    "unknown command": (
+        ["Status"],
+        "no profile 'Status': expected one of architectures, smollm2, tiny",
+    ),
     "profile with a line break": (["a\nb"], "no profile 'a\\nb'"),
     "profile of bytes": (["\udcff.yaml"], "no profile '\\udcff.yaml'"),
     "fresh and only": (["toy.yaml", "--fresh", "--only", "00"], "leave out --only"),

@@ -107,7 +107,7 @@ def test_what_names_no_profile_is_told(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "folder.yaml").mkdir()
     (tmp_path / "own.json").write_text("{}")
-    with refused("no profile", "expected one of smollm2, tiny, tiny-ablations, tiny-full, or the"):
+    with refused("no profile", "expected one of architectures, ", "tiny-full, or the path"):
         load_profile(name)
 
 
