@@ -20,6 +20,7 @@ from pathlib import Path
 
 from allo_lib.encoding import render_chat, special_tokens_in
 from allo_lib.errors import AlloError
+from allo_lib.measurements import replace_file
 
 KINDS = ("reward_model", "programs")
 ARENA_BENCH = "arena-hard-v0.1"
@@ -99,8 +100,7 @@ def write_outputs(
             answers = map(_arena_answer, rows, texts[method], [method] * len(rows))
             made[f"model_answer/{place}.jsonl"] = _lines(answers)
     for name, text in made.items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_text(text, encoding="ascii", newline="\n")
+        replace_file(folder / name, text.encode("ascii"))
     return [folder / name for name in made]
 
 
