@@ -45,18 +45,10 @@ FOREIGN = safetensors({"w": tensor("F32")}, bytes(8))
 DAMAGED = {
     "empty": b"",
     "half a header": GOOD[: len(GOOD) // 2],
-    "one byte short": GOOD[:-1],
-    "rubbish behind": GOOD + b"rubbish",
     "a pickle": b"\x80\x04cos\nsystem\n(S'touch ran'\ntR.",
-    "header of 2^64 - 1 bytes": b"\xff" * 8 + GOOD[8:],
-    "header is a list": safetensors([1]),
-    "header not UTF-8": safetensors(b'{"\xff": 1}'),
     "header very deep": safetensors(b'{"w": ' + b"[" * 10_000),
     "unknown dtype": safetensors({"w": tensor("I31")}, bytes(8)),
-    "shape too large": safetensors({"w": tensor(shape=[3])}, bytes(8)),
     "shape that wraps around": safetensors({"w": tensor(shape=[2**32, 2**32])}, bytes(8)),
-    "place past the end": safetensors({"w": tensor(start=8, end=16)}, bytes(8)),
-    "two in one place": safetensors({"w": tensor(), "v": tensor()}, bytes(8)),
 }
 
 
@@ -89,7 +81,6 @@ MASKS = {
     "format of later": (mask_bytes(told=told_with(format=7)), HEADER),
     "format true": (mask_bytes(told=told_with(format=True)), HEADER),
     "granularity null": (mask_bytes(told=told_with(granularity=None)), HEADER),
-    "shape a text": (mask_bytes(told=told_with(shapes={"w": "22"})), HEADER),
     "shape of truths": (mask_bytes(told=told_with(shapes={"w": [True, 4]})), HEADER),
     "shape that wraps around": (mask_bytes(told=told_with(shapes={"w": [2**40, 2**40]})), HEADER),
     "one name too many": (
@@ -104,9 +95,7 @@ MASKS = {
     "index past the end": (mask_bytes((0, 4)), INDICES),
     "index negative": (mask_bytes((-1, 3)), INDICES),
     "differences that wrap around": (mask_bytes((2**31 - 1, -(2**31), 3)), INDICES),
-    "unsorted": (mask_bytes((3, 0)), INDICES),
     "twice": (mask_bytes((3, 3)), INDICES),
-    "of a tensor without entries": (mask_bytes(told=told_with(shapes={"w": [0, 4]})), INDICES),
     "floats": (mask_bytes(dtype="F32"), INDICES),
     "a matrix of indices": (mask_bytes(shape=[1, 2]), INDICES),
     "parts of rows": (
@@ -169,13 +158,8 @@ def with_another(name, value):
 
 
 OTHERS = {
-    "all names with a prefix": (renamed, "mask names 'base_model."),
     "one name more": (with_another("extra", torch.ones(4)), "mask names 'extra', which the model"),
     "a matrix turned": (with_another(UP, torch.ones(16, 24)), "mask expects shape (16, 24), the"),
-    "a longer vocabulary": (
-        with_another("model.embed_tokens.weight", torch.ones(40, 16)),
-        "mask expects shape (40, 16), the model has (33, 16)",
-    ),
 }  # fmt: skip
 
 
@@ -211,7 +195,6 @@ def change_of(name, value):
 
 WEIGHTS = {
     "a name missing": (change_of(UP, None), f"weights and model differ: '{UP}' is in only one"),
-    "a name more": (change_of("zz", torch.ones(1)), "weights and model differ: 'zz' is in"),
     "turned": (change_of(UP, torch.ones(16, 24)), "up_proj.weight have shape (16, 24), the model"),
     "last one of another shape": (
         change_of("lm_head.weight", torch.ones(34, 16)),

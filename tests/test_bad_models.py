@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import tiny_llama
 from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers import models as tokenizer_models
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from allo_lib import align, alignment, models
 from allo_lib.alignment import AlignConfig, AlignResult
@@ -37,18 +37,8 @@ def words(vocabulary=WORDS, **special):
 # --- what is usable, however odd -----------------------------------------------------------------
 
 
-def untied():
-    return tiny_llama(tied=False)
-
-
 def tied():
     return tiny_llama(tied=True)
-
-
-def larger_vocabulary():
-    model = tiny_llama()
-    model.resize_token_embeddings(64)
-    return model
 
 
 def partly_frozen():
@@ -63,7 +53,7 @@ def without_pad_in_its_config():
     return model
 
 
-@pytest.mark.parametrize("make", [untied, tied, larger_vocabulary, without_pad_in_its_config])
+@pytest.mark.parametrize("make", [tied, without_pad_in_its_config])
 def test_models_that_differ_in_what_does_not_matter_are_aligned(tmp_path, make):
     stages = ("importance", "learning")
     result = align(make(), words(), PAIRS, stages=stages, config=QUICK, output_dir=tmp_path)
@@ -121,9 +111,7 @@ def with_entry(value, dtype=torch.float32):
 DOWN = "weights of model.layers.1.mlp.down_proj.weight hold NaN or infinity in "
 MODELS = {
     "nothing": (lambda: None, "the model is a NoneType without token embeddings; expected a"),
-    "a plain layer": (lambda: torch.nn.Linear(3, 3), "the model is a Linear without token embed"),
     "buffers as embeddings": (Frozen, "highest token id is 32, the model's embedding has 3 rows"),
-    "a decoder's layers": (lambda: tiny_llama().model.layers, "the model is a ModuleList without"),
     "all frozen": (lambda: tiny_llama().requires_grad_(False), "every parameter of the model is"),
     "NaN": (lambda: with_entry(NAN), DOWN + "float32; load them in a dtype of larger range"),
     "float16 overflow": (lambda: with_entry(1e6, torch.float16), DOWN + "float16"),
@@ -297,17 +285,12 @@ def file_dropped(name):
 PICKLE = b"\x80\x04cos\nsystem\n(S'touch ran'\ntR."
 FOLDERS = {
     "no config": file_dropped("config.json"),
-    "config cut": file_as("config.json", b'{"model_type": "llama"'),
-    "unknown kind": config_with(model_type="allo"),
     "no language model": config_with(model_type="vit"),
-    "heads that do not divide": config_with(num_attention_heads=3),
     "wider than its weights": config_with(hidden_size=32),
     "only pickled weights": lambda files: file_dropped("model.safetensors")(
         files | {"pytorch_model.bin": PICKLE}
     ),
-    "weights cut": lambda files: files | {"model.safetensors": files["model.safetensors"][:-9]},
     "no tokenizer": lambda files: {k: v for k, v in files.items() if "tokenizer" not in k},
-    "tokenizer cut": lambda files: files | {"tokenizer.json": files["tokenizer.json"][:-50]},
 }
 
 
@@ -324,12 +307,6 @@ def test_a_folder_that_holds_no_model_is_told(tmp_path, monkeypatch, saved, chan
     ):
         models.load(str(folder))
     assert tree(tmp_path) == before  # no pickle ran
-
-
-def test_the_folder_that_the_cases_depart_from_is_loaded(tmp_path, saved):
-    for name, raw in saved.items():
-        (tmp_path / name).write_bytes(raw)
-    assert isinstance(models.load(str(tmp_path))[0], type(tiny_llama()))
 
 
 @pytest.mark.parametrize(
@@ -352,9 +329,7 @@ def test_weights_that_no_dtype_or_not_this_one_holds_are_told(tmp_path, saved, v
 
 NAMES = {
     "upwards": "../../../none",
-    "empty": "",
     "NUL": "a\x00b",
-    "code": "$(touch ran)",
 }
 
 
@@ -392,10 +367,3 @@ SIZES = {
 def test_a_micro_model_of_no_size_is_told(change, told):
     with refused(told):
         models.micro_llama(**MICRO | change)
-
-
-def test_a_published_model_is_an_automodel(tmp_path, saved):
-    """What the messages advise to use is what the functions take."""
-    for name, raw in saved.items():
-        (tmp_path / name).write_bytes(raw)
-    models.check_tokenizer(words(), AutoModelForCausalLM.from_pretrained(tmp_path))

@@ -52,32 +52,21 @@ ROWS = {
     "null": (None, "NoneType, expected a JSON object"),
     "row in a list": ([ROW], "list, expected a JSON object"),
     # Missing keys.
-    "no id": (without(ROW, "id"), "no id; expected the keys id, question"),
     "no choices": (without(ROW, "choices"), "no choices; expected the keys"),
     "only an id": ({"id": "a"}, "no question, solution, answer, choices"),
     "no prompt": (without(PAIR, "prompt"), "no prompt; expected the keys prompt, chosen"),
     # Wrong types and empty texts.
     "id true": (ROW | {"id": True}, "id is True, expected non-empty text"),
     "question blank": (ROW | {"question": "\n\t "}, "question is '\\n\\t ', expected non-empty"),
-    "answer null without options": (
-        ROW | {"answer": None, "choices": None},
-        "answer is None, expected non-empty text",
-    ),
     "solution number": (ROW | {"solution": 0}, "solution is 0, expected a string or null"),
     "rejected messages": (
         PAIR | {"rejected": [{"role": "assistant", "content": "Go."}]},
         "rejected is [{'role': 'assistant', 'content': 'Go.'}]",
     ),
     # Options and answers.
-    "choices text": (ROW | {"choices": "AB"}, "choices is 'AB', expected null or 2 to 26"),
     "27 choices": (ROW | {"choices": ["x"] * 27}, "expected null or 2 to 26 strings"),
     "choice number": (ROW | {"choices": ["here", 2]}, "an option is empty or no string"),
     "answer small": (ROW | {"answer": "b"}, "answer is 'b', expected a letter from A to B"),
-    "answer past Z": (ROW | {"answer": "["}, "answer is '[', expected a letter"),
-    "options not in the question": (
-        ROW | {"question": "Where is it dark?"},
-        "expected a text and then its options, one a line, from '(A) here' to '(B) there'",
-    ),
     "text after the options": (
         ROW | {"question": ROW["question"] + "\nChoose one."},
         "expected a text and then its options",
@@ -90,10 +79,6 @@ ROWS = {
     "half a pair in the solution": (
         ROW | {"solution": "so " + HALF},
         "solution is 'so \\ud83d', expected a string or null",
-    ),
-    "half a pair in an option": (
-        ROW | {"choices": ["here", "the" + HALF]},
-        "an option is empty or no string",
     ),
     "half a pair in a reply": (PAIR | {"chosen": "\udc00 Hi"}, "chosen is '\\udc00 Hi', expected"),
     # Pairs.
@@ -116,13 +101,10 @@ def test_a_bad_row_is_named_by_file_and_line(tmp_path, row, told):
 GOOD = line(ROW)
 FILES = {
     "empty": (b"", "holds no rows; expected one JSON object a line"),
-    "blank lines": (b"\n \n\t\n\r\n", "holds no rows"),
     "cut off": (GOOD + GOOD[:-20], "line 2: not JSON (Expecting value"),
     "one array": (b"[" + GOOD.strip() + b"]", "line 1: list, expected a JSON object"),
-    "UTF-16": (GOOD.decode().encode("utf-16"), "line 1: not UTF-8; save the file as UTF-8"),
     "Latin-1": (GOOD + "{'é'}".encode("latin-1"), "line 2: not UTF-8"),
     "very deep": (b"[" * 100_000, "line 1: not JSON"),
-    "huge number": (b'{"id": ' + b"9" * 5000 + b"}", "line 1: not JSON (Exceeds the limit"),
     "key twice": (
         GOOD[:-2] + b', "answer": "A"}\n',
         "line 1: not JSON (the key 'answer' is there twice)",
@@ -145,8 +127,6 @@ def test_a_bad_file_is_told(tmp_path, raw, told):
 PACKED = gzip.compress(GOOD * 50)
 ARCHIVES = {
     "not packed": (GOOD, "cannot be read (Not a gzipped file"),
-    "cut off": (PACKED[: len(PACKED) // 2], "cannot be read"),
-    "wrong checksum": (PACKED[:-8] + bytes(4) + PACKED[-4:], "cannot be read (CRC check failed"),
     "damaged": (PACKED[:30] + b"\xff" * 8 + PACKED[38:], "cannot be read"),
 }
 
@@ -156,17 +136,6 @@ def test_a_bad_archive_is_told(tmp_path, raw, told):
     folder = written(tmp_path, raw, "ecqa.jsonl.gz")
     with refused("train.jsonl.gz", told):
         realdata.load_rows("ecqa", "train", folder)
-
-
-@fuzzing
-@given(st.integers(0, len(PACKED) - 1), st.integers(1, 255))
-def test_any_changed_byte_of_an_archive_is_seen(tmp_path, place, change):
-    raw = bytearray(PACKED)
-    raw[place] ^= change
-    folder = written(tmp_path, bytes(raw), "ecqa.jsonl.gz")
-    # Bytes of the header that say nothing of the content, such as the time, may differ.
-    found = read_or_refused(lambda: realdata.load_rows("ecqa", "train", folder))
-    assert found is None or place < 10
 
 
 anything = st.recursive(
@@ -207,8 +176,6 @@ CONVERSATIONS = {
     "no open turn": ("\n\nHuman: Hi\n\nAssistant: Hello", ORDER),
     "two open turns": ("\n\nHuman: Hi\n\nAssistant:\n\nAssistant:", ORDER),
     "empty question": ("\n\nHuman:\n\nAssistant:", "': an empty turn; expected text in each"),
-    "text before": ("Note.\n\nHuman: Hi\n\nAssistant:", ORDER),
-    "assistant first": ("\n\nAssistant: Hi\n\nAssistant:", ORDER),
     "a million characters": ("\n\nHuman: " + "a" * 10**6, "aaa...: expected '"),
 }
 
@@ -267,9 +234,7 @@ PROMPTS = {
     "one message": (says("user"), "given; expected a string or a list of chat messages"),
     "no messages": ([], "the list of chat messages is empty"),
     "list of texts": (["Hi"], "message 0 is 'Hi'; expected a dict with role and content"),
-    "ShareGPT's keys": ([{"from": "human", "value": "Hi"}], "expected a dict with role and"),
     "unknown role": ([says("human")], "message 0: role is 'human', expected one of system"),
-    "special token as role": ([says("<|im_end|>")], "role is '<|im_end|>', expected one of"),
     "content in parts": (
         [says("user", [{"type": "text", "text": "Hi"}])],
         "message 0: [{'type': 'text', 'text': 'Hi'}] is no text",
@@ -277,7 +242,6 @@ PROMPTS = {
     "content half a pair": ([says("user", "a" + HALF)], "message 0: half of a surrogate pair at"),
     "half a pair": ("so " + HALF, "half of a surrogate pair at character 3; expected valid"),
     "assistant last": ([says("user"), says("assistant")], "of role 'assistant', expected user or"),
-    "system last": ([says("user"), says("system")], "message 1 is the system's; put it first"),
     "second system": ([says("system"), says("system"), says("user")], "message 1 is the system's"),
 }
 
@@ -319,7 +283,6 @@ def test_a_prompt_without_tokens_and_one_of_a_million_characters_are_told(letter
 TEMPLATES = {
     "none": (None, "chat template does not take these messages (Cannot use chat template"),
     "refuses": ("{{ raise_exception('roles must\nalternate') }}", "(roles must alternate)"),
-    "damaged": ("{% for m in messages %}", "does not take these messages (Unexpected end of"),
 }
 
 
