@@ -145,7 +145,7 @@ def read_verdicts(
     if len(found) != 1:
         raise AlloError(
             f"{len(found)} files {folder / pattern}, expected one judge's: have these replies "
-            "judged by the benchmark's program, as the README says"
+            "judged by the benchmark's program, as docs/run.md says"
         )
     said = {row["id"]: text for row, text in zip(rows, texts, strict=True)}
     try:

@@ -278,7 +278,7 @@ def test_tables_name_the_judge_and_compare_in_pairs(folder, tmp_path):
 def test_verdicts_of_the_benchmarks_programs_are_read_beside_the_replies(folder):
     study = open_instructed(folder, kind="programs")
     instructions.write_outputs(study, DOMAIN, results_of(study))
-    with refused("0 files", "alpaca_eval/dpo", "as the README says"):
+    with refused("0 files", "alpaca_eval/dpo", "as docs/run.md says"):
         rows_of(study)
     asked, place = instructions.chosen(study, DOMAIN), instructions.folder(study, DOMAIN)
     for method in METHODS:

@@ -115,7 +115,7 @@ def test_alpaca_eval_preferences_become_verdicts(tmp_path):
 
 
 def test_without_one_judges_file_the_place_for_it_is_told(tmp_path):
-    with refused("0 files", str(tmp_path / "allo" / "*"), "as the README says"):
+    with refused("0 files", str(tmp_path / "allo" / "*"), "as docs/run.md says"):
         read_verdicts("alpaca_eval", tmp_path, ROWS, TEXTS, "allo")
     with refused("0 files", str(tmp_path / "model_judgment"), "allo.jsonl"):
         read_verdicts("arena_hard", tmp_path, ROWS, TEXTS, "allo")
