@@ -91,7 +91,8 @@ def checked(kind: type, given, where: str):
         section = told["type"] in ("dataclass_type", "dict_type")
         wanted = "a section with keys" if section else expected.removeprefix("Input should be ")
         expected = f"got {short(told['input'])}, expected {wanted}"
-    raise AlloError(": ".join([where, ".".join(map(str, place)), expected]).replace(": : ", ": "))
+    key = ".".join(map(str, place))
+    raise AlloError(": ".join(part for part in (where, key, expected) if part))
 
 
 def _keys(kind: type, place: list) -> str:
