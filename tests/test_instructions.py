@@ -324,14 +324,6 @@ def test_a_judge_is_asked_once_and_another_one_trains_nothing_again(folder, monk
     ]
 
 
-def test_a_judge_that_cannot_be_used_is_refused_and_outputs_stay(folder):
-    study = judged(folder, "nowhere")
-    written = instructions.write_outputs(study, DOMAIN, results_of(study))
-    with refused("reward model", "nowhere", "expected a hub id or a folder"):
-        rows_of(study)
-    assert all(path.is_file() for path in written)
-
-
 def test_a_study_without_instructions_has_no_rows_and_no_files(tiny_study):
     assert win_rates.rows(tiny_study, "miniature", {}) == []
     assert instructions.write_outputs(tiny_study, "miniature", {}) == []
