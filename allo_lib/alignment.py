@@ -5,7 +5,6 @@ The stages are those of the study, by the same functions: importance (`warmup`),
 """
 
 import contextlib
-import math
 import os
 import shutil
 import sys
@@ -13,6 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import NoneType
+from typing import Literal
 
 import torch
 
@@ -35,44 +35,14 @@ from allo_lib.importance import NeuronMask, count_ties, select_neurons
 from allo_lib.preferences import SIDES, encode_preference, read_rows
 from allo_lib.reference import rows_hash, weights_hash, with_reference
 from allo_lib.seeds import derive
+from allo_lib.settings import STRICT, Count, Fraction, Number, Positive, Rate, Share, checked
 from allo_lib.stages import run_stage
 from allo_lib.store import Store, write_json
-from allo_lib.token_rewards import RULES, unaligned_weights
+from allo_lib.token_rewards import unaligned_weights
 from allo_lib.training import Log, Schedule
 from allo_lib.warmup import delta_of_dpo, gradient_scores
 
 STAGES = ("importance", "forgetting", "learning")
-# Values of settings that are words, the default first.
-CHOICES = {
-    "estimator": ("delta", "gradient"),
-    "rewriter_neurons": ("all", "kept"),
-    "token_rule": RULES,
-    "overlong": ("drop", "raise"),
-}
-
-# What numbers among the settings may be; NaN is above and below nothing.
-_NUMBER = (int, float)
-_RATE = (_NUMBER, "a finite number above 0", lambda value: 0 < value < math.inf)
-_SHARE = (_NUMBER, "a number above 0 and at most 1", lambda value: 0 < value <= 1)
-_COUNT = (int, "a whole number of at least 1", lambda value: value >= 1)
-_LIMITS = {
-    "share": _SHARE,
-    "importance_rate": _RATE,
-    "forgetting_rate": _RATE,
-    "learning_rate": _RATE,
-    "rewriter_rate": _RATE,
-    "beta": _RATE,
-    "key_share": _SHARE,
-    "token_threshold": (_NUMBER, "a number from 0 to 1", lambda value: 0 <= value <= 1),
-    "batch_size": _COUNT,
-    "epochs": _COUNT,
-    "forward_batch": _COUNT,
-    "max_length": _COUNT,
-    "max_grad_norm": _RATE,
-    "seed": (int, "a whole number of at least 0", lambda value: value >= 0),
-    "checkpoint_minutes": (_NUMBER, "a number of at least 0", lambda value: value >= 0),
-}
-_MAY_BE_NONE = ("max_length", "max_grad_norm")
 
 
 @dataclass(frozen=True)
@@ -83,28 +53,32 @@ class AlignConfig:
     is what keeps a large model from fitting one device.
     """
 
-    share: float = 0.1  # of all neurons that are kept; paper: 10%
+    __pydantic_config__ = STRICT
+
+    share: Share = 0.1  # of all neurons that are kept; paper: 10%
     # Scores: "delta" (|theta' - theta| / lr of a DPO run on all neurons; official code), or
     # "gradient" (sum of |dL/dtheta| over the pairs, no update made).
-    estimator: str = "delta"
-    importance_rate: float = 1e-6  # of the warm-up; official code
-    forgetting_rate: float = 5e-7  # official code; try larger ones, see 01_importance
-    learning_rate: float = 5e-6  # official code
-    rewriter_rate: float = 1e-5  # of the reward model's training
-    rewriter_neurons: str = "all"  # that it trains: "all", or those "kept" by the mask
-    beta: float = 0.1
-    key_share: float = 0.2  # epsilon of the learning stage
-    token_rule: str = "threshold"  # see token_rewards.unaligned_weights
-    token_threshold: float = 0.5
-    batch_size: int = 16  # pairs per step; official code: 128
-    epochs: int = 1  # of every stage
-    forward_batch: int = 8  # rows of a forward pass without gradients
-    max_length: int | None = None  # tokens of a row; None is the model's context
-    overlong: str = "drop"  # what becomes of pairs that are longer: "drop" or "raise"
-    max_grad_norm: float = 1.0
-    seed: int = 0
+    estimator: Literal["delta", "gradient"] = "delta"
+    importance_rate: Rate = 1e-6  # of the warm-up; official code
+    forgetting_rate: Rate = 5e-7  # official code; try larger ones, see 01_importance
+    learning_rate: Rate = 5e-6  # official code
+    rewriter_rate: Rate = 1e-5  # of the reward model's training
+    # That it trains: all, or those kept by the mask.
+    rewriter_neurons: Literal["all", "kept"] = "all"
+    beta: Rate = 0.1
+    key_share: Share = 0.2  # epsilon of the learning stage
+    # See token_rewards.unaligned_weights.
+    token_rule: Literal["threshold", "soft", "released"] = "threshold"
+    token_threshold: Fraction = 0.5
+    batch_size: Positive = 16  # pairs per step; official code: 128
+    epochs: Positive = 1  # of every stage
+    forward_batch: Positive = 8  # rows of a forward pass without gradients
+    max_length: Positive | None = None  # tokens of a row; None is the model's context
+    overlong: Literal["drop", "raise"] = "drop"  # what becomes of pairs that are longer
+    max_grad_norm: Rate | None = 1.0
+    seed: Count = 0
     # Of training, between two checkpoints that the same call goes on from if stopped; 0: none.
-    checkpoint_minutes: float = 5.0
+    checkpoint_minutes: Number = 5.0
 
 
 @dataclass
@@ -388,28 +362,12 @@ def _warn(found: str | None) -> None:
 
 
 def _settings(config) -> AlignConfig:
-    if not isinstance(config, AlignConfig):
-        if not isinstance(config, (Mapping, NoneType)):
-            raise AlloError(
-                f"align: config is a {type(config).__name__}; expected an AlignConfig or a dict"
-            )
-        known = AlignConfig.__dataclass_fields__
-        unknown = sorted(str(key) for key in set(config or {}) - set(known))
-        if unknown:
-            raise AlloError(f"align: unknown setting {unknown[0]!r}; expected {', '.join(known)}")
-        config = AlignConfig(**(config or {}))
-    for key, allowed in CHOICES.items():
-        if getattr(config, key) not in allowed:
-            raise AlloError(
-                f"align: {key} is {getattr(config, key)!r}; expected one of {', '.join(allowed)}"
-            )
-    for key, (kind, expected, fits) in _LIMITS.items():
-        value = getattr(config, key)
-        if value is None and key in _MAY_BE_NONE:
-            continue
-        if isinstance(value, bool) or not isinstance(value, kind) or not fits(value):
-            raise AlloError(f"align: {key} is {value!r}; expected {expected}")
-    return config
+    if not isinstance(config, (AlignConfig, Mapping, NoneType)):
+        raise AlloError(
+            f"align: config is a {type(config).__name__}; expected an AlignConfig or a dict"
+        )
+    given = asdict(config) if isinstance(config, AlignConfig) else dict(config or {})
+    return checked(AlignConfig, given, "align")
 
 
 def _folder(output_dir) -> Path:

@@ -57,6 +57,10 @@ class Domain:
 
 
 INSTRUCTIONS = Domain("instructions", published.INSTRUCTIONS, WIN)
+# A metric `judged_by:<kind>:<model>[+<8 hex digits of its weights>]` stands beside the win rates of
+# a seed on a data set, so that tables name the judge from measurements alone.
+JUDGED_BY = "judged_by:"
+NOBODY = "no judge was named"
 
 
 def index_of(rows: Iterable[Measurement]) -> Index:
@@ -360,3 +364,42 @@ def paper_effect(
     datasets = published.QUESTIONS + published.MATHS if answered else domain.datasets
     table = main if {first, second} <= set(main) else empirical
     return published.difference(table, first, second, datasets)
+
+
+# --- who judged ----------------------------------------------------------------------------------
+
+
+def was_judged(index: Index, domain: Domain) -> bool:
+    """Whether anything has a win rate on the domain's data sets."""
+    return any(key[2] in domain.datasets and key[3] == domain.metric for key in index)
+
+
+def judges_of(index: Index, domain: Domain) -> dict[str, list[str]]:
+    """Judge, in words -> seeds and data sets of the domain that it judged: `0 arena_hard`."""
+    found: dict[str, list[str]] = {}
+    for seed, _, dataset, metric in sorted(index):
+        if metric.startswith(JUDGED_BY) and dataset in domain.datasets:
+            kind, _, model = metric.removeprefix(JUDGED_BY).partition(":")
+            name, _, weights = model.partition("+")
+            told = f"{kind.replace('_', ' ')} `{name}`"
+            told += f" (weights {weights})" if weights else ""
+            found.setdefault(told, []).append(f"{seed} {dataset}")
+    return found
+
+
+def judged_by(index: Index, domain: Domain) -> str:
+    """What win rates are and whose, for the caption of a table; "" for other measures."""
+    if domain.prefix != WIN:
+        return ""
+    if not was_judged(index, domain):
+        return f" Replies were written; {NOBODY} to compare them."
+    found = judges_of(index, domain)
+    told = "; ".join(found) or "not told"
+    if len(found) > 1:
+        each = [f"{judge} (seed and data set {', '.join(on)})" for judge, on in found.items()]
+        told = f"several, and only what one of them judged compares: {'; '.join(each)}"
+    return (
+        " Win rate: the share of instructions on which the judge prefers the row's reply to that "
+        "of the SFT model, which is at 50 by construction; a tie counts half. It says what this "
+        f"judge prefers. Judge: {told}."
+    )

@@ -20,9 +20,9 @@ from pathlib import Path
 import pandas as pd
 
 from allo_lib import measurements
-from allo_lib.errors import AlloError
+from allo_lib.errors import AlloError, short
 from allo_lib.marks import Run
-from allo_lib.profile_files import parse_yaml, short
+from allo_lib.profile_files import parse_yaml
 
 TABLE = "grid.csv"
 _KEYS = ("profile", "seeds", "domains", "vary")

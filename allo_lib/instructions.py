@@ -10,13 +10,12 @@ import random
 from functools import lru_cache
 from pathlib import Path
 
-from allo_lib import benchmark_files, notes, realdata, shares
+from allo_lib import judges, notes, realdata, shares
 from allo_lib.encoding import encode_prompt, encode_response
 from allo_lib.errors import AlloError
 from allo_lib.generation import generate
 from allo_lib.seeds import derive
 
-FOLDER = "instructions"  # below the results folder
 REFERENCE = "sft_base"  # the row of main tables whose replies the others are compared with
 
 
@@ -38,7 +37,7 @@ def chosen(study, name: str) -> dict[str, list[dict]]:
     """The instructions of each data set: rows of `realdata.load_rows`, the same for every seed.
 
     They come in an order that no seed changes. What the model cannot read with a reply after it, or
-    its tokenizer cannot encode, is passed over, and so is an instruction that was there before
+    its tokenizer cannot encode, is skipped, and so is an instruction that was there before
     (AlpacaEval knows outputs by their instructions).
 
     Raises:
@@ -51,12 +50,23 @@ def chosen(study, name: str) -> dict[str, list[dict]]:
         rows = list({row["question"]: row for row in reversed(rows)}.values())
         rows.sort(key=lambda row: row["id"])
         random.Random(derive(0, "instructions", dataset)).shuffle(rows)
-        found[dataset] = _readable(study, rows, counts[dataset], asked.max_new_tokens)
+        found[dataset], skipped = [], 0
+        for row in rows:
+            if len(found[dataset]) == counts[dataset]:
+                break
+            if _tokens(study.tokenizer, row["question"]) + asked.max_new_tokens <= study.context:
+                found[dataset].append(row)
+            else:
+                skipped += 1
         if len(found[dataset]) < counts[dataset]:
             raise AlloError(
                 f"{name}: {counts[dataset]} instructions of {dataset} are asked for, but the model "
                 f"can read {len(found[dataset])} with {asked.max_new_tokens} tokens after them; "
                 "lower instructions.count or instructions.max_new_tokens"
+            )
+        if skipped:
+            logging.getLogger(__name__).warning(
+                "%d instruction(s) skipped: too long for the model, or not to be encoded", skipped
             )
     return found
 
@@ -75,22 +85,6 @@ def _loaded(study, name: str) -> dict[str, list[dict]]:
     }
     notes.leave(study.store.folder, f"{notes.DATA}{name}.instructions", told)
     return loaded
-
-
-def _readable(study, rows: list[dict], count: int, after: int) -> list[dict]:
-    found, passed = [], 0
-    for row in rows:
-        if len(found) == count:
-            break
-        if _tokens(study.tokenizer, row["question"]) + after <= study.context:
-            found.append(row)
-        else:
-            passed += 1
-    if passed:
-        logging.getLogger(__name__).warning(
-            "%d instruction(s) passed over: too long for the model, or not to be encoded", passed
-        )
-    return found
 
 
 def _tokens(tokenizer, question: str) -> float:
@@ -173,16 +167,8 @@ def of_silence(study, name: str) -> dict:
     return {"instructions": rows} if found else {}
 
 
-def texts(study, name: str, results: dict[str, dict]) -> dict[str, dict[str, list[str]]]:
-    """data set -> method -> texts in the order of `chosen`, REFERENCE first, without blank ends."""
-    return {
-        dataset: {method: [row[2].strip() for row in rows] for method, rows in of_methods.items()}
-        for dataset, of_methods in replies(study, name, results).items()
-    }
-
-
 def replies(study, name: str, results: dict[str, dict]) -> dict[str, dict[str, list[list]]]:
-    """data set -> method -> its rows of `reply`, REFERENCE first."""
+    """data set -> method -> its rows of `reply`, REFERENCE first; results: see `arms.result`."""
     by_method = {REFERENCE: study.replies(name)}
     by_method |= {
         method: found["instructions"] for method, found in results.items() if method != REFERENCE
@@ -193,35 +179,29 @@ def replies(study, name: str, results: dict[str, dict]) -> dict[str, dict[str, l
     }
 
 
+def texts(study, name: str, results: dict[str, dict]) -> dict[str, dict[str, list[str]]]:
+    """data set -> method -> texts in the order of `chosen`, REFERENCE first, without blank ends."""
+    return {
+        dataset: {method: [row[2].strip() for row in rows] for method, rows in of_methods.items()}
+        for dataset, of_methods in replies(study, name, results).items()
+    }
+
+
+def folder(study, name: str) -> Path:
+    """Where a domain's replies are written, and the benchmarks' verdicts on them looked for."""
+    return study.results_dir / "instructions" / f"seed{study.seed}" / name
+
+
 def write_outputs(study, name: str, results: dict[str, dict]) -> list[Path]:
     """Write all replies in the formats of AlpacaEval and Arena-Hard; the files, none if none asked.
 
-    `instructions/seed<N>/<domain>/` of the results folder gets `alpaca_eval/<method>.json` (a
-    `model_outputs.json`) and `arena_hard/question.jsonl` with `arena_hard/model_answer/
-    <method>.jsonl`. Equal replies give equal bytes.
-
-    results: method -> result, as `arms.result` gives it.
+    Each data set has a folder in `folder`, see `judges.write_outputs`.
     """
     if not study.domain(name).instructions.datasets:
         return []
-    folder, rows = study.results_dir / FOLDER / f"seed{study.seed}" / name, chosen(study, name)
+    place, asked = folder(study, name), chosen(study, name)
     return [
         path
         for dataset, by_method in texts(study, name, results).items()
-        for path in _WRITE[dataset](folder / dataset, rows[dataset], by_method)
+        for path in judges.write_outputs(dataset, place / dataset, asked[dataset], by_method)
     ]
-
-
-def _write_alpaca_eval(folder: Path, rows: list[dict], by_method: dict[str, list[str]]):
-    for method, given in by_method.items():
-        yield benchmark_files.write_alpaca_eval(folder / f"{method}.json", rows, given, method)
-
-
-def _write_arena_hard(folder: Path, rows: list[dict], by_method: dict[str, list[str]]):
-    yield benchmark_files.write_arena_questions(folder / "question.jsonl", rows)
-    for method, given in by_method.items():
-        path = folder / "model_answer" / f"{method}.jsonl"
-        yield benchmark_files.write_arena_hard(path, rows, given, method)
-
-
-_WRITE = {"alpaca_eval": _write_alpaca_eval, "arena_hard": _write_arena_hard}

@@ -1,32 +1,35 @@
-"""Judges of instruction following, where no gold answer exists: one function, five kinds.
+"""Who replied better: a reward model that runs here, or AlpacaEval's and Arena-Hard's programs.
 
-- "preferences": held-out pairs that the implicit reward of the aligned model ranks right.
-- "reward_model", "judge_model": our texts against theirs, by a local model that the user names.
-- "alpaca_eval", "arena_hard": the same by these benchmarks' own programs and the user's key.
+Those programs ask models that cost money and are the user's to run: this module writes the files
+that they read, and reads the verdicts that they write. Formats as read in the sources of
+tatsu-lab/alpaca_eval (cd543a1) and lmarena/arena-hard-auto (196f6b8).
 
-A tie counts half. Two equal texts are a tie whoever judges, so that the SFT model against itself is
-at .5 (50.00 in the paper's tables) by construction. A judge reads what models wrote and can be
+A tie counts half. Two equal texts are a tie whoever judges, so that the SFT model against itself
+is at .5 (50.00 in the paper's tables) by construction. A judge reads what models wrote and can be
 swayed by it: a win rate says what this judge prefers, so it is given with the judge's name.
 """
 
+import hashlib
+import json
+import logging
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from numbers import Real
+from pathlib import Path
 
-from allo_lib.benchmark_files import checked
+from allo_lib.encoding import render_chat, special_tokens_in
 from allo_lib.errors import AlloError
-from allo_lib.judge_programs import (
-    ask_alpaca_eval,
-    ask_arena_hard,
-    write_for_alpaca_eval,
-    write_for_arena_hard,
-)
-from allo_lib.local_judges import LOCAL, LocalJudge, load_judge, margins
-from allo_lib.measurements import Measurement
+from allo_lib.measurements import replace_file
 
-PROGRAMS = ("alpaca_eval", "arena_hard")
-KINDS = ("preferences", *LOCAL, *PROGRAMS)
+KINDS = ("reward_model", "programs")
+ARENA_BENCH = "arena-hard-v0.1"
+# Arena-Hard's script looks up what answers are compared with by this file name, whoever wrote them.
+ARENA_BASELINE = "gpt-4-0314"
+STRONG = 3  # how often Arena-Hard counts a verdict such as A>>B
+MAX_LENGTH = 4096  # tokens of a chat, where the reward model could read more
+_SPARE = 8  # a text that was cut may need a few tokens more when it is encoded again
+_VERDICT = re.compile(r"([AB])(>>|>|=|<|<<)([AB])")
 
 
 @dataclass(frozen=True)
@@ -34,24 +37,11 @@ class Judgement:
     """Outcomes in [0, 1] by item, 1 for ours and .5 for a tie, and what they add up to.
 
     `weights`: how many verdicts stand behind each outcome (Arena-Hard); else every one is 1.
-    `unjudged`: items that the judge gave no verdict on; they count nowhere.
     """
 
-    kind: str
     ids: tuple[str, ...]
     outcomes: tuple[float, ...]
     weights: tuple[float, ...]
-    unjudged: int = 0
-
-    @property
-    def n(self) -> int:
-        """Judged items."""
-        return len(self.outcomes)
-
-    @property
-    def ties(self) -> int:
-        """Items whose outcome is exactly half."""
-        return sum(outcome == 0.5 for outcome in self.outcomes)
 
     @property
     def win_rate(self) -> float:
@@ -61,199 +51,256 @@ class Judgement:
 
     @property
     def stderr(self) -> float:
-        """Of the win rate p over items: sqrt(sum of (w (o - p))^2) / sum of w.
-
-        With weights of 1 and outcomes of 0 and 1 that is sqrt(p (1 - p) / n).
-        """
+        """Of the win rate p over items: sqrt(sum of (w (o - p))^2) / sum of w."""
         rate, pairs = self.win_rate, zip(self.weights, self.outcomes, strict=True)
         return math.sqrt(math.fsum((w * (o - rate)) ** 2 for w, o in pairs)) / sum(self.weights)
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """Two responses to each of some instructions.
-
-    rows: dicts with `id` and `question`, a string or, for the local judges, chat messages;
-    `subset` or `cluster` go into the files of the benchmarks. ours, theirs: texts in their order.
-
-    Raises AlloError for no rows, unequal lengths, an id given twice, or no valid Unicode.
-    """
-
-    rows: Sequence[dict]
-    ours: Sequence[str]
-    theirs: Sequence[str]
-    names: tuple[str, str] = ("ours", "theirs")
-
-    def __post_init__(self):
-        if not self.rows or not len(self.rows) == len(self.ours) == len(self.theirs):
-            raise AlloError(
-                f"{len(self.rows)} instructions with {len(self.ours)} and {len(self.theirs)} "
-                "responses; expected at least one, and two responses to each"
-            )
-        if len(set(self.ids)) < len(self.rows):
-            raise AlloError("an id of an instruction occurs twice; expected one row an id")
-        for name, texts in zip(self.names, (self.ours, self.theirs), strict=True):
-            for row_id, text in zip(self.ids, texts, strict=True):
-                checked(text, f"{name}, response to {row_id!r}")
-        for row in self.rows:
-            if isinstance(row["question"], str):
-                checked(row["question"], f"instruction {row['id']!r}")
-
-    @property
-    def ids(self) -> tuple[str, ...]:
-        return tuple(row["id"] for row in self.rows)
-
-    @property
-    def differing(self) -> list[int]:
-        """Places of the rows whose two responses are not the same text."""
-        pairs = zip(self.ours, self.theirs, strict=True)
-        return [place for place, (ours, theirs) in enumerate(pairs) if ours != theirs]
-
-
-def judge(
-    kind: str,
-    evidence,
-    *,
-    model: LocalJudge | str | None = None,
-    batch_size: int = 8,
-    folder=None,
-    checkout=None,
-    **loading,
+def judgement(
+    rows: Sequence[dict], ours: Sequence[str], theirs: Sequence[str], verdicts: Mapping[str, list]
 ) -> Judgement:
-    """Who follows instructions better, by one kind of judge.
+    """Outcomes from the verdicts on each row's id; rows with none count nowhere, equal texts tie.
 
-    Args:
-        kind: one of KINDS.
-        evidence: for "preferences" the implicit reward of chosen minus rejected of held-out pairs
-            (`evaluation.implicit_margins`); for the others a `Comparison`.
-        model: for the kinds in LOCAL, what `load_judge` gives, or its `name`.
-        batch_size: texts that a local judge reads at once.
-        folder: for the kinds in PROGRAMS, where the files to be judged are written.
-        checkout: of Arena-Hard, see `judge_programs.ask_arena_hard`.
-        loading: more for `load_judge`: dtype, device, revision.
-
-    Raises:
-        AlloError: an unknown kind, evidence or judge that cannot be used, no verdict at all; for
-            PROGRAMS also a missing key or program (after the files are written).
+    Raises AlloError where no row has a verdict.
     """
-    if kind not in KINDS:
-        raise AlloError(f"judge {kind!r}: expected one of {', '.join(KINDS)}")
-    if kind == "preferences":
-        return _preferences(evidence)
-    if not isinstance(evidence, Comparison):
-        raise AlloError(f"judge {kind!r} given a {type(evidence).__name__}; expected a Comparison")
-    if not evidence.differing:
-        return _judgement(kind, evidence.ids, dict.fromkeys(evidence.ids, [0.5]))
-    if kind in PROGRAMS:
-        return _by_program(kind, evidence, folder, checkout)
-    if not isinstance(model, LocalJudge):
-        model = load_judge(kind, model, **loading)
-    if model.kind != kind:
-        raise AlloError(f"judge {kind!r} given a {model.kind}; expected one loaded as {kind}")
-    return _by_model(model, evidence, batch_size)
-
-
-def win_rates(
-    kind: str,
-    rows: Sequence[dict],
-    texts: Mapping[str, Sequence[str]],
-    *,
-    baseline: str,
-    seed: int,
-    dataset: str,
-    **settings,
-) -> list[Measurement]:
-    """Rows `win_rate` of `measurements.csv`: each method's texts against the baseline's.
-
-    Args:
-        kind: of `judge`, any but "preferences".
-        rows: instructions, as for `Comparison`.
-        texts: method -> its responses in the order of the rows; the baseline's among them, whose
-            own row is .5 by construction.
-        settings: for `judge`; a model named there is loaded once.
-
-    Raises AlloError as `judge` does, and when the baseline has no texts.
-    """
-    if baseline not in texts:
-        raise AlloError(f"no texts of the baseline {baseline!r} among {', '.join(texts)}")
-    if kind in LOCAL and not isinstance(settings.get("model"), LocalJudge):
-        loading = {k: settings.pop(k) for k in ("dtype", "device", "revision") if k in settings}
-        settings["model"] = load_judge(kind, settings.get("model"), **loading)
-    compared = [
-        Comparison(rows, ours, texts[baseline], (method, baseline))
-        for method, ours in texts.items()
-    ]
-    if kind in PROGRAMS:  # all files, even where the first method's cannot be judged
-        for one in compared:
-            if one.names[0] != baseline:
-                _write(kind, one, settings.get("folder"))
-    return [
-        measurement(judge(kind, one, **settings), seed, one.names[0], dataset) for one in compared
-    ]
-
-
-def measurement(
-    judgement: Judgement, seed: int, method: str, dataset: str, metric: str = "win_rate"
-) -> Measurement:
-    """A judgement as a row of `measurements.csv`."""
-    told = judgement.win_rate, judgement.stderr, judgement.n
-    return Measurement(seed, method, dataset, metric, *told)
-
-
-def _preferences(margins_of_pairs) -> Judgement:
-    if not isinstance(margins_of_pairs, Sequence) or not margins_of_pairs:
-        raise AlloError("judge 'preferences' given no margins; expected a list of at least one")
-    verdicts = {
-        str(number): [_outcome(margin, f"margin of pair {number}")]
-        for number, margin in enumerate(margins_of_pairs)
-    }
-    return _judgement("preferences", tuple(verdicts), verdicts)
-
-
-def _by_model(model: LocalJudge, comparison: Comparison, batch_size: int) -> Judgement:
-    places = comparison.differing
-    questions = [comparison.rows[place]["question"] for place in places]
-    ours, theirs = ([texts[i] for i in places] for texts in (comparison.ours, comparison.theirs))
-    verdicts = dict.fromkeys(comparison.ids, [0.5])
-    found = margins(model, questions, ours, theirs, batch_size)
-    for place, margin in zip(places, found, strict=True):
-        row_id = comparison.ids[place]
-        verdicts[row_id] = [_outcome(margin, f"{model.kind} {model.note['name']!r} on {row_id!r}")]
-    return _judgement(model.kind, comparison.ids, verdicts)
-
-
-def _write(kind: str, comparison: Comparison, folder):
-    if folder is None:
-        raise AlloError(f"judge {kind!r} without a folder; expected one to write its files to")
-    write = write_for_alpaca_eval if kind == "alpaca_eval" else write_for_arena_hard
-    given = comparison.rows, comparison.ours, comparison.theirs, comparison.names
-    return write(*given, folder)
-
-
-def _by_program(kind: str, comparison: Comparison, folder, checkout) -> Judgement:
-    folder = _write(kind, comparison, folder)
-    given = folder, comparison.rows, comparison.names
-    if kind == "alpaca_eval":
-        verdicts = {key: [outcome] for key, outcome in ask_alpaca_eval(*given).items()}
-    else:
-        verdicts = ask_arena_hard(*given, checkout=checkout)
-    same = set(comparison.ids) - {comparison.ids[place] for place in comparison.differing}
-    tie = [0.5] if kind == "alpaca_eval" else [0.5, 0.5]  # Arena-Hard asks twice
-    return _judgement(kind, comparison.ids, verdicts | dict.fromkeys(same, tie))
-
-
-def _outcome(margin: float, place: str) -> float:
-    if not isinstance(margin, Real) or math.isnan(margin):
-        raise AlloError(
-            f"{place}: {margin!r} is no number; load the models in float32 or mend them"
-        )
-    return 0.5 if margin == 0 else float(margin > 0)
-
-
-def _judgement(kind: str, ids, verdicts: dict[str, list[float]]) -> Judgement:
-    judged = [row_id for row_id in ids if verdicts.get(row_id)]
+    most = max((len(found) for found in verdicts.values()), default=1)
+    given = {row["id"]: verdicts.get(row["id"]) for row in rows}
+    for row, our, their in zip(rows, ours, theirs, strict=True):
+        if our == their:
+            given[row["id"]] = [0.5] * min(most, 2)  # Arena-Hard asks twice
+    judged = {key: found for key, found in given.items() if found}
     if not judged:
-        raise AlloError(f"judge {kind!r} gave no verdict on any of {len(ids)} items; see its log")
-    outcomes = tuple(math.fsum(verdicts[key]) / len(verdicts[key]) for key in judged)
-    weights = tuple(float(len(verdicts[key])) for key in judged)
-    return Judgement(kind, tuple(judged), outcomes, weights, len(ids) - len(judged))
+        raise AlloError(f"the judge gave no verdict on any of {len(rows)} replies; see its log")
+    outcomes = tuple(math.fsum(found) / len(found) for found in judged.values())
+    return Judgement(tuple(judged), outcomes, tuple(float(len(f)) for f in judged.values()))
+
+
+# --- the benchmarks' own files -------------------------------------------------------------------
+
+
+def write_outputs(
+    dataset: str, folder: Path, rows: Sequence[dict], texts: Mapping[str, Sequence[str]]
+) -> list[Path]:
+    """Write the replies to "alpaca_eval" or "arena_hard" in that benchmark's own format.
+
+    AlpacaEval: `<method>.json` (a `model_outputs.json`). Arena-Hard: `question.jsonl` and
+    `model_answer/<method>.jsonl`, the first method's once more under the baseline's name. As ASCII,
+    because Arena-Hard's scripts open files in the encoding of the machine. Equal replies give equal
+    bytes: time stamps are 0 and the ids of answers follow from them, as no script reads either.
+
+    Args:
+        rows: instructions (`realdata.load_rows`), no question twice (AlpacaEval's key).
+        texts: method -> replies in the order of the rows; the first is what others are compared to.
+    """
+    if dataset == "alpaca_eval":
+        made = {f"{m}.json": _alpaca_outputs(rows, given, m) for m, given in texts.items()}
+    else:
+        made = {"question.jsonl": _lines(map(_arena_question, rows))}
+        for place, method in [*zip(texts, texts, strict=True), (ARENA_BASELINE, next(iter(texts)))]:
+            answers = map(_arena_answer, rows, texts[method], [method] * len(rows))
+            made[f"model_answer/{place}.jsonl"] = _lines(answers)
+    for name, text in made.items():
+        replace_file(folder / name, text.encode("ascii"))
+    return [folder / name for name in made]
+
+
+def _alpaca_outputs(rows: Sequence[dict], texts: Sequence[str], generator: str) -> str:
+    outputs = [
+        {"dataset": row.get("subset", "alpaca_eval"), "instruction": row["question"],
+         "output": text, "generator": generator}
+        for row, text in zip(rows, texts, strict=True)
+    ]  # fmt: skip
+    return json.dumps(outputs, indent=2) + "\n"
+
+
+def _arena_question(row: dict) -> dict:
+    return {"uid": row["id"], "category": ARENA_BENCH, "cluster": row.get("cluster", ""),
+            "prompt": row["question"]}  # fmt: skip
+
+
+def _arena_answer(row: dict, text: str, model: str) -> dict:
+    name = hashlib.sha256(json.dumps([row["id"], model, text]).encode()).hexdigest()[:22]
+    said = [{"role": "user", "content": row["question"]}]
+    said.append({"role": "assistant", "content": {"answer": text}})
+    return {"uid": row["id"], "ans_id": name, "model": model, "messages": said, "tstamp": 0}
+
+
+def _lines(values) -> str:
+    return "".join(json.dumps(value) + "\n" for value in values)
+
+
+def read_verdicts(
+    dataset: str, folder: Path, rows: Sequence[dict], texts: Sequence[str], method: str
+) -> tuple[dict[str, list[float]], str]:
+    """What a benchmark's program said of a method's replies; (verdicts by row id, judge's name).
+
+    A verdict is 1 where ours won. AlpacaEval gives one, Arena-Hard 2 to 6: it asks in both orders
+    and counts A>>B three times. Rows without them are left out.
+
+    Raises AlloError where there is no file, or it is malformed or about other replies.
+    """
+    alpaca = dataset == "alpaca_eval"
+    pattern = f"{method}/*/annotations.json" if alpaca else f"model_judgment/*/{method}.jsonl"
+    found = sorted(folder.glob(pattern))
+    if len(found) != 1:
+        raise AlloError(
+            f"{len(found)} files {folder / pattern}, expected one judge's: have these replies "
+            "judged by the benchmark's program, as docs/run.md says"
+        )
+    said = {row["id"]: text for row, text in zip(rows, texts, strict=True)}
+    try:
+        lines = found[0].read_bytes().decode("utf-8").split("\n")
+        if alpaca:
+            ids = {row["question"]: row["id"] for row in rows}
+            verdicts = _alpaca_verdicts(json.loads("\n".join(lines)), ids, said)
+        else:
+            verdicts = _arena_verdicts([json.loads(x) for x in lines if x.strip()], said)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise AlloError(
+            f"{found[0]} holds no verdicts on these replies ({reason}); have them judged again"
+        ) from error
+    return verdicts, found[0].parent.name
+
+
+def _alpaca_verdicts(entries: list, ids: dict[str, str], said: dict[str, str]) -> dict:
+    verdicts = {}
+    for entry in entries:
+        key, preference = ids.get(entry["instruction"]), entry["preference"]
+        if key is None or preference is None:
+            continue
+        if entry.get("output_2", said[key]) != said[key]:
+            raise ValueError(f"another reply to {key}")
+        preference = 1.5 if preference == 0 else preference  # 0 is a draw
+        if not 1 <= preference <= 2:
+            raise ValueError(f"preference {preference}, expected 1 to 2")
+        verdicts[key] = [preference - 1.0]
+    return verdicts
+
+
+def _arena_verdicts(entries: list, said: dict[str, str]) -> dict:
+    verdicts = {}
+    for entry in entries:
+        key, games = entry["uid"], [game or {} for game in entry["games"]]
+        for message in (games[0].get("prompt") or [])[-1:]:
+            if key in said and said[key] not in message["content"]:
+                raise ValueError(f"another reply to {key}")
+        first, second = (_for_a(game.get("score")) for game in games)
+        if first and second:  # ours is B in the first game and A in the second
+            verdicts[key] = second + [1.0 - score for score in first]
+    return verdicts
+
+
+def _for_a(verdict) -> list[float]:
+    found = _VERDICT.fullmatch(verdict or "")
+    if not found or found[1] == found[3]:
+        return []
+    if found[2] == "=":
+        return [0.5]
+    winner = found[1] if found[2][0] == ">" else found[3]
+    return [float(winner == "A")] * (STRONG if len(found[2]) == 2 else 1)
+
+
+# --- a reward model ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class RewardModel:
+    """A loaded sequence classifier; `note` says what it is (name, revision, sha256, dtype)."""
+
+    model: object
+    tokenizer: object
+    note: dict
+
+
+def load_reward_model(name, *, dtype="float32", device="cpu", revision=None) -> RewardModel:
+    """A reward model from a hub id or a folder; no code of its own is run, no pickle read.
+
+    Raises AlloError when it cannot be loaded, or is no reward model: a sequence classifier with one
+    label and safetensors weights, whose tokenizer has a chat template.
+    """
+    from transformers import AutoModelForSequenceClassification as Kind
+
+    from allo_lib import models  # it imports torch
+
+    expected = "a hub id or a folder of a sequence classifier with one label, safetensors "
+    expected += "weights and a chat template"
+    about = {"named": "reward model", "expected": expected}
+    dtype_of = models.DTYPES[dtype]
+    model, tokenizer, report = models.read_pretrained(Kind, name, dtype_of, revision, **about)
+    lacks = None
+    if report["missing_keys"]:
+        # A language model named as a reward model: its score would be a random direction.
+        lacks = f"no weights for {sorted(report['missing_keys'])[0]}"
+    elif model.config.num_labels != 1:
+        lacks = f"{model.config.num_labels} labels"
+    elif not getattr(tokenizer, "chat_template", None):
+        lacks = "no chat template"
+    if lacks:
+        raise AlloError(f"reward model {str(name)!r} has {lacks}; expected {expected}")
+    models.check_finite(model)
+    note = {"name": str(name), "revision": getattr(model.config, "_commit_hash", None)}
+    note |= {"sha256": models.weights_hash(model), "dtype": dtype}
+    return RewardModel(model.to(device).eval(), tokenizer, note)
+
+
+def scores(judge: RewardModel, questions, texts, batch_size: int) -> list[float]:
+    """The reward of each text as the reply to its question; equal replies have equal ones.
+
+    Replies that do not fit with their question into the model, or into MAX_LENGTH tokens, are cut
+    at the end, with a warning. AlloError for a question that leaves no room, or a score of NaN.
+    """
+    import torch
+
+    chats = [tuple(_chat(judge, *pair)) for pair in zip(questions, texts, strict=True)]
+    order, by_chat = sorted(set(chats), key=lambda ids: (len(ids), ids)), {}
+    # A classifier takes its score at the last token that is not its padding, so only the token it
+    # was made to pad with will do.
+    pad = judge.model.config.get_text_config().pad_token_id
+    size = batch_size if pad is not None else 1
+    for rows in (order[start : start + size] for start in range(0, len(order), size)):
+        width = max(map(len, rows))
+        ids = [[*row, *[pad] * (width - len(row))] for row in rows]
+        mask = [[1] * len(row) + [0] * (width - len(row)) for row in rows]
+        with torch.inference_mode():
+            ids, mask = (torch.tensor(x, device=judge.model.device) for x in (ids, mask))
+            logits = judge.model(input_ids=ids, attention_mask=mask).logits[:, 0]  # [rows]
+        if not logits.isfinite().all():
+            raise AlloError("the reward model gave a score that is no number; load it in float32")
+        by_chat |= zip(rows, logits.float().tolist(), strict=True)
+    return [by_chat[chat] for chat in chats]
+
+
+def _chat(judge: RewardModel, question: str, text: str) -> list[int]:
+    """Token ids of a chat that ends with the assistant's message, the text cut where it must be."""
+    tokenizer, config = judge.tokenizer, judge.model.config.get_text_config()
+    question, text = _plain(tokenizer, question), _plain(tokenizer, text)
+    most = min(getattr(config, "max_position_embeddings", None) or MAX_LENGTH, MAX_LENGTH)
+    room = most - _SPARE - len(_rendered(tokenizer, question, "x"))
+    if room < 1:
+        raise AlloError(
+            f"an instruction leaves no room for a reply in the {most} tokens of the reward model; "
+            "leave it out or name a model with a longer context"
+        )
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    if len(ids) > room:
+        logging.getLogger(__name__).warning("a reply of %d tokens cut to %d", len(ids), room)
+        text = tokenizer.decode(ids[:room])
+    return _rendered(tokenizer, question, text)
+
+
+def _rendered(tokenizer, question: str, text: str) -> list[int]:
+    messages = [{"role": "user", "content": question}, {"role": "assistant", "content": text}]
+    expected = "expected one for a user's and an assistant's"
+    return render_chat(tokenizer, messages, expected, "reward model", add_generation_prompt=False)
+
+
+def _plain(tokenizer, text: str) -> str:
+    """The text with a blank in every name of a special token, so that it is not that token.
+
+    Some tokenizers cannot read such a name as letters (`encoding`); a reply that a model wrote must
+    not stop the judging of all others.
+    """
+    for name in sorted(special_tokens_in(tokenizer, text), key=len, reverse=True):
+        text = text.replace(name, f"{name[0]} {name[1:]}")
+    return text

@@ -5,8 +5,16 @@ An empty cell has its reason, as far as the results themselves can tell.
 
 from pathlib import Path
 
-from allo_lib import judge_names, published
-from allo_lib.comparisons import WIN, Domain, StudyResults, columns_of
+from allo_lib import published
+from allo_lib.comparisons import (
+    NOBODY,
+    WIN,
+    Domain,
+    StudyResults,
+    columns_of,
+    judged_by,
+    was_judged,
+)
 from allo_lib.measurements import AVERAGE, REWARD
 from allo_lib.table_cells import Table, ends, how, percent, printed, rank, record_of
 
@@ -69,7 +77,7 @@ def main_table(results: StudyResults, domain: Domain, paper_dir: str | Path | No
         f"main_{domain.name}",
         f"All methods, {domain.name}: {domain.unit}, %",
         f"{how(results)} Bold: best of a column; underlined: second best. The paper publishes no "
-        f"intervals.{judge_names.sentence(results.index, domain)}{_on_policy(results)}"
+        f"intervals.{judged_by(results.index, domain)}{_on_policy(results)}"
         f"{reasons.text()}",
         records,
         header,
@@ -117,9 +125,9 @@ def reason(results: StudyResults, method: str, dataset: str, domain: Domain) -> 
     """Why `method` has no score on a data set of the domain (or on `average`), in words."""
     if domain.prefix == REWARD and method in _PAIRS:
         return _PAIRS[method]
-    if domain.prefix == WIN and not judge_names.was_judged(results.index, domain):
+    if domain.prefix == WIN and not was_judged(results.index, domain):
         replied = {key[1] for key in results.index if key[2] in domain.datasets}
-        return judge_names.NOBODY if method in replied else _without_scores(results, method)
+        return NOBODY if method in replied else _without_scores(results, method)
     here = results.datasets_of(method, domain)
     if not here:
         return _without_scores(results, method)

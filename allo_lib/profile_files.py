@@ -7,10 +7,9 @@ from pathlib import Path
 import yaml
 
 from allo_lib.config import SIZES, Profile
-from allo_lib.errors import AlloError
-from allo_lib.instruction_checks import check_instructions, check_judge
+from allo_lib.errors import AlloError, short
 from allo_lib.parts import KEY, part_of
-from allo_lib.profile_checks import build, check, short
+from allo_lib.settings import checked
 
 PROFILES = Path(__file__).parent / "profiles"
 RATES = PROFILES / "rates"
@@ -50,10 +49,7 @@ def load_profile(name: str, overrides: dict | None = None, device: str | None = 
     for key, value in settings.items():
         _set_dotted(raw, key, value)
     _resolve_tuned(raw, path)
-    profile = build(Profile, raw, where=path.name)
-    check(profile)
-    check_instructions(profile)
-    check_judge(profile)
+    profile = checked(Profile, raw, where=path.name)
     return profile if only is None else part_of(profile, only)
 
 

@@ -10,7 +10,6 @@ from pathlib import Path
 from allo_lib import claims as claims_module
 from allo_lib import (
     figures,
-    judge_names,
     manifest,
     notes,
     published,
@@ -20,7 +19,7 @@ from allo_lib import (
 )
 from allo_lib.ablations import single_changes
 from allo_lib.claims import Claim
-from allo_lib.comparisons import StudyResults
+from allo_lib.comparisons import StudyResults, judged_by
 from allo_lib.errors import AlloError
 from allo_lib.figure_style import caption_of
 from allo_lib.verdicts import POINTS, RULE
@@ -144,7 +143,7 @@ def _draw_domain(results: StudyResults, domain, folder: Path, paper_dir) -> list
         titles = {"title": f"{domain.name}: {', '.join(domain.datasets)}", "paper_title": title}
         figure = figures.main_table_figure(measured, paper, unit=domain.unit, **titles)
         caption = "All methods: measured, and the paper's own numbers on its models and data."
-        caption += judge_names.sentence(results.index, domain)
+        caption += judged_by(results.index, domain)
         paths.append(figures.save(figure, folder, f"main_{domain.name}", caption))
     for suffix, protocol in (("", "each arm at its own best rate"), ("_paper", "one rate for all")):
         arms = ("dpo_top10", "dpo_last10", "dpo_random10", "dpo")

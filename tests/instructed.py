@@ -97,33 +97,34 @@ def results_of(study: Study) -> dict[str, dict]:
 # --- reward models -------------------------------------------------------------------------------
 
 
-def _classifier(seed: int) -> LlamaForSequenceClassification:
-    torch.manual_seed(seed)
+SPECIAL = {"pad_token": "<pad>", "eos_token": "<eos>", "unk_token": "<unk>"}
+WORDS = [*SPECIAL.values(), "user", "assistant", *(f"w{i}" for i in range(26)), *THINGS]
+
+
+def tokenizer(
+    template: str | None = TEMPLATE.replace("{{ m.content }} ", "{{ m.content }} <eos> "),
+):
+    ids = {word: i for i, word in enumerate(WORDS)}
+    core = Tokenizer(tokenizer_models.WordLevel(ids, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=core, chat_template=template, **SPECIAL)
+
+
+def classifier(labels: int = 1, pad: int | None = 0, context: int = 64, layers: int = 2):
+    torch.manual_seed(0)
     return LlamaForSequenceClassification(
         LlamaConfig(
-            vocab_size=8, hidden_size=16, intermediate_size=24, num_hidden_layers=1,
-            num_attention_heads=2, max_position_embeddings=512, initializer_range=0.3,
-            num_labels=1, pad_token_id=0, eos_token_id=1,
+            vocab_size=len(WORDS), hidden_size=16, intermediate_size=24, num_hidden_layers=layers,
+            num_attention_heads=2, max_position_embeddings=context, initializer_range=0.3,
+            num_labels=labels, pad_token_id=pad, eos_token_id=1,
         )
     ).eval()  # fmt: skip
 
 
-def _saved(model, folder: Path) -> Path:
-    words = ["<pad>", "<eos>", "<unk>", "user", "assistant", "surely", *THINGS[:2]]
-    ids = {word: i for i, word in enumerate(words)}
-    core = Tokenizer(tokenizer_models.WordLevel(ids, unk_token="<unk>"))
-    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    special = dict(pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
-    template = TEMPLATE.replace("{{ m.content }} ", "{{ m.content }} <eos> ")
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, chat_template=template, **special)
+def saved(model, folder: Path, words=None) -> Path:
     model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    (words or tokenizer()).save_pretrained(folder)
     return folder
-
-
-def random_judge(folder: Path, seed: int = 0) -> Path:
-    """A reward model that likes whatever its random weights like."""
-    return _saved(_classifier(seed), folder)
 
 
 @torch.no_grad()
@@ -133,7 +134,7 @@ def length_judge(folder: Path, sign: int = 1) -> Path:
     Attention is uniform and sees the word `user`, with which every chat begins, alone: what comes
     out at the last token is 1 / (tokens), of which the score is the negative.
     """
-    model = _classifier(0)
+    model = classifier(context=512, layers=1)
     tokens = model.model.embed_tokens.weight
     tokens.zero_()
     tokens[:, 1] = 1.0
@@ -147,4 +148,4 @@ def length_judge(folder: Path, sign: int = 1) -> Path:
     attention.o_proj.weight.copy_(torch.eye(16))
     model.score.weight.zero_()
     model.score.weight[0, 0] = -1.0 * sign
-    return _saved(model, folder)
+    return saved(model, folder)

@@ -226,9 +226,9 @@ def test_later_stages_take_the_saved_mask(tokenizer, pairs, tmp_path):
     [
         ({"stages": ("learn",)}, "stages"),
         ({"stages": ()}, "stages"),
-        ({"config": {"rate": 1}}, "unknown setting 'rate'"),
-        ({"config": {"estimator": "hessian"}}, "estimator is 'hessian'; expected one of delta"),
-        ({"config": AlignConfig(rewriter_neurons="top")}, "rewriter_neurons is 'top'"),
+        ({"config": {"rate": 1}}, "unknown key 'rate'"),
+        ({"config": {"estimator": "hessian"}}, "estimator: got 'hessian', expected 'delta' or"),
+        ({"config": AlignConfig(rewriter_neurons="top")}, "rewriter_neurons: got 'top'"),
         ({"pairs": []}, "no pairs"),
         ({"pairs": [{"prompt": "calc", "chosen": "so 1"}]}, "lack the column 'rejected'"),
         ({"pairs": [{"prompt": "calc", "chosen": "so 1", "rejected": "so 1"}]}, "chosen equals"),

@@ -8,7 +8,6 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from refusals import read_or_refused, refused, tree
-from safetensors.torch import save_file
 from tiny_models import tiny_llama, weights_of
 
 from allo_lib import weights
@@ -45,52 +44,11 @@ FOREIGN = safetensors({"w": tensor("F32")}, bytes(8))
 # Bytes that no safetensors file has: refused alike wherever such a file is read.
 DAMAGED = {
     "empty": b"",
-    "seven bytes": GOOD[:7],
-    "length alone": GOOD[:8],
     "half a header": GOOD[: len(GOOD) // 2],
-    "one byte short": GOOD[:-1],
-    "data missing": GOOD[:-8],
-    "rubbish behind": GOOD + b"rubbish",
-    "zeros": bytes(100),
-    "text": b"hello, this is no tensor file at all",
     "a pickle": b"\x80\x04cos\nsystem\n(S'touch ran'\ntR.",
-    "a zip, as torch.save writes": b"PK\x03\x04" + bytes(60),
-    "GGUF": b"GGUF\x03\x00\x00\x00" + bytes(60),
-    "NumPy": b"\x93NUMPY\x01\x00" + bytes(60),
-    "HDF5": b"\x89HDF\r\n\x1a\n" + bytes(60),
-    "gzip": b"\x1f\x8b\x08\x00" + bytes(60),
-    "header of 2^63 bytes": struct.pack("<Q", 2**63) + GOOD[8:],
-    "header of 2^64 - 1 bytes": b"\xff" * 8 + GOOD[8:],
-    "header of 200 MB": struct.pack("<Q", 200_000_000) + GOOD[8:],
-    "header of no bytes": struct.pack("<Q", 0) + GOOD[8:],
-    "header one byte long": struct.pack("<Q", 1) + GOOD[8:],
-    "length big-endian": struct.pack(">Q", len(GOOD) - 16) + GOOD[8:],
-    "header is a list": safetensors([1]),
-    "header is a number": safetensors(b"3"),
-    "header is null": safetensors(b"null"),
-    "header not UTF-8": safetensors(b'{"\xff": 1}'),
-    "header cut": safetensors(b'{"w": {'),
     "header very deep": safetensors(b'{"w": ' + b"[" * 10_000),
-    "tensor is null": safetensors({"w": None}),
-    "tensor is a text": safetensors({"w": "data"}),
-    "no dtype": safetensors({"w": {"shape": [2], "data_offsets": [0, 8]}}, bytes(8)),
-    "no shape": safetensors({"w": {"dtype": "I32", "data_offsets": [0, 8]}}, bytes(8)),
-    "no place": safetensors({"w": {"dtype": "I32", "shape": [2]}}, bytes(8)),
     "unknown dtype": safetensors({"w": tensor("I31")}, bytes(8)),
-    "dtype with a line break": safetensors({"w": tensor("I\n32")}, bytes(8)),
-    "shape too large": safetensors({"w": tensor(shape=[3])}, bytes(8)),
-    "shape negative": safetensors({"w": tensor(shape=[-2])}, bytes(8)),
-    "shape of 2^63": safetensors({"w": tensor(shape=[2**63])}, bytes(8)),
     "shape that wraps around": safetensors({"w": tensor(shape=[2**32, 2**32])}, bytes(8)),
-    "shape a text": safetensors({"w": tensor() | {"shape": "2"}}, bytes(8)),
-    "place past the end": safetensors({"w": tensor(start=8, end=16)}, bytes(8)),
-    "place backwards": safetensors({"w": tensor(start=8, end=0)}, bytes(8)),
-    "place negative": safetensors({"w": tensor(start=-8, end=0)}, bytes(8)),
-    "place of 2^64": safetensors({"w": tensor(start=0, end=2**64)}, bytes(8)),
-    "two in one place": safetensors({"w": tensor(), "v": tensor()}, bytes(8)),
-    "a hole between": safetensors({"w": tensor(), "v": tensor(start=16, end=24)}, bytes(24)),
-    "metadata a list": safetensors({"__metadata__": [1], "w": tensor()}, bytes(8)),
-    "metadata of numbers": safetensors({"__metadata__": {"a": 1}, "w": tensor()}, bytes(8)),
 }
 
 
@@ -108,19 +66,6 @@ def test_a_damaged_file_is_told_and_left_alone(tmp_path, monkeypatch, kind, raw)
     assert tree(tmp_path) == before  # the pickle did not run
 
 
-def test_a_file_with_every_dtype_is_read_or_refused(tmp_path):
-    """torch has no counterpart for some of the format's."""
-    sizes = {8: "F64 I64 U64 C64", 4: "F32 I32 U32", 2: "F16 BF16 I16 U16"}
-    sizes |= {1: "BOOL I8 U8 F8_E4M3 F8_E5M2 F8_E8M0 F4 F6_E2M3 F6_E3M2"}
-    for size, names in sizes.items():
-        for name in names.split():
-            path = tmp_path / f"{name}.safetensors"
-            path.write_bytes(safetensors({"w": tensor(name, [8], 0, 8 * size)}, bytes(8 * size)))
-            read_or_refused(lambda path=path: weights.read_tensors(path))
-            with refused(path.name):
-                NeuronMask.load(path)
-
-
 def told_with(**change) -> dict:
     return WRITTEN | change
 
@@ -129,71 +74,36 @@ HEADER = "the header of this mask file is damaged; make it anew"
 INDICES = "w has unsorted or out-of-range indices; make it anew"
 MASKS = {
     "weights of a model": (FOREIGN, "is no mask: it lacks the header 'allo_neuron_mask'"),
-    "no header of this library": (mask_bytes(told=None), "is no mask: it lacks the header"),
     "header empty": (mask_bytes(told=""), HEADER),
-    "header no JSON": (mask_bytes(told="{format: 1}"), HEADER),
     "header a list": (mask_bytes(told=[1]), HEADER),
-    "header a number": (mask_bytes(told="1"), HEADER),
-    "header null": (mask_bytes(told="null"), HEADER),
     "header very deep": (mask_bytes(told="[" * 100_000), HEADER),
-    "header with a huge number": (mask_bytes(told='{"format": ' + "9" * 5000 + "}"), HEADER),
     "no format": (mask_bytes(told={"granularity": "scalar", "shapes": {"w": [4]}}), HEADER),
-    "no granularity": (mask_bytes(told={"format": 1, "shapes": {"w": [4]}}), HEADER),
-    "no shapes": (mask_bytes(told={"format": 1, "granularity": "scalar"}), HEADER),
     "format of later": (mask_bytes(told=told_with(format=7)), HEADER),
-    "format a text": (mask_bytes(told=told_with(format="1")), HEADER),
     "format true": (mask_bytes(told=told_with(format=True)), HEADER),
-    "format 1.0": (mask_bytes(told=told_with(format=1.0)), HEADER),
     "granularity null": (mask_bytes(told=told_with(granularity=None)), HEADER),
-    "granularity a list": (mask_bytes(told=told_with(granularity=["row"])), HEADER),
-    "granularity in capitals": (mask_bytes(told=told_with(granularity="Scalar")), HEADER),
-    "shape a text": (mask_bytes(told=told_with(shapes={"w": "22"})), HEADER),
-    "shape null": (mask_bytes(told=told_with(shapes={"w": None})), HEADER),
-    "shape of fractions": (mask_bytes(told=told_with(shapes={"w": [2.0, 2]})), HEADER),
     "shape of truths": (mask_bytes(told=told_with(shapes={"w": [True, 4]})), HEADER),
-    "shape NaN": (mask_bytes(told=told_with(shapes={"w": [float("nan")]})), HEADER),
-    "shape of 2^63": (mask_bytes(told=told_with(shapes={"w": [2**63]})), HEADER),
     "shape that wraps around": (mask_bytes(told=told_with(shapes={"w": [2**40, 2**40]})), HEADER),
-    "shape of 2^64 and 0": (mask_bytes(told=told_with(shapes={"w": [2**64, 0]})), HEADER),
     "one name too many": (
         mask_bytes(told=told_with(shapes={"w": [4], "v": [4]})),
         "header and tensors name different tensors",
     ),
-    "no names": (mask_bytes(told=told_with(shapes={})), "name different tensors; make it anew"),
-    "another name": (mask_bytes(told=told_with(shapes={"W": [4]})), "name different tensors"),
     "no tensors at all": (
         safetensors({"__metadata__": {"allo_neuron_mask": json.dumps(told_with(shapes={}))}}),
         "keeps nothing of any tensor; make it anew",
     ),
     "nothing kept": (mask_bytes(()), "keeps nothing of any tensor; make it anew"),
     "index past the end": (mask_bytes((0, 4)), INDICES),
-    "index far past the end": (mask_bytes((0, 2**31 - 1)), INDICES),
     "index negative": (mask_bytes((-1, 3)), INDICES),
-    "index most negative": (mask_bytes((-(2**31), 2**31 - 1)), INDICES),
     "differences that wrap around": (mask_bytes((2**31 - 1, -(2**31), 3)), INDICES),
-    "unsorted": (mask_bytes((3, 0)), INDICES),
-    "unsorted inside": (mask_bytes((0, 2, 1, 3)), INDICES),
     "twice": (mask_bytes((3, 3)), INDICES),
-    "twice and all": (mask_bytes((0, 1, 2, 3, 3)), INDICES),
-    "of a tensor without entries": (mask_bytes(told=told_with(shapes={"w": [0, 4]})), INDICES),
-    "of a smaller tensor": (mask_bytes(told=told_with(shapes={"w": [3]})), INDICES),
     "floats": (mask_bytes(dtype="F32"), INDICES),
-    "unsigned": (mask_bytes(dtype="U32"), INDICES),
-    "truths": (mask_bytes(dtype="BOOL", shape=[8]), INDICES),
-    "bytes": (mask_bytes(dtype="U8", shape=[8]), INDICES),
     "a matrix of indices": (mask_bytes(shape=[1, 2]), INDICES),
-    "a row of numbers": (mask_bytes(shape=[2, 1]), INDICES),
-    "no dimension": (mask_bytes((3,), shape=[]), INDICES),
     "parts of rows": (
         mask_bytes((0, 3), told_with(granularity="row")),
         "w keeps parts of rows; make it anew",
     ),
     "half of the last row": (
         mask_bytes((0, 1, 2), told_with(granularity="row")),
-        "w keeps parts of rows; make it anew",
-    ),
-    "a row out of step": (
-        mask_bytes((1, 2), told_with(granularity="row")),
         "w keeps parts of rows; make it anew",
     ),
     "name with a line break": (
@@ -248,16 +158,8 @@ def with_another(name, value):
 
 
 OTHERS = {
-    "all names with a prefix": (renamed, "mask names 'base_model."),
     "one name more": (with_another("extra", torch.ones(4)), "mask names 'extra', which the model"),
     "a matrix turned": (with_another(UP, torch.ones(16, 24)), "mask expects shape (16, 24), the"),
-    "a matrix flat": (with_another(UP, torch.ones(24 * 16)), "mask expects shape (384,), the"),
-    "a wider matrix": (with_another(UP, torch.ones(24, 32)), "mask expects shape (24, 32), the"),
-    "a longer vocabulary": (
-        with_another("model.embed_tokens.weight", torch.ones(40, 16)),
-        "mask expects shape (40, 16), the model has (33, 16)",
-    ),
-    "no dimension": (with_another(UP, torch.tensor(9.0)), "mask expects shape (), the model has"),
 }  # fmt: skip
 
 
@@ -293,11 +195,7 @@ def change_of(name, value):
 
 WEIGHTS = {
     "a name missing": (change_of(UP, None), f"weights and model differ: '{UP}' is in only one"),
-    "a name more": (change_of("zz", torch.ones(1)), "weights and model differ: 'zz' is in"),
-    "no names": (lambda given: {}, "weights and model differ: "),
     "turned": (change_of(UP, torch.ones(16, 24)), "up_proj.weight have shape (16, 24), the model"),
-    "flat": (change_of(UP, torch.ones(384)), "have shape (384,), the model has (24, 16)"),
-    "one number": (change_of(UP, torch.tensor(1.0)), "have shape (), the model has (24, 16)"),
     "last one of another shape": (
         change_of("lm_head.weight", torch.ones(34, 16)),
         "weights of lm_head.weight have shape (34, 16), the model has (33, 16)",
@@ -319,8 +217,6 @@ def test_weights_of_another_model_change_nothing(change, told):
 NAN, INF = float("nan"), float("inf")
 SCORES = {
     "NaN": ([1.0, NAN], torch.float32, "scores of w hold NaN; check the run they are of"),
-    "NaN in bfloat16": ([NAN, 1.0], torch.bfloat16, "scores of w hold NaN"),
-    "NaN in float16": ([NAN, NAN], torch.float16, "scores of w hold NaN"),
     "none": ([], torch.float32, "no scores were given; expected at least one tensor"),
 }
 
@@ -365,24 +261,11 @@ def assert_usable(mask):
 
 
 @fuzzing
-@given(st.binary(max_size=200), st.booleans())
-def test_any_bytes_are_refused(tmp_path, raw, prefixed):
-    raw = struct.pack("<Q", max(0, len(raw) - 4)) + raw if prefixed else raw
-    assert loaded(tmp_path / "any", raw) == (None, None)
-
-
-@fuzzing
 @given(st.integers(0, len(GOOD) - 1), st.integers(0, 255))
 def test_any_changed_byte_of_a_mask_is_refused_or_still_a_mask(tmp_path, place, value):
     raw = bytearray(GOOD)
     raw[place] = value
     assert_usable(loaded(tmp_path / "any", bytes(raw))[0])
-
-
-@fuzzing
-@given(st.integers(0, len(GOOD) - 1))
-def test_any_cut_of_a_mask_is_refused(tmp_path, length):
-    assert loaded(tmp_path / "any", GOOD[:length]) == (None, None)
 
 
 small = st.integers(-3, 6) | st.sampled_from([2**31, 2**32, 2**63, 2**64, True, None, 1.5, "1"])
@@ -412,19 +295,3 @@ sizes = st.lists(small, max_size=3)
 def test_any_header_is_refused_or_a_mask(tmp_path, indices, told, change):
     raw = mask_bytes(indices, WRITTEN | told, **change)
     assert_usable(loaded(tmp_path / "any", raw)[0])
-
-
-@fuzzing
-@given(
-    st.dictionaries(
-        st.text(max_size=4),
-        st.lists(st.floats(width=32), max_size=4).map(torch.tensor),
-        max_size=3,
-    )
-)
-def test_any_tensors_written_are_read_again(tmp_path, tensors):
-    path = tmp_path / "any.safetensors"
-    save_file(tensors, str(path))
-    again = weights.read_tensors(path)
-    assert again.keys() == tensors.keys()
-    assert all(torch.equal(again[n], t) or t.isnan().any() for n, t in tensors.items())

@@ -50,62 +50,23 @@ def line(row) -> bytes:
 ROWS = {
     # Not an object at all.
     "null": (None, "NoneType, expected a JSON object"),
-    "true": (True, "bool, expected a JSON object"),
-    "number": (7, "int, expected a JSON object"),
-    "text": ("id question", "str, expected a JSON object"),
     "row in a list": ([ROW], "list, expected a JSON object"),
     # Missing keys.
-    "no id": (without(ROW, "id"), "no id; expected the keys id, question"),
-    "no question": (without(ROW, "question"), "no question; expected the keys"),
-    "no solution": (without(ROW, "solution"), "no solution; expected the keys"),
     "no choices": (without(ROW, "choices"), "no choices; expected the keys"),
     "only an id": ({"id": "a"}, "no question, solution, answer, choices"),
-    "keys in capitals": ({key.upper(): v for key, v in ROW.items()}, "no id, question"),
     "no prompt": (without(PAIR, "prompt"), "no prompt; expected the keys prompt, chosen"),
-    "no chosen": (without(PAIR, "chosen"), "no chosen; expected the keys prompt, chosen"),
-    "only rejected": ({"rejected": "x"}, "no prompt, chosen"),
     # Wrong types and empty texts.
     "id true": (ROW | {"id": True}, "id is True, expected non-empty text"),
-    "id list": (ROW | {"id": ["q"]}, "id is ['q'], expected non-empty text"),
-    "id empty": (ROW | {"id": ""}, "id is '', expected non-empty text"),
-    "id NaN": (ROW | {"id": float("nan")}, "id is nan, expected non-empty text"),
-    "question null": (ROW | {"question": None}, "question is None, expected non-empty text"),
     "question blank": (ROW | {"question": "\n\t "}, "question is '\\n\\t ', expected non-empty"),
-    "question object": (ROW | {"question": {"text": "x"}}, "question is {'text': 'x'}"),
-    "answer null without options": (
-        ROW | {"answer": None, "choices": None},
-        "answer is None, expected non-empty text",
-    ),
-    "answer number": (ROW | {"answer": 1}, "answer is 1, expected non-empty text"),
     "solution number": (ROW | {"solution": 0}, "solution is 0, expected a string or null"),
-    "solution false": (ROW | {"solution": False}, "solution is False, expected a string or null"),
-    "prompt null": (PAIR | {"prompt": None}, "prompt is None, expected non-empty text"),
-    "chosen blank": (PAIR | {"chosen": " "}, "chosen is ' ', expected non-empty text"),
-    "rejected list": (PAIR | {"rejected": ["Go."]}, "rejected is ['Go.'], expected"),
     "rejected messages": (
         PAIR | {"rejected": [{"role": "assistant", "content": "Go."}]},
         "rejected is [{'role': 'assistant', 'content': 'Go.'}]",
     ),
     # Options and answers.
-    "choices text": (ROW | {"choices": "AB"}, "choices is 'AB', expected null or 2 to 26"),
-    "choices empty": (ROW | {"choices": []}, "choices is [], expected null or 2 to 26 strings"),
-    "choices object": (ROW | {"choices": {"A": "x"}}, "choices is {'A': 'x'}, expected null"),
     "27 choices": (ROW | {"choices": ["x"] * 27}, "expected null or 2 to 26 strings"),
     "choice number": (ROW | {"choices": ["here", 2]}, "an option is empty or no string"),
-    "choice null": (ROW | {"choices": ["here", None]}, "an option is empty or no string"),
     "answer small": (ROW | {"answer": "b"}, "answer is 'b', expected a letter from A to B"),
-    "answer in words": (ROW | {"answer": "there"}, "answer is 'there', expected a letter"),
-    "answer in brackets": (ROW | {"answer": "(B)"}, "answer is '(B)', expected a letter"),
-    "answer with blank": (ROW | {"answer": "B "}, "answer is 'B ', expected a letter"),
-    "answer past Z": (ROW | {"answer": "["}, "answer is '[', expected a letter"),
-    "options not in the question": (
-        ROW | {"question": "Where is it dark?"},
-        "expected a text and then its options, one a line, from '(A) here' to '(B) there'",
-    ),
-    "options in another order": (
-        ROW | {"question": "Where?\n(B) there\n(A) here"},
-        "expected a text and then its options",
-    ),
     "text after the options": (
         ROW | {"question": ROW["question"] + "\nChoose one."},
         "expected a text and then its options",
@@ -115,18 +76,11 @@ ROWS = {
         "question is '\\n(A) here\\n(B) there', expected a text and then",
     ),
     # Characters.
-    "half a pair in the id": (ROW | {"id": HALF}, "id is '\\ud83d', expected non-empty text of"),
     "half a pair in the solution": (
         ROW | {"solution": "so " + HALF},
         "solution is 'so \\ud83d', expected a string or null",
     ),
-    "half a pair in an option": (
-        ROW | {"choices": ["here", "the" + HALF]},
-        "an option is empty or no string",
-    ),
     "half a pair in a reply": (PAIR | {"chosen": "\udc00 Hi"}, "chosen is '\\udc00 Hi', expected"),
-    "pair in the wrong order": (PAIR | {"rejected": "\ude00\ud83d"}, "valid Unicode"),
-    "a million bad characters": (ROW | {"id": HALF * 10**6}, "id is '\\ud83d\\ud83d"),
     # Pairs.
     "equal replies": (PAIR | {"chosen": "Go."}, "chosen equals rejected; drop the row or correct"),
 }
@@ -147,37 +101,16 @@ def test_a_bad_row_is_named_by_file_and_line(tmp_path, row, told):
 GOOD = line(ROW)
 FILES = {
     "empty": (b"", "holds no rows; expected one JSON object a line"),
-    "blank lines": (b"\n \n\t\n\r\n", "holds no rows"),
-    "not JSON": (b"hello\n", "line 1: not JSON (Expecting value"),
-    "CSV": (b"id,question\n1,x\n", "line 1: not JSON"),
     "cut off": (GOOD + GOOD[:-20], "line 2: not JSON (Expecting value"),
-    "two rows on a line": (GOOD.strip() + GOOD, "line 1: not JSON (Extra data"),
     "one array": (b"[" + GOOD.strip() + b"]", "line 1: list, expected a JSON object"),
-    "array over lines": (b"[\n" + GOOD + b"]\n", "line 1: not JSON"),
-    "indented": (json.dumps(ROW, indent=1).encode(), "line 1: not JSON"),
-    "single quotes": (repr(ROW).encode(), "line 1: not JSON (Expecting property name"),
-    "comma at the end": (GOOD[:-2] + b",}\n", "line 1: not JSON"),
-    "comment": (b"// rows\n" + GOOD, "line 1: not JSON"),
-    "control character": (GOOD.replace(b"dark", b"da\x01rk"), "not JSON (Invalid control char"),
-    "bad escape": (GOOD.replace(b"dark", b"da\\xrk"), "not JSON (Invalid \\escape"),
-    "byte order mark": (b"\xef\xbb\xbf" + GOOD, "line 1: not JSON (Unexpected UTF-8 BOM"),
-    "UTF-16": (GOOD.decode().encode("utf-16"), "line 1: not UTF-8; save the file as UTF-8"),
     "Latin-1": (GOOD + "{'é'}".encode("latin-1"), "line 2: not UTF-8"),
-    "overlong UTF-8": (b'{"id": "\xc0\xaf"}', "line 1: not UTF-8"),
-    "surrogates as UTF-8": (GOOD + b'{"id": "\xed\xa0\xbd"}', "line 2: not UTF-8"),
-    "cut character": (GOOD + b'{"id": "\xe2\x82', "line 2: not UTF-8"),
-    "zeros": (bytes(64), "line 1: not JSON"),
     "very deep": (b"[" * 100_000, "line 1: not JSON"),
-    "huge number": (b'{"id": ' + b"9" * 5000 + b"}", "line 1: not JSON (Exceeds the limit"),
     "key twice": (
         GOOD[:-2] + b', "answer": "A"}\n',
         "line 1: not JSON (the key 'answer' is there twice)",
     ),
-    "nested key twice": (b'{"id": {"a": 1, "a": 2}}', "the key 'a' is there twice"),
     "id twice": (GOOD + line(ROW | {"answer": "A"}), "id 'q-1' occurs twice; expected one row"),
-    "long id twice": (line(ROW | {"id": "x" * 10**5}) * 2, "xxx... occurs twice; expected one"),
     "both kinds": (GOOD + line(PAIR), "line 2: questions and preferences in one file"),
-    "both kinds, turned": (line(PAIR) + GOOD, "line 2: questions and preferences in one file"),
 }  # fmt: skip
 
 
@@ -193,17 +126,8 @@ def test_a_bad_file_is_told(tmp_path, raw, told):
 
 PACKED = gzip.compress(GOOD * 50)
 ARCHIVES = {
-    "empty": (b"", "holds no rows"),
     "not packed": (GOOD, "cannot be read (Not a gzipped file"),
-    "two bytes": (PACKED[:2], "cannot be read"),
-    "half a header": (PACKED[:7], "cannot be read"),
-    "cut off": (PACKED[: len(PACKED) // 2], "cannot be read"),
-    "no checksum": (PACKED[:-8], "cannot be read"),
-    "wrong checksum": (PACKED[:-8] + bytes(4) + PACKED[-4:], "cannot be read (CRC check failed"),
-    "wrong length": (PACKED[:-4] + bytes(4), "cannot be read (Incorrect length"),
     "damaged": (PACKED[:30] + b"\xff" * 8 + PACKED[38:], "cannot be read"),
-    "another archive": (b"PK\x03\x04" + PACKED[4:], "cannot be read (Not a gzipped file"),
-    "rubbish behind": (PACKED + b"rubbish", "cannot be read (Not a gzipped file"),
 }
 
 
@@ -212,24 +136,6 @@ def test_a_bad_archive_is_told(tmp_path, raw, told):
     folder = written(tmp_path, raw, "ecqa.jsonl.gz")
     with refused("train.jsonl.gz", told):
         realdata.load_rows("ecqa", "train", folder)
-
-
-@fuzzing
-@given(st.binary(max_size=200), st.sampled_from(["ecqa.jsonl", "ecqa.jsonl.gz"]))
-def test_any_bytes_are_rows_or_refused(tmp_path, raw, name):
-    folder = written(tmp_path / name, raw, name)
-    read_or_refused(lambda: realdata.load_rows("ecqa", "train", folder))
-
-
-@fuzzing
-@given(st.integers(0, len(PACKED) - 1), st.integers(1, 255))
-def test_any_changed_byte_of_an_archive_is_seen(tmp_path, place, change):
-    raw = bytearray(PACKED)
-    raw[place] ^= change
-    folder = written(tmp_path, bytes(raw), "ecqa.jsonl.gz")
-    # Bytes of the header that say nothing of the content, such as the time, may differ.
-    found = read_or_refused(lambda: realdata.load_rows("ecqa", "train", folder))
-    assert found is None or place < 10
 
 
 anything = st.recursive(
@@ -257,11 +163,6 @@ def test_any_row_passes_whole_or_is_refused(row, dropped):
         assert questions.prompt("ecqa", row)
 
 
-def test_a_data_set_without_a_name_for_a_folder_is_told(tmp_path):
-    with refused("expected ../../etc/train.jsonl or"):
-        realdata.load_rows("../../etc", "train", tmp_path)
-
-
 # --- questions and conversations -----------------------------------------------------------------
 
 
@@ -273,16 +174,8 @@ def test_a_preference_is_no_question():
 ORDER = "': expected '\\n\\nHuman: ...' first, and the open turn '\\n\\nAssistant:' after a human"
 CONVERSATIONS = {
     "no open turn": ("\n\nHuman: Hi\n\nAssistant: Hello", ORDER),
-    "ends with a question": ("\n\nHuman: Hi\n\nAssistant: Hello\n\nHuman: And?", ORDER),
     "two open turns": ("\n\nHuman: Hi\n\nAssistant:\n\nAssistant:", ORDER),
     "empty question": ("\n\nHuman:\n\nAssistant:", "': an empty turn; expected text in each"),
-    "empty turn inside": (
-        "\n\nHuman: a\n\nAssistant:\n\nHuman: b\n\nAssistant:",
-        "': an empty turn; expected text in each",
-    ),
-    "text before": ("Note.\n\nHuman: Hi\n\nAssistant:", ORDER),
-    "names without line breaks": ("Human: Hi Assistant:", ORDER),
-    "assistant first": ("\n\nAssistant: Hi\n\nAssistant:", ORDER),
     "a million characters": ("\n\nHuman: " + "a" * 10**6, "aaa...: expected '"),
 }
 
@@ -296,12 +189,10 @@ def test_a_conversation_in_the_wrong_order_is_told(text, told):
 PAIRS = {
     "a question": (ROW, "pair 1 is a question; expected the keys prompt, chosen, rejected"),
     "no chosen": (without(PAIR, "chosen"), "pair 1: no chosen; expected the keys"),
-    "no dict": ("Hi", "pair 1: str, expected a JSON object"),
     "messages": (
         {"prompt": [{"role": "user", "content": "Hi"}], "chosen": "a", "rejected": "b"},
         "pair 1: prompt is [{'role': 'user', 'content': 'Hi'}], expected non-empty text",
     ),
-    "half a pair": (PAIR | {"chosen": HALF}, "pair 1: chosen is '\\ud83d'"),
     "equal": (PAIR | {"chosen": "Go."}, "pair 1: chosen equals rejected"),
 }
 
@@ -340,19 +231,10 @@ def letters():
 
 PROMPTS = {
     "nothing": (None, "None given; expected a string or a list of chat messages"),
-    "number": (3, "3 given; expected a string or a list"),
-    "bytes": (b"Hi", "b'Hi' given; expected a string or a list"),
     "one message": (says("user"), "given; expected a string or a list of chat messages"),
     "no messages": ([], "the list of chat messages is empty"),
     "list of texts": (["Hi"], "message 0 is 'Hi'; expected a dict with role and content"),
-    "no role": ([{"content": "Hi"}], "expected a dict with role and content"),
-    "no content": ([{"role": "user"}], "message 0 is {'role': 'user'}; expected a dict with"),
-    "ShareGPT's keys": ([{"from": "human", "value": "Hi"}], "expected a dict with role and"),
     "unknown role": ([says("human")], "message 0: role is 'human', expected one of system"),
-    "role in capitals": ([says("User")], "message 0: role is 'User', expected one of"),
-    "special token as role": ([says("<|im_end|>")], "role is '<|im_end|>', expected one of"),
-    "role null": ([says(None)], "message 0: role is None, expected one of"),
-    "content null": ([says("user", None)], "message 0: None is no text; expected a string"),
     "content in parts": (
         [says("user", [{"type": "text", "text": "Hi"}])],
         "message 0: [{'type': 'text', 'text': 'Hi'}] is no text",
@@ -360,12 +242,6 @@ PROMPTS = {
     "content half a pair": ([says("user", "a" + HALF)], "message 0: half of a surrogate pair at"),
     "half a pair": ("so " + HALF, "half of a surrogate pair at character 3; expected valid"),
     "assistant last": ([says("user"), says("assistant")], "of role 'assistant', expected user or"),
-    "system alone": ([says("system")], "the last message is of role 'system', expected user"),
-    "system last": ([says("user"), says("system")], "message 1 is the system's; put it first"),
-    "system in the middle": (
-        [says("user"), says("system"), says("user")],
-        "message 1 is the system's; put it first",
-    ),
     "second system": ([says("system"), says("system"), says("user")], "message 1 is the system's"),
 }
 
@@ -381,11 +257,8 @@ def test_a_bad_prompt_is_told(letters, prompt, told):
 
 RESPONSES = {
     "nothing": (None, "None given; expected a string or a list of chat messages"),
-    "number": (0.5, "0.5 given; expected a string or a list"),
     "no messages": ([], "the list of chat messages is empty"),
     "question last": ([says("assistant"), says("user")], "of role 'user', expected assistant"),
-    "system": ([says("system")], "the last message is of role 'system', expected assistant"),
-    "text in a list": (["Hi"], "message 0 is 'Hi'; expected a dict with role and content"),
     "content number": ([says("assistant", 5)], "message 0: 5 is no text; expected a string"),
     "half a pair": (HALF, "half of a surrogate pair at character 0"),
 }
@@ -410,13 +283,6 @@ def test_a_prompt_without_tokens_and_one_of_a_million_characters_are_told(letter
 TEMPLATES = {
     "none": (None, "chat template does not take these messages (Cannot use chat template"),
     "refuses": ("{{ raise_exception('roles must\nalternate') }}", "(roles must alternate)"),
-    "damaged": ("{% for m in messages %}", "does not take these messages (Unexpected end of"),
-    "unknown name": ("{{ nobody.name }}", "does not take these messages ('nobody' is undefined"),
-    "wrong operation": ("{{ messages + 1 }}", "does not take these messages ("),
-    "reaches for Python": (
-        "{{ ''.__class__.__mro__[1].__subclasses__() }}",
-        "does not take these messages (",
-    ),
 }
 
 
@@ -498,13 +364,6 @@ def test_a_tokenizer_of_words_cannot_tell_and_refuses(token):
         encoding.encode_prompt(tokenizer, [says("user", f"calc {token}")])
 
 
-def test_an_unknown_word_is_no_special_token():
-    tokenizer = miniature.tokenizer()
-    unknown = tokenizer.unk_token_id
-    assert encoding.encode_prompt(tokenizer, "calc nobodysword")[1] == unknown
-    assert encoding.encode_prompt(tokenizer, f"calc {tokenizer.unk_token}")[1] == unknown
-
-
 @fuzzing
 @given(st.text(max_size=40))
 def test_ordinary_text_is_encoded_as_ever(letters, text):
@@ -526,32 +385,19 @@ CHAT = {
     "rejected": [says("assistant", "b")],
 }
 ALIGNED = {
-    "none": (None, "align: pairs is a NoneType; expected one split of a datasets.Dataset"),
-    "number": (5, "align: pairs is a int; expected one split"),
     "path": ("pairs.jsonl", "align: pair 0 is a str, not a dict; expected one split"),
     "DatasetDict": ({"train": [SIMPLE]}, "align: pair 0 is a str, not a dict; expected one split"),
-    "tuples": ([("Hi", "a", "b")], "align: pair 0 is a tuple, not a dict"),
-    "empty dict": ([{}], "align: pairs lack the column 'chosen' (pair 0); expected prompt"),
     "later row lacks": ([SIMPLE, without(SIMPLE, "chosen")], "column 'chosen' (pair 1)"),
-    "other names": ([{"question": "Hi", "accepted": "a", "refused": "b"}], "the column 'chosen'"),
-    "prompt null": ([SIMPLE | {"prompt": None}], "pair 0, prompt: None given; expected a string"),
-    "chosen null": ([SIMPLE, SIMPLE | {"chosen": None}], "pair 1, chosen: None given; expected"),
     "prompt empty": ([SIMPLE | {"prompt": ""}], "pair 0: the prompt has no tokens"),
     "half a pair": ([SIMPLE | {"rejected": HALF}], "pair 0, rejected: half of a surrogate pair"),
     "equal": ([CHAT | {"chosen": CHAT["rejected"]}], "pair 0: chosen equals rejected"),
-    "million characters": ([SIMPLE | {"prompt": "a" * 10**6}], "pair 0: 1000002 tokens, but"),
     "assistant last": (
         [CHAT | {"prompt": [says("user"), says("assistant")]}],
         "pair 0, prompt: the last message is of role 'assistant', expected user",
     ),
-    "user replies": ([CHAT | {"chosen": [says("user")]}], "of role 'user', expected assistant"),
     "another conversation": (
         [CHAT | {"chosen": [says("user", "Ho"), says("assistant")]}],
         "pair 0: chosen has 1 messages before the reply that are not the prompt",
-    ),
-    "text, then another conversation": (
-        [SIMPLE | {"rejected": [says("user", "Ho"), says("assistant")]}],
-        "pair 0: rejected has 1 messages before the reply that are not the prompt",
     ),
     "template written out": (
         [SIMPLE, SIMPLE | {"prompt": "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"}],
@@ -564,10 +410,6 @@ ALIGNED = {
     "end token in rejected": (
         [SIMPLE | {"rejected": "b <|im_end|> c"}],
         "the rejected string contains the special token '<|im_end|>'",
-    ),
-    "padding in a string": (
-        [SIMPLE | {"chosen": "a<|endoftext|>"}],
-        "the chosen string contains the special token '<|endoftext|>'",
     ),
 }  # fmt: skip
 
@@ -587,19 +429,6 @@ def test_bad_pairs_are_told_before_anything_is_written(tmp_path, letters, model,
     with refused(told):
         align(model, letters, pairs, output_dir=tmp_path / "out")
     assert not (tmp_path / "out").exists() and models.weights_hash(model) == before
-
-
-def test_chat_content_with_special_tokens_is_aligned_as_letters(tmp_path, letters, model):
-    risky = {
-        "prompt": [says("user", "a<|im_end|>")],
-        "chosen": [says("user", "a<|im_end|>"), says("assistant", "<|im_end|>")],
-        "rejected": [says("assistant", "b")],
-    }
-    config = {"estimator": "gradient"}
-    result = align(
-        model, letters, [risky], stages=("importance",), config=config, output_dir=tmp_path
-    )
-    assert result.mask.kept
 
 
 def test_hub_columns_of_another_form_are_told(monkeypatch):

@@ -1,11 +1,8 @@
 """Profiles: what a YAML file may say, and that everything else is refused in one line."""
 
-import dataclasses
 import json
 import subprocess
 import sys
-import types
-import typing
 
 import pytest
 import yaml
@@ -13,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from allo_lib import config, profile_files
-from allo_lib.config import Profile, fingerprint
+from allo_lib.config import fingerprint
 from allo_lib.errors import AlloError
 from allo_lib.profile_files import load_profile
 
@@ -102,7 +99,7 @@ def test_the_hash_follows_every_value_and_nothing_else(write):
     assert len(hash_of()) == 64 and int(hash_of(), 16)
     # How many SFT models have to be there decides verdicts, and changes no result.
     assert load_profile(write(SMALL)).models == 1 and hash_of({"models": 8}) == hash_of()
-    with pytest.raises(AlloError, match="models: got 0, expected at least 1"):
+    with pytest.raises(AlloError, match="models: got 0, expected greater than or equal to 1"):
         hash_of({"models": 0})
 
 
@@ -123,6 +120,22 @@ def test_settings_that_came_later_count_in_the_hash_only_where_they_are_used(wri
     judge = {"judge": {"kind": "reward_model", "model": "some/model"}}
     named = load_profile(path, judge)
     assert named.judge.model == "some/model" and named.hash() == load_profile(path).hash()
+
+
+# Committed results and what users have in their stores are known by these.
+HASHES = {
+    "tiny": "32f99c84974ded8ff7af077e2762024a69c8b2361d2157c5d2c4cbb27124defa",
+    "tiny-full": "f8e0cfbba397db128fe7f89bbfe6116ea445610ba9f41fbe9ffd69270d9b9bc6",
+    "tiny-ablations": "c253b88349381d0f70ce7d8a9f65f7b5e06927bfc53ae0c168865f14f0738321",
+    "smollm2": "34525a69f86547c67c0bc9d9e44990139cc187768968d1b26a4b256ae4e8bfe7",
+}
+
+
+def test_profiles_keep_their_hashes():
+    # A profile that is changed on purpose gets a new hash, and its results are made again.
+    assert {name: load_profile(name, device="cpu").hash() for name in HASHES} == HASHES
+    gpu = "8046cfe29267a3596f0756429c29d9ea654075e85da7505893fd63115927daeb"
+    assert load_profile("smollm2", device="cuda").hash() == gpu
 
 
 def test_the_hash_is_the_same_in_another_process(write):
@@ -157,115 +170,3 @@ def test_fingerprints_ignore_the_order_of_keys(value):
 def test_fingerprint_refuses_nan():
     with pytest.raises(ValueError):
         fingerprint({"a": float("nan")})
-
-
-def refused(path, told, **arguments):
-    with pytest.raises(AlloError, match=told) as caught:
-        load_profile(path, **arguments)
-    assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize("name", ["nope", "none.yaml", "/no/such/file.yaml", "", "."])
-def test_unknown_profiles_are_refused_with_the_known_names(monkeypatch, tmp_path, name):
-    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(SMALL))
-    (tmp_path / "real.yaml").write_text(yaml.safe_dump(SMALL))
-    monkeypatch.setattr(profile_files, "PROFILES", tmp_path)
-    refused(name, "no profile .*expected one of real, tiny, or the path")
-    assert load_profile("tiny").name == "tiny"
-
-
-@pytest.mark.parametrize(
-    ("text", "told"),
-    [
-        ("a: [", "not readable YAML"),
-        ("a: b: c", "not readable YAML"),
-        ("", "holds a NoneType"),
-        ("- 1\n- 2", "holds a list"),
-        ("just words", "holds a str"),
-        ("!!python/object/apply:os.getcwd []", "not readable YAML"),
-    ],
-)
-def test_files_that_hold_no_profile_are_refused(write, text, told):
-    refused(write(text), f"small.yaml.*{told}")
-
-
-def test_files_that_are_not_text_are_refused(tmp_path):
-    (tmp_path / "bad.yaml").write_bytes(b"name: \xff\xfe")
-    refused(tmp_path / "bad.yaml", "bad.yaml is not readable YAML")
-
-
-@pytest.mark.parametrize(
-    ("overrides", "told"),
-    [
-        ({"colour": 1}, "unknown key 'colour'; expected one of abl.* description"),
-        ({"method.bta": 1}, "method: unknown key 'bta'; expected one of beta"),
-        ({"domains.miniature.pairs.trian": 1}, r"domains.miniature: pairs: unknown key 'trian'"),
-        ({"domains.other.epochs": 1}, "domains.other.datasets: empty"),
-        ({"method": 3}, "method: expected a section"),
-        ({"method": None}, "method: expected a section"),
-        ({"domains": ["miniature"]}, "domains: expected named sections"),
-        ({"domains": {}}, "names no domain"),
-        ({"domains": {"miniature": 3}}, "miniature: expected a section"),
-        ({"name": 3}, "name: expected str, got 3"),
-        ({"model.width": "128"}, "width: expected int, got '128'"),
-        ({"model.width": 1.5}, "width: expected int, got 1.5"),
-        ({"model.width": True}, "width: expected int, got True"),
-        ({"model.width": None}, "width: expected int, got None"),
-        ({"model.width": -1}, "model.width: got -1"),
-        ({"model.name": 3}, "name: expected str, got 3"),
-        ({"model.dtype": "float16"}, "expected one of float32, bfloat16, auto, got 'float16'"),
-        ({"method.beta": "much"}, "beta: expected a number, got 'much'"),
-        ({"method.beta": True}, "beta: expected float, got True"),
-        ({"method.beta": [0.1]}, "beta: expected float"),
-        ({"method.beta": float("nan")}, "beta: expected a finite number"),
-        ({"method.beta": float("inf")}, "beta: expected a finite number"),
-        ({"method.beta": "nan"}, "beta: expected a finite number"),
-        ({"method.beta": -0.1}, "method.beta: got -0.1"),
-        ({"method.share": 0}, "share of 0"),
-        ({"method.share": 1.01}, "share of 1.01"),
-        ({"method.key_share": 0.0}, "share of 0"),
-        ({"method.shares": [0.1, 2]}, "share of 2"),
-        ({"method.shares": [0.1, -1]}, "(share of|got) -1"),
-        ({"method.shares": 0.1}, "shares: expected a list, got 0.1"),
-        ({"methods": "dpo"}, "methods: expected a list, got 'dpo'"),
-        ({"methods": [3]}, "methods: expected str, got 3"),
-        ({"domains.miniature.kind": "maths"}, "kind: got 'maths', expected miniature, choice"),
-        ({"domains.miniature.datasets": []}, "datasets: empty"),
-        ({"domains.miniature.rates.top": -1e-3}, "rates.top: got -0.001"),
-        ({"name": ""}, "name is empty"),
-    ],
-)
-def test_wrong_values_are_refused(write, overrides, told):
-    refused(write(SMALL), told, overrides=overrides)
-
-
-def test_an_override_cannot_reach_into_a_value(write):
-    refused(write(SMALL), "'beta' is a value", overrides={"method.beta.x": 1})
-
-
-@pytest.mark.parametrize("sizes", [{"cpu": {}}, {"cpu": {}, "gpu": {}, "tpu": {}}, 3, ["cpu"], {}])
-def test_sizes_need_both_devices(write, sizes):
-    refused(write(SMALL | {"sizes": sizes}), "`sizes` needs exactly the keys cpu, gpu")
-
-
-@pytest.mark.parametrize("size", [3, ["model"], "large"])
-def test_a_size_is_a_section(write, size):
-    refused(write(SMALL | {"sizes": {"cpu": size, "gpu": {}}}), "sizes.cpu", device="cpu")
-
-
-def plain_fields(kind, prefix=""):
-    """Dotted names of all scalar and list fields under a dataclass, with their types."""
-    for name, hint in typing.get_type_hints(kind).items():
-        if dataclasses.is_dataclass(hint):
-            yield from plain_fields(hint, f"{prefix}{name}.")
-        elif not (isinstance(hint, types.GenericAlias) and hint.__origin__ is dict):
-            yield f"{prefix}{name}", hint
-
-
-def test_every_field_refuses_a_section_in_its_place(write):
-    path = write(SMALL)
-    names = [name for name, _ in plain_fields(Profile)]
-    names += [f"domains.miniature.{name}" for name, _ in plain_fields(config.Domain)]
-    assert len(names) > 60
-    for name in names:
-        refused(path, "expected", overrides={name: {"a": 1}})

@@ -7,21 +7,15 @@ from types import SimpleNamespace
 import instructed
 import pandas as pd
 import pytest
-import torch
 from instructed import DOMAIN, METHODS, open_instructed, results_of
 from refusals import refused, tree
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from allo_lib import (
     arms,
-    benchmark_files,
     cli,
     comparisons,
-    instruction_checks,
     instructions,
-    judge_names,
     judges,
-    local_judges,
     main_table,
     measurements,
     notes,
@@ -48,7 +42,6 @@ def folder(tmp_path_factory):
     results_of(open_instructed(folder))
     instructed.length_judge(folder / "longer")
     instructed.length_judge(folder / "shorter", sign=-1)
-    instructed.random_judge(folder / "random")
     return folder
 
 
@@ -57,8 +50,8 @@ def study(folder):
     return open_instructed(folder)
 
 
-def judged(folder, name):
-    return open_instructed(folder, kind="reward_model", model=str(folder / name))
+def judged(folder, name, **settings):
+    return open_instructed(folder, kind="reward_model", model=str(folder / name), **settings)
 
 
 def rows_of(study):
@@ -90,12 +83,6 @@ def inputs_of(profile, name, folder, monkeypatch):
 
 def test_without_instructions_results_are_known_as_before(tmp_path, monkeypatch):
     assert fingerprint(inputs_of("tiny", "miniature", tmp_path, monkeypatch)) == KEY_OF_TINY
-
-
-@pytest.mark.parametrize("name", ["questions", "maths", "helpfulness"])
-def test_real_domains_without_instructions_do_not_hang_on_them(tmp_path, monkeypatch, name):
-    for inputs in inputs_of("smollm2", name, tmp_path, monkeypatch):
-        assert "instructions" not in json.dumps(inputs)
 
 
 def test_results_hang_on_the_instructions_but_candidates_and_the_judge_do_not(folder, study):
@@ -190,26 +177,16 @@ def test_outputs_are_written_in_the_benchmarks_own_formats(folder, study):
     found = results_of(study)
     paths = instructions.write_outputs(study, DOMAIN, found)
     place = study.results_dir / "instructions" / "seed0" / DOMAIN
-    names = {path.relative_to(place).as_posix() for path in paths}
-    assert names == {
+    assert {path.relative_to(place).as_posix() for path in paths} == {
         "arena_hard/question.jsonl",
         *(f"alpaca_eval/{method}.json" for method in ROWS),
-        *(f"arena_hard/model_answer/{method}.jsonl" for method in ROWS),
+        *(f"arena_hard/model_answer/{method}.jsonl" for method in (*ROWS, "gpt-4-0314")),
     }
-    asked = instructions.chosen(study, DOMAIN)
-    outputs = json.loads((place / "alpaca_eval" / "dpo.json").read_text())
+    asked = instructions.chosen(study, DOMAIN)["alpaca_eval"]
     texts = {row[0]: row[2].strip() for row in found["dpo"]["instructions"]}
-    assert outputs == [
-        {"dataset": row["subset"], "instruction": row["question"], "output": texts[row["id"]],
-         "generator": "dpo"}
-        for row in asked["alpaca_eval"]
-    ]  # fmt: skip
-    answers = benchmark_files.read_arena_hard(place / "arena_hard/model_answer/sft_base.jsonl")
-    reference = {row[0]: row[2].strip() for row in study.replies(DOMAIN) if row[1] == "arena_hard"}
-    assert answers == reference
-    questions = [json.loads(x) for x in (place / "arena_hard/question.jsonl").open()]
-    assert [(q["uid"], q["prompt"], q["cluster"]) for q in questions] == [
-        (row["id"], row["question"], row["cluster"]) for row in asked["arena_hard"]
+    outputs = json.loads((place / "alpaca_eval" / "dpo.json").read_text())
+    assert [(row["instruction"], row["output"]) for row in outputs] == [
+        (row["question"], texts[row["id"]]) for row in asked
     ]
     before = tree(place)
     instructions.write_outputs(open_instructed(folder), DOMAIN, found)
@@ -280,7 +257,7 @@ def test_tables_name_the_judge_and_compare_win_rates(folder, tmp_path):
     (domain,) = results.domains
     assert domain == INSTRUCTIONS
     table = main_table.main_table(results, domain)
-    sha = local_judges.load_judge("reward_model", folder / "longer").note["sha256"]
+    sha = judges.load_reward_model(folder / "longer").note["sha256"]
     assert f"Judge: reward model `longer` (weights {sha[:8]})." in table.caption
     assert table.body[0][0] == "SFT LLM"
     assert {cell.strip("*<>u/").split(" ")[0] for cell in table.body[0][1:4:2]} == {"50.0"}
@@ -301,89 +278,53 @@ def test_tables_name_the_judge_and_compare_win_rates(folder, tmp_path):
     }  # fmt: skip
 
 
-def test_a_reward_model_from_a_folder_decides_as_its_scores_say(folder):
-    study = judged(folder, "random")
-    won = by_metric(rows_of(study), "win_rate")
-    model = AutoModelForSequenceClassification.from_pretrained(folder / "random").eval()
-    tokenizer = AutoTokenizer.from_pretrained(folder / "random")
-    questions = {r["id"]: r["question"] for r in instructions.chosen(study, DOMAIN)["alpaca_eval"]}
+def test_verdicts_of_the_benchmarks_programs_are_read_beside_the_replies(folder):
+    study = open_instructed(folder, kind="programs")
+    instructions.write_outputs(study, DOMAIN, results_of(study))
+    with refused("0 files", "alpaca_eval/dpo", "as docs/run.md says"):
+        rows_of(study)
+    asked, place = instructions.chosen(study, DOMAIN), instructions.folder(study, DOMAIN)
+    for method in METHODS:
+        path = place / "alpaca_eval" / method / "gpt4" / "annotations.json"
+        path.parent.mkdir(parents=True)
+        said = [{"instruction": r["question"], "preference": 1.8} for r in asked["alpaca_eval"]]
+        path.write_text(json.dumps(said))
+        path = place / "arena_hard" / "model_judgment" / "gpt-4-1106" / f"{method}.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        games = [{"score": "B>>A"}, {"score": "A=B"}]
+        lines = [json.dumps({"uid": r["id"], "games": games}) for r in asked["arena_hard"]]
+        path.write_text("\n".join(lines))
+    rows, texts = rows_of(study), instructions.texts(study, DOMAIN, results_of(study))
+    won = by_metric(rows, "win_rate")
+    for dataset, wins, weight in (("alpaca_eval", 0.8, 1), ("arena_hard", 3.5, 4)):
+        by_method = texts[dataset]
+        same = sum(a == b for a, b in zip(by_method["dpo"], by_method["sft_base"], strict=True))
+        ties = same * (1 if weight == 1 else 2)
+        expected = ((10 - same) * wins + ties / 2) / ((10 - same) * weight + ties)
+        assert won["dpo", dataset].value == pytest.approx(expected) and expected > 0.5
+    who = {row.metric for row in rows if row.metric.startswith(comparisons.JUDGED_BY)}
+    assert who == {"judged_by:alpaca_eval:gpt4", "judged_by:arena_hard:gpt-4-1106"}
+    # Arena-Hard gives some replies more verdicts than others: nothing is paired there.
+    assert {dataset for _, dataset in by_metric(rows, "win_gain_over:dpo")} == {"alpaca_eval"}
+    told = comparisons.judged_by(comparisons.index_of(rows), INSTRUCTIONS)
+    assert "Judge: several, and only what one of them judged compares: alpaca eval `gpt4` (" in told
 
-    def score(row):
-        text = f"user {questions[row[0]]} <eos> assistant {row[2].strip()} <eos>"
-        with torch.no_grad():
-            return model(torch.tensor([tokenizer(text)["input_ids"]])).logits.item()
 
-    ours = [r for r in results_of(study)["allo"]["instructions"] if r[1] == "alpaca_eval"]
-    theirs = [r for r in study.replies(DOMAIN) if r[1] == "alpaca_eval"]
-    expected = []
-    for one, other in zip(ours, theirs, strict=True):
-        same = one[2].strip() == other[2].strip()
-        expected.append(0.5 if same else float(score(one) > score(other)))
-    assert won["allo", "alpaca_eval"].value == pytest.approx(statistics.fmean(expected))
-
-
-# --- again ---------------------------------------------------------------------------------------
-
-
-def test_another_judge_trains_and_generates_nothing_anew(folder, monkeypatch):
+def test_a_judge_is_asked_once_and_another_one_trains_nothing_again(folder, monkeypatch):
     first = rows_of(judged(folder, "longer"))
+    with monkeypatch.context() as patch:
+        patch.setattr(judges, "load_reward_model", never)
+        patch.setattr(judges, "scores", never)
+        assert rows_of(judged(folder, "longer")) == first
     monkeypatch.setattr(arms, "_make_result", never)
     monkeypatch.setattr(arms, "_make_candidate", never)
     monkeypatch.setattr(instructions, "generate", never)
-    second = rows_of(judged(folder, "random"))
-    assert judged(folder, "random").profile.hash() == judged(folder, "longer").profile.hash()
-
-    def rest(rows):
-        return [row for row in rows if row.metric.startswith("response_")]
-
-    assert rest(first) == rest(second) and first != second
-    assert {row.metric.split("+")[0] for row in second if row.metric.startswith("judged_by")} == {
-        "judged_by:reward_model:random"
-    }
-
-
-def test_what_was_judged_is_not_judged_again(folder, monkeypatch):
-    first = rows_of(judged(folder, "longer"))
-    monkeypatch.setattr(local_judges, "margins", never)
-    monkeypatch.setattr(judges, "load_judge", never)
-    monkeypatch.setattr(judges, "judge", never)
-    assert rows_of(judged(folder, "longer")) == first
-
-
-def test_an_interrupted_judging_goes_on_where_it_was(folder, monkeypatch):
-    asked, real = [], judges.judge  # float16: nobody has asked that yet
-
-    def judge(kind, comparison, **settings):
-        asked.append(comparison.names[0])
-        if len(asked) == 3:
-            raise KeyboardInterrupt
-        return real(kind, comparison, **settings)
-
-    monkeypatch.setattr(judges, "judge", judge)
-    study = open_instructed(
-        folder, kind="reward_model", model=str(folder / "longer"), dtype="bfloat16"
-    )
-    with pytest.raises(KeyboardInterrupt):
-        rows_of(study)
-    assert asked == list(ROWS)
-    rows = rows_of(study)
-    assert len(asked) == 3 + 4 and len(by_metric(rows, "win_rate")) == 6
-
-
-def test_a_judge_that_cannot_be_used_is_refused_and_outputs_stay(folder):
-    study = judged(folder, "nowhere")
-    written = instructions.write_outputs(study, DOMAIN, results_of(study))
-    with refused("reward model", "nowhere", "expected a hub id or a folder"):
-        rows_of(study)
-    assert all(path.is_file() for path in written)
-
-
-@pytest.mark.parametrize("kind", instruction_checks.PROGRAMS)
-def test_a_program_without_its_key_is_told_where_the_outputs_are(folder, monkeypatch, kind):
-    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-    study = open_instructed(folder, kind=kind)
-    with refused("cannot judge here", "OPENAI_API_KEY", "judging/seed0/alpaca_eval"):
-        rows_of(study)
+    second = rows_of(judged(folder, "shorter", dtype="bfloat16"))
+    assert judged(folder, "shorter").profile.hash() == judged(folder, "longer").profile.hash()
+    assert first != second
+    assert [row for row in first if row.metric.startswith("response_")] == [
+        row for row in second if row.metric.startswith("response_")
+    ]
 
 
 def test_a_study_without_instructions_has_no_rows_and_no_files(tiny_study):
@@ -393,66 +334,10 @@ def test_a_study_without_instructions_has_no_rows_and_no_files(tiny_study):
     assert not (tiny_study.results_dir / "instructions").exists()
 
 
-@pytest.mark.parametrize("own, wanted", [("", "float32"), ("bfloat16", "bfloat16")])
-def test_the_judge_runs_where_the_study_does(folder, monkeypatch, own, wanted):
-    study = open_instructed(
-        folder, kind="judge_model", model="some/model", revision="v1", dtype=own, batch_size=3
-    )
-    study.device, told = "cuda", {}
-
-    def load(kind, name, **loading):
-        told.update(loading, kind=kind, name=name)
-        return SimpleNamespace(note={"name": name, "revision": "v1", "sha256": "0", "dtype": "x"})
-
-    def judge(kind, comparison, model, batch_size):
-        told.update(batch_size=batch_size)
-        return judges.Judgement(kind, comparison.ids, (1.0, 0.0), (1.0, 1.0))
-
-    monkeypatch.setattr(judges, "load_judge", load)
-    monkeypatch.setattr(judges, "judge", judge)
-    asked = [{"id": "a", "question": "x"}, {"id": "b", "question": "y"}]
-    win_rates._load.cache_clear()
-    win_rates.judgement(study, "arena_hard", judges.Comparison(asked, ["1", "2"], ["3", "4"]))
-    win_rates._load.cache_clear()
-    assert told == {
-        "kind": "judge_model", "name": "some/model", "revision": "v1", "dtype": wanted,
-        "device": "cuda", "batch_size": 3,
-    }  # fmt: skip
-
-
-def test_seeds_of_several_judges_are_told_apart():
-    def row(seed, metric):
-        return measurements.Measurement(seed, "sft_base", "arena_hard", metric, 0.5, 0.0, 9)
-
-    metrics = [
-        judge_names.metric_of("reward_model", {"name": "a/b", "sha256": "12345678" * 8}),
-        judge_names.metric_of("reward_model", {"name": "/x/b/"}),  # it was not asked
-        judge_names.metric_of("alpaca_eval", {"name": "wéighted"}),
-    ]
-    assert metrics[1:] == ["judged_by:reward_model:b", "judged_by:alpaca_eval:w_ighted"]
-    same = [row(0, metrics[0]), row(1, metrics[1]), row(0, "win_rate")]
-    index = comparisons.index_of(same)
-    assert judge_names.judges_of(index, INSTRUCTIONS) == {
-        "reward model `b` (weights 12345678)": ["0 arena_hard", "1 arena_hard"]
-    }
-    assert "Judge: reward model `b` (weights 12345678)." in judge_names.sentence(
-        index, INSTRUCTIONS
-    )
-    told = judge_names.sentence(comparisons.index_of([*same, row(2, metrics[2])]), INSTRUCTIONS)
-    assert "Judge: several, and only what one of them judged compares: " in told
-    assert "AlpacaEval's program `w_ighted` (seed and data set 2 arena_hard)" in told
-    assert judge_names.sentence(index, comparisons.Domain("miniature", ("chain",))) == ""
-
-
 def test_claims_of_training_keep_their_plain_ids():
     row = measurements.Measurement(0, "allo", "arena_hard", "win_rate", 0.5, 0.1, 9)
     results = comparisons.StudyResults(synthetic_results.table((0,), (), domain="own"), [row])
     assert [domain.name for domain in results.domains] == ["own", "instructions"]
-
-
-def test_both_places_know_the_same_kinds_of_judges():
-    known = instruction_checks.LOCAL, instruction_checks.PROGRAMS
-    assert known == (local_judges.LOCAL, judges.PROGRAMS)
 
 
 @pytest.mark.slow
@@ -465,7 +350,7 @@ def test_a_run_writes_replies_and_a_judge_named_later_judges_them(tmp_path, capf
     files = {path.relative_to(out).as_posix() for path in (out / "instructions").rglob("*.json*")}
     assert {f"instructions/seed0/{DOMAIN}/alpaca_eval/{method}.json" for method in ROWS} <= files
     page = out / "tables" / "main_instructions.md"
-    assert judge_names.NOBODY in page.read_text()
+    assert comparisons.NOBODY in page.read_text()
     trained = sorted((out / ".store" / "result").iterdir())
     judge = ["-p", "judge.kind", "reward_model", "-p", "judge.model", str(tmp_path / "longer")]
     assert cli.main([*given, *judge, "--only", "06"]) == 0, capfd.readouterr().err

