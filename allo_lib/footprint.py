@@ -50,7 +50,13 @@ class Footprint:
 
 
 def footprint(
-    config, share: float, prompt: int, response: int, pairs: int, dtype=torch.bfloat16
+    config,
+    share: float,
+    prompt: int,
+    response: int,
+    pairs: int,
+    dtype=torch.bfloat16,
+    recomputed: bool = False,
 ) -> Footprint:
     """What a step of a masked stage needs: scalar neurons, the reference read from disk.
 
@@ -60,6 +66,7 @@ def footprint(
         prompt, response: tokens of a prompt, and of each of its two responses.
         pairs: in one forward pass.
         dtype: of the weights and activations.
+        recomputed: of each layer only what it is given is kept (gradient checkpointing).
     """
     batch = pair_batch(_rows(prompt, response, pairs), Layout(0, True, config.hidden_size))
     with FakeTensorMode() as mode:
@@ -72,7 +79,11 @@ def footprint(
             return first + (config.num_hidden_layers - 1) * (measure(two) - first)
 
         count = of_all_layers(lambda model: sum(p.numel() for p in model.parameters()))
-        activations = of_all_layers(lambda model: saved_bytes(model, batch))
+        if recomputed:  # of one layer at a time all is there
+            each = batch["input_ids"].numel() * config.hidden_size * dtype.itemsize
+            activations = saved_bytes(one, batch) + (config.num_hidden_layers - 1) * each
+        else:
+            activations = of_all_layers(lambda model: saved_bytes(model, batch))
     width, kept = dtype.itemsize, share * count
     largest = max(p.numel() for p in one.parameters())
     tied = one.get_input_embeddings().weight is one.get_output_embeddings().weight
@@ -184,7 +195,9 @@ def train(config, share: float, prompt: int, response: int, device: str, steps: 
 
 
 def _with_layers(config, layers: int):
-    return type(config).from_dict(config.to_dict() | {"num_hidden_layers": layers})
+    told, depth = config.to_dict(), config.num_hidden_layers
+    told |= {k: v[:layers] for k, v in told.items() if isinstance(v, list) and len(v) == depth}
+    return type(config).from_dict(told | {"num_hidden_layers": layers})
 
 
 def _model(config, dtype, device: str):

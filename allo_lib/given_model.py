@@ -9,6 +9,7 @@ from allo_lib import models, weights
 from allo_lib.errors import AlloError
 
 _NONE = torch.empty(0)
+_QUANTISED = "is quantised", "load its weights in float32 or bfloat16, or call dequantize()"
 
 
 def check_model(model) -> None:
@@ -19,20 +20,25 @@ def check_model(model) -> None:
         _refuse(f"is wrapped in {type(model).__name__}", "give the model itself, model.module")
     if hasattr(model, "peft_config"):
         _refuse("carries PEFT adapters", "give what model.merge_and_unload() returns")
-    quantized = getattr(model, "hf_quantizer", None) or getattr(model, "is_quantized", False)
-    if quantized or getattr(config, "quantization_config", None):
-        _refuse("is quantised", "load its weights in float32 or bfloat16, or call dequantize()")
+    if getattr(model, "hf_quantizer", None) or getattr(model, "is_quantized", False):
+        _refuse(*_QUANTISED)
+    if config is not None:  # else `models.check_tokenizer` says what it is
+        check_config(config, type(model).__name__)
     parameters = list(model.parameters()) if isinstance(model, torch.nn.Module) else []
     if any(value.is_meta for value in parameters):
         _refuse("lies partly on disk or nowhere", "load it without device_map and offloading")
     if len({value.device for value in parameters}) > 1:
         _refuse("is spread over several devices", "load it on one, without device_map")
-    if config is None:
-        return  # `models.check_tokenizer` says what it is
+
+
+def check_config(config, name: str) -> None:
+    """The same of what the config of a model of class `name` tells."""
+    if getattr(config, "quantization_config", None):
+        _refuse(*_QUANTISED)
     text = getattr(config, "get_text_config", lambda: config)()
     if text is not config:
         _refuse(
-            f"reads more than text ({type(model).__name__})",
+            f"reads more than text ({name})",
             "give its language model alone, a ...ForCausalLM whose config is the text config",
         )
     if getattr(config, "is_encoder_decoder", False):

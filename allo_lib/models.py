@@ -4,6 +4,7 @@ import hashlib
 
 import torch
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
@@ -19,6 +20,10 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 # Tokens that published models reserve for padding; then, for models that pad with their end token,
 # others that never occur inside a text.
 _MADE_FOR_PADDING = ("<pad>", "[PAD]", "<|pad|>", "<|PAD|>", "<|finetune_right_pad_id|>")
+_MODELS = (
+    f"{packaged_weights.NAME!r}, a hub id that is reachable or cached, or a folder with "
+    "config.json, tokenizer files and safetensors weights"
+)
 _NEVER_IN_TEXT = ("<|endoftext|>", "<unk>", "[UNK]", "<|unk|>")
 
 
@@ -145,6 +150,22 @@ def pretrained(name, dtype="float32", revision=None, cache_dir=None):
     return model, tokenizer
 
 
+def described(name, revision=None):
+    """(config, tokenizer) of a name as `load` takes it: all of it but the weights."""
+    source, revision = source_of(name, revision)
+    safe = dict(revision=revision or "main", trust_remote_code=False)
+    try:
+        config = AutoConfig.from_pretrained(source, **safe)
+        tokenizer = AutoTokenizer.from_pretrained(source, **safe)
+    except Exception as error:  # as in `read_pretrained`
+        reason = " ".join(str(error).split())[:300]
+        raise AlloError(
+            f"model {str(name)!r} cannot be loaded ({reason}); expected {_MODELS}"
+        ) from error
+    choose_pad(tokenizer)
+    return config, tokenizer
+
+
 def source_of(name, revision=None, cache_dir=None):
     """(what transformers is asked for, its revision) of a name as `load` takes it."""
     if name == packaged_weights.NAME:
@@ -181,8 +202,7 @@ def _from_pretrained(source, dtype, revision):
         dtype,
         revision,
         named="model",
-        expected=f"{packaged_weights.NAME!r}, a hub id that is reachable or cached, or a folder "
-        "with config.json, tokenizer files and safetensors weights",
+        expected=_MODELS,
     )
     if report["missing_keys"]:
         # transformers fills these with random numbers and goes on.
