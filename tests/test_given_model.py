@@ -292,4 +292,4 @@ def test_a_trainer_uses_one_gpu_where_it_sees_two(monkeypatch):
     made = types.SimpleNamespace(n_gpu=2, _n_gpu=2)
     monkeypatch.setattr(training, "TrainingArguments", lambda **_: made)
     schedule = training.Schedule(1e-3, 1, 4, 0)
-    assert training._arguments("x", schedule, torch.device("cuda"))._n_gpu == 1
+    assert training._arguments("x", schedule, torch.device("cuda"), 8)._n_gpu == 1
