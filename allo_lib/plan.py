@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from allo_lib.alignment import TRAINED, AlignConfig
 from allo_lib.errors import AlloError
-from allo_lib.footprint import Footprint, footprint
+from allo_lib.footprint import Footprint, count
 from allo_lib.preferences import SIDES, Given
 from allo_lib.prefix_tree import shared_length
 from allo_lib.training import Schedule
@@ -143,17 +143,13 @@ def memory(
     model_config, shape: Shape, given: Given, config: AlignConfig, stages, dtype, devices: int
 ) -> dict[str, float]:
     """Bytes on each of `devices`, by stage, when most are in use."""
-    longest = {
-        key: max(len(row[key]) for row in given.rows) for key in ("prompt", *SIDES)
-    }  # each apart, so that no batch is larger
-    passes = -(-config.batch_size // (config.accumulation * devices))
-
-    def of(share: float) -> Footprint:
-        response = max(longest[side] for side in SIDES)
-        return footprint(
-            model_config, share, longest["prompt"], response, passes, dtype,
-            recomputed=config.gradient_checkpointing,
-        )  # fmt: skip
+    # Each part apart, so that no batch is larger.
+    longest = {key: max(len(row[key]) for row in given.rows) for key in ("prompt", *SIDES)}
+    response = max(longest[side] for side in SIDES)
+    pairs = -(-config.batch_size // (config.accumulation * devices))
+    counted = count(
+        model_config, longest["prompt"], response, pairs, dtype, config.gradient_checkpointing
+    )
 
     def on_each(one: Footprint, more: float = 0) -> float:
         """What is sharded, what is not, and a layer's weights and gradients in one piece."""
@@ -161,7 +157,7 @@ def memory(
         sharded = one.weights + one.state + one.gradient + more
         return sharded / devices + one.activations + one.logits + gathered
 
-    dense, kept = of(1.0), of(config.share)
+    dense, kept = counted.footprint(1.0), counted.footprint(config.share)
     scores = 4 * shape.parameters  # float32
     found = {}
     if "importance" in stages and config.estimator == "delta":
