@@ -328,8 +328,9 @@ class _Run:
                 raise AlloError("align: every candidate diverged; lower the rates")
             put(self.model, mask, best[1])
             self.logs = best[2]
+            named = [f"{stage}_rate" for stage in stages]
             self.record["search"] = [
-                dict(zip(stages, one.rates, strict=True)) | {"accuracy": one.score} for one in tried
+                dict(zip(named, one.rates, strict=True)) | {"accuracy": one.score} for one in tried
             ]
         after = entries(self.model, mask)
         if all(torch.equal(values, before[name]) for name, values in after.items()):

@@ -102,7 +102,7 @@ def test_pairs_that_cannot_be_read_are_told_in_one_line(tmp_path, name, content,
         (["align", "--model", "GONE", "--pairs", "P", "--out", "O", "--dry-run"], "cannot be lo"),
         (
             ["align", "--model", "M", "--pairs", "P", "--out", "O", "held_out=0.9", "search=2",
-             "development=0.5"], "none of the 20 pairs to train on",
+             "development=0.9"], "none of the 20 pairs to train on",
         ),
         (["merge", "--base", "M", "--delta", "GONE", "--out", "O"], "is no sound delta"),
     ],
