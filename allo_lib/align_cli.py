@@ -12,7 +12,6 @@ from pathlib import Path
 from allo_lib.cli import BAD_INPUT, parse_value
 from allo_lib.errors import AlloError
 from allo_lib.realdata import text_of
-from allo_lib.weights import told
 
 USAGE = """\
 python -m allo_lib align --model ID_OR_FOLDER --pairs FILE_OR_HUB_ID[:SPLIT] --out DIR
@@ -183,6 +182,11 @@ def _plan(options, pairs, config, stages, dtype, device: str) -> str:
     return "\n".join(lines) + "\n" + plan.describe(
         tokenizer, model_config, parts, config, stages, dtype, limit, rate, sys.stdout.isatty()
     )  # fmt: skip
+
+
+def told(error: Exception) -> str:
+    """What an exception says, in one line of at most 200 characters."""
+    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def _parser() -> _Parser:

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from allo_lib.alignment import TRAINED, AlignConfig
 from allo_lib.errors import AlloError
-from allo_lib.footprint import Footprint, count
+from allo_lib.footprint import Counted, Footprint, count
 from allo_lib.preferences import SIDES, Given
 from allo_lib.prefix_tree import shared_length
 from allo_lib.training import Schedule
@@ -147,9 +147,8 @@ def memory(
     longest = {key: max(len(row[key]) for row in given.rows) for key in ("prompt", *SIDES)}
     response = max(longest[side] for side in SIDES)
     pairs = -(-config.batch_size // (config.accumulation * devices))
-    counted = count(
-        model_config, longest["prompt"], response, pairs, dtype, config.gradient_checkpointing
-    )
+    sizes = longest["prompt"], response, pairs
+    counted = _counted(model_config, sizes, dtype, config.gradient_checkpointing)
 
     def on_each(one: Footprint, more: float = 0) -> float:
         """What is sharded, what is not, and a layer's weights and gradients in one piece."""
@@ -169,6 +168,21 @@ def memory(
     if not set(TRAINED).isdisjoint(stages):
         found["other stages"] = on_each(kept)
     return found
+
+
+def _counted(model_config, sizes, dtype, recomputed: bool) -> Counted:
+    try:
+        return count(model_config, *sizes, dtype, recomputed)
+    except (AlloError, RuntimeError):
+        # Products with experts have shapes without values in bfloat16 alone.
+        try:
+            found = count(model_config, *sizes, torch.bfloat16, recomputed)
+        except (AlloError, RuntimeError) as error:
+            raise AlloError(
+                "the bytes of this model cannot be counted without its weights; leave out --dry-run"
+            ) from error
+        activations = found.activations * dtype.itemsize // 2
+        return replace(found, activations=activations, dtype=dtype)
 
 
 def advice(peak, config: AlignConfig, limit: float) -> str:

@@ -61,14 +61,14 @@ def test_tokens_and_steps_of_every_pass():
     rejected = sum(len(row["prompt"] + row["rejected"]) for row in given.rows)
     assert passes["forgetting x 3"].tokens == 6 * rejected
     assert passes["its reference x 3"].tokens == 3 * read and not passes["its reference x 3"].steps
-    # Twelve rows in three steps: of the two epochs of seven pairs that is 12 of 14.
+    # A limit of steps ends a stage within its epochs.
     short = checked({"batch_size": 4, "epochs": 2, "max_steps": 3})
     found = parts(short)[0], held_out, development
     one = {o.name: o for o in plan.stages_of(found, short, STAGES, plan.shape_of(SEVEN))}
     of_all = {o.name: o for o in plan.stages_of(found, config, STAGES, plan.shape_of(SEVEN))}
     assert one["learning"].steps == 3 and one["importance"].steps == 3
     tokens = one["importance"].tokens / of_all["importance"].tokens
-    assert tokens == pytest.approx(12 / (2 * 8))  # ten pairs: 12 rows instead of 16
+    assert tokens == pytest.approx(12 / 16, abs=0.01)  # rows read of ten pairs
 
 
 def test_bytes_of_seven_billion_on_1_2_and_8_devices():
