@@ -162,10 +162,9 @@ def align(
         config: an AlignConfig, or a dict of its fields.
         output_dir: gets the model and tokenizer (save_pretrained), what of it changed (`delta`),
             `mask.safetensors`, `align.json` with settings, losses and what the held-out pairs say,
-            and `.references`, the reference log-probs: a
-            second call with the same weights and pairs reads them. While stages are trained
-            `.checkpoints` holds what the same call, of the same weights, pairs and settings, goes
-            on from if this one is stopped.
+            and `.references`, the reference log-probs: a second call with the same weights and
+            pairs reads them. While stages are trained `.checkpoints` holds what the same call, of
+            the same weights, pairs and settings, goes on from if this one is stopped.
 
     Raises:
         AlloError: unknown stage or setting, a model that cannot be aligned as it is
@@ -401,7 +400,7 @@ class _Run:
 
     def save(self, mask, before: dict) -> None:
         """The folder of the aligned model, and what of it differs from the values `before`."""
-        self.model.save_pretrained(self.output_dir)
+        self._write_model(self.output_dir)
         self.tokenizer.save_pretrained(self.output_dir)
         path = self.output_dir / delta.NAME
         path.unlink(missing_ok=True)
@@ -415,6 +414,9 @@ class _Run:
         write_json(self.output_dir / "align.json", self.record)
         print(told, flush=True)
 
+    def _write_model(self, folder) -> None:
+        self.model.save_pretrained(folder)
+
     def _save_delta(self, path: Path, mask, before: dict) -> None:
         # The base is saved once more beside the result, as only transformers knows how.
         about = {
@@ -425,7 +427,7 @@ class _Run:
         after = entries(self.model, mask)
         with tempfile.TemporaryDirectory(dir=self.output_dir, prefix=".base-") as folder:
             put(self.model, mask, before)
-            self.model.save_pretrained(folder)
+            self._write_model(folder)
             put(self.model, mask, after)
             delta.write(Path(folder), self.output_dir, path, about)
 
