@@ -519,9 +519,10 @@ def lines_about(given: Given, held_out: Given, development: Given, stages) -> li
     overlong, unread = given.overlong, not_forgotten(given)
     told = []
     if overlong:
+        some = ", ".join(map(str, overlong[:10])) + ", ..." * (len(overlong) > 10)
         told.append(
             f"align: {len(overlong)} of {given.count} pairs are longer than {given.longest} tokens "
-            "and dropped (align.json lists them)"
+            f"and dropped: numbers {some} (align.json lists them)"
         )
     if held_out.rows or development.rows:
         told.append(

@@ -204,7 +204,7 @@ def test_a_dry_run_needs_no_weights_and_writes_nothing(base, pairs, tmp_path, ca
     )  # fmt: skip
     assert status == 0, error
     assert "15 of 21 pairs are trained on" in told and "\x1b" not in told
-    assert "1 of 21 pairs are longer than 40 tokens and dropped" in told
+    assert "1 of 21 pairs are longer than 40 tokens and dropped: numbers 20 (" in told
     assert "1 device: importance 0.00, reward model 0.00" in told and "DOES NOT FIT" in told
     assert "8 devices" in told and "at 1e+09 FLOP/s" in told
     assert not (tmp_path / "out").exists()
