@@ -18,8 +18,8 @@ from allo_lib.published import INSTRUCTIONS
 from allo_lib.settings import (
     STRICT,
     AsList,
+    BelowOne,
     Count,
-    Decay,
     Flag,
     Fraction,
     Name,
@@ -73,7 +73,7 @@ class Supervised:
     epochs: Positive = 1
     batch_size: Positive = 32
     learning_rate: Rate = 1e-3
-    beta2: Decay = 0.999  # AdamW's decay of second moments
+    beta2: BelowOne = 0.999  # AdamW's decay of second moments
     error_scale: Number = 0.0  # miniature only: odds of each habitual error, times this
     plain_wording: Flag = False  # miniature only: one word for every meaning, no manner
     mix: Numbers = ()  # share of each data set of the domain; () is equal shares
@@ -101,7 +101,7 @@ class Rewriter:
     epochs: Positive = 1
     batch_size: Positive = 32
     learning_rate: Rate = 1e-3
-    beta2: Decay = 0.999
+    beta2: BelowOne = 0.999
 
 
 @dataclass(frozen=True, config=STRICT)

@@ -6,6 +6,7 @@ of pairs holds the chosen rows first, then the rejected ones (`batches.pair_batc
 it are the log-probs under the reference model, per token, made once for all methods that share it.
 """
 
+import torch
 from torch import Tensor
 
 from allo_lib import losses
@@ -39,6 +40,19 @@ def objective(name: str, *, beta: float, key_share: float = 1.0, gamma: float = 
     if name == "learning":
         return lambda logps, batch: _learning(logps, batch, beta, key_share)
     return lambda logps, batch: _pairs(name, logps, batch, beta, gamma)
+
+
+def terms_of(name: str):
+    """The function batch -> how many terms an objective's loss is the mean of; int64 scalar.
+
+    That is tokens for the supervised objectives and forgetting, sequences for all that are means
+    over pairs or responses.
+    """
+    if name in ON_SOLUTIONS:
+        return lambda batch: _response(batch).sum()
+    if name == "forgetting":
+        return lambda batch: (batch["weights"] != 0).sum()
+    return lambda batch: torch.tensor(len(batch["labels"]))
 
 
 def _response(batch: dict[str, Tensor]) -> Tensor:

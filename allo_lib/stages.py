@@ -5,7 +5,7 @@ from dataclasses import replace
 from allo_lib.batches import Layout, collate, pair_batch, rejected_batch
 from allo_lib.forward import layout_of
 from allo_lib.losses import GAMMA
-from allo_lib.objectives import ON_REJECTED, ON_SOLUTIONS, objective
+from allo_lib.objectives import ON_REJECTED, ON_SOLUTIONS, objective, terms_of
 from allo_lib.optim import MaskedAdamW
 from allo_lib.training import Log, Schedule, train
 
@@ -49,7 +49,7 @@ def run_stage(
 
     The first step of a rate that rises has rate 0: where it would be the only one, none rises.
     """
-    if len(rows) <= schedule.batch_size and schedule.epochs == 1:
+    if schedule.steps(len(rows)) == 1:
         schedule = replace(schedule, warmup=0.0)
     optimizer = MaskedAdamW(
         model,
@@ -73,6 +73,7 @@ def run_stage(
             schedule,
             label,
             checkpoints,
+            terms_of(objective_name),
         )
         if after is not None:
             after(optimizer)
