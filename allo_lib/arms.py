@@ -68,6 +68,26 @@ def trained_model(study: Study, name: str, method: str):
     return study.load(artifact), artifact
 
 
+def logps_by_stage(study: Study, name: str, method: str, split: str = "heldout"):
+    """Log-probs of a split's pairs (`Study.logps`) after each stage of a method, a list a stage.
+
+    The stages are trained again at the method's best rates: the store has the last one's weights.
+    """
+    stages, rates = stages_of(method, study.profile), result(study, name, method)["rates"]
+    inputs = _stage_inputs(study, name, stages) | {"rates": rates, "split": split}
+
+    def make(folder: Path) -> None:
+        study.load_sft(name)
+        masters, found = {}, []
+        with torch_threads(study.profile.compute.method_threads):
+            for number, rate in enumerate(rates):
+                _train_stage(study, name, stages, number, rate, masters, folder)
+                found.append(study.logps(study.model.eval(), study.encoded(name, split)))
+        write_json(folder / "logps.json", found)
+
+    return study.store.get("logps_by_stage", inputs, make).json("logps.json")
+
+
 def _method_inputs(study: Study, name: str, method: str) -> dict:
     stages = stages_of(method, study.profile)
     search_settings = study.profile.to_dict()["search"]

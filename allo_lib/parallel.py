@@ -5,10 +5,12 @@ on how many of them there were.
 """
 
 import os
-import time
+import sys
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from functools import lru_cache
+
+from tqdm import tqdm
 
 from allo_lib import arms
 from allo_lib.config import Profile
@@ -85,19 +87,22 @@ def _run_groups(study: Study, groups: list[list[Row]]) -> None:
     """Train the rows of each group side by side, one group after the other."""
     most = max(map(len, groups), default=0)
     workers = min(study.profile.compute.workers, os.cpu_count() or 1, most)
-    started = time.perf_counter()
-    if workers < 2:
-        for row in (row for group in groups for row in group):
-            _tell(row, _result(study, *row), started)
-        return
-    give_back_freed_memory()  # the workers need it, this process only waits
-    settings = {"mp_context": fork_server(), "initializer": leave_with_parent}
-    with ProcessPoolExecutor(workers, **settings) as pool:
-        for group in groups:
-            _wait_for_group(pool, study, group, started)
+    total = sum(map(len, groups))
+    with tqdm(
+        desc="methods trained", total=total, file=sys.stdout, position=0, disable=not total
+    ) as bar:
+        if workers < 2:
+            for row in (row for group in groups for row in group):
+                _tell(row, _result(study, *row), bar)
+            return
+        give_back_freed_memory()  # the workers need it, this process only waits
+        settings = {"mp_context": fork_server(), "initializer": leave_with_parent}
+        with ProcessPoolExecutor(workers, **settings) as pool:
+            for group in groups:
+                _wait_for_group(pool, study, group, bar)
 
 
-def _wait_for_group(pool, study: Study, group: list[Row], started: float) -> None:
+def _wait_for_group(pool, study: Study, group: list[Row], bar: tqdm) -> None:
     settings = (study.profile, study.seed, str(study.results_dir), study.data_dir)
     waiting = {
         pool.submit(_in_worker, *settings, *row): row for row in _longest_first(study, group)
@@ -105,7 +110,7 @@ def _wait_for_group(pool, study: Study, group: list[Row], started: float) -> Non
     try:
         for future in as_completed(waiting):
             future.result()
-            _tell(waiting[future], _result(study, *waiting[future]), started)
+            _tell(waiting[future], _result(study, *waiting[future]), bar)
     except BaseException:
         for future in waiting:
             future.cancel()
@@ -161,9 +166,8 @@ def _study(profile_hash: str, seed: int, results_dir: str, data_dir, held: _Held
     return Study(held.profile, seed, results_dir, data_dir)
 
 
-def _tell(row: Row, found: dict, started: float) -> None:
+def _tell(row: Row, found: dict, bar: tqdm) -> None:
     name, method, replicate = row
-    rates = ", ".join(f"{rate:g}" for rate in found["rates"]) or "none"
-    told = f"{name}, {method}{f', replicate {replicate}' if replicate else ''}: "
-    told += f"best rates {rates}, dev {found['dev']:.3f}"
-    print(f"{told} ({time.perf_counter() - started:.0f} s)", flush=True)
+    told = f"{name}, {method}{f', replicate {replicate}' if replicate else ''}"
+    bar.set_postfix_str(f"{told}: dev {found['dev']:.3f}", refresh=False)
+    bar.update()

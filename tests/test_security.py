@@ -43,7 +43,6 @@ from allo_lib import (
     reference,
     report,
     results,
-    token_pictures,
     weights,
 )  # fmt: skip
 from allo_lib.errors import AlloError
@@ -633,11 +632,6 @@ def page_of(*parts: str) -> str:
     return head + "\n".join(parts) + "</body></html>"
 
 
-def pictures() -> str:
-    values = [i / len(RESPONSE) for i in range(len(RESPONSE))]
-    return token_pictures.token_rewards_html([(RESPONSE, values, SCRIPT)], label=BREAKING_OUT)
-
-
 def shown_table(monkeypatch) -> str:
     """The HTML that `notebook.table` gives to the notebook."""
     given = []
@@ -662,10 +656,7 @@ def planted_report(tmp_path):
     return report.build(folder)
 
 
-def test_pictures_and_tables_hold_no_tag_of_a_response(monkeypatch):
-    page = Page(pictures())
-    assert set(page.tags) == {"p", "b", "span"}
-    assert page.words.count(SCRIPT) == 2 and BREAKING_OUT in page.words
+def test_tables_hold_no_tag_of_a_response(monkeypatch):
     page = Page(shown_table(monkeypatch))
     assert not {"script", "img"} & set(page.tags) and SCRIPT in page.words
 
@@ -687,11 +678,10 @@ def test_in_a_browser_the_planted_texts_would_run(tmp_path, planted):
 
 @pytest.mark.browser
 def test_in_a_browser_responses_in_notebooks_are_text(tmp_path, monkeypatch):
-    parts = pictures(), shown_table(monkeypatch)
-    (tmp_path / "page.html").write_text(page_of(*parts), encoding="utf-8")
+    (tmp_path / "page.html").write_text(page_of(shown_table(monkeypatch)), encoding="utf-8")
     page = in_browser(tmp_path / "page.html", tmp_path)
     assert page.title == "before" and page.ids == []
-    assert "".join(RESPONSE) in page.words and page.words.count(SCRIPT) == 4
+    assert "".join(RESPONSE) in page.words and page.words.count(SCRIPT) == 2
 
 
 @pytest.mark.browser
