@@ -3,6 +3,7 @@
 `python -m allo_lib.method_figures FOLDER` writes the drawing of the method.
 """
 
+import math
 import sys
 from collections.abc import Mapping, Sequence
 
@@ -12,15 +13,15 @@ from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch, Rectangle
 
 from allo_lib.figure_style import GREY, PALETTE, log_x, method_colour, save, subplots
+from allo_lib.figures import Z95
 from allo_lib.published import arm_label
 
 BLUE, ORANGE, GREEN = PALETTE[0], PALETTE[1], PALETTE[2]
-Z95 = 1.959964  # half-width of a 95% interval in standard errors
 # All light enough for black text: what is worked on is orange, what became less likely blue.
 _WARM = LinearSegmentedColormap.from_list("warm", ["#FFFFFF", "#FBD0A8", "#F28E2B"])
 _CHANGE = LinearSegmentedColormap.from_list("change", ["#5BA3D9", "#FFFFFF", "#F28E2B"])
 _COLUMN, _ROW, _LABEL = 0.35, 0.28, 2.1  # inches of a token, a row, and the labels before them
-_LINE, _MOST = 30, 60  # tokens a line of a panel, and in all
+_LINE, _MOST = 24, 72  # tokens a line of a panel, and in all
 
 
 def method_drawing() -> Figure:
@@ -104,7 +105,7 @@ def token_panel(tokens: Sequence[str], rows: Sequence[tuple[str, str, Sequence]]
                 f"{len(tokens)} tokens with {len(values)} values of {label!r}: give one each"
             )
     shown = min(len(tokens), _MOST)
-    columns = min(shown, _LINE)
+    columns = math.ceil(shown / math.ceil(shown / _LINE))  # lines of about equal length
     words = [_printable(token) for token in tokens[:shown]]
     heights = [
         0.09 * max(map(len, words[i : i + columns])) + 0.12 for i in range(0, shown, columns)

@@ -47,6 +47,7 @@ from pathlib import Path
 sys.path[:0] = [str(p) for p in (Path.cwd(), *Path.cwd().parents) if (p / "allo_lib").is_dir()][:1]
 
 import copy
+import math
 
 import torch
 import torch.nn.functional as F
@@ -74,17 +75,17 @@ domain = domain or next(iter(study.profile.domains))
 share, beta = study.profile.method.share, study.profile.method.beta
 
 # %% [markdown]
-# ## The warm-up in plain torch, on one pair
+# ## The warm-up in plain torch, on eight pairs
 #
 # Two numbers can be checked by hand. Before the first step $\theta$ is its own reference, all $\Delta$ are
 # 0 and the loss is $-\log\sigma(0) = \ln 2 = 0.6931$. And Adam moves no weight much further than the
 # learning rate in a step, so after eight steps no score is much above 8.
 
 # %%
-pair = study.encoded(domain, "mask")[0]
 sft = copy.deepcopy(study.load_sft(domain)).float()  # theta; float32, or small updates are rounded away
 lr = study.scores(domain).json()["lr"]  # alpha of the study's own warm-up
-prompt, chosen, rejected = (torch.tensor(pair[key], device=sft.device) for key in ("prompt", "chosen", "rejected"))
+pairs = [[torch.tensor(pair[key], device=sft.device) for key in ("prompt", "chosen", "rejected")]
+         for pair in study.encoded(domain, "mask")[:8]]  # each [P], [T+], [T-] int64
 
 
 def response_logps(model, prompt, response):  # [P], [T] -> [T]
@@ -92,24 +93,24 @@ def response_logps(model, prompt, response):  # [P], [T] -> [T]
     return logits[len(prompt) - 1 : -1].log_softmax(-1).gather(1, response[:, None])[:, 0]
 
 
-with torch.no_grad():  # log pi_ref, once
-    ref_chosen, ref_rejected = (response_logps(sft, prompt, side) for side in (chosen, rejected))  # [T+], [T-]
+with torch.no_grad():  # log pi_ref of both sides of each pair, once: [T+], [T-]
+    refs = [[response_logps(sft, prompt, side) for side in sides] for prompt, *sides in pairs]
 
 
-def loss_of(model):
-    delta_chosen = response_logps(model, prompt, chosen) - ref_chosen  # [T+]
-    delta_rejected = response_logps(model, prompt, rejected) - ref_rejected  # [T-]
-    return -F.logsigmoid(beta * (delta_chosen.sum() - delta_rejected.sum()))
+def loss_of(model, i):  # the DPO loss of pair i
+    prompt, *sides = pairs[i]
+    chosen, rejected = (response_logps(model, prompt, side) - ref for side, ref in zip(sides, refs[i], strict=True))
+    return -F.logsigmoid(beta * (chosen.sum() - rejected.sum()))  # of Delta+ [T+] and Delta- [T-]
 
 
 model = copy.deepcopy(sft)
 optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0)
-for step in range(8):
-    loss = loss_of(model)
+for i in range(len(pairs)):
+    loss = loss_of(model, i)
     loss.backward()
     optimizer.step()
     optimizer.zero_grad()
-    print(f"step {step}: loss {loss:.4f}")
+    print(f"step {i}: loss {loss:.4f}")
 
 before = {name: p.detach() for name, p in sft.named_parameters()}
 after = {name: p.detach() for name, p in model.named_parameters()}
@@ -129,38 +130,39 @@ print(f"highest score {flat.max():.2f}, cut at {cut:.2f}: {kept} of {len(flat)} 
 # again: with all neurons, with the mask, with as many neurons chosen at random, and with the lowest scores.
 
 # %%
-def masked_step(model, optimizer, mask):
-    loss = loss_of(model)
-    loss.backward()
+def masked_step(model, i, optimizer, mask):
+    loss_of(model, i).backward()
     for name, p in model.named_parameters():
         p.grad *= mask[name]
     optimizer.step()
     optimizer.zero_grad()
-    return loss.item()
 
 
-order = torch.rand(len(flat), generator=torch.Generator().manual_seed(seed)).to(flat.device)
-chances = dict(zip(scores, order.split([s.numel() for s in scores.values()]), strict=True))
+chances = torch.rand(len(flat), generator=torch.Generator().manual_seed(seed)).to(flat.device)  # [N]
+chances = dict(zip(scores, chances.split([s.numel() for s in scores.values()]), strict=True))
 masks = {
     "all": {name: torch.ones_like(s, dtype=torch.bool) for name, s in scores.items()},
     "top": mask,
-    "random": {name: chances[name].view_as(s) <= order.kthvalue(kept).values for name, s in scores.items()},
+    "random": {name: chances[name].view_as(s) < share for name, s in scores.items()},
     "last": {name: s <= flat.kthvalue(kept).values for name, s in scores.items()},
 }
-losses, trained = {}, {}
-for key, chosen_neurons in masks.items():
-    trained[key] = copy.deepcopy(sft)
-    optimizer = torch.optim.AdamW(trained[key].parameters(), lr=lr, weight_decay=0.0)
-    losses[key] = [masked_step(trained[key], optimizer, chosen_neurons) for _ in range(8)]
-table([{"step": i, **{key: losses[key][i] for key in masks}} for i in range(8)],
-      "DPO loss of the one pair before each step; all at the same learning rate.")
+trained, told = {}, [{"neurons": "none: before", "mean loss": math.log(2)}]
+for kind, neurons in masks.items():
+    trained[kind] = copy.deepcopy(sft)
+    optimizer = torch.optim.AdamW(trained[kind].parameters(), lr=lr, weight_decay=0.0)
+    for i in range(len(pairs)):
+        masked_step(trained[kind], i, optimizer, neurons)
+    with torch.no_grad():
+        told.append({"neurons": kind, "mean loss": sum(loss_of(trained[kind], i).item() for i in range(8)) / 8})
+table(told, "Mean DPO loss of the eight pairs after eight steps, all at the same learning rate.")
 
 for name, p in trained["top"].named_parameters():  # the others did not move by a bit
     assert torch.equal(p[~mask[name]], before[name][~mask[name]])
 
 # %% [markdown]
-# At the same learning rate the top neurons lower the loss faster than random ones. That alone proves
-# little: the top ones are those with a steady gradient, so the same rate carries them further.
+# Read this table with care. Adam divides every gradient by its own size, so a score counts how *steadily* the
+# pairs pull at a neuron and not how hard; after few pairs that is mostly noise, and a random mask can do as
+# well or better. And a mask changes how far a learning rate goes.
 # [arXiv 2405.02596](https://arxiv.org/abs/2405.02596) found that even a *random* mask matches full training
 # once its learning rate is raised enough, and sparser masks want larger rates
 # ([2502.15975](https://arxiv.org/abs/2502.15975) and [2602.01599](https://arxiv.org/abs/2602.01599) say the
@@ -182,16 +184,17 @@ for name, score in scores.items():
     assert not (library_mask.dense(name).to(score.device) & ~mask[name]).any(), name
 assert library_mask.kept == kept
 
-sums = [response_logps(sft, prompt, side).sum()[None] for side in (chosen, rejected)]
-ours = [ref_chosen.sum()[None] + 0.5, ref_rejected.sum()[None] - 0.5]  # a log-ratio of +-0.5
-torch.testing.assert_close(dpo_loss(*ours, *sums, beta=beta), -F.logsigmoid(torch.tensor([beta], device=sft.device)), atol=1e-4, rtol=0)
+with torch.no_grad():  # of the trained model, whose log-ratios are not 0
+    policy = [response_logps(model, pairs[0][0], side).sum()[None] for side in pairs[0][1:]]  # each [1]
+    reference = [ref.sum()[None] for ref in refs[0]]
+    torch.testing.assert_close(dpo_loss(*policy, *reference, beta=beta)[0], loss_of(model, 0), atol=1e-4, rtol=0)
 
 plain, library = copy.deepcopy(sft), copy.deepcopy(sft)
 dense = {name: library_mask.dense(name).to(sft.device) for name in scores}
 adam, masked_adam = torch.optim.AdamW(plain.parameters(), lr=lr, weight_decay=0.0), MaskedAdamW(library, library_mask, lr=lr)
-for _ in range(8):
-    masked_step(plain, adam, dense)
-    loss_of(library).backward()
+for i in range(8):
+    masked_step(plain, i, adam, dense)
+    loss_of(library, i).backward()
     masked_adam.step()
 masked_adam.close()
 furthest = max((p - q).abs().max().item() for p, q in zip(plain.parameters(), library.parameters(), strict=True))
@@ -217,7 +220,7 @@ say(f"**The warm-up moved {percent(record['moved_float32'])} of the neurons in f
 ties = importance.count_ties(scores, mask)
 arbitrary = warning_signs.arbitrary_mask(**ties, kept=mask.kept, total=mask.total)
 say(f"The mask is partly arbitrary: {arbitrary}." if arbitrary else f"{ties['zeros']} scores are exactly 0, and "
-    f"{ties['tied']} tie with the lowest kept one: the mask is the scores' own, not that of the tie rule.")
+    f"{ties['tied']} of {mask.kept} kept ones tie at the cut: which neurons are kept hardly hangs on how ties are broken.")
 
 # %% [markdown]
 # [arXiv 2505.11711](https://arxiv.org/abs/2505.11711) reports that PPO, GRPO, DPO and others change only 5

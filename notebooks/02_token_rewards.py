@@ -198,7 +198,8 @@ if study.domain(domain).kind == "miniature":
 else:
     say(f"**The threshold rule selects {percent(analysis.selected_share(study, domain, 'trained'))} of the rejected tokens.**")
 nothing = warning_signs.no_choice_of_tokens(study.forgetting_weights(domain, methods.stages_of("allo", study.profile)[0]))
-say(f"Here it hardly chooses: {nothing}." if nothing else "")
+if nothing:
+    say(f"Here it hardly chooses: {nothing}.")
 
 # %% [markdown]
 # ## Could choosing tokens matter? DPO's own token rewards

@@ -5,6 +5,8 @@
 #     text_representation:
 #       extension: .py
 #       format_name: percent
+#       format_version: '1.3'
+#       jupytext_version: 1.19.6
 #   kernelspec:
 #     display_name: Python 3
 #     language: python
@@ -47,7 +49,6 @@ import math
 
 import torch
 import torch.nn.functional as F
-from transformers import get_cosine_schedule_with_warmup
 
 from allo_lib import (
     analysis,
@@ -69,7 +70,7 @@ study = Study.open(profile, seed, results_dir, overrides)
 domain = domain or next(iter(study.profile.domains))
 beta, threshold = study.profile.method.beta, study.profile.method.token_threshold
 stage = methods.stages_of("allo", study.profile)[0]  # what ALLO's first stage is set to
-rate = arms.result(study, domain, "allo")["rates"][0]  # the learning rate that its search chose
+rate = parallel.run_methods(study, {domain: ["allo"]})[domain]["allo"]["rates"][0]  # that its search chose
 
 # %% [markdown]
 # ## The loss, by hand
@@ -169,7 +170,6 @@ watched, keep = study.encoded(domain, split)[:64], study.keep_probabilities(doma
 layout, size = forward.layout_of(model, study.tokenizer.pad_token_id), study.domain(domain).batch_size
 optimizer = MaskedAdamW(model, neurons, lr=rate, max_grad_norm=study.profile.method.max_grad_norm)
 total = math.ceil(len(rows) / size)
-schedule = get_cosine_schedule_with_warmup(optimizer, math.ceil(0.03 * total) if total > 1 else 0, total)
 order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
 
 
@@ -183,11 +183,12 @@ def measured():  # mean change of the selected and of the other tokens
 
 steps, changes = [0], [measured()]
 for step in range(total):
+    for group in optimizer.param_groups:  # a cosine, as in the study, whose first steps also rise
+        group["lr"] = rate * (1 + math.cos(math.pi * step / total)) / 2
     batch = rejected_batch([rows[i] for i in order[step * size : (step + 1) * size]], layout)
     batch = forward.to_device(batch, model)  # "reference" and "weights" are [B, T]
     losses.npo_loss(forward.response_logps(model, batch), batch["reference"], batch["weights"], beta).backward()
     optimizer.step()
-    schedule.step()
     if (step + 1) % math.ceil(total / 12) == 0 or step + 1 == total:
         steps.append(step + 1)
         changes.append(measured())

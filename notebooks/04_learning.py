@@ -5,6 +5,8 @@
 #     text_representation:
 #       extension: .py
 #       format_name: percent
+#       format_version: '1.3'
+#       jupytext_version: 1.19.6
 #   kernelspec:
 #     display_name: Python 3
 #     language: python
@@ -63,7 +65,7 @@ study = Study.open(profile, seed, results_dir, overrides)
 domain = domain or next(iter(study.profile.domains))
 beta, threshold = study.profile.method.beta, study.profile.method.token_threshold
 first, stage = methods.stages_of("allo", study.profile)  # what ALLO's two stages are set to
-rate = arms.result(study, domain, "allo")["rates"][1]  # the learning rate that the search chose for learning
+rate = parallel.run_methods(study, {domain: ["allo"]})[domain]["allo"]["rates"][1]  # chosen by its search
 
 # %% [markdown]
 # ## Key tokens, by hand
@@ -216,7 +218,8 @@ start, start_error = scores["sft_base"]
 say(f"**ALLO {percent(allo)}, DPO with as many updates {percent(long)}: {100 * (allo - long):+.1f} points on this seed** "
     f"(each with a standard error of {100 * max(error, noise):.1f} points over problems).")
 harm = warning_signs.far_below("ALLO", allo, start, math.hypot(error, start_error))
-say(f"{harm}." if harm else "")
+if harm:
+    say(f"{harm}.")
 
 # %% [markdown]
 # ## What it means
