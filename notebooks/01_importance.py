@@ -250,9 +250,15 @@ draw(figures.overlap_matrix(list(masks), analysis.overlaps(masks), chance, title
      "pairs, by accumulated |gradient|, and by |weight|.")
 compared = {row.method: row.value for row in results.overlap_rows(study, domain) if row.metric == "mask_overlap"}
 say("**Overlap, chance being " + f"{chance:.3f}: " + ", ".join(f"{key} {value:.3f}" for key, value in compared.items()) + ".**")
-weak = [warning_signs.weak_overlap(key, value, chance) for key, value in compared.items() if key != "magnitude"]
-say(" ".join(f"{text[0].upper()}{text[1:]}." for text in weak if text)
-    or "Every estimate that reads the preferences agrees with the others well above chance.")
+weak = [key for key, value in compared.items() if warning_signs.weak_overlap(key, value, chance)]
+noisy = [key for key in weak if key in ("orders", "halves")]
+say(f"Between {' and '.join(noisy)} the masks agree hardly better than random ones: the scores are mostly noise here, and "
+    "more pairs would be needed." if noisy else
+    "Masks that should agree (the same pairs in another order, two halves of the pairs) do so better than random ones; full "
+    "agreement would be 1.")
+if "estimators" in weak:
+    say("|delta| and accumulated |gradient| do not agree: Adam divides the gradient by its size, so one tells how steadily "
+        "and the other how hard the pairs pull. They are two different scores and not two estimates of one.")
 
 # %% [markdown]
 # ## Does it suffice to train the key neurons? (C1 to C3)
@@ -271,7 +277,8 @@ fair = {a: analysis.score_of(found[a]) for a in arms_of_study}
 paper = {a.removesuffix("_paper"): analysis.score_of(found[a]) for a in paper_arms}
 curves = {a.removesuffix("_paper"): found[a]["loss"][-1] for a in paper_arms} or {a: found[a]["loss"][-1] for a in arms_of_study}
 draw(method_figures.empirical_panels(curves, fair, paper, f"{results.unit(found['dpo'])} (%)"),
-     f"DPO on parts of the neurons; {domain}, seed {seed}. Whiskers: 95% over problems of one trained model.")
+     f"DPO on parts of the neurons, the same colours on both sides; {domain}, seed {seed}. Whiskers: 95% over the problems "
+     "of one trained model.")
 start, _ = analysis.score_of(arms.result(study, domain, "sft_base"))
 say(f"**From {percent(start)}, each at its own best rate: "
     + ", ".join(f"{a} {percent(value)}" for a, (value, _) in fair.items()) + ".**")
