@@ -324,7 +324,8 @@ class _Progress(TrainerCallback):
         in_worker = multiprocessing.parent_process() is not None
         self.bar = tqdm(
             desc=self.label, total=state.max_steps, initial=state.global_step, unit="step",
-            file=sys.stdout, leave=False, position=0, delay=_LONG, disable=in_worker,
+            file=sys.stdout, leave=False, position=0, delay=_LONG, mininterval=2.0,
+            disable=in_worker,
         )  # fmt: skip
 
     def on_step_end(self, args, state, control, **_):
