@@ -129,7 +129,7 @@ def token_panel(tokens: Sequence[str], rows: Sequence[tuple[str, str, Sequence]]
                 _cells(axis, kind, values[part], top)
             top += room
         top += 0.2
-    axis.set(xlim=(0, _LABEL + columns * _COLUMN), ylim=(top, 0))
+    axis.set(xlim=(0, _LABEL + columns * _COLUMN + 0.03), ylim=(top, 0))
     axis.axis("off")
     return figure
 
