@@ -58,7 +58,6 @@ from allo_lib import (
     figures,
     importance,
     method_figures,
-    methods,
     parallel,
     results,
     scoring,
@@ -146,18 +145,17 @@ masks = {
     "random": {name: chances[name].view_as(s) < share for name, s in scores.items()},
     "last": {name: s <= flat.kthvalue(kept).values for name, s in scores.items()},
 }
-trained, told = {}, [{"neurons": "none: before", "mean loss": math.log(2)}]
+told = [{"neurons": "none: before", "mean loss": math.log(2)}]
 for kind, neurons in masks.items():
-    trained[kind] = copy.deepcopy(sft)
-    optimizer = torch.optim.AdamW(trained[kind].parameters(), lr=lr, weight_decay=0.0)
+    trained = copy.deepcopy(sft)
+    optimizer = torch.optim.AdamW(trained.parameters(), lr=lr, weight_decay=0.0)
     for i in range(len(pairs)):
-        masked_step(trained[kind], i, optimizer, neurons)
+        masked_step(trained, i, optimizer, neurons)
     with torch.no_grad():
-        told.append({"neurons": kind, "mean loss": sum(loss_of(trained[kind], i).item() for i in range(8)) / 8})
+        told.append({"neurons": kind, "mean loss": sum(loss_of(trained, i).item() for i in range(len(pairs))) / len(pairs)})
+    for name, p in trained.named_parameters():  # the others did not move by a bit
+        assert torch.equal(p[~neurons[name]], before[name][~neurons[name]])
 table(told, "Mean DPO loss of the eight pairs after eight steps, all at the same learning rate.")
-
-for name, p in trained["top"].named_parameters():  # the others did not move by a bit
-    assert torch.equal(p[~mask[name]], before[name][~mask[name]])
 
 # %% [markdown]
 # Read this table with care. Adam divides every gradient by its own size, so a score counts how *steadily* the
@@ -269,7 +267,7 @@ if "estimators" in weak:
 
 # %%
 percentage = f"{share * 100:g}".replace(".", "p")
-arms_of_study = [a for a in (methods.share_name(1), *(f"dpo_{kind}{percentage}" for kind in ("top", "random", "last")))
+arms_of_study = [a for a in ("dpo", *(f"dpo_{kind}{percentage}" for kind in ("top", "random", "last")))
                  if a in results.methods_of(study, domain)]
 paper_arms = [f"{a}_paper" for a in arms_of_study if f"{a}_paper" in results.methods_of(study, domain)]
 found = parallel.run_methods(study, {domain: [*arms_of_study, *paper_arms]})[domain]

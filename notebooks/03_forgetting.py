@@ -81,7 +81,7 @@ rate = parallel.run_methods(study, {domain: ["allo"]})[domain]["allo"]["rates"][
 # %%
 def npo_loss(logps, ref, w, beta):  # all [T] -> scalar
     delta = logps - ref
-    return -(2 / beta) * (w * F.logsigmoid(-beta * delta)).sum() / (w != 0).sum()
+    return -(2 / beta) * (w * F.logsigmoid(-beta * delta)).sum() / (w != 0).sum().clamp(min=1)
 
 
 ref, w = torch.tensor([-0.1, -0.5, -2.0]), torch.tensor([1.0, 0.0, 1.0])  # two of three tokens are selected
@@ -100,7 +100,7 @@ table(pushes)
 
 # %%
 split = "heldout"
-number = next(i for i, p in enumerate(study.keep_probabilities(domain, split)) if any(v < threshold for v in p))
+number = next((i for i, p in enumerate(study.keep_probabilities(domain, split)) if min(p) < threshold), 0)
 row = study.encoded(domain, split)[number]
 sft = copy.deepcopy(study.load_sft(domain)).float()
 prompt, rejected = (torch.tensor(row[key], device=sft.device) for key in ("prompt", "rejected"))  # [P], [T]

@@ -95,7 +95,7 @@ print(key_tokens(torch.zeros(10), 0.2).tolist(), "before the first step")
 
 # %%
 split = "heldout"
-number = next(i for i, p in enumerate(study.keep_probabilities(domain, split)) if any(v < threshold for v in p))
+number = next((i for i, p in enumerate(study.keep_probabilities(domain, split)) if min(p) < threshold), 0)
 row = study.encoded(domain, split)[number]
 reference = copy.deepcopy(study.load_sft(domain)).float()
 prompt, chosen, rejected = (torch.tensor(row[key], device=reference.device) for key in ("prompt", "chosen", "rejected"))
