@@ -1,4 +1,4 @@
-"""The commands behind `run_all.sh`: run, test, status, verify, tune."""
+"""The commands behind `run_all.sh`: run, test, status, verify, tune, grid."""
 
 import argparse
 import dataclasses
@@ -29,7 +29,8 @@ USAGE = """\
 ./run_all.sh test [PYTEST ARGS]
 ./run_all.sh status [PROFILE] [--domains A,B] [--out DIR]
 ./run_all.sh verify [PROFILE] [--out DIR] [--rerun] [--data DIR]
-./run_all.sh tune [PROFILE] [--seeds 100,101] [--out DIR] [--data DIR] [-p NAME VALUE]..."""
+./run_all.sh tune [PROFILE] [--seeds 100,101] [--out DIR] [--data DIR] [-p NAME VALUE]...
+./run_all.sh grid FILE.yaml [--task K] [--out DIR] [--data DIR]"""
 _EXPONENT = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)[eE][+-]?\d+")
 
 
@@ -52,6 +53,8 @@ def main(arguments: list[str] | None = None) -> int:
             return check(arguments[1:])
         if command == "tune":
             return tune(arguments[1:])
+        if command == "grid":
+            return run_grid(arguments[1:])
         return run(arguments)
     except AlloError as error:
         print(f"run_all: {' '.join(str(error).split())}", file=sys.stderr)
@@ -154,13 +157,53 @@ def tune(arguments: list[str]) -> int:
     return 0
 
 
-def _parser(description: str) -> _Parser:
-    parser = _Parser(
+def run_grid(arguments: list[str]) -> int:
+    """Run a study for every combination of a grid's settings, or for one of them."""
+    parser = _bare_parser("run a study for every combination of settings")
+    parser.add_argument("file", help="YAML file, see allo_lib/grid.py")
+    parser.add_argument("--task", metavar="K", help="only the combination of this number, from 0")
+    parser.add_argument("--out", metavar="DIR", help="folder of all, default results/FILE's name")
+    _add_data(parser)
+    options = parser.parse_args(arguments)
+    from allo_lib import grid  # loads pandas
+
+    told = grid.read(Path(options.file))
+    folder = ROOT / "results" / Path(options.file).stem
+    folder = folder_of(options.out, "--out") if options.out else folder
+    runs = [(one, _run_of(_options_of(told, one, folder / grid.folder_name(one), options.data)))
+            for one in grid.combinations(told)]  # fmt: skip
+    numbers = range(len(runs))
+    if options.task is not None and options.task not in map(str, numbers):
+        raise AlloError(f"--task {_cut(options.task)!r}: expected a number from 0 to {numbers[-1]}")
+    for number in numbers if options.task is None else [int(options.task)]:
+        combination, asked = runs[number]
+        print(f"{grid.folder_name(combination)} ({number} of {len(runs)})", flush=True)
+        driver.run_study(asked)
+        grid.merge(runs, folder)
+    print(f"wrote {shown(folder / grid.TABLE)}")
+    return 0
+
+
+def _options_of(told: dict, combination: dict, out: Path, data: str | None) -> argparse.Namespace:
+    """A combination of a grid as if it had been typed."""
+    varied = [(key, str(value)) for key, value in combination.items() if key != "domains"]
+    return argparse.Namespace(
+        profile=str(told["profile"]), out=str(out), data=data, overrides=varied,
+        seeds=",".join(map(str, told.get("seeds", [0]))), domains=combination.get("domains"),
+    )  # fmt: skip
+
+
+def _bare_parser(description: str) -> _Parser:
+    return _Parser(
         prog="./run_all.sh",
         usage=USAGE.replace("\n", "\n       "),
         description=description,
         allow_abbrev=False,
     )
+
+
+def _parser(description: str) -> _Parser:
+    parser = _bare_parser(description)
     parser.add_argument("profile", nargs="?", default=DEFAULT_PROFILE, help="name or YAML file")
     parser.add_argument("--out", metavar="DIR", help="results folder, default results/PROFILE")
     parser.add_argument(

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 from allo_lib.batches import Layout, collate, pair_batch, rejected_batch
 from allo_lib.forward import layout_of
+from allo_lib.losses import GAMMA
 from allo_lib.objectives import ON_REJECTED, ON_SOLUTIONS, objective
 from allo_lib.optim import MaskedAdamW
 from allo_lib.training import Log, Schedule, train
@@ -28,6 +29,7 @@ def run_stage(
     mask=None,
     beta: float = 0.1,
     key_share: float = 1.0,
+    gamma: float = GAMMA,
     betas: tuple[float, float] = (0.9, 0.999),
     weight_decay: float = 0.0,
     max_grad_norm: float | None = 1.0,
@@ -66,7 +68,7 @@ def run_stage(
             model,
             rows,
             collator_of(objective_name, layout_of(model, pad_token_id)),
-            objective(objective_name, beta=beta, key_share=key_share),
+            objective(objective_name, beta=beta, key_share=key_share, gamma=gamma),
             optimizer,
             schedule,
             label,
