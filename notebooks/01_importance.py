@@ -218,7 +218,7 @@ say(f"**The warm-up moved {percent(record['moved_float32'])} of the neurons in f
 ties = importance.count_ties(scores, mask)
 arbitrary = warning_signs.arbitrary_mask(**ties, kept=mask.kept, total=mask.total)
 say(f"The mask is partly arbitrary: {arbitrary}." if arbitrary else f"{ties['zeros']} scores are exactly 0, and "
-    f"{ties['tied']} of {mask.kept} kept ones tie at the cut: which neurons are kept hardly hangs on how ties are broken.")
+    f"{ties['tied_kept']} of {mask.kept} kept ones tie at the cut: which neurons are kept hardly hangs on how ties are broken.")
 
 # %% [markdown]
 # [arXiv 2505.11711](https://arxiv.org/abs/2505.11711) reports that PPO, GRPO, DPO and others change only 5
@@ -243,9 +243,10 @@ draw(figures.importance_heatmap(matrix, layers, modules, share, title=f"key neur
 
 # %%
 masks, chance = results.top_masks(study, domain), importance.chance_overlap(share)
+meant = {"delta": "the warm-up's |delta|", "order": "the same with the pairs in another order", "half_a": "of the first half",
+         "half_b": "of the second half of the pairs", "gradient": "accumulated |gradient|", "magnitude": "|weight|"}
 draw(figures.overlap_matrix(list(masks), analysis.overlaps(masks), chance, title=domain),
-     "Masks of one model: by |delta| of the warm-up, by the same with the pairs in another order, on each half of the "
-     "pairs, by accumulated |gradient|, and by |weight|.")
+     "Masks of one model by several scores: " + ", ".join(f"{key}, {meant.get(key, '')}" for key in masks) + ".")
 compared = {row.method: row.value for row in results.overlap_rows(study, domain) if row.metric == "mask_overlap"}
 say("**Overlap, chance being " + f"{chance:.3f}: " + ", ".join(f"{key} {value:.3f}" for key, value in compared.items()) + ".**")
 weak = [key for key, value in compared.items() if warning_signs.weak_overlap(key, value, chance)]
