@@ -137,7 +137,9 @@ for step in range(11):
     with torch.no_grad():
         p = response_logps(model, reads, said).exp()  # [T]: p_t of the prediction
     if step % 2 == 0:
-        print(f"step {step:2}: mean p_t of words to change {p[wrong].mean():.3f}, of the others {p[~wrong].mean():.3f}")
+        groups = {"to change": p[wrong], "of the others": p[~wrong]}
+        means = [f"{text} {values.mean():.3f}" for text, values in groups.items() if len(values)]
+        print(f"step {step:2}: mean p_t of the words {', '.join(means)}")
     loss = -response_logps(model, reads, corrected).mean()  # of the correction
     loss.backward()
     optimizer.step()
@@ -199,7 +201,7 @@ else:
     say(f"**The threshold rule selects {percent(analysis.selected_share(study, domain, 'trained'))} of the rejected tokens.**")
 nothing = warning_signs.no_choice_of_tokens(study.forgetting_weights(domain, methods.stages_of("allo", study.profile)[0]))
 if nothing:
-    say(f"Here it hardly chooses: {nothing}.")
+    say(f"{nothing[0].upper()}{nothing[1:]}.")
 
 # %% [markdown]
 # ## Could choosing tokens matter? DPO's own token rewards
