@@ -51,11 +51,10 @@ def test_every_combination_is_run_once_and_in_one_table(given, project, capsys):
 def test_tasks_of_an_array_make_the_same_table_in_any_order(given, project):
     path, ran = given
     for number in (2, 0, 3, 1):
-        assert cli.main(["grid", str(path), "--task", str(number), "--out", "apart"]) == 0
+        one = ["--task", str(number), "--out", f"{project}/apart"]
+        assert cli.main(["grid", str(path), *one]) == 0
     assert cli.main(["grid", str(path)]) == 0
-    tables = [
-        folder / grid.TABLE for folder in (cli.folder_of("apart", ""), project / "results/some")
-    ]
+    tables = [project / name / grid.TABLE for name in ("apart", "results/some")]
     assert tables[0].read_bytes() == tables[1].read_bytes()
     assert cli.main(["grid", str(path), "--task", "4"]) == cli.BAD_INPUT
 
