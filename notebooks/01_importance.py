@@ -243,15 +243,15 @@ draw(figures.importance_heatmap(matrix, layers, modules, share, title=f"key neur
 
 # %%
 masks, chance = results.top_masks(study, domain), importance.chance_overlap(share)
-meant = {"delta": "the warm-up's |delta|", "order": "the same with the pairs in another order", "half_a": "of the first half",
-         "half_b": "of the second half of the pairs", "gradient": "accumulated |gradient|", "magnitude": "|weight|"}
+meant = {"delta": "the warm-up's |delta|", "order": "the same with the pairs in another order", "half_a": "on the first half of the pairs",
+         "half_b": "on the second half", "gradient": "accumulated |gradient|", "magnitude": "|weight|"}
 draw(figures.overlap_matrix(list(masks), analysis.overlaps(masks), chance, title=domain),
-     "Masks of one model by several scores: " + ", ".join(f"{key}, {meant.get(key, '')}" for key in masks) + ".")
+     "Masks of one model by several scores: " + "; ".join(f"{key}: {meant.get(key, '')}" for key in masks) + ".")
 compared = {row.method: row.value for row in results.overlap_rows(study, domain) if row.metric == "mask_overlap"}
 say("**Overlap, chance being " + f"{chance:.3f}: " + ", ".join(f"{key} {value:.3f}" for key, value in compared.items()) + ".**")
 weak = [key for key, value in compared.items() if warning_signs.weak_overlap(key, value, chance)]
-noisy = [key for key in weak if key in ("orders", "halves")]
-say(f"Between {' and '.join(noisy)} the masks agree hardly better than random ones: the scores are mostly noise here, and "
+noisy = [text for key, text in (("orders", "two orders"), ("halves", "two halves")) if key in weak]
+say(f"Between {' and between '.join(noisy)} of the pairs the masks agree hardly better than random ones: the scores are mostly noise here, and "
     "more pairs would be needed." if noisy else
     "Masks that should agree (the same pairs in another order, two halves of the pairs) do so better than random ones; full "
     "agreement would be 1.")
