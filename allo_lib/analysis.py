@@ -115,15 +115,6 @@ def tokens_of(study: Study, ids: list[int]) -> list[str]:
     return [study.tokenizer.decode([i]) for i in ids]
 
 
-def picture_rows(study: Study, name: str, values: list[list[float]], split: str, count: int):
-    """The first `count` rejected responses as (tokens, values, title) for a token picture."""
-    rows = study.encoded(name, split)[:count]
-    return [
-        (tokens_of(study, row["rejected"]), value, f"rejected response {number}")
-        for number, (row, value) in enumerate(zip(rows, values, strict=False), start=1)
-    ]
-
-
 def step_cost(study: Study, name: str, method: str) -> int:
     """Floating-point operations of one step of a method of one DPO stage, on the first batch."""
     (stage,) = stages_of(method, study.profile)

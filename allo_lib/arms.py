@@ -70,6 +70,27 @@ def trained_model(study: Study, name: str, method: str):
     return study.load(artifact), artifact
 
 
+def logps_by_stage(study: Study, name: str, method: str, split: str = "heldout"):
+    """Log-probs of a split's pairs (`Study.logps`) after each stage of a method, a list a stage.
+
+    The stages are trained again at the method's best rates: the store has the last one's weights.
+    """
+    stages, point = stages_of(method, study.profile), _point(result(study, name, method))
+    inputs = _stage_inputs(study, name, stages) | {"rates": list(point), "split": split}
+
+    def make(folder: Path) -> None:
+        model, found = study.load_sft(name), []
+
+        def look() -> None:
+            found.append(study.logps(model.eval(), study.encoded(name, split)))
+
+        with torch_threads(study.profile.compute.method_threads):
+            _train_stages(study, name, stages, point, folder, after_each=look)
+        write_json(folder / "logps.json", found)
+
+    return study.store.get("logps_by_stage", inputs, make).json("logps.json")
+
+
 def _method_inputs(study: Study, name: str, method: str) -> dict:
     stages = stages_of(method, study.profile)
     search_settings = study.profile.to_dict()["search"]
@@ -263,14 +284,16 @@ def _mean_of_last_quarter(values: list[float]) -> float:
     return sum(tail) / len(tail)
 
 
-def _train_stages(study: Study, name: str, stages, point: Rates, folder: Path) -> list[Log]:
+def _train_stages(
+    study: Study, name: str, stages, point: Rates, folder: Path, after_each=lambda: None
+) -> list[Log]:
     """Train the live model through all stages; float32 masters pass from each to the next."""
-    masters: dict = {}
+    masters, logs = {}, []
     rates, knob = _rates_and_knob(stages, point)
-    return [
-        _train_stage(study, name, stages, number, rate, knob, masters, folder)
-        for number, rate in enumerate(rates)
-    ]
+    for number, rate in enumerate(rates):
+        logs.append(_train_stage(study, name, stages, number, rate, knob, masters, folder))
+        after_each()
+    return logs
 
 
 def _train_stage(study, name, stages, number: int, rate, knob, masters: dict, folder: Path) -> Log:

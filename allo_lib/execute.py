@@ -21,8 +21,9 @@ from allo_lib.environment import ROOT, child_environment
 # A kernel that is asked to stop gets this long, in seconds.
 PATIENCE = 10
 _CELL_FILE = re.compile(r"\S*ipykernel_\d+/\d+\.py")
-# All of a terminal line that a later progress report has overwritten.
-_OVERWRITTEN = re.compile(r"[^\n]*\r(?=[^\n])")
+# All of a terminal line that a later progress report has overwritten, and what a bar that has left
+# nothing ends with.
+_OVERWRITTEN = re.compile(r"[^\n]*\r(?=[^\n])|^ *\r$", re.MULTILINE)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,7 +137,7 @@ def _merge_streams(outputs: list) -> list:
     for output in merged:
         if output.output_type == "stream":
             output.text = _OVERWRITTEN.sub("", output.text)
-    return merged
+    return [output for output in merged if output.output_type != "stream" or output.text.strip()]
 
 
 def _replacements(results_dir: str) -> list[tuple[str, str]]:

@@ -8,10 +8,23 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from PIL import Image, PngImagePlugin
 
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 GREY = "#777777"
+# One colour a kind of method, the same in every figure: the first beginning that fits counts.
+_METHODS = {
+    "sft_base": GREY,
+    "allo": "#D55E00",
+    "dpo_top": "#009E73",
+    "dpo_last": "#56B4E9",
+    "dpo_random": "#E69F00",
+    "dpo": "#0072B2",
+    "sft": "#CC79A7",
+    "rft": "#CC79A7",
+    "": "#000000",
+}
 VERDICT_STYLE = {
     "supported": ("#009E73", "o"),
     "contradicted": ("#D55E00", "X"),
@@ -43,9 +56,22 @@ def subplots(rows: int = 1, columns: int = 1, size: tuple[float, float] = (6.4, 
     return figure, axes
 
 
+def method_colour(method: str) -> str:
+    """The colour of a method by its name in `measurements.csv`, in whatever figure it stands."""
+    return next(colour for begins, colour in _METHODS.items() if method.startswith(begins))
+
+
 def side_style(low: float, high: float) -> tuple[str, str]:
     """Colour and marker by which side of zero an interval lies on; those of no verdict."""
     return _SIDES[0 if high < 0 else 1 if low > 0 else 2]
+
+
+def log_x(axis) -> None:
+    """A logarithmic x axis whose labels (1, 2, 5 in each decade) never run into each other."""
+    axis.set_xscale("log")
+    axis.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.xaxis.set_minor_formatter(NullFormatter())
 
 
 def save(figure: Figure, folder: str | Path, name: str, caption: str = "") -> Path:

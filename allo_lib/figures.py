@@ -9,62 +9,26 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from allo_lib.figure_style import GREY, PALETTE, save, side_style, subplots
 from allo_lib.outcome_figures import claims_figure, efficiency_bars, main_table_figure
 from allo_lib.published import arm_label
-from allo_lib.token_pictures import token_rewards_html, token_rewards_picture
 
 __all__ = [
     "ablation_bars",
     "claims_figure",
     "concentration_curve",
-    "displacement_curve",
     "efficiency_bars",
     "empirical_bars",
     "importance_heatmap",
-    "loss_curves",
     "main_table_figure",
     "overlap_matrix",
     "quality_against_cost",
-    "rate_sweep",
     "save",
     "share_sweep",
-    "token_rewards_html",
-    "token_rewards_picture",
 ]
 
 Z95 = 1.959964  # half-width of a 95% interval in standard errors
-
-
-def loss_curves(
-    curves: Mapping[str, Sequence[Sequence[float]]],
-    title: str = "",
-    ylabel: str = "training loss",
-    window: int | None = None,
-) -> Figure:
-    """Loss by step of each arm: `curves[label]` holds one list a seed, cut to the shortest.
-
-    Lines are running means over `window` steps (default: a tenth of the run) and then over seeds;
-    bands reach from the lowest to the highest seed.
-    """
-    figure, axis = subplots()
-    shortest = min(len(run) for runs in curves.values() for run in runs)
-    window = window or max(1, shortest // 10)
-    for (label, runs), colour in zip(curves.items(), _colours(), strict=False):
-        length = min(map(len, runs))
-        smooth = np.array([_running_mean(run[:length], window) for run in runs])
-        steps = np.arange(window, length + 1)
-        axis.plot(steps, smooth.mean(0), color=colour, label=label, lw=1.6)
-        if len(runs) > 1:
-            axis.fill_between(steps, smooth.min(0), smooth.max(0), color=colour, alpha=0.15, lw=0)
-    seeds = max(len(runs) for runs in curves.values())
-    band = f", band: lowest to highest of {seeds} seeds" if seeds > 1 else ""
-    axis.set(xlabel=f"optimizer step (running mean of {window} steps{band})", ylabel=ylabel)
-    axis.set_title(title)
-    axis.legend()
-    return figure
 
 
 def empirical_bars(
@@ -161,62 +125,6 @@ def concentration_curve(
     axis.set(xlabel="rejected tokens, lowest log-ratio first (%)", xlim=(0, 100), ylim=(0, 102))
     axis.set_ylabel("share of negative log-ratio (%)")
     axis.legend(loc="lower right")
-    return figure
-
-
-def rate_sweep(
-    sweeps: Mapping[str, Sequence[tuple[float, float]]],
-    title: str = "",
-    ylabel: str = "development accuracy (%)",
-    count: int | None = None,
-) -> Figure:
-    """Development accuracy (a fraction) by learning rate, each arm's best rate ringed.
-
-    `count` problems stand behind each point, which then has its 95% interval.
-    """
-    figure, axis = subplots()
-    for i, (label, points) in enumerate(sweeps.items()):
-        rates, values = np.array(sorted(points)).T
-        best, style = int(np.argmax(values)), _series(i)
-        axis.plot(rates, 100 * values, label=f"{label}: best {rates[best]:.2g}", **style)
-        _whiskers(axis, rates, values, count, style)
-        axis.plot(rates[best], 100 * values[best], "o", ms=12, mfc="none", mec=style["color"])
-    _log_x(axis)
-    ylabel += ", 95% interval" if count else ""
-    axis.set(xlabel="learning rate (ring: best of the arm)", ylabel=ylabel, title=title)
-    axis.legend(loc="center left", bbox_to_anchor=(1, 0.5))
-    return figure
-
-
-def displacement_curve(
-    arms: Mapping[str, Sequence[tuple[float, float]]],
-    x: str = "displacement",
-    start: float | None = None,
-    title: str = "",
-    ylabel: str = "development accuracy (%)",
-    count: int | None = None,
-) -> Figure:
-    """Accuracy at equal displacement or margin: `arms[label]` = (x, accuracy as a fraction) points.
-
-    `x` is "displacement" (the 2-norm of theta' - theta) or "margin" (of the training pairs);
-    `start` is the starting model's accuracy; `count` as for `rate_sweep`.
-    """
-    figure, axis = subplots()
-    for i, (label, points) in enumerate(arms.items()):
-        where, values = np.array(sorted(points)).T
-        axis.plot(where, 100 * values, label=label, **_series(i))
-        _whiskers(axis, where, values, count, _series(i))
-    if start is not None:
-        axis.axhline(100 * start, color=GREY, ls=":", label="before alignment")
-    names = {
-        "displacement": r"displacement $\|\theta' - \theta\|_2$",
-        "margin": "training reward margin (nats), last quarter of the steps",
-    }
-    ylabel += ", 95% interval" if count else ""
-    axis.set(xlabel=names[x], ylabel=ylabel, title=title)
-    if min(where for points in arms.values() for where, _ in points) > 0:
-        _log_x(axis)
-    axis.legend(loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
 
 
@@ -317,14 +225,6 @@ def _colours():
         yield from PALETTE
 
 
-def _whiskers(axis, where, shares: np.ndarray, count: int | None, style: dict) -> None:
-    """Normal 95% intervals of shares of `count` problems; none where that is not known."""
-    if count:
-        ends = 100 * Z95 * np.sqrt(shares * (1 - shares) / count)
-        colour = style["color"]
-        axis.errorbar(where, 100 * shares, ends, fmt="none", ecolor=colour, capsize=2, alpha=0.5)
-
-
 def _series(position: int) -> dict[str, str]:
     """Colour and marker of a line, so that neighbours differ in both."""
     markers = "osD^vPX"
@@ -333,18 +233,6 @@ def _series(position: int) -> dict[str, str]:
         "marker": markers[position % len(markers)],
         "lw": 1.5,
     }
-
-
-def _log_x(axis) -> None:
-    """A logarithmic x axis whose labels (1, 2, 5 in each decade) never run into each other."""
-    axis.set_xscale("log")
-    axis.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-    axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axis.xaxis.set_minor_formatter(NullFormatter())
-
-
-def _running_mean(values: Sequence[float], window: int) -> np.ndarray:
-    return np.convolve(values, np.ones(window) / window, mode="valid")
 
 
 def _cut(axis, lows: np.ndarray, highs: np.ndarray) -> None:

@@ -5,10 +5,12 @@ on how many of them there were.
 """
 
 import os
-import time
+import sys
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from functools import cache, lru_cache
+
+from tqdm import tqdm
 
 from allo_lib import arms
 from allo_lib.config import Profile
@@ -49,12 +51,12 @@ def fill(studies: Sequence[Study], asked: Mapping[str, Sequence[str]]) -> None:
         if not arms.is_done(study.at(replicate), name, method)
     ]
     prepare_all(list(dict.fromkeys((study, name) for study, name, *_ in missing)))
-    _side_by_side(_result, _groups(missing), _tell)
+    _side_by_side(_result, _groups(missing), "methods trained", _told)
 
 
 def prepare_all(shared: list[tuple[Study, str]]) -> None:
     """`prepare` for every (study, domain), side by side where there are several."""
-    _side_by_side(_prepared, [shared], lambda *_: None)
+    _side_by_side(_prepared, [shared], "studies prepared", lambda *_: "")
 
 
 def prepare(study: Study, name: str) -> None:
@@ -94,34 +96,40 @@ def _groups(missing: Sequence[Row]) -> list[list[Row]]:
     return [_longest_first(list(groups[number])) for number in sorted(groups)]
 
 
-def _side_by_side(work, groups: Sequence[Sequence[tuple]], tell) -> None:
+def _side_by_side(work, groups: Sequence[Sequence[tuple]], what: str, told) -> None:
     """Call `work` with the rows of each group, in workers, one group after the other.
 
-    A row begins with its study. `tell` gets a row, what `work` made of it, and the seconds so far.
+    A row begins with its study. A bar named `what` counts them, and says `told` of the last row and
+    what `work` made of it.
     """
     most = max(map(len, groups), default=0)
     if not most:
         return
     workers = min(groups[0][0][0].profile.compute.workers, os.cpu_count() or 1, most)
-    started = time.perf_counter()
-    if workers < 2:
-        for row in (row for group in groups for row in group):
-            tell(row, work(*row), time.perf_counter() - started)
-        return
-    give_back_freed_memory()  # the workers need it, this process only waits
-    settings = {"mp_context": fork_server(), "initializer": leave_with_parent}
-    with ProcessPoolExecutor(workers, **settings) as pool:
-        for group in groups:
-            waiting = {pool.submit(_in_worker, work, _opened(row[0]), *row[1:]): row
-                       for row in group}  # fmt: skip
-            try:
-                for future in as_completed(waiting):
-                    row = waiting[future]
-                    tell(row, future.result(), time.perf_counter() - started)
-            except BaseException:
-                for future in waiting:
-                    future.cancel()
-                raise
+    total = sum(map(len, groups))
+    with tqdm(desc=what, total=total, file=sys.stdout, position=0, disable=total < 2) as bar:
+
+        def done(row: tuple, made) -> None:
+            bar.set_postfix_str(told(row, made), refresh=False)
+            bar.update()
+
+        if workers < 2:
+            for row in (row for group in groups for row in group):
+                done(row, work(*row))
+            return
+        give_back_freed_memory()  # the workers need it, this process only waits
+        settings = {"mp_context": fork_server(), "initializer": leave_with_parent}
+        with ProcessPoolExecutor(workers, **settings) as pool:
+            for group in groups:
+                waiting = {pool.submit(_in_worker, work, _opened(row[0]), *row[1:]): row
+                           for row in group}  # fmt: skip
+                try:
+                    for future in as_completed(waiting):
+                        done(waiting[future], future.result())
+                except BaseException:
+                    for future in waiting:
+                        future.cancel()
+                    raise
 
 
 def _opened(study: Study) -> tuple:
@@ -186,9 +194,7 @@ def _study(profile_hash: str, seed: int, results_dir: str, data_dir, held: _Held
     return Study(held.profile, seed, results_dir, data_dir)
 
 
-def _tell(row: Row, found: dict, seconds: float) -> None:
+def _told(row: Row, found: dict) -> str:
     study, name, method, replicate = row
-    rates = ", ".join(f"{rate:g}" for rate in found["rates"]) or "none"
-    told = f"seed {study.seed}, {name}, {method}"
-    told += f", replicate {replicate}" if replicate else ""
-    print(f"{told}: rates {rates}, dev {found['dev']:.3f} ({seconds:.0f} s)", flush=True)
+    told = f"seed {study.seed}, {name}, {method}{f', replicate {replicate}' if replicate else ''}"
+    return f"{told}: dev {found['dev']:.3f}"

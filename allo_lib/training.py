@@ -1,6 +1,7 @@
 """The one training loop: `transformers.Trainer` around an objective, an optimizer and rows."""
 
 import math
+import multiprocessing
 import sys
 import tempfile
 import time
@@ -10,7 +11,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
-from tqdm.auto import tqdm
+from tqdm import tqdm
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from allo_lib import checkpoints as kept
@@ -21,7 +22,7 @@ from allo_lib.forward import response_logps
 from allo_lib.losses import values_unread
 from allo_lib.objectives import terms_of
 
-_PRINT_EVERY = 15.0  # seconds between progress lines, short runs print none
+_LONG = 15.0  # seconds after which a training shows its progress
 # What must be finite, and how a divergence names it.
 _FINITE = {"log-probs": "log-probs", "loss": "loss", "grad_norm": "gradient norm"}
 
@@ -336,30 +337,24 @@ class _WhenDue(TrainerCallback):
 
 
 class _Progress(TrainerCallback):
-    """A bar on a terminal; elsewhere a plain line now and then, which survives logs and notebooks
-    where redrawn bars do not."""
+    """A bar for trainings that take long; workers, whose output would mix, show none."""
 
     def __init__(self, label: str, log: Log):
         self.label, self.log = label, log
-        self.start = self.last = time.perf_counter()
 
     def on_train_begin(self, args, state, control, **_):
-        steps = {"total": state.max_steps, "initial": state.global_step, "unit": "step"}
-        self.bar = tqdm(desc=self.label, disable=not sys.stderr.isatty(), **steps)
+        in_worker = multiprocessing.parent_process() is not None
+        self.bar = tqdm(
+            desc=self.label, total=state.max_steps, initial=state.global_step, unit="step",
+            file=sys.stdout, leave=False, position=0, delay=_LONG,
+            mininterval=2.0 if sys.stdout.isatty() else _LONG,
+            disable=in_worker,
+        )  # fmt: skip
+
+    def on_step_end(self, args, state, control, **_):
+        if self.log.loss:
+            self.bar.set_postfix_str(f"loss {self.log.loss[-1]:.4f}", refresh=False)
+        self.bar.update()
 
     def on_train_end(self, args, state, control, **_):
         self.bar.close()
-
-    def on_step_end(self, args, state, control, **_):
-        if not self.bar.disable:
-            self.bar.set_postfix(loss=f"{self.log.loss[-1]:.4f}" if self.log.loss else "")
-            self.bar.update()
-            return
-        now = time.perf_counter()
-        if self.log.loss and now - self.last >= _PRINT_EVERY:
-            self.last = now
-            print(
-                f"{self.label}: step {state.global_step} of {state.max_steps}, "
-                f"loss {self.log.loss[-1]:.4f}, {now - self.start:.0f} s",
-                flush=True,
-            )

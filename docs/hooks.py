@@ -12,6 +12,7 @@ SHOWN = (
     "LICENSE",
     "CITATION.cff",
     "docs/*.md",
+    "docs/*.png",
     "notebooks/*.ipynb",
     "allo_lib/**/*.py",
     "allo_lib/profiles/*.yaml",

@@ -5,6 +5,8 @@
 #     text_representation:
 #       extension: .py
 #       format_name: percent
+#       format_version: '1.3'
+#       jupytext_version: 1.19.6
 #   kernelspec:
 #     display_name: Python 3
 #     language: python
@@ -15,129 +17,225 @@
 # # 00 Setup: the model, the tasks, the SFT model and the preference pairs
 #
 # **Question.** ALLO ([arXiv 2406.12606](https://arxiv.org/abs/2406.12606)) starts where every
-# alignment method starts: from a model $\theta$ fine-tuned on the task (SFT), and from pairs of
-# responses to a prompt $x$, one *chosen* $y^+$ and one *rejected* $y^-$. Where do they come from here,
-# and can they decide the paper's claims at all?
+# alignment method starts: from a model fine-tuned on the task, and from pairs of responses to the
+# same prompt, one *chosen* and one *rejected*. Where do they come from here, and is there anything
+# in them that a method could learn?
 #
-# The SFT loss is cross-entropy on the tokens of the solution,
-# $$\mathcal L_\text{SFT} = -\frac{1}{|y|}\sum_{t} \log \pi_\theta(y_t \mid x, y_{<t}),$$
-# with $\pi_\theta$ the model's distribution. Pairs are sampled from the SFT model and sorted by a
-# verifier (is the final answer right?), as in the paper; where people have given the pairs, those
-# are taken.
+# Three things are made, each from the one before:
+#
+# 1. the **SFT model** $\theta$ (supervised fine-tuning), which minimises the cross-entropy of a
+#    solution $y = (y_1, \dots, y_T)$ to a prompt $x$,
+#    $$\mathcal L_\text{SFT} = -\frac{1}{T}\sum_{t=1}^{T} \log \pi_\theta(y_t \mid x, y_{<t}),$$
+#    where $\pi_\theta(y_t \mid x, y_{<t})$ is the probability that the model gives to token $y_t$
+#    after the prompt and the tokens before it;
+# 2. **samples** $y \sim \pi_\theta(\cdot \mid x)$, several a question, which a *verifier* sorts by one
+#    criterion: is the final answer right?
+# 3. **preference pairs** $(x, y^+, y^-)$: a right sample and a wrong one of the same question.
+#
+# Everything after this notebook only reads these three.
 
 # %% tags=["parameters"]
 profile = "tiny"  # name, or path of a YAML file
 seed = 0
+domain = ""  # one of the profile's domains; "" is its first
 results_dir = ""  # "" is results/<profile>
 overrides = {}  # profile keys to change, dotted: {"domains.miniature.epochs": 2}
 
 # %%
-from allo_lib import analysis, figures, parallel, results
-from allo_lib.notebook import percent, say, show, table
+import sys
+from pathlib import Path
+
+# The repository, wherever in it the notebook runs.
+sys.path[:0] = [str(p) for p in (Path.cwd(), *Path.cwd().parents) if (p / "allo_lib").is_dir()][:1]
+
+import torch
+
+from allo_lib import analysis, losses, method_figures, parallel, results
+from allo_lib.encoding import encode_prompt, encode_response
+from allo_lib.notebook import draw, percent, say, table
 from allo_lib.study import Study
 
 study = Study.open(profile, seed, results_dir, overrides)
-say(f"Profile **{study.profile.name}**, size {study.profile.size}, seed {seed}: "
-    f"{study.profile.description}")
+domain = domain or next(iter(study.profile.domains))
+task, tokenizer = study.task(domain), study.tokenizer  # task is None where people gave the pairs
+say(f"Profile **{study.profile.name}**, domain **{domain}**, seed {seed}. {study.profile.description} "
+    f"Weights: {study.weights_note['name']} ({study.weights_note['source']}), as {study.dtype}.")
+draw(method_figures.method_drawing(), "The whole method. In brackets: the notebook that explains the step.")
 
 # %% [markdown]
 # ## The tasks
 #
-# One question of each data set, with the solution the model is to learn.
-
-# %%
-for name in study.profile.domains:
-    task = study.task(name)
-    if task is None:
-        rows = [{key: str(row[key])[:300] for key in ("prompt", "chosen", "rejected")}
-                for row in study.pairs(name).rows["train"][:2]]
-    else:
-        questions = task.questions("test", len(study.domain(name).datasets))
-        rows = [{"data set": q.dataset, "prompt": q.prompt, "solution": q.solution}
-                for q in questions]
-    table(rows, f"Examples of the domain {name}.")
-
-# %% [markdown]
-# No test question may occur in training. Counted over everything this seed trains on:
-
-# %%
-for name in study.profile.domains:
-    if study.task(name) is not None:
-        counts = analysis.distinct_questions(study, name)
-        table([counts], f"Distinct prompts of {name}; none of the test prompts is a training prompt.")
-
-# %% [markdown]
-# ## The SFT model
+# Profiles with a real model use real data sets. The profile `tiny` has to answer within minutes on a
+# CPU, so it uses generated problems, the *miniature*, of three families:
 #
-# In the miniature the model first learns nearly right solutions and then a *habit*: errors that
-# depend on the context and show in the wording. It knows better, and preferences can bring that out.
-
-# %%
-for name in study.profile.domains:
-    record = study.sft(name).json()
-    curves = {phase: [values["loss"]] for phase, values in record.items()}
-    if curves:
-        figure = figures.loss_curves(curves, title=f"supervised training, {name}")
-        show(figure, study, f"00_sft_{name}",
-             f"Loss of the supervised phases of {name}, seed {seed}; each has its own length.")
-weights = study.weights_note
-say(f"Weights: {weights['name']} ({weights['source']}), as {study.dtype}.")
-
-# %% [markdown]
-# ## The preference pairs
+# - **chain**: a counter is moved up and down four times (`calc 5 first - 4 second + 4 ...`);
+# - **scan**: the largest or smallest of five numbers is found by keeping the best one so far;
+# - **story**: ann and bob give, get, find and lose things, and one of the two is asked for.
 #
-# Several responses are sampled to each question. A question that got right and wrong ones gives a
-# pair. The questions are dealt out to four uses that never mix: `train` for the compared methods,
-# `mask` for importance scores and the reward model, `heldout` for measuring, `dev` for choosing
-# learning rates where nothing is answered.
-
-# %%
-for name in study.profile.domains:
-    pairs = study.pairs(name)
-    table([pairs.summary | {split: len(rows) for split, rows in pairs.rows.items()}],
-          f"{name}: what was sampled or given, and the pairs of each split.")
-
-# %% [markdown]
-# The columns are those that TRL expects, so that other libraries can train on the same pairs:
-
-# %%
-first = next(iter(study.profile.domains))
-print(study.pairs(first).dataset("train"))
-pair = study.pairs(first).rows["train"][0]
-table([{"": key, "text": str(pair[key])} for key in ("prompt", "chosen", "rejected", "corrected")],
-      "One pair. `corrected` is the rejected response with as few words changed as make it right: "
-      "what the reward model of 02_token_rewards learns to write.")
-
-# %% [markdown]
-# ## Can these pairs decide the claims?
+# A solution writes every step as a short sentence and ends in `answer`, `therefore`, `so` or `guess`
+# and a number. There are two manners of writing the same step, a careful one (`first from 5 less 4
+# makes 1`) and a sloppy one (`one got 5 down 4 gives 1`), and the model sees both.
 #
-# Plain DPO is trained from $\theta$ on the pairs, at the best of equally many learning rates on the
-# development split (never on the test split). If it did not rank held-out pairs better than chance,
-# or ended near 100%, no method could be told from another. RFT, which imitates the right responses
-# ([arXiv 2308.01825](https://arxiv.org/abs/2308.01825)), shows what the chosen side alone is worth, and
-# SFT on as many gold solutions what more of the same would have been.
+# The model is first trained on nearly right solutions. Then comes a **habit**: solutions whose errors
+# depend on the situation. The carry is forgotten (8 + 5 becomes 3), a large last digit makes a number
+# look larger than it is, the second person of a story is forgotten. Such errors are frequent in sloppy
+# sentences and rare in careful ones. So the SFT model knows how to solve the problems *and* has learned
+# to get them wrong, as a model does that has read much of the web, and preferences between its own
+# responses can bring out what it knows.
 
 # %%
-others = ("dpo_long", "rft", "sft")
-asked = {name: ["sft_base", "dpo", *(m for m in others if m in results.methods_of(study, name))]
-         for name in study.profile.domains}
-for name, found in parallel.run_methods(study, asked).items():
-    (before, error), (after, error_after) = (analysis.score_of(found[m]) for m in ("sft_base", "dpo"))
-    say(f"**{name}**: the SFT model scores {percent(before)} (standard error {percent(error)}), DPO "
-        f"{percent(after)} ({percent(error_after)}), with held-out reward accuracy "
-        f"{percent(analysis.reward_accuracy(found['dpo']))}. The others: "
-        + ", ".join(f"{m} {percent(analysis.score_of(found[m])[0])}" for m in asked[name][2:]) + ".")
-
-# %%
-for name in study.profile.domains:
-    if study.domain(name).kind == "miniature":
-        checks = analysis.requirements(study, name)
-        table(checks, "What a miniature must fulfil, measured on this seed. DPO is `dpo_long`, with as "
-              "many updates as the compared methods; its tokens are those of held-out pairs.")
-        table(analysis.by_dataset(study, name, ["sft_base", "dpo", "dpo_long"]), "Accuracy by family: "
-              "near 100% a family can no longer tell good methods apart.")
-        failed = [row["requirement"] for row in checks if not row["holds"]]
-        say("All of them hold." if not failed else f"**Not fulfilled: {'; '.join(failed)}.**")
+if task is None:
+    given = study.pairs(domain).rows["train"][0]
+    table([{key: str(given[key])[:400] for key in ("prompt", "chosen", "rejected")}], "One pair, as given.")
+else:
+    table([{"data set": q.dataset, "prompt": q.prompt, "a right solution": q.solution}
+           for q in task.questions("test", len(study.domain(domain).datasets))],
+          "One question of each data set. No test question is among the training questions.")
+    table([analysis.distinct_questions(study, domain)], "Number of different questions.")
 
 # %% [markdown]
-# Everything above is kept in the store of the results folder; the next notebooks read it from there.
+# ## The SFT loss, in plain torch
+#
+# One function is used in all notebooks: the log-probability of every token of a response. The logits
+# at one position predict the *next* token, hence the shift by one.
+
+# %%
+model = study.load_sft(domain)  # trained now, or read from the store of the results folder
+pair = study.pairs(domain).rows["train"][0]
+prompt = torch.tensor(encode_prompt(tokenizer, pair["prompt"]), device=model.device)  # [P] int64
+response = torch.tensor(encode_response(tokenizer, pair["chosen"]), device=model.device)  # [T] int64
+
+
+def response_logps(model, prompt, response):  # [P], [T] -> [T]
+    logits = model(torch.cat([prompt, response])[None]).logits[0]  # [P + T, V], V the vocabulary
+    logits = logits[len(prompt) - 1 : -1].float()  # [T, V]: row t predicts response[t]
+    return logits.log_softmax(-1).gather(1, response[:, None])[:, 0]
+
+
+with torch.no_grad():
+    logps = response_logps(model, prompt, response)
+loss = -logps.mean()
+for token, logp in list(zip(response, logps, strict=True))[:8]:
+    print(f"{tokenizer.decode([int(token)])!r:14} probability {logp.exp():.3f}")
+print(f"... of {len(response)} tokens; the SFT loss of this response is {loss:.4f}")
+
+# %% [markdown]
+# The library calls the two steps `losses.token_logps` and `losses.supervised_loss`. They take batches,
+# `[B, T]` with the label -100 outside the response, and must say the same of a batch of one:
+
+# %%
+labels = torch.cat([torch.full_like(prompt, losses.IGNORED), response])[None]  # [1, P + T]
+with torch.no_grad():
+    batch = losses.token_logps(model(torch.cat([prompt, response])[None]).logits, labels)  # [1, P + T]
+torch.testing.assert_close(batch[0, len(prompt):], logps, atol=1e-4, rtol=1e-4)
+torch.testing.assert_close(losses.supervised_loss(batch, labels != losses.IGNORED), loss, atol=1e-4, rtol=1e-4)
+print("equal to 1e-4")
+
+# %% [markdown]
+# ## Sampling a pair, in plain torch
+#
+# A question is asked several times. The verifier reads nothing but the final answer. (Where people have
+# given the pairs, nothing is sampled.)
+
+# %%
+@torch.no_grad()
+def sample(model, prompt, temperature, most, generator):  # [P] -> [at most `most`]
+    ids = prompt
+    for _ in range(most):
+        logits = model(ids[None]).logits[0, -1].float()  # [V]: what comes next
+        chances = (logits / temperature).softmax(-1).cpu()
+        token = torch.multinomial(chances, 1, generator=generator).to(ids.device)  # [1]
+        ids = torch.cat([ids, token])
+        if token.item() == tokenizer.eos_token_id:
+            break
+    return ids[len(prompt):]
+
+
+if task is not None:
+    generator, settings = torch.Generator().manual_seed(seed), study.domain(domain)
+    question = next(iter(study.pair_questions(domain).values()))
+    asked = torch.tensor(encode_prompt(tokenizer, question.prompt), device=model.device)
+    print(question.prompt)
+    for _ in range(settings.pairs.samples):
+        ids = sample(model, asked, settings.pairs.temperature, settings.max_new_tokens, generator)
+        text = tokenizer.decode(ids, skip_special_tokens=True)
+        print("right " if task.right(question, text) else "wrong ", text)
+
+# %% [markdown]
+# The library samples all questions together (`generation.generate`), and every question with a right and
+# a wrong response gives a pair. The questions are dealt out to uses that never mix: `train` for the
+# compared methods, `mask` for the importance scores and the reward model, `heldout` for measuring.
+
+# %%
+pairs = study.pairs(domain)
+counts = {split: len(rows) for split, rows in pairs.rows.items() if rows}
+table([{key.replace("_", " "): value for key, value in pairs.summary.items()} | counts],
+      "What was sampled or given (`right`: share of right samples), and the pairs of each split.")
+print(pairs.dataset("train"))  # TRL's columns: any other library can train on the same pairs
+
+# %% [markdown]
+# ## What a pair looks like, and what the verifier does not see
+#
+# The verifier knows whether the last number is right, and nothing of the way there. So a *chosen*
+# response may contain a wrong step that happens not to matter, or two that cancel out, and most words of
+# a *rejected* one are right. This is the reason for choosing tokens at all (02 to 04): plain DPO makes
+# every word of a rejected response less likely. In the miniature the generator can tell which words are
+# wrong decisions in themselves; they stand in [[ ]] below. No method gets to know this.
+
+# %%
+def marked(text, wrong):
+    return " ".join(f"[[{word}]]" if bad else word for word, bad in zip(text.split(), wrong, strict=True))
+
+
+shown = pairs.rows["train"][0]
+sides = {side: str(shown[side]) for side in ("chosen", "rejected", "corrected")}
+if hasattr(task, "wrong_tokens"):
+    known, rows = study.pair_questions(domain), [row for row in pairs.rows["train"] if row["corrected"]]
+    flawed = [row for row in rows if any(task.wrong_tokens(known[row["id"]], row["chosen"]))]
+    shown = (flawed or rows)[0]
+    sides = {side: marked(shown[side], task.wrong_tokens(known[shown["id"]], shown[side])) for side in sides}
+    say(f"**{percent(len(flawed) / len(rows))} of the chosen responses contain a wrong decision.**")
+table([{"": "prompt", "text": str(shown["prompt"])}, *({"": side, "text": text} for side, text in sides.items())])
+
+# %% [markdown]
+# `corrected` is the rejected response with as few words changed as make it right. The reward model of
+# 02_token_rewards learns to write it.
+#
+# ## Is there something to learn from these pairs?
+#
+# Three methods start from $\theta$: plain DPO on the pairs (01 explains it), RFT, which imitates the
+# right samples ([arXiv 2308.01825](https://arxiv.org/abs/2308.01825)), and SFT on as many gold solutions.
+# Each gets the same number of learning rates and keeps the one that is best on development questions.
+# `dpo_long` makes as many updates as the two stages of ALLO together and is the fair rival.
+
+# %%
+wanted = ("dpo", "dpo_long", "rft", "sft")
+run = [method for method in wanted if method in results.methods_of(study, domain)]
+found = parallel.run_methods(study, {domain: ["sft_base", *run]})[domain]
+scores = {method: analysis.score_of(one) for method, one in found.items()}
+draw(method_figures.method_dots(scores, xlabel=f"{results.unit(found[run[0]])} (%)"),
+     f"The SFT model and what simple methods make of it; {domain}, seed {seed}.")
+(before, _), (after, error) = scores["sft_base"], scores[run[0]]
+say(f"**The SFT model scores {percent(before)}, {run[0]} {percent(after)} (standard error {percent(error)}); "
+    f"of the held-out pairs {run[0]} ranks {percent(analysis.reward_accuracy(found[run[0]]))} right.**")
+
+# %% [markdown]
+# A miniature could also be too easy or too hard to tell methods apart. What it must fulfil was fixed
+# before the study; whatever does not hold on this seed stands here:
+
+# %%
+if study.domain(domain).kind == "miniature" and "dpo_long" in found:
+    checks = analysis.requirements(study, domain)
+    table(checks, "DPO is `dpo_long`; its tokens are those of held-out pairs.")
+    failed = [row["requirement"] for row in checks if not row["holds"]]
+    say("All of them hold." if not failed else f"Not fulfilled here: {'; '.join(failed)}.")
+    table(analysis.by_dataset(study, domain, list(found)), "Share of right answers by family.")
+
+# %% [markdown]
+# ## What it means
+#
+# The responses of the SFT model hold more than its greedy answers show, and even the simplest methods
+# bring much of it out. A method has to be compared with them, not with the SFT model. The pairs are noisy
+# in a particular way: right and wrong are known for whole responses, while the errors sit in a few words.
+#
+# Next: [01_importance](01_importance.ipynb) asks which *weights* the preferences move.

@@ -31,6 +31,12 @@ results_dir = ""  # "" is results/<profile>
 overrides = {}  # profile keys to change, dotted: {"domains.miniature.epochs": 2}
 
 # %%
+import sys
+from pathlib import Path
+
+# The repository, wherever in it the notebook runs.
+sys.path[:0] = [str(p) for p in (Path.cwd(), *Path.cwd().parents) if (p / "allo_lib").is_dir()][:1]
+
 from allo_lib import (
     ablation_figures,
     ablations,

@@ -40,6 +40,12 @@ overrides = {}  # profile keys to change, dotted: {"domains.miniature.epochs": 2
 seeds = None  # seeds to write to measurements.csv; None is `seed` alone, [] leaves it as it is
 
 # %%
+import sys
+from pathlib import Path
+
+# The repository, wherever in it the notebook runs.
+sys.path[:0] = [str(p) for p in (Path.cwd(), *Path.cwd().parents) if (p / "allo_lib").is_dir()][:1]
+
 from IPython.display import Image, Markdown, display
 
 from allo_lib import claims, report, results

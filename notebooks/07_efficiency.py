@@ -55,6 +55,12 @@ overrides = {}  # profile keys to change, dotted: {"domains.miniature.epochs": 2
 seeds = None  # not read here; run_all.sh gives it to the last two notebooks alike
 
 # %%
+import sys
+from pathlib import Path
+
+# The repository, wherever in it the notebook runs.
+sys.path[:0] = [str(p) for p in (Path.cwd(), *Path.cwd().parents) if (p / "allo_lib").is_dir()][:1]
+
 import math
 
 from allo_lib import analysis, claims, efficiency, figures, footprint, report

@@ -570,3 +570,11 @@ def test_every_known_method_has_a_rate_and_an_objective(profile):
         for stage in stages:
             assert stage.rate in rates, method
             assert stage.neurons in ("all", "top", "bottom", "random"), method
+
+
+def test_the_model_after_each_stage_ends_in_the_one_that_was_kept(tiny_study):
+    before, after = arms.logps_by_stage(tiny_study, DOMAIN, "allo")
+    model, _ = arms.trained_model(tiny_study, DOMAIN, "allo")
+    assert after == tiny_study.logps(model, tiny_study.encoded(DOMAIN, "heldout")) != before
+    reference = [row["rejected_reference"] for row in tiny_study.encoded(DOMAIN, "heldout")]
+    assert [row["rejected"] for row in before] != reference

@@ -175,7 +175,7 @@ def test_a_bad_tokenizer_is_told_before_anything_is_written(tmp_path, make, told
 SETTINGS = {
     "list": ([("share", 0.1)], "align: config is a list; expected an AlignConfig or a dict"),
     "class": (AlignConfig, "align: config is a type; expected an AlignConfig or a dict"),
-    "unknown": ({"lr": 1e-4}, "align: unknown key 'lr'; expected one of batch_size"),
+    "unknown": ({"lr": 1e-4}, "align: unknown key 'lr'; expected one of accumulation"),
     "no name": ({3: 1}, "align: unknown key 3; expected one of"),
     "share zero": ({"share": 0}, "align: share: got 0, expected greater than 0"),
     "share in percent": ({"share": 10}, "share: got 10, expected less than or equal to 1"),

@@ -1,19 +1,20 @@
 """Figures: labelled, deterministic, and safe with text that looks like code."""
 
-import html.parser
-
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
-from allo_lib import claims, figures, published
-from allo_lib.figure_style import caption_of
+from allo_lib import claims, figures, method_figures, published
+from allo_lib.figure_style import caption_of, method_colour
 from tests import synthetic_results
 from tests.test_claims import EFFICIENCY
 
 RUNS = [[0.7, 0.6, 0.5, 0.4], [0.7, 0.65, 0.55, 0.5]]
-POINTS = {"DPO": [(1e-4, 0.7), (2e-4, 0.75)], "ALLO": [(1e-3, 0.72), (2e-3, 0.71)]}
+TRIED = {"dpo": [
+    {"rates": [1e-4], "dev": 0.8, "displacement": 1.0, "train_margin": -0.1},
+    {"rates": [2e-4], "dev": 0.5, "displacement": 2.0, "train_margin": 0.3},
+]}  # fmt: skip
 MEASURED = {"sft_base": (0.5, 0.49, 0.51), "dpo": (0.7, 0.69, 0.71), "allo": (0.72, 0.71, 0.73)}
 
 
@@ -22,14 +23,10 @@ def every_figure() -> dict[str, Figure]:
     paper = {name: row["qa_avg"] for name, row in published.main_results().items()}
     arms = {"dpo_top10": (0.76, 0.01), "dpo": (0.75, 0.01)}
     return {
-        "loss": figures.loss_curves({"DPO": RUNS, "ALLO": RUNS[:1]}),
         "empirical": figures.empirical_bars(arms, published.empirical_study()),
         "heat": figures.importance_heatmap([[0.1, 0.2]], ["layer 0"], ["q", "k"], 0.1),
         "overlap": figures.overlap_matrix(["a", "b"], [[1, 0.2], [0.2, 1]], 0.053),
         "concentration": figures.concentration_curve({"rejected": ([0, 0.1, 1], [0, 0.7, 1])}),
-        "rates": figures.rate_sweep(POINTS, count=200),
-        "displacement": figures.displacement_curve(POINTS, start=0.5),
-        "margin": figures.displacement_curve({"DPO": [(-0.1, 0.5), (2.0, 0.7)]}, x="margin"),
         "share": figures.share_sweep([0.1, 0.01, 1], [0.7, 0.6, 0.7], [0.01] * 3, ("DPO", 0.7)),
         "ablation": figures.ablation_bars({"allo_no_forgetting": (-0.02, -0.03, -0.01)}),
         "main": figures.main_table_figure(MEASURED, paper),
@@ -42,17 +39,24 @@ def every_figure() -> dict[str, Figure]:
             },
             ("all neurons", 0.72),
         ),
-        "tokens": figures.token_rewards_picture([(["a", "b"], [0.1, 0.9], "rejected")]),
+        "method": method_figures.method_drawing(),
+        "scores": method_figures.score_histogram(np.arange(1, 101) / 10, 9.1, "x"),
+        "tokens": method_figures.token_panel(["a", "b"], [("p", "low", [0.1, 0.9])]),
+        "dots": method_figures.method_dots({"dpo": (0.7, 0.01), "allo": (0.72, 0.01)}),
+        "arms": method_figures.empirical_panels({"dpo": RUNS[0]}, arms, {"dpo": (0.7, 0.01)}),
+        "sweep": method_figures.sweep_panels(TRIED, start=0.5, count=100),
+        "change": method_figures.change_curve([0, 1], {"selected": [0, -1], "others": [0, 0]}),
+        "kept": method_figures.probability_histogram({"wrong": [0.1, 0.2], "others": [0.9]}, 0.5),
     }
 
 
 def test_development_scores_have_the_intervals_of_their_number():
-    figure = figures.displacement_curve({"DPO": [(1.0, 0.8), (2.0, 0.5)]}, count=100)
-    (bars,) = figure.axes[0].collections
-    lengths = [high - low for (_, low), (_, high) in bars.get_segments()]
+    figure = method_figures.sweep_panels({"dpo": TRIED["dpo"][:2]}, count=100)
+    axis = figure.axes[0]
+    lengths = [high - low for (_, low), (_, high) in axis.collections[0].get_segments()]
     assert lengths == pytest.approx([2 * 1.959964 * 4, 2 * 1.959964 * 5], rel=1e-4)
-    assert "95% interval" in figure.axes[0].get_ylabel()
-    assert not figures.displacement_curve(POINTS).axes[0].collections
+    assert "95% interval" in axis.get_ylabel()
+    assert not method_figures.sweep_panels(TRIED).axes[0].collections
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +72,7 @@ def texts(figure: Figure) -> str:
 
 def test_every_axis_with_data_is_labelled(drawn):
     for name, figure in drawn.items():
-        if name == "tokens":
+        if name in ("tokens", "method"):
             continue
         assert any(axis.get_xlabel() or axis.get_title() for axis in figure.axes), name
         for axis in figure.axes:
@@ -87,13 +91,15 @@ def test_no_text_is_smaller_than_nine_points(drawn):
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("loss", ["running mean of 1 steps", "lowest to highest of 2 seeds", "training loss"]),
+        ("scores", ["kept: 10.0%", "19% of the movement", "cut, at a score of 9.1"]),
+        ("arms", ["own best rate", "one rate for all", "running mean", "95% interval"]),
+        ("sweep", ["training reward margin", "before alignment", "development score"]),
+        ("dots", ["ALLO", "72.0", "95% interval over problems"]),
+        ("method", ["forgetting", "learning", "only these neurons move", "(03)"]),
         ("empirical", ["95% interval", "no intervals published", "cut axis"]),
         ("heat", ["chance: 10%", "20.0"]),
         ("overlap", ["chance: 0.053", "0.20"]),
         ("concentration", ["70% in the lowest 10%"]),
-        ("rates", ["DPO: best 0.0002", "ALLO: best 0.001"]),
-        ("margin", ["training reward margin"]),
         ("main", ["not run", "+ Vanilla PPO"]),
         (
             "claims",
@@ -117,13 +123,6 @@ def test_figures_say_what_they_show(drawn, name, words):
         assert word in shown
 
 
-def test_running_mean_and_band_are_those_of_the_runs():
-    axis = figures.loss_curves({"DPO": RUNS}, window=2).axes[0]
-    expected = [(0.65 + 0.675) / 2, (0.55 + 0.6) / 2, (0.45 + 0.525) / 2]
-    assert axis.lines[0].get_ydata() == pytest.approx(expected)
-    assert list(axis.lines[0].get_xdata()) == [2, 3, 4]
-
-
 def test_bars_and_whiskers_have_the_values_given(drawn):
     axis = drawn["empirical"].axes[0]
     assert [bar.get_height() for bar in axis.patches] == pytest.approx([76, 75])
@@ -142,35 +141,28 @@ def test_saved_files_are_the_same_bytes_and_carry_the_caption(tmp_path):
         assert picture.width == 1350
 
 
-def test_token_picture_wraps_and_keeps_every_letter():
-    tokens = [" word"] * 100 + ["\n", " $x$", "y" * 300]
-    values = np.linspace(0, 1, len(tokens))
-    figure = figures.token_rewards_picture([(tokens, values, "a title")])
+def test_a_token_panel_shows_text_as_it_is_and_every_number():
+    tokens = [" word", "\n", " $x$", "<script>", "y" * 300, "\x1b"] * 10
+    numbers = list(np.linspace(0, 1, 60))
+    figure = method_figures.token_panel(tokens, [("p", "low", numbers), ("c", "words", tokens)])
     figure.canvas.draw()
-    letters = [text for text in figure.axes[0].texts if text.get_text() != "a title"]
-    shown = "".join(text.get_text() for text in letters)
-    assert shown == "word" * 100 + "\u21b5$x$" + "y" * 300
-    places = [text.get_position() for text in letters]
-    assert len(set(places)) == len(places)
-    right = figure.axes[0].get_xlim()[1]
-    assert all(0 <= x <= right for x, _ in places)
-    assert len({y for _, y in places}) >= 8
-
-
-def test_token_html_shows_markup_as_text():
-    page = figures.token_rewards_html(
-        [(["<script>alert(1)</script>", '"&'], [0.0, 1.0], "<b>title</b>")], label='p"'
-    )
-    seen, tags = [], []
-    parser = html.parser.HTMLParser()
-    parser.handle_starttag = lambda tag, attributes: tags.append(tag)
-    parser.handle_data = seen.append
-    parser.feed(page)
-    assert set(tags) == {"p", "b", "span"}
-    assert "<script>alert(1)</script>" in "".join(seen) and "<b>title</b>" in seen
+    shown = [text.get_text() for text in figure.axes[0].texts]
+    assert shown.count("$x$") == 20 and shown.count("<script>") == 20
+    assert shown.count("y" * 11 + "\u2026") == 20 and shown.count("\u21b5") == 20
+    assert shown.count("\ufffd") == 20 and {".02", ".51", "1", "0"} <= set(shown)
+    assert not any(text.get_parse_math() for text in figure.axes[0].texts if "$" in text.get_text())
+    colours = [patch.get_facecolor() for patch in figure.axes[0].patches]
+    assert colours[0] != colours[-1] == (1, 1, 1, 1), "low ones are orange, high ones white"
 
 
 def test_tokens_and_values_must_match():
-    for draw in (figures.token_rewards_html, figures.token_rewards_picture):
-        with pytest.raises(ValueError, match="2 tokens with 1 values"):
-            draw([(["a", "b"], [0.5], "")])
+    with pytest.raises(ValueError, match="2 tokens with 1 values of 'p'"):
+        method_figures.token_panel(["a", "b"], [("p", "low", [0.5])])
+
+
+def test_a_method_has_one_colour_and_the_arms_of_the_study_have_different_ones():
+    arms = ["sft_base", "allo", "dpo", "dpo_top10", "dpo_last10", "dpo_random10", "rft", "npo"]
+    assert len({method_colour(arm) for arm in arms}) == len(arms)
+    assert method_colour("dpo_top2p5_paper") == method_colour("dpo_top10")
+    assert method_colour("dpo_long") == method_colour("dpo_paper") == method_colour("dpo")
+    assert method_colour("allo_no_forgetting") == method_colour("allo")

@@ -309,16 +309,6 @@ def test_test_questions_are_no_training_questions(study, monkeypatch):
         analysis.distinct_questions(study, DOMAIN)
 
 
-def test_pictures_show_the_tokens_of_the_response(study):
-    values = study.keep_probabilities(DOMAIN, "heldout")
-    pictures = analysis.picture_rows(study, DOMAIN, values, "heldout", 2)
-    assert len(pictures) == 2
-    rows = study.encoded(DOMAIN, "heldout")[:2]
-    for (tokens, shown, title), row in zip(pictures, rows, strict=True):
-        assert len(tokens) == len(shown) == len(row["rejected"]) and "rejected" in title
-        assert tokens[-1] == study.tokenizer.eos_token
-
-
 def test_asking_what_was_trained_before_trains_nothing(study, rows, tmp_path):
     """07_efficiency alone, on an empty store, once trained the SFT model of every domain."""
     before = analysis.trained_before(study, DOMAIN)

@@ -381,6 +381,23 @@ def test_sanitised_notebooks_tell_nothing_of_the_machine():
     assert cell.outputs[1].data == {"image/png": "aGVsbG8=", "text/plain": "~/a"}
 
 
+def test_bars_leave_their_last_line_or_nothing():
+    texts = ["\rtraining: 1/9", "\rtraining: 5/9", "\r             \r", "\rmethods: 0/2"]
+    texts += ["\rmethods: 2/2", "\rmethods: 2/2\n", "and more\n"]
+    gone = ["\rtraining: 1/9", "\r             \r"]
+    cells = [
+        nbformat.v4.new_code_cell("x", outputs=[
+            nbformat.v4.new_output("stream", name="stdout", text=text) for text in given
+        ])
+        for given in (texts, gone)
+    ]  # fmt: skip
+    notebook = nbformat.v4.new_notebook(cells=cells)
+    execute.sanitise(notebook, "/nowhere/results")
+    first, second = notebook.cells
+    assert [output.text for output in first.outputs] == ["methods: 2/2\nand more\n"]
+    assert second.outputs == []
+
+
 # ---- comparing two runs -----------------------------------------------------------------------
 
 HEADER = "seed,method,dataset,metric,value,stderr,n\n"

@@ -40,7 +40,6 @@ from allo_lib import (
     reference,
     report,
     results,
-    token_pictures,
     weights,
 )  # fmt: skip
 from allo_lib.figure_style import save
@@ -464,11 +463,6 @@ def page_of(*parts: str) -> str:
     return head + "\n".join(parts) + "</body></html>"
 
 
-def pictures() -> str:
-    values = [i / len(RESPONSE) for i in range(len(RESPONSE))]
-    return token_pictures.token_rewards_html([(RESPONSE, values, SCRIPT)], label=BREAKING_OUT)
-
-
 def shown_table(monkeypatch) -> str:
     """The HTML that `notebook.table` gives to the notebook."""
     given = []
@@ -493,10 +487,7 @@ def planted_report(tmp_path):
     return report.build(folder)
 
 
-def test_pictures_and_tables_hold_no_tag_of_a_response(monkeypatch):
-    page = Page(pictures())
-    assert set(page.tags) == {"p", "b", "span"}
-    assert page.words.count(SCRIPT) == 2 and BREAKING_OUT in page.words
+def test_tables_hold_no_tag_of_a_response(monkeypatch):
     page = Page(shown_table(monkeypatch))
     assert not {"script", "img"} & set(page.tags) and SCRIPT in page.words
 
@@ -510,14 +501,14 @@ def test_the_report_holds_no_tag_of_its_files(planted_report):
 @pytest.mark.browser
 def test_in_a_browser_responses_are_text(tmp_path, monkeypatch):
     """Unescaped the planted texts do run, so that the page of responses can fail."""
-    path, parts = tmp_path / "page.html", (pictures(), shown_table(monkeypatch))
+    path, parts = tmp_path / "page.html", (shown_table(monkeypatch),)
     for planted in (SCRIPT, IMAGE, BREAKING_OUT):
         path.write_text(page_of(planted), encoding="utf-8")
         assert in_browser(path, tmp_path).title == "changed"
     path.write_text(page_of(*parts), encoding="utf-8")
     page = in_browser(path, tmp_path)
     assert page.title == "before" and page.ids == []
-    assert "".join(RESPONSE) in page.words and page.words.count(SCRIPT) == 4
+    assert "".join(RESPONSE) in page.words and page.words.count(SCRIPT) == 2
 
 
 @pytest.mark.browser

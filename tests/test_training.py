@@ -1,7 +1,6 @@
 """The training loop: every row once an epoch, a cosine schedule, a clear end when it diverges."""
 
 import math
-import sys
 
 import pytest
 import torch
@@ -166,16 +165,6 @@ def test_max_steps_ends_a_training_and_never_prolongs_it(most, steps):
     )
     assert len(log.loss) == steps
     assert any(not torch.equal(value, before[name]) for name, value in weights_of(model).items())
-
-
-def test_a_terminal_shows_a_bar_and_a_log_does_not(monkeypatch, capsys):
-    model = tiny_llama()
-    dpo(model, pairs(model), Schedule(1e-3, 1, 4, 0), label="here")
-    assert capsys.readouterr().err == ""
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    dpo(model, pairs(model), Schedule(1e-3, 1, 4, 0), label="here")
-    told = capsys.readouterr().err
-    assert "here: 100%" in told and "2/2" in told and "loss=" in told
 
 
 def test_batches_that_do_not_divide_are_refused():
