@@ -16,7 +16,7 @@ from types import NoneType
 
 import torch
 
-from allo_lib import models, rewriter, warning_signs
+from allo_lib import devices, models, rewriter, warning_signs
 from allo_lib.checkpoints import Checkpoints
 from allo_lib.config import fingerprint
 from allo_lib.encoding import encode_text
@@ -141,12 +141,21 @@ def align(
             `.checkpoints` holds what the same call, of the same weights, pairs and settings, goes
             on from if this one is stopped.
 
+    Started by `accelerate launch`, several processes do it together (`devices`), each with the same
+    arguments; the first one writes and prints. A sharded model comes back sharded, and the mask is
+    that of this process's part.
+
     Raises:
         AlloError: unknown stage or setting, a model that cannot be aligned as it is
             (`given_model`), no pairs, missing columns, no pair that fits the model's context, a
             pair that cannot be encoded or whose responses are equal, a tokenizer without pad or end
             token, a loss that is not finite, or stages that changed no weight.
     """
+    with devices.quiet():
+        return _align(model, tokenizer, pairs, stages, config, output_dir)
+
+
+def _align(model, tokenizer, pairs, stages, config, output_dir) -> AlignResult:
     folder = _folder(output_dir)
     run = _Run(model, tokenizer, _settings(config), _chosen_stages(stages), folder)
     run.read(pairs)
@@ -191,6 +200,7 @@ class _Run:
         """All that can be known before anything is trained: what fits, and what is told of it."""
         every = "importance" in self.stages and self.config.estimator == "delta"
         check_trainable(self.model, every, self.config.max_length)
+        devices.start(self.model)
         lengths = (context_of(self.model), self.config.max_length)
         longest = min(length for length in lengths if length)
         given = read_rows(pairs)
@@ -215,6 +225,7 @@ class _Run:
         self._try_longest()
         settings = asdict(self.config) | {"checkpoint_minutes": None, "stages": self.stages}
         begins = [weights_hash(self.model), rows_hash(self.rows), settings]
+        devices.agree(begins, "pairs or settings")
         self._begun = self.output_dir / ".checkpoints" / fingerprint(begins)[:24]
 
     def _correction(self, pair, longest: int) -> tuple[dict, dict] | None:
@@ -275,8 +286,10 @@ class _Run:
         scores = self._scores()
         mask = select_neurons(scores, self.config.share)
         ties = count_ties(scores, mask)
-        _warn(warning_signs.arbitrary_mask(**ties, kept=mask.kept, total=mask.total))
-        mask.save(self.output_dir / "mask.safetensors")
+        whole = mask.joined() if devices.is_sharded(next(self.model.parameters())) else mask
+        if devices.rank() == 0:
+            _warn(warning_signs.arbitrary_mask(**ties, kept=whole.kept, total=whole.total))
+            whole.save(self.output_dir / "mask.safetensors")
         return mask
 
     def _scores(self) -> dict[str, torch.Tensor]:
@@ -311,7 +324,7 @@ class _Run:
             return None
         mask = NeuronMask.load(path)
         mask.check(self.model)
-        return mask
+        return mask.part_of(self.model)
 
     def forgetting(self, mask) -> None:
         pairs = zip(self._with_reference(), self.corrections, strict=True)
@@ -327,7 +340,10 @@ class _Run:
         self.logs["learning"] = self._train(rows, "learning", rate, mask, 0.1, self.masters)
 
     def save(self) -> None:
-        self.model.save_pretrained(self.output_dir)
+        weights = devices.whole_weights(self.model)
+        if devices.rank() > 0:
+            return
+        self.model.save_pretrained(self.output_dir, state_dict=weights)
         self.tokenizer.save_pretrained(self.output_dir)
         losses = {stage: log.loss for stage, log in self.logs.items()}
         record = {"config": asdict(self.config), "left_out": self.left_out, "loss": losses}

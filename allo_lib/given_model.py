@@ -5,7 +5,7 @@ import os
 
 import torch
 
-from allo_lib import models, weights
+from allo_lib import devices, models, weights
 from allo_lib.errors import AlloError
 
 
@@ -137,11 +137,12 @@ def undone_if_stopped(model, mask=None):
     before = {name: values.cpu().clone() for name, values in _kept(model, mask) if values.numel()}
 
     def changed() -> bool:
-        return any(
+        found = any(
             not torch.equal(values.cpu(), before[name])
             for name, values in _kept(model, mask)
             if name in before
         )
+        return bool(devices.total(torch.tensor(int(found)), devices.LARGEST))
 
     try:
         yield changed
@@ -149,18 +150,22 @@ def undone_if_stopped(model, mask=None):
         with torch.no_grad():
             for name, value in model.named_parameters():
                 if name in before:
-                    old = before[name].to(value.device)
+                    own, old = devices.local(value), before[name].to(value.device)
                     if mask is None:
-                        value.copy_(old.view_as(value))
+                        own.copy_(old.view_as(own))
                     else:
-                        value.view(-1)[mask.indices[name].to(value.device)] = old
+                        own.view(-1)[_places(mask, name, value)] = old
         raise
 
 
 def _kept(model, mask):
     for name, value in model.named_parameters():
-        flat = value.detach().flatten()
+        flat = devices.local(value).flatten()
         if mask is None:
             yield name, flat
         elif name in mask.indices:
-            yield name, flat[mask.indices[name].to(flat.device)]
+            yield name, flat[_places(mask, name, value)]
+
+
+def _places(mask, name: str, value) -> torch.Tensor:
+    return devices.held(mask.indices[name], value).to(value.device)

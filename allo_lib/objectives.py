@@ -9,6 +9,7 @@ it are the log-probs under the reference model, per token, made once for all met
 from torch import Tensor
 
 from allo_lib import losses
+from allo_lib.errors import AlloError
 from allo_lib.token_rewards import key_tokens
 
 ON_PAIRS = ("dpo", "rdpo", "ipo", "bco", "simpo", "learning", "merged")
@@ -38,6 +39,20 @@ def objective(name: str, *, beta: float, key_share: float = 1.0):
     if name == "learning":
         return lambda logps, batch: _learning(logps, batch, beta, key_share)
     return lambda logps, batch: _pairs(name, logps, batch, beta)
+
+
+def counted(name: str, batch: dict[str, Tensor]) -> Tensor:
+    """What the loss of `objective(name)` is a mean over: sequences, or tokens; a scalar.
+
+    AlloError for an objective that is no plain mean, so that no process can judge a share of it.
+    """
+    if name in ("bco", "merged", *ON_POLICY):
+        raise AlloError(f"objective {name!r} judges a whole batch: train it in one process")
+    if name in ON_SOLUTIONS:
+        return _response(batch).sum()
+    if name == "forgetting":
+        return (batch["weights"] != 0).sum()
+    return batch["labels"].new_tensor(len(batch["labels"]))
 
 
 def _response(batch: dict[str, Tensor]) -> Tensor:

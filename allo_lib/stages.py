@@ -1,10 +1,12 @@
 """One training stage of any method: rows, objective and mask in, a trained model and log out."""
 
 from dataclasses import replace
+from functools import partial
 
+from allo_lib import devices
 from allo_lib.batches import Layout, collate, pair_batch, rejected_batch
 from allo_lib.forward import layout_of
-from allo_lib.objectives import ON_REJECTED, ON_SOLUTIONS, objective
+from allo_lib.objectives import ON_REJECTED, ON_SOLUTIONS, counted, objective
 from allo_lib.optim import MaskedAdamW
 from allo_lib.training import Log, Schedule, train
 
@@ -45,6 +47,8 @@ def run_stage(
     checkpoints: see `training.train`.
     after: called with the optimizer before it is closed, for those who want its float32 masters.
 
+    Several processes (`devices`) train it together, each on its share of every batch.
+
     The first step of a rate that rises has rate 0: where it would be the only one, none rises.
     """
     if len(rows) <= schedule.batch_size and schedule.epochs == 1:
@@ -62,11 +66,14 @@ def run_stage(
         for name in optimizer.trained:
             masters.pop(name, None)  # copied: not held twice while the stage runs
     try:
+        collator = collator_of(objective_name, layout_of(model, pad_token_id))
+        loss_of = objective(objective_name, beta=beta, key_share=key_share)
+        collator, loss_of = devices.split(collator, loss_of, partial(counted, objective_name))
         log = train(
             model,
             rows,
-            collator_of(objective_name, layout_of(model, pad_token_id)),
-            objective(objective_name, beta=beta, key_share=key_share),
+            collator,
+            loss_of,
             optimizer,
             schedule,
             label,
