@@ -260,13 +260,13 @@ def merged(results: list[list]) -> list[list]:
     return [next(filter(None, several), []) for several in zip(*found, strict=True)]
 
 
-def split(collator: Callable, objective: Callable, counted: Callable):
+def split(collator: Callable, objective: Callable, terms: Callable):
     """A collator and an objective of which each process reads and judges its share of a batch.
 
-    counted: batch -> what the loss is a mean over (`objectives.counted`). The loss and metrics
-    that a process gets are weighted so that their means over the processes are those of the whole
-    batch. A process without a row of its own reads one of another's, and counts none of it: all
-    take the same steps.
+    terms: batch -> what the loss is a mean over (`objectives.terms_of`). The loss and metrics that
+    a process gets are weighted so that their means over the processes are those of the whole batch.
+    A process without a row of its own reads one of another's, and counts none of it: all take the
+    same steps.
     """
     if count() == 1:
         return collator, objective
@@ -277,7 +277,7 @@ def split(collator: Callable, objective: Callable, counted: Callable):
 
     def judged(logps: Tensor, batch: dict[str, Tensor]):
         loss, metrics = objective(logps, batch)
-        mine = (counted(batch) * batch["counts"]).to(logps)
+        mine = (terms(batch) * batch["counts"]).to(logps)
         weight = mine * count() / total(mine.clone()).clamp(min=1)
         return loss * weight, {key: value * weight for key, value in metrics.items()}
 

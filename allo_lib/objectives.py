@@ -6,16 +6,18 @@ of pairs holds the chosen rows first, then the rejected ones (`batches.pair_batc
 it are the log-probs under the reference model, per token, made once for all methods that share it.
 """
 
+import torch
 from torch import Tensor
 
 from allo_lib import losses
-from allo_lib.errors import AlloError
 from allo_lib.token_rewards import key_tokens
 
 ON_PAIRS = ("dpo", "rdpo", "ipo", "bco", "simpo", "learning", "merged")
 ON_REJECTED = ("npo", "forgetting")
 ON_SOLUTIONS = ("sft", "rft")
 ON_POLICY = ("ppo", "a2c")  # on responses that the policy in training writes (`on_policy`)
+# Losses that are no mean of terms, so that no process can judge a share of a batch.
+INDIVISIBLE = ("bco", "merged", *ON_POLICY)
 
 Result = tuple[Tensor, dict[str, Tensor]]
 
@@ -41,18 +43,17 @@ def objective(name: str, *, beta: float, key_share: float = 1.0):
     return lambda logps, batch: _pairs(name, logps, batch, beta)
 
 
-def counted(name: str, batch: dict[str, Tensor]) -> Tensor:
-    """What the loss of `objective(name)` is a mean over: sequences, or tokens; a scalar.
+def terms_of(name: str):
+    """The function batch -> how many terms an objective's loss is the mean of; int64 scalar.
 
-    AlloError for an objective that is no plain mean, so that no process can judge a share of it.
+    That is tokens for the supervised objectives and forgetting, sequences for all that are means
+    over pairs or responses.
     """
-    if name in ("bco", "merged", *ON_POLICY):
-        raise AlloError(f"objective {name!r} judges a whole batch: train it in one process")
     if name in ON_SOLUTIONS:
-        return _response(batch).sum()
+        return lambda batch: _response(batch).sum()
     if name == "forgetting":
-        return (batch["weights"] != 0).sum()
-    return batch["labels"].new_tensor(len(batch["labels"]))
+        return lambda batch: (batch["weights"] != 0).sum()
+    return lambda batch: torch.tensor(len(batch["labels"]))
 
 
 def _response(batch: dict[str, Tensor]) -> Tensor:

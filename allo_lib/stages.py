@@ -1,12 +1,12 @@
 """One training stage of any method: rows, objective and mask in, a trained model and log out."""
 
 from dataclasses import replace
-from functools import partial
 
 from allo_lib import devices
 from allo_lib.batches import Layout, collate, pair_batch, rejected_batch
+from allo_lib.errors import AlloError
 from allo_lib.forward import layout_of
-from allo_lib.objectives import ON_REJECTED, ON_SOLUTIONS, counted, objective
+from allo_lib.objectives import INDIVISIBLE, ON_REJECTED, ON_SOLUTIONS, objective, terms_of
 from allo_lib.optim import MaskedAdamW
 from allo_lib.training import Log, Schedule, train
 
@@ -51,6 +51,8 @@ def run_stage(
 
     The first step of a rate that rises has rate 0: where it would be the only one, none rises.
     """
+    if devices.count() > 1 and objective_name in INDIVISIBLE:
+        raise AlloError(f"{label}: {objective_name} judges whole batches: train it in one process")
     if len(rows) <= schedule.batch_size and schedule.epochs == 1:
         schedule = replace(schedule, warmup=0.0)
     optimizer = MaskedAdamW(
@@ -68,7 +70,7 @@ def run_stage(
     try:
         collator = collator_of(objective_name, layout_of(model, pad_token_id))
         loss_of = objective(objective_name, beta=beta, key_share=key_share)
-        collator, loss_of = devices.split(collator, loss_of, partial(counted, objective_name))
+        collator, loss_of = devices.split(collator, loss_of, terms_of(objective_name))
         log = train(
             model,
             rows,

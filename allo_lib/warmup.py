@@ -1,13 +1,11 @@
 """Importance scores from the preference pairs: a short DPO run, or its gradient alone."""
 
-from functools import partial
-
 import torch
 
 from allo_lib import devices, importance
 from allo_lib.batches import pair_batch
 from allo_lib.forward import layout_of, response_logps, to_device
-from allo_lib.objectives import counted, objective
+from allo_lib.objectives import objective, terms_of
 from allo_lib.seeds import derive
 from allo_lib.stages import run_stage
 from allo_lib.training import Schedule
@@ -64,9 +62,7 @@ def gradient_scores(model, rows, *, beta, batch_size, seed, pad_token_id):
     copies = [p for p in trained if devices.is_copy(p)]
     hooks = [p.register_post_accumulate_grad_hook(add) for p in trained if not devices.is_copy(p)]
     loss_of, layout = objective("dpo", beta=beta), layout_of(model, pad_token_id)
-    collate, loss_of = devices.split(
-        lambda few: pair_batch(few, layout), loss_of, partial(counted, "dpo")
-    )
+    collate, loss_of = devices.split(lambda few: pair_batch(few, layout), loss_of, terms_of("dpo"))
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
     try:
         for start in range(0, len(order), batch_size):
