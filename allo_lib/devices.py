@@ -21,7 +21,7 @@ from torch import Tensor
 
 from allo_lib.errors import AlloError
 
-SUM, LARGEST, SMALLEST = dist.ReduceOp.SUM, dist.ReduceOp.MAX, dist.ReduceOp.MIN
+LARGEST, SMALLEST = dist.ReduceOp.MAX, dist.ReduceOp.MIN  # ways of `total`
 
 
 def count() -> int:
@@ -42,7 +42,8 @@ def start(model) -> None:
     further settings none is read: the model keeps its dtype, gradients are reduced in float32.
 
     Raises:
-        AlloError: the file asks for FSDP1, or for a model that only the first process has loaded.
+        AlloError: the processes have other weights, or the file asks for FSDP1, for weights that
+            only the first process loads, or for weights on the CPU.
     """
     if _launched() < 2:
         return
@@ -54,15 +55,17 @@ def start(model) -> None:
     device = PartialState(cpu=cpu).device
     if isinstance(model, fsdp.FSDPModule):
         return
-    model.to(device)
     agree([value.sum(dtype=torch.float64).item() for value in model.parameters()], "weights")
     if not _says("ACCELERATE_USE_FSDP"):
+        model.to(device)
         return
-    if os.environ.get("FSDP_VERSION") != "2" or _says("FSDP_CPU_RAM_EFFICIENT_LOADING"):
-        raise AlloError(
-            "align: of FSDP only version 2 with models that every process loads is supported; set "
-            "fsdp_version: 2 and fsdp_cpu_ram_efficient_loading: false in accelerate's config file"
-        )
+    for key, said, right in (
+        ("fsdp_version", os.environ.get("FSDP_VERSION", "1") != "2", "2"),
+        ("fsdp_cpu_ram_efficient_loading", _says("FSDP_CPU_RAM_EFFICIENT_LOADING"), "false"),
+        ("fsdp_offload_params", _says("FSDP_OFFLOAD_PARAMS"), "false"),
+    ):
+        if said:
+            raise AlloError(f"align: set {key}: {right} in accelerate's config file; see configs/")
     how = {
         "mesh": init_device_mesh(device.type, (count(),)),
         # Else the outermost group would stay whole after a forward pass without gradients, and go
@@ -70,7 +73,7 @@ def start(model) -> None:
         "reshard_after_forward": True,
         "mp_policy": fsdp.MixedPrecisionPolicy(reduce_dtype=torch.float32),
     }
-    for module in model.modules():
+    for module in reversed([*model.modules()]):  # from the inside out
         if type(module).__name__ in (model._no_split_modules or ()):
             fsdp.fully_shard(module, **how)
     fsdp.fully_shard(model, **how)
@@ -158,7 +161,7 @@ def whole_weights(model) -> dict[str, Tensor] | None:
 # What the processes tell one another
 
 
-def total(values: Tensor, how=SUM) -> Tensor:
+def total(values: Tensor, how=dist.ReduceOp.SUM) -> Tensor:
     """The sum (`how`: or another reduction) over all processes, in the place of `values`."""
     if count() == 1:
         return values
@@ -202,12 +205,12 @@ def each(values: Tensor) -> Tensor:
     return torch.stack(found).to(values.device)
 
 
-def told(value, by: int = 0):
-    """What process `by` gives; what the others give is not looked at."""
+def told(value):
+    """What the first process gives; what the others give is not looked at."""
     if count() == 1:
         return value
     box = [value]
-    dist.broadcast_object_list(box, by)
+    dist.broadcast_object_list(box)
     return box[0]
 
 
@@ -285,7 +288,7 @@ def split(collator: Callable, objective: Callable, terms: Callable):
 
 
 def _is_sharded_model(model) -> bool:
-    return is_sharded(next(model.parameters()))
+    return hasattr(model, "inside")
 
 
 def _launched() -> int:

@@ -69,7 +69,7 @@ class MaskedAdamW(torch.optim.AdamW):
         kept = None
         if mask is not None:
             mask.check(model)
-            kept = _kept_anywhere(mask, model)
+            kept = _kept_anywhere(mask)
             if not kept:
                 raise AlloError("MaskedAdamW: the mask keeps no entry; select a larger share")
         if max_grad_norm is not None and not max_grad_norm > 0:
@@ -351,7 +351,7 @@ def _refined(parameter: Tensor, index: Tensor | None, values: Tensor) -> Tensor:
     return dense
 
 
-def _kept_anywhere(mask: NeuronMask, model: nn.Module) -> set[str]:
+def _kept_anywhere(mask: NeuronMask) -> set[str]:
     """Names of the tensors of which a process keeps entries: the same ones in all processes."""
     counts = [index.numel() for index in mask.indices.values()]
     found = devices.total(torch.tensor(counts, dtype=torch.int64)).tolist()
