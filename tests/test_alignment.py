@@ -2,11 +2,20 @@
 
 import gc
 import json
+import math
+import shutil
 
 import pytest
 import torch
 from datasets import Dataset
-from transformers import AutoModelForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+)
+from transformers.initialization import no_init_weights
 
 from allo_lib import align, alignment, miniature, models, weights
 from allo_lib.alignment import AlignConfig
@@ -14,6 +23,7 @@ from allo_lib.checkpoints import Checkpoints
 from allo_lib.errors import AlloError
 from allo_lib.importance import NeuronMask
 from allo_lib.optim import MaskedAdamW
+from allo_lib.profile_files import load_profile
 
 FAST = {"batch_size": 4, "importance_rate": 1e-3, "forgetting_rate": 1e-2, "learning_rate": 1e-2}
 
@@ -252,3 +262,42 @@ def test_a_tokenizer_without_pad_or_end_token_is_told(tokenizer, pairs, tmp_path
     setattr(tokenizer, missing, None)
     with pytest.raises(AlloError, match=missing.removesuffix("_token")):
         align(model, tokenizer, pairs, output_dir=tmp_path)
+
+
+WIDTHS_7B = {  # the published config.json of each, but for the number of layers
+    "llama2-7b": (LlamaForCausalLM, LlamaConfig(32000, 4096, 11008, 2, 32, 32)),
+    "mistral-7b": (MistralForCausalLM, MistralConfig(32000, 4096, 14336, 2, 32, 8)),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", WIDTHS_7B)
+def test_two_layers_of_a_7b_model_are_aligned_by_its_profile(name, tokenizer, pairs, tmp_path):
+    profile, (kind, config) = load_profile(name), WIDTHS_7B[name]
+    method, domain = profile.method, profile.domains["questions"]
+    config.dtype, config.pad_token_id = torch.bfloat16, tokenizer.pad_token_id
+    with no_init_weights():  # the library's own takes longer than all that follows
+        model = kind(config).to(torch.bfloat16)
+    for i, value in enumerate(model.parameters()):
+        part = torch.randn(4096, generator=torch.Generator().manual_seed(i)).bfloat16() * 0.02
+        value.data = part.repeat(value.numel() // 4096).view_as(value).clone()
+    settings = {
+        "share": method.share,
+        "beta": method.beta,
+        "key_share": method.key_share,
+        "max_grad_norm": method.max_grad_norm,
+        "forgetting_rate": domain.rates.forgetting,
+        "learning_rate": domain.rates.learning,
+        "batch_size": domain.batch_size,
+        "max_length": domain.max_length,
+        "estimator": "gradient",
+        "rewriter_neurons": "kept",
+        "checkpoint_minutes": 0,
+    }
+    result = align(model, tokenizer, pairs.select([0, 1]), config=settings, output_dir=tmp_path)
+    assert result.mask.kept == round(0.1 * result.mask.total)
+    assert result.mask.total == sum(value.numel() for value in model.parameters())
+    assert result.logs["learning"].loss == pytest.approx([math.log(2)], abs=1e-3)
+    again = kind.from_pretrained(tmp_path)
+    assert all(map(torch.equal, again.parameters(), model.parameters()))
+    shutil.rmtree(tmp_path)  # gigabytes

@@ -131,7 +131,7 @@ def test_processes_write_what_one_writes(processes, config, alone, tmp_path):
         assert (several / name).read_bytes() == (one / name).read_bytes(), name
     losses = [json.loads((path / "align.json").read_text())["loss"] for path in (one, several)]
     for stage, values in losses[0].items():
-        assert losses[1][stage] == pytest.approx(values, abs=1e-6), stage
+        assert losses[1][stage] == pytest.approx(values, rel=1e-6), stage
     expected, found = (weights.read_tensors(path / "model.safetensors") for path in (one, several))
     mask, start = NeuronMask.load(several / "mask.safetensors"), weights.snapshot(tied_model())
     for name, values in expected.items():
