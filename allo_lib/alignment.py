@@ -9,6 +9,7 @@ import math
 import os
 import shutil
 import sys
+import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -16,26 +17,31 @@ from types import NoneType
 
 import torch
 
-from allo_lib import devices, models, rewriter, warning_signs
+from allo_lib import delta, devices, models, rewriter, warning_signs
 from allo_lib.checkpoints import Checkpoints
 from allo_lib.config import fingerprint
-from allo_lib.encoding import encode_text
-from allo_lib.errors import AlloError
-from allo_lib.forward import layout_of
+from allo_lib.errors import AlloError, Diverged
+from allo_lib.evaluation import implicit_margins
+from allo_lib.forward import layout_of, pair_logps
 from allo_lib.given_model import (
     as_found,
     check_model,
     check_trainable,
     context_of,
+    entries,
+    put,
+    recomputing,
     several_gpus,
     undone_if_stopped,
     weights_back,
 )
 from allo_lib.importance import NeuronMask, count_ties, select_neurons
-from allo_lib.preferences import SIDES, encode_preference, read_rows
+from allo_lib.preferences import SIDES, Given, read_pairs
 from allo_lib.reference import rows_hash, weights_hash, with_reference
+from allo_lib.search import search
 from allo_lib.seeds import derive
 from allo_lib.stages import run_stage
+from allo_lib.stats import PairedCounts, mean_interval, paired_interval
 from allo_lib.store import Store, write_json
 from allo_lib.token_rewards import RULES, unaligned_weights
 from allo_lib.training import Log, Schedule
@@ -48,7 +54,10 @@ CHOICES = {
     "rewriter_neurons": ("all", "kept"),
     "token_rule": RULES,
     "overlong": ("drop", "raise"),
+    "gradient_checkpointing": (False, True),
 }
+TRAINED = STAGES[1:]  # the stages whose rates are searched
+_SEARCH_FACTOR = 2.0  # ratio of neighbouring rates, as in the study's profiles
 
 # What numbers among the settings may be; NaN is above and below nothing.
 _NUMBER = (int, float)
@@ -65,14 +74,19 @@ _LIMITS = {
     "key_share": _SHARE,
     "token_threshold": (_NUMBER, "a number from 0 to 1", lambda value: 0 <= value <= 1),
     "batch_size": _COUNT,
+    "accumulation": _COUNT,
     "epochs": _COUNT,
+    "max_steps": _COUNT,
+    "search": _COUNT,
+    "held_out": (_NUMBER, "a number from 0 to below 1", lambda value: 0 <= value < 1),
+    "development": (_NUMBER, "a number above 0 and below 1", lambda value: 0 < value < 1),
     "forward_batch": _COUNT,
     "max_length": _COUNT,
     "max_grad_norm": _RATE,
     "seed": (int, "a whole number of at least 0", lambda value: value >= 0),
     "checkpoint_minutes": (_NUMBER, "a number of at least 0", lambda value: value >= 0),
 }
-_MAY_BE_NONE = ("max_length", "max_grad_norm")
+_MAY_BE_NONE = ("max_length", "max_grad_norm", "max_steps")
 
 
 @dataclass(frozen=True)
@@ -97,7 +111,17 @@ class AlignConfig:
     token_rule: str = "threshold"  # see token_rewards.unaligned_weights
     token_threshold: float = 0.5
     batch_size: int = 16  # pairs per step; official code: 128
+    accumulation: int = 1  # forward passes per step, of batch_size / accumulation pairs each
+    gradient_checkpointing: bool = False  # activations are made again in backward, not kept
     epochs: int = 1  # of every stage
+    max_steps: int | None = None  # of every stage, at most
+    # Share of the pairs, by prompt, that nothing is trained or chosen on: how many of them the
+    # model ranks right before and after goes into align.json.
+    held_out: float = 0.0
+    # Candidates for the rates of forgetting and learning, a factor of 2 apart around the rates
+    # given; that is kept which ranks most of another share of the pairs right. 1: no search.
+    search: int = 1
+    development: float = 0.1  # that share, where there is a search
     forward_batch: int = 8  # rows of a forward pass without gradients
     max_length: int | None = None  # tokens of a row; None is the model's context
     overlong: str = "drop"  # what becomes of pairs that are longer: "drop" or "raise"
@@ -115,6 +139,7 @@ class AlignResult:
     mask: NeuronMask | None
     logs: dict[str, Log] = field(default_factory=dict)
     output_dir: Path | None = None
+    held_out: dict | None = None  # as in align.json
 
 
 def align(
@@ -135,11 +160,11 @@ def align(
         stages: any of "importance", "forgetting", "learning", run in this order. Without
             "importance" every neuron is trained, or those of `mask.safetensors` in `output_dir`.
         config: an AlignConfig, or a dict of its fields.
-        output_dir: gets the model and tokenizer (save_pretrained), `mask.safetensors`,
-            `align.json` with settings and losses, and `.references`, the reference log-probs: a
-            second call with the same weights and pairs reads them. While stages are trained
-            `.checkpoints` holds what the same call, of the same weights, pairs and settings, goes
-            on from if this one is stopped.
+        output_dir: gets the model and tokenizer (save_pretrained), what of it changed (`delta`),
+            `mask.safetensors`, `align.json` with settings, losses and what the held-out pairs say,
+            and `.references`, the reference log-probs: a second call with the same weights and
+            pairs reads them. While stages are trained `.checkpoints` holds what the same call, of
+            the same weights, pairs and settings, goes on from if this one is stopped.
 
     Started by `accelerate launch`, several processes do it together (`devices`), each with the same
     arguments; the first one writes and prints. A sharded model comes back sharded, and the mask is
@@ -157,26 +182,22 @@ def align(
 
 def _align(model, tokenizer, pairs, stages, config, output_dir) -> AlignResult:
     folder = _folder(output_dir)
-    run = _Run(model, tokenizer, _settings(config), _chosen_stages(stages), folder)
-    run.read(pairs)
-    run.output_dir.mkdir(parents=True, exist_ok=True)
-    with as_found(model):
-        mask = run.importance() if "importance" in run.stages else run.saved_mask()
-    trains = "forgetting" in run.stages or "learning" in run.stages
-    with undone_if_stopped(model, mask if trains else NeuronMask({}, {})) as changed:
+    run = _Run(model, tokenizer, checked(config), chosen_stages(stages), folder)
+    trains = set(TRAINED) & set(run.stages)
+    with recomputing(model, run.config.gradient_checkpointing):
+        run.read(pairs)
+        run.output_dir.mkdir(parents=True, exist_ok=True)
         with as_found(model):
-            if "forgetting" in run.stages:
-                run.forgetting(mask)
-            if "learning" in run.stages:
-                run.learning(mask)
-        if trains and not changed():
-            raise AlloError(
-                f"align: the stages changed no weight (in {model.dtype}); raise forgetting_rate "
-                "and learning_rate, or load the model in a finer dtype"
-            )
-        run.save()
+            mask = run.importance() if "importance" in run.stages else run.saved_mask()
+            run.rank_before()
+        with undone_if_stopped(model, mask if trains else NeuronMask({}, {})) as before:
+            if trains:
+                with as_found(model):
+                    run.train(mask, before)
+                    run.rank_after()
+            run.save(mask, before)
     run.forget_checkpoints()
-    return AlignResult(model, mask, run.logs, run.output_dir)
+    return AlignResult(model, mask, run.logs, run.output_dir, run.record["held_out"])
 
 
 class _Run:
@@ -191,82 +212,34 @@ class _Run:
         self.stages, self.output_dir = stages, output_dir
         self.logs: dict[str, Log] = {}
         self.masters: dict = {}  # float32 values of kept entries, handed from stage to stage
-        self.rows: list[dict] = []  # the pairs as token ids
-        # Of each pair the rows of the reward model, to train it and to read it; None if too long.
-        self.corrections: list[tuple[dict, dict] | None] = []
-        self.left_out: dict[str, list[int]] = {"overlong": [], "not_forgotten": []}
+        self.record: dict = {"config": asdict(config), "held_out": None}  # for align.json
+        self._weights: list[list[float]] | None = None  # of the tokens that are forgotten
 
     def read(self, pairs) -> None:
         """All that can be known before anything is trained: what fits, and what is told of it."""
         every = "importance" in self.stages and self.config.estimator == "delta"
         check_trainable(self.model, every, self.config.max_length)
         devices.start(self.model)
-        lengths = (context_of(self.model), self.config.max_length)
-        longest = min(length for length in lengths if length)
-        given = read_rows(pairs)
-        merged, too_long = 0, []
-        for number, row in enumerate(given):
-            place = f"align: pair {number}"
-            pair = encode_preference(self.tokenizer, row, place)
-            length = len(pair.ids["prompt"]) + max(len(pair.ids[side]) for side in SIDES)
-            if length > longest:
-                told = f"{place}: {length} tokens, but the longest row is {longest}; shorten the "
-                too_long.append(AlloError(f"{told}prompt or leave the pair out"))
-                self.left_out["overlong"].append(number)
-                continue
-            merged += pair.merged
-            self.rows.append(pair.ids)
-            self.corrections.append(self._correction(pair, context_of(self.model) or longest))
-            if self.corrections[-1] is None:
-                self.left_out["not_forgotten"].append(number)
-        if too_long and (self.config.overlong == "raise" or not self.rows):
-            raise too_long[0]
-        self._tell(len(given), longest, merged)
+        parts = parts_of(pairs, self.tokenizer, context_of(self.model), self.config, self.stages)
+        self.given, self.held_out, self.development = parts
+        gpus = several_gpus(self.model.device.type, torch.cuda.device_count())
+        for line in filter(None, [gpus, *lines_about(*parts, self.stages)]):
+            print(line, flush=True)
+        self.record["left_out"] = {
+            "overlong": self.given.overlong,
+            "not_forgotten": not_forgotten(self.given),
+            "held_out": self.held_out.numbers,
+            "development": self.development.numbers,
+        }
         self._try_longest()
-        settings = asdict(self.config) | {"checkpoint_minutes": None, "stages": self.stages}
-        begins = [weights_hash(self.model), rows_hash(self.rows), settings]
+        settings = self.record["config"] | {"checkpoint_minutes": None, "stages": self.stages}
+        begins = [weights_hash(self.model), rows_hash(self.given.rows), settings]
         devices.agree(begins, "pairs or settings")
         self._begun = self.output_dir / ".checkpoints" / fingerprint(begins)[:24]
 
-    def _correction(self, pair, longest: int) -> tuple[dict, dict] | None:
-        """The rows by which the reward model learns of this pair and is asked about it."""
-        heading = rewriter.heading(pair.texts["chosen"], pair.texts["rejected"])
-        asked = pair.ids["prompt"] + encode_text(self.tokenizer, heading)
-        if len(asked) + max(len(pair.ids[side]) for side in SIDES) > longest:
-            return None
-        learnt, read = ({"prompt": asked, "response": pair.ids[side]} for side in SIDES)
-        return learnt, read
-
-    def _tell(self, given: int, longest: int, merged: int) -> None:
-        if "forgetting" in self.stages and not any(self.corrections):
-            raise AlloError(
-                f"align: no pair's prompt, chosen and rejected response fit into {longest} tokens "
-                "together with either reply, as the rewriting reward model of the stage "
-                "'forgetting' reads them; shorten the pairs or leave the stage out"
-            )
-        overlong, unread = (self.left_out[key] for key in ("overlong", "not_forgotten"))
-        told = [several_gpus(self.model.device.type, torch.cuda.device_count())]
-        if overlong:
-            told.append(
-                f"align: {len(overlong)} of {given} pairs are longer than {longest} tokens and "
-                "dropped (align.json lists them)"
-            )
-        if unread and "forgetting" in self.stages:
-            told.append(
-                f"align: {len(unread)} pairs take no part in 'forgetting', as the reward model's "
-                "row (prompt, both responses, and one of them again) does not fit"
-            )
-        if merged:
-            told.append(
-                f"align: in {merged} pairs the prompt's end is read otherwise before a reply than "
-                "alone (tokens merge, or the template says so); the response begins there"
-            )
-        for line in filter(None, told):
-            print(line, flush=True)
-
     def _try_longest(self) -> None:
         """Find how the model is read so that the longest pair has its own log-probs."""
-        by_length = sorted(self.rows, key=lambda row: sum(map(len, row.values())))
+        by_length = sorted(self.given.rows, key=lambda row: sum(map(len, row.values())))
         shortest, pair = by_length[0], by_length[-1]
         rows = [{"prompt": pair["prompt"], "response": pair[side]} for side in SIDES]
         rows.append({"prompt": shortest["prompt"], "response": shortest["chosen"]})
@@ -300,16 +273,19 @@ class _Run:
             "seed": derive(config.seed, "importance"),
             "pad_token_id": self.tokenizer.pad_token_id,
         }
-        rows = self._with_reference()
+        rows = self._with_reference(self.given.rows)
         if config.estimator == "gradient":
             self.logs["importance"] = Log()
-            return gradient_scores(self.model, rows, **common)
+            common["batch_size"] //= config.accumulation  # each pass counts as a batch
+            return gradient_scores(self.model, rows, steps=config.max_steps, **common)
         with weights_back(self.model):
             scores, record = delta_of_dpo(
                 self.model,
                 rows,
                 lr=config.importance_rate,
                 epochs=config.epochs,
+                accumulation=config.accumulation,
+                max_steps=config.max_steps,
                 label="importance",
                 clip=config.max_grad_norm,
                 checkpoints=self.checkpoints("importance"),
@@ -326,38 +302,168 @@ class _Run:
         mask.check(self.model)
         return mask.part_of(self.model)
 
-    def forgetting(self, mask) -> None:
-        pairs = zip(self._with_reference(), self.corrections, strict=True)
-        rows = [row for row, correction in pairs if correction]
-        for row, values in zip(rows, self._token_weights(mask), strict=True):
-            row["rejected_weights"] = values
-        rate = self.config.forgetting_rate
-        self.logs["forgetting"] = self._train(rows, "forgetting", rate, mask, 0.03, self.masters)
+    def train(self, mask, before: dict) -> None:
+        """Forgetting and learning, from the weights `before`, at the rates given or the best found.
 
-    def learning(self, mask) -> None:
-        rate = self.config.learning_rate
-        rows = self._with_reference()
-        self.logs["learning"] = self._train(rows, "learning", rate, mask, 0.1, self.masters)
+        Raises:
+            AlloError: no weight has another value afterwards.
+        """
+        config, stages = self.config, [stage for stage in TRAINED if stage in self.stages]
+        best: tuple | None = None  # (accuracy, negative rates), entries, logs
 
-    def save(self) -> None:
-        weights = devices.whole_weights(self.model)
+        def attempt(rates: tuple[float, ...]) -> float:
+            nonlocal best
+            put(self.model, mask, before)
+            self.masters = {}
+            told = ", ".join(f"{s}_rate {rate:g}" for s, rate in zip(stages, rates, strict=True))
+            try:
+                for stage, rate in zip(stages, rates, strict=True):
+                    self._stage(stage, rate, mask, f"{told}/{stage}")
+            except Diverged as error:
+                print(f"align: {told}: {error}", flush=True)
+                return -1.0
+            margins, _, _ = self._ranked(self.development_before)
+            accuracy = sum(margin > 0 for margin in margins) / len(margins)
+            print(f"align: {told}: {accuracy:.1%} of {len(margins)} development pairs", flush=True)
+            ranks = accuracy, tuple(-rate for rate in rates)
+            if best is None or ranks > best[0]:
+                best = ranks, entries(self.model, mask), dict(self.logs)
+            return accuracy
+
+        given = tuple(getattr(config, f"{stage}_rate") for stage in stages)
+        if config.search == 1:
+            for stage, rate in zip(stages, given, strict=True):
+                self._stage(stage, rate, mask, stage)
+        else:
+            tried = search(given, config.search, _SEARCH_FACTOR, attempt)
+            if best is None:
+                raise AlloError("align: every candidate diverged; lower the rates")
+            put(self.model, mask, best[1])
+            self.logs = best[2]
+            named = [f"{stage}_rate" for stage in stages]
+            self.record["search"] = [
+                dict(zip(named, one.rates, strict=True)) | {"accuracy": one.score} for one in tried
+            ]
+        after = entries(self.model, mask)
+        changed = any(not torch.equal(values, before[name]) for name, values in after.items())
+        if not devices.total(torch.tensor(int(changed)), devices.LARGEST):
+            raise AlloError(
+                f"align: the stages changed no weight (in {self.model.dtype}); raise "
+                "forgetting_rate and learning_rate, or load the model in a finer dtype"
+            )
+
+    def _stage(self, name: str, rate: float, mask, place: str) -> None:
+        """Forgetting or learning from the weights as they are, which are its reference too."""
+        rows, warmup = self._with_reference(self.given.rows), 0.1
+        if name == "forgetting":
+            if self._weights is None:
+                self._weights = self._token_weights(mask)
+            pairs, warmup = zip(rows, self.given.corrections, strict=True), 0.03
+            rows = [row for row, correction in pairs if correction]
+            for row, values in zip(rows, self._weights, strict=True):
+                row["rejected_weights"] = values
+        self.logs[name] = self._train(rows, name, rate, mask, warmup, place, self.masters)
+
+    def rank_before(self) -> None:
+        """The log-probs of the pairs that are not trained on, under the model as it is given."""
+        self.held_out_before = self._with_reference(self.held_out.rows)
+        self.development_before = self._with_reference(self.development.rows)
+
+    def rank_after(self) -> None:
+        """How many held-out pairs are ranked right before and after, into the record.
+
+        `reward_accuracy`: the implicit reward of DPO, log pi / pi_before, is larger for the chosen
+        reply; before, all rewards are 0 and every pair counts half. `chosen_likelier`: the chosen
+        reply is the likelier one. Of one model, with normal 95% intervals over pairs (`stats`).
+        """
+        if not self.held_out.rows:
+            return
+        margins, before, after = self._ranked(self.held_out_before)
+        n = len(margins)
+        right = sum(margin > 0 for margin in margins) + sum(margin == 0 for margin in margins) / 2
+        rough = (right + 2) / (n + 4)  # with two pairs more on each side: never without error
+        reward = mean_interval(
+            {0: right / n - 0.5}, {0: math.sqrt(rough * (1 - rough) / (n + 4))}, n
+        )
+        gain = sum(b <= 0 < a for b, a in zip(before, after, strict=True)) / n
+        loss = sum(a <= 0 < b for b, a in zip(before, after, strict=True)) / n
+        likelier = paired_interval({0: {"pairs": PairedCounts(gain, loss, n)}})
+        start = sum(b > 0 for b in before) / n
+        self.record["held_out"] = {
+            "pairs": n,
+            "reward_margin": sum(margins) / n,
+            "reward_accuracy": _change(0.5, reward),
+            "chosen_likelier": _change(start, likelier),
+        }
+        for key in ("reward_accuracy", "chosen_likelier"):
+            one = self.record["held_out"][key]
+            print(
+                f"align: {key} on {n} held-out pairs: {one['before']:.1%} before, "
+                f"{one['after']:.1%} after; change {100 * one['change']:+.1f} points, 95% interval "
+                f"{100 * one['low']:+.1f} to {100 * one['high']:+.1f}",
+                flush=True,
+            )
+
+    def _ranked(self, before: list[dict]) -> tuple[list[float], list[float], list[float]]:
+        """Of each pair, chosen minus rejected: the reward, and the log-prob before and now."""
+        old = [{side: row[f"{side}_reference"] for side in SIDES} for row in before]
+        pad, rows = self.tokenizer.pad_token_id, self.config.forward_batch
+        new = pair_logps(self.model, before, pad, rows)
+        gaps = ([sum(one["chosen"]) - sum(one["rejected"]) for one in each] for each in (old, new))
+        return implicit_margins(new, old, self.config.beta), *gaps
+
+    def save(self, mask, before: dict) -> None:
+        """The folder of the aligned model, and what of it differs from the values `before`."""
+        path, trained = self.output_dir / delta.NAME, set(TRAINED) & set(self.stages)
+        self._write_model(self.output_dir)
+        if trained:
+            self._save_delta(path, mask, before)
         if devices.rank() > 0:
             return
-        self.model.save_pretrained(self.output_dir, state_dict=weights)
         self.tokenizer.save_pretrained(self.output_dir)
-        losses = {stage: log.loss for stage, log in self.logs.items()}
-        record = {"config": asdict(self.config), "left_out": self.left_out, "loss": losses}
-        write_json(self.output_dir / "align.json", record)
+        if not trained:
+            path.unlink(missing_ok=True)
+        size = sum(file.stat().st_size for file in self.output_dir.glob("model*.safetensors"))
+        told = f"align: {self.output_dir} holds the model ({size / 1e6:.1f} MB)"
+        if trained:
+            its = path.stat().st_size
+            told += f" and {delta.NAME} ({its / 1e6:.1f} MB, {its / size:.0%} of it)"
+        self.record["loss"] = {stage: log.loss for stage, log in self.logs.items()}
+        write_json(self.output_dir / "align.json", self.record)
+        print(told, flush=True)
 
-    def _train(self, rows, name: str, rate: float, mask, warmup: float, masters=None) -> Log:
+    def _write_model(self, folder) -> None:
+        weights = devices.whole_weights(self.model)  # all processes give their parts
+        if devices.rank() == 0:
+            self.model.save_pretrained(folder, state_dict=weights)
+
+    def _save_delta(self, path: Path, mask, before: dict) -> None:
+        # The base is saved once more beside the result, as only transformers knows how.
+        about = {
+            "base": str(self.model.name_or_path or ""),
+            "revision": getattr(self.model.config, "_commit_hash", None),
+            "dtype": str(self.model.dtype).removeprefix("torch."),
+        }
+        after = entries(self.model, mask)
+        with tempfile.TemporaryDirectory(dir=self.output_dir, prefix=".base-") as folder:
+            put(self.model, mask, before)
+            self._write_model(folder)
+            put(self.model, mask, after)
+            if devices.rank() == 0:
+                delta.write(Path(folder), self.output_dir, path, about)
+
+    def _train(self, rows, name: str, rate: float, mask, warmup: float, place: str, masters=None):
         """Train one stage; it starts from `masters` where given and leaves its own there."""
         config = self.config
-        seed = derive(config.seed, name)
+        schedule = Schedule(
+            rate, config.epochs, config.batch_size, derive(config.seed, name), warmup,
+            config.accumulation, config.max_steps,
+        )  # fmt: skip
         return run_stage(
             self.model,
             rows,
             name,
-            Schedule(rate, config.epochs, config.batch_size, seed, warmup),
+            schedule,
             pad_token_id=self.tokenizer.pad_token_id,
             mask=mask,
             beta=config.beta,
@@ -365,14 +471,14 @@ class _Run:
             max_grad_norm=config.max_grad_norm,
             label=name,
             masters=masters,
-            checkpoints=self.checkpoints(name),
+            checkpoints=self.checkpoints(place),
         )
 
-    def _with_reference(self) -> list[dict]:
-        """The pairs with the log-probs of the model as it stands: each stage's own reference."""
-        return with_reference(
+    def _with_reference(self, rows: list[dict]) -> list[dict]:
+        """Pairs with the log-probs of the model as it stands: each stage's own reference."""
+        return rows and with_reference(
             self.model,
-            self.rows,
+            rows,
             pad_token_id=self.tokenizer.pad_token_id,
             batch_size=self.config.forward_batch,
             store=Store(self.output_dir / ".references"),
@@ -380,11 +486,11 @@ class _Run:
 
     def _token_weights(self, mask) -> list[list[float]]:
         """Train the rewriter from the model's weights, read its probabilities, put them back."""
-        learnt, read = zip(*filter(None, self.corrections), strict=True)
+        learnt, read = zip(*filter(None, self.given.corrections), strict=True)
         trained = mask if self.config.rewriter_neurons == "kept" else None
         rate, config = self.config.rewriter_rate, self.config
         with weights_back(self.model):
-            self.logs["rewriter"] = self._train(list(learnt), "sft", rate, trained, 0.1)
+            self.logs["rewriter"] = self._train(list(learnt), "sft", rate, trained, 0.1, "rewriter")
             values = rewriter.probabilities(
                 self.model, list(read), self.tokenizer.pad_token_id, config.forward_batch
             )
@@ -398,12 +504,79 @@ class _Run:
         return unaligned_weights(torch.tensor([probabilities]), inside, rule, threshold)[0].tolist()
 
 
+def parts_of(pairs, tokenizer, context: int | None, config: AlignConfig, stages):
+    """(pairs to train on, held-out ones, development ones), each `preferences.Given`.
+
+    Raises:
+        AlloError: what `read_pairs` raises, no pair left to train on, or to forget of.
+    """
+    given = read_pairs(tokenizer, pairs, context, config.max_length, config.overlong)
+    seed = derive(config.seed, "held out")
+    given, held_out = given.split(config.held_out, seed)
+    searched = config.search > 1 and not set(TRAINED).isdisjoint(stages)
+    given, development = given.split(config.development if searched else 0.0, seed)
+    if not given.rows:
+        raise AlloError(
+            f"align: held_out and development leave none of the {given.count} pairs to train on; "
+            "give more pairs, or smaller shares"
+        )
+    if "forgetting" in stages and not any(given.corrections):
+        raise AlloError(
+            f"align: no pair's prompt, chosen and rejected response fit into {given.longest} "
+            "tokens together with either reply, as the rewriting reward model of the stage "
+            "'forgetting' reads them; shorten the pairs or leave the stage out"
+        )
+    return given, held_out, development
+
+
+def not_forgotten(given: Given) -> list[int]:
+    """Numbers of the pairs that take no part in forgetting."""
+    pairs = zip(given.numbers, given.corrections, strict=True)
+    return [number for number, correction in pairs if correction is None]
+
+
+def lines_about(given: Given, held_out: Given, development: Given, stages) -> list[str]:
+    """What a user should know of the pairs."""
+    overlong, unread = given.overlong, not_forgotten(given)
+    told = []
+    if overlong:
+        some = ", ".join(map(str, overlong[:10])) + ", ..." * (len(overlong) > 10)
+        told.append(
+            f"align: {len(overlong)} of {given.count} pairs are longer than {given.longest} tokens "
+            f"and dropped: numbers {some} (align.json lists them)"
+        )
+    if held_out.rows or development.rows:
+        told.append(
+            f"align: {len(given.rows)} pairs to train on, {len(held_out.rows)} held out, "
+            f"{len(development.rows)} to choose rates by; no prompt is in two of them"
+        )
+    if unread and "forgetting" in stages:
+        told.append(
+            f"align: {len(unread)} pairs take no part in 'forgetting', as the reward model's row "
+            "(prompt, both responses, and one of them again) does not fit"
+        )
+    if given.merged:
+        told.append(
+            f"align: in {given.merged} pairs the prompt's end is read otherwise before a reply "
+            "than alone (tokens merge, or the template says so); the response begins there"
+        )
+    return told
+
+
+def _change(before: float, interval) -> dict[str, float]:
+    """What an interval of a change says, beside where it started."""
+    after = before + interval.effect
+    return {"before": before, "after": after, "change": interval.effect,
+            "low": interval.low, "high": interval.high}  # fmt: skip
+
+
 def _warn(found: str | None) -> None:
     if found:
         print(f"warning: {found}", file=sys.stderr, flush=True)
 
 
-def _settings(config) -> AlignConfig:
+def checked(config) -> AlignConfig:
+    """The settings; AlloError for an unknown name or a value out of range."""
     if not isinstance(config, AlignConfig):
         if not isinstance(config, (Mapping, NoneType)):
             raise AlloError(
@@ -417,7 +590,8 @@ def _settings(config) -> AlignConfig:
     for key, allowed in CHOICES.items():
         if getattr(config, key) not in allowed:
             raise AlloError(
-                f"align: {key} is {getattr(config, key)!r}; expected one of {', '.join(allowed)}"
+                f"align: {key} is {getattr(config, key)!r}; expected one of "
+                f"{', '.join(map(str, allowed))}"
             )
     for key, (kind, expected, fits) in _LIMITS.items():
         value = getattr(config, key)
@@ -425,6 +599,11 @@ def _settings(config) -> AlignConfig:
             continue
         if isinstance(value, bool) or not isinstance(value, kind) or not fits(value):
             raise AlloError(f"align: {key} is {value!r}; expected {expected}")
+    if config.batch_size % config.accumulation:
+        raise AlloError(
+            f"align: batch_size {config.batch_size} is no multiple of accumulation "
+            f"{config.accumulation}; choose one that is"
+        )
     return config
 
 
@@ -436,7 +615,8 @@ def _folder(output_dir) -> Path:
     return Path(output_dir)
 
 
-def _chosen_stages(stages) -> tuple[str, ...]:
+def chosen_stages(stages) -> tuple[str, ...]:
+    """The stages in their order; AlloError for one that there is not."""
     given = [stages] if isinstance(stages, str) or not isinstance(stages, Iterable) else [*stages]
     unknown = [stage for stage in given if stage not in STAGES]
     if unknown or not given or isinstance(stages, str):

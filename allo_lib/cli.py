@@ -273,10 +273,13 @@ def parse_domains(text: str, profile: Profile) -> tuple[str, ...]:
     return () if asked is profile else tuple(asked.domains)
 
 
-def parse_value(name: str, text: str):
-    """A typed `-p` value: number, text, true, false, null, or a flat list of them; never code."""
+def parse_value(name: str, text: str, option: str = "-p "):
+    """A typed `-p` value: number, text, true, false, null, or a flat list of them; never code.
+
+    option: what the name stood behind, for the AlloError.
+    """
     key = _cut(name) if name.isprintable() else repr(_cut(name))
-    shown_as = f"-p {key} {_cut(text)!r}"
+    shown_as = f"{option}{key} {_cut(text)!r}"
     try:
         value = parse_yaml(text)
     except AlloError as error:

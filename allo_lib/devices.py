@@ -264,27 +264,32 @@ def merged(results: list[list]) -> list[list]:
 
 
 def split(collator: Callable, objective: Callable, terms: Callable):
-    """A collator and an objective of which each process reads and judges its share of a batch.
+    """All three for a process that reads and judges its share of a batch.
 
-    terms: batch -> what the loss is a mean over (`objectives.terms_of`). The loss and metrics that
-    a process gets are weighted so that their means over the processes are those of the whole batch.
-    A process without a row of its own reads one of another's, and counts none of it: all take the
-    same steps.
+    terms: batch -> what the loss is a mean over (`objectives.terms_of`); afterwards of the whole
+    batch. The loss and metrics that a process gets are weighted so that their means over the
+    processes are those of the whole batch. A process without a row of its own reads one of
+    another's, and counts none of it: all take the same steps.
     """
     if count() == 1:
-        return collator, objective
+        return collator, objective, terms
 
     def collated(rows: list[dict]) -> dict[str, Tensor]:
-        own = rows[rank() :: count()]
-        return collator(own or rows[:1]) | {"counts": torch.tensor(bool(own))}
+        mine = rows[rank() :: count()]
+        return collator(mine or rows[:1]) | {"counts": torch.tensor(bool(mine))}
+
+    def own(batch: dict[str, Tensor]) -> Tensor:
+        return terms(batch) * batch["counts"]
+
+    def of_all(batch: dict[str, Tensor]) -> Tensor:
+        return total(own(batch))
 
     def judged(logps: Tensor, batch: dict[str, Tensor]):
         loss, metrics = objective(logps, batch)
-        mine = (terms(batch) * batch["counts"]).to(logps)
-        weight = mine * count() / total(mine.clone()).clamp(min=1)
+        weight = own(batch) * count() / of_all(batch).clamp(min=1)
         return loss * weight, {key: value * weight for key, value in metrics.items()}
 
-    return collated, judged
+    return collated, judged, of_all
 
 
 def _is_sharded_model(model) -> bool:

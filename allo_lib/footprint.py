@@ -49,44 +49,79 @@ class Footprint:
         return self.weights + self.state + self.gradient + self.activations + self.logits
 
 
-def footprint(
-    config, share: float, prompt: int, response: int, pairs: int, dtype=torch.bfloat16
-) -> Footprint:
-    """What a step of a masked stage needs: scalar neurons, the reference read from disk.
+@dataclass(frozen=True)
+class Counted:
+    """What a step needs whatever is kept of the neurons: parameters, those of the largest tensor,
+    bytes of activations and of a chunk of logits; tied: embeddings and head are one tensor."""
+
+    parameters: int
+    largest: int
+    tied: bool
+    activations: int
+    logits: int
+    dtype: torch.dtype
+
+    def footprint(self, share: float) -> Footprint:
+        """The bytes of a masked stage: scalar neurons, the reference read from disk.
+
+        share: of the neurons that are kept, 0 < share <= 1.
+        """
+        width, kept = self.dtype.itemsize, share * self.parameters
+        # A tensor kept whole needs no index, and in float32 its own storage is the master.
+        state = 16 if share < 1 else 8 if self.dtype == torch.float32 else 12
+        begins = self.largest * width, self.activations, self.logits
+        ends = 4 * kept + self.largest * width  # the embeddings' gradient is the last
+        if self.tied:
+            # The head's has waited for it, and their sum is a third before its entries are taken.
+            ends += (2 * width - 4 * share) * self.largest
+        moment = max(begins, (ends, 0, 0), key=sum)
+        return Footprint(width * self.parameters, round(state * kept), *map(round, moment))
+
+
+def footprint(config, share: float, prompt: int, response: int, pairs: int, dtype=torch.bfloat16):
+    """What a step of a masked stage needs, as `count` and `Counted.footprint` say."""
+    return count(config, prompt, response, pairs, dtype).footprint(share)
+
+
+def count(
+    config,
+    prompt: int,
+    response: int,
+    pairs: int,
+    dtype: torch.dtype,
+    recomputed: bool = False,
+) -> Counted:
+    """Count what a step needs.
 
     Args:
         config: of a transformers causal language model; its weights are never made.
-        share: of the neurons that are kept, 0 < share <= 1.
         prompt, response: tokens of a prompt, and of each of its two responses.
         pairs: in one forward pass.
         dtype: of the weights and activations.
+        recomputed: of each layer only what it is given is kept (gradient checkpointing).
     """
     batch = pair_batch(_rows(prompt, response, pairs), Layout(0, True, config.hidden_size))
     with FakeTensorMode() as mode:
         batch = {key: mode.from_tensor(value) for key, value in batch.items()}
         # All layers are alike: models of one and of two tell what any number of them holds.
         one, two = (_model(_with_layers(config, layers), dtype, "cpu") for layers in (1, 2))
-
-        def of_all_layers(measure) -> int:
-            first = measure(one)
-            return first + (config.num_hidden_layers - 1) * (measure(two) - first)
-
-        count = of_all_layers(lambda model: sum(p.numel() for p in model.parameters()))
-        activations = of_all_layers(lambda model: saved_bytes(model, batch))
-    width, kept = dtype.itemsize, share * count
-    largest = max(p.numel() for p in one.parameters())
-    tied = one.get_input_embeddings().weight is one.get_output_embeddings().weight
-    # A tensor kept whole needs no index, and in float32 its own storage is the master.
-    state = 16 if share < 1 else 8 if dtype == torch.float32 else 12
+        more = config.num_hidden_layers - 1
+        sizes = [sum(p.numel() for p in model.parameters()) for model in (one, two)]
+        kept = [saved_bytes(one, batch)]
+        if recomputed:  # of one layer at a time all is there
+            kept.append(kept[0] + batch["input_ids"].numel() * config.hidden_size * dtype.itemsize)
+        else:
+            kept.append(saved_bytes(two, batch))
     rows = min(len(batch["targets"]), max(1, CHUNK_BYTES // (4 * config.vocab_size)))
-    # As the head's product gives them, and in float32.
-    logits = rows * config.vocab_size * (4 if width == 4 else 4 + width)
-    begins = largest * width, activations, logits
-    ends = 4 * kept + largest * width  # the embeddings' gradient is the last
-    if tied:  # the head's has waited for it, and their sum is a third before its entries are taken
-        ends += (2 * width - 4 * share) * largest
-    moment = max(begins, (ends, 0, 0), key=sum)
-    return Footprint(width * count, round(state * kept), *map(round, moment))
+    return Counted(
+        parameters=sizes[0] + more * (sizes[1] - sizes[0]),
+        largest=max(p.numel() for p in one.parameters()),
+        tied=one.get_input_embeddings().weight is one.get_output_embeddings().weight,
+        activations=kept[0] + more * (kept[1] - kept[0]),
+        # As the head's product gives them, and in float32.
+        logits=rows * config.vocab_size * (4 if dtype.itemsize == 4 else 4 + dtype.itemsize),
+        dtype=dtype,
+    )
 
 
 def random_mask(model, share: float) -> NeuronMask:
@@ -184,7 +219,9 @@ def train(config, share: float, prompt: int, response: int, device: str, steps: 
 
 
 def _with_layers(config, layers: int):
-    return type(config).from_dict(config.to_dict() | {"num_hidden_layers": layers})
+    told, depth = config.to_dict(), config.num_hidden_layers
+    told |= {k: v[:layers] for k, v in told.items() if isinstance(v, list) and len(v) == depth}
+    return type(config).from_dict(told | {"num_hidden_layers": layers})
 
 
 def _model(config, dtype, device: str):

@@ -8,6 +8,9 @@ import torch
 from allo_lib import devices, models, weights
 from allo_lib.errors import AlloError
 
+_NONE = torch.empty(0)
+_QUANTISED = "is quantised", "load its weights in float32 or bfloat16, or call dequantize()"
+
 
 def check_model(model) -> None:
     """AlloError, one line that says what to do, for a model that cannot be aligned as it is."""
@@ -17,20 +20,25 @@ def check_model(model) -> None:
         _refuse(f"is wrapped in {type(model).__name__}", "give the model itself, model.module")
     if hasattr(model, "peft_config"):
         _refuse("carries PEFT adapters", "give what model.merge_and_unload() returns")
-    quantized = getattr(model, "hf_quantizer", None) or getattr(model, "is_quantized", False)
-    if quantized or getattr(config, "quantization_config", None):
-        _refuse("is quantised", "load its weights in float32 or bfloat16, or call dequantize()")
+    if getattr(model, "hf_quantizer", None) or getattr(model, "is_quantized", False):
+        _refuse(*_QUANTISED)
+    if config is not None:  # else `models.check_tokenizer` says what it is
+        check_config(config, type(model).__name__)
     parameters = list(model.parameters()) if isinstance(model, torch.nn.Module) else []
     if any(value.is_meta for value in parameters):
         _refuse("lies partly on disk or nowhere", "load it without device_map and offloading")
     if len({value.device for value in parameters}) > 1:
         _refuse("is spread over several devices", "load it on one, without device_map")
-    if config is None:
-        return  # `models.check_tokenizer` says what it is
+
+
+def check_config(config, name: str) -> None:
+    """The same of what the config of a model of class `name` tells."""
+    if getattr(config, "quantization_config", None):
+        _refuse(*_QUANTISED)
     text = getattr(config, "get_text_config", lambda: config)()
     if text is not config:
         _refuse(
-            f"reads more than text ({type(model).__name__})",
+            f"reads more than text ({name})",
             "give its language model alone, a ...ForCausalLM whose config is the text config",
         )
     if getattr(config, "is_encoder_decoder", False):
@@ -132,40 +140,55 @@ def weights_back(model):
 def undone_if_stopped(model, mask=None):
     """Gives the entries of `mask` (None: all) their values back where its block does not end.
 
-    Yields a function that tells whether any of them has another value by now.
+    Yields these values (`entries`).
     """
-    before = {name: values.cpu().clone() for name, values in _kept(model, mask) if values.numel()}
-
-    def changed() -> bool:
-        found = any(
-            not torch.equal(values.cpu(), before[name])
-            for name, values in _kept(model, mask)
-            if name in before
-        )
-        return bool(devices.total(torch.tensor(int(found)), devices.LARGEST))
-
+    before = entries(model, mask)
     try:
-        yield changed
+        yield before
     except BaseException:
-        with torch.no_grad():
-            for name, value in model.named_parameters():
-                if name in before:
-                    own, old = devices.local(value), before[name].to(value.device)
-                    if mask is None:
-                        own.copy_(old.view_as(own))
-                    else:
-                        own.view(-1)[_places(mask, name, value)] = old
+        put(model, mask, before)
         raise
 
 
-def _kept(model, mask):
+def entries(model, mask=None) -> dict[str, torch.Tensor]:
+    """name -> copy, flat and on the CPU, of the entries of `mask` (None: all) in that parameter."""
+    found = {}
     for name, value in model.named_parameters():
         flat = devices.local(value).flatten()
-        if mask is None:
-            yield name, flat
-        elif name in mask.indices:
-            yield name, flat[_places(mask, name, value)]
+        if mask is not None:
+            if not mask.indices.get(name, _NONE).numel():
+                continue
+            flat = flat[_places(mask, name, value)]
+        found[name] = flat.to("cpu", copy=True)
+    return found
+
+
+@torch.no_grad()
+def put(model, mask, values: dict[str, torch.Tensor]) -> None:
+    """Write what `entries` of the same mask gave into the model."""
+    for name, value in model.named_parameters():
+        own = devices.local(value)
+        if name in values and mask is None:
+            own.copy_(values[name].view_as(own))
+        elif name in values:
+            own.view(-1)[_places(mask, name, value)] = values[name].to(own.device)
 
 
 def _places(mask, name: str, value) -> torch.Tensor:
     return devices.held(mask.indices[name], value).to(value.device)
+
+
+@contextlib.contextmanager
+def recomputing(model, wanted: bool):
+    """Within it backward makes activations again instead of keeping them, if that is `wanted`."""
+    if not wanted or getattr(model, "is_gradient_checkpointing", False):
+        yield
+        return
+    try:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    except (ValueError, AttributeError, NotImplementedError):
+        _refuse("cannot make activations again", "leave gradient_checkpointing out")
+    try:
+        yield
+    finally:
+        model.gradient_checkpointing_disable()

@@ -18,9 +18,7 @@ def check_instructions(profile: Profile) -> None:
         asked, where = domain.instructions, f"domains.{name}.instructions"
         for dataset in asked.datasets:
             if dataset not in INSTRUCTIONS:
-                raise AlloError(
-                    f"{where}.datasets: got {short(dataset)}, expected some of {known}"
-                )
+                raise AlloError(f"{where}.datasets: got {short(dataset)}, expected some of {known}")
             if dataset in place_of:
                 raise AlloError(
                     f"{where}.datasets: {dataset} is also named by {place_of[dataset]}; "

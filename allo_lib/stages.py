@@ -53,7 +53,7 @@ def run_stage(
     """
     if devices.count() > 1 and objective_name in INDIVISIBLE:
         raise AlloError(f"{label}: {objective_name} judges whole batches: train it in one process")
-    if len(rows) <= schedule.batch_size and schedule.epochs == 1:
+    if schedule.steps(len(rows)) == 1:
         schedule = replace(schedule, warmup=0.0)
     optimizer = MaskedAdamW(
         model,
@@ -70,7 +70,8 @@ def run_stage(
     try:
         collator = collator_of(objective_name, layout_of(model, pad_token_id))
         loss_of = objective(objective_name, beta=beta, key_share=key_share)
-        collator, loss_of = devices.split(collator, loss_of, terms_of(objective_name))
+        terms = terms_of(objective_name)
+        collator, loss_of, terms = devices.split(collator, loss_of, terms)
         log = train(
             model,
             rows,
@@ -80,6 +81,7 @@ def run_stage(
             schedule,
             label,
             checkpoints,
+            terms,
         )
         if after is not None:
             after(optimizer)

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
+from tqdm.auto import tqdm
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from allo_lib import checkpoints as kept
@@ -18,6 +19,7 @@ from allo_lib.checkpoints import Checkpoints
 from allo_lib.errors import AlloError, Diverged
 from allo_lib.forward import response_logps
 from allo_lib.losses import values_unread
+from allo_lib.objectives import terms_of
 
 _PRINT_EVERY = 15.0  # seconds between progress lines, short runs print none
 # What must be finite, and how a divergence names it.
@@ -34,6 +36,12 @@ class Schedule:
     seed: int  # of the order of the rows
     warmup: float = 0.1  # share of all steps with a linearly rising rate
     accumulation: int = 1  # forward passes per step; batch_size is their sum
+    max_steps: int | None = None  # optimizer steps at most
+
+    def steps(self, rows: int) -> int:
+        """Optimizer steps of a training on so many rows."""
+        steps = self.epochs * math.ceil(rows / self.batch_size)
+        return steps if self.max_steps is None else min(steps, self.max_steps)
 
 
 @dataclass
@@ -60,6 +68,7 @@ def train(
     schedule: Schedule,
     label: str = "training",
     checkpoints: Checkpoints | None = None,
+    terms: Callable[[dict], torch.Tensor] | None = None,
 ) -> Log:
     """Train `model` in place on `rows`; returns the log.
 
@@ -70,6 +79,8 @@ def train(
         label: for progress lines and errors.
         checkpoints: where the training goes on from if it was interrupted, and what it leaves
             there in case it is; None for neither.
+        terms: batch -> how many terms its loss is the mean of (`objectives.terms_of`); under
+            accumulation the gradient is then that of one batch of all. None: one a sequence.
 
     Raises:
         AlloError: no rows.
@@ -82,7 +93,7 @@ def train(
     with tempfile.TemporaryDirectory() as folder:  # Trainer wants one, nothing is saved there
         trainer = _Trainer(
             model=model,
-            args=_arguments(folder, schedule, model.device),
+            args=_arguments(folder, schedule, model.device, len(rows)),
             train_dataset=rows,
             data_collator=collator,
             optimizers=(optimizer, None),
@@ -90,7 +101,7 @@ def train(
         log = Log()
         trainer.objective, trainer.log_, trainer.label = objective, log, label
         trainer.checkpoints, trainer.optimizer_ = checkpoints, optimizer
-        trainer.started = started
+        trainer.started, trainer.terms = started, terms or terms_of("dpo")
         kept_in = None if checkpoints is None else checkpoints.folder
         trainer.numbers = numbers = Numbers(
             optimizer, log, label, model.config.pad_token_id, kept_in
@@ -108,7 +119,7 @@ def train(
     return log
 
 
-def _arguments(folder: str, schedule: Schedule, device: torch.device) -> TrainingArguments:
+def _arguments(folder: str, schedule: Schedule, device: torch.device, rows: int):
     if schedule.batch_size % schedule.accumulation:
         raise AlloError(
             f"batch_size {schedule.batch_size} is no multiple of accumulation "
@@ -119,6 +130,7 @@ def _arguments(folder: str, schedule: Schedule, device: torch.device) -> Trainin
         per_device_train_batch_size=schedule.batch_size // schedule.accumulation,
         gradient_accumulation_steps=schedule.accumulation,
         num_train_epochs=schedule.epochs,
+        max_steps=-1 if schedule.max_steps is None else schedule.steps(rows),
         learning_rate=schedule.learning_rate,
         lr_scheduler_type="cosine",
         warmup_steps=schedule.warmup if schedule.warmup < 1 else int(schedule.warmup),
@@ -150,6 +162,7 @@ class _Trainer(Trainer):
     checkpoints: Checkpoints | None
     optimizer_: torch.optim.Optimizer  # as it was given; Trainer wraps its own
     started: float  # time.perf_counter() when this process began the training
+    terms: Callable[[dict], torch.Tensor]
 
     def __init__(self, **arguments):
         super().__init__(**arguments)
@@ -186,11 +199,21 @@ class _Trainer(Trainer):
         self.callback_handler.train_dataloader = train_dataloader
         return self.model, train_dataloader
 
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        """The batches of one step; of several also how many terms their losses together have."""
+        batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if len(batches) > 1:
+            count = sum(self.terms(batch) for batch in batches).clamp(min=1)
+        return batches, count
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         logps = response_logps(model, inputs)
         with values_unread():
             loss, metrics = self.objective(logps, inputs)
         self.numbers.forward(self.state.global_step, inputs, logps, loss, metrics)
+        passes = self.current_gradient_accumulation_steps
+        if passes > 1:  # Trainer takes the mean of the passes, however unequal they are
+            loss = loss * (self.terms(inputs) * passes / num_items_in_batch)
         return loss
 
     # Trainer saves and resumes by these; its own versions pickle.
@@ -344,13 +367,25 @@ class _WhenDue(TrainerCallback):
 
 
 class _Progress(TrainerCallback):
-    """A plain line now and then: survives logs and notebooks where redrawn bars do not."""
+    """A bar on a terminal; elsewhere a plain line now and then, which survives logs and notebooks
+    where redrawn bars do not."""
 
     def __init__(self, label: str, log: Log):
         self.label, self.log = label, log
         self.start = self.last = time.perf_counter()
 
+    def on_train_begin(self, args, state, control, **_):
+        steps = {"total": state.max_steps, "initial": state.global_step, "unit": "step"}
+        self.bar = tqdm(desc=self.label, disable=not sys.stderr.isatty(), **steps)
+
+    def on_train_end(self, args, state, control, **_):
+        self.bar.close()
+
     def on_step_end(self, args, state, control, **_):
+        if not self.bar.disable:
+            self.bar.set_postfix(loss=f"{self.log.loss[-1]:.4f}" if self.log.loss else "")
+            self.bar.update()
+            return
         now = time.perf_counter()
         if self.log.loss and now - self.last >= _PRINT_EVERY:
             self.last = now

@@ -12,7 +12,7 @@ from allo_lib.training import Schedule
 
 
 def delta_of_dpo(model, rows, *, lr, beta, batch_size, epochs, seed, pad_token_id, label, clip,
-                 checkpoints=None):  # fmt: skip
+                 checkpoints=None, accumulation=1, max_steps=None):  # fmt: skip
     """Scores |theta' - theta| / lr of vanilla DPO on every entry (`importance.delta_scores`).
 
     `model` holds theta, which is also the reference of `rows` (encoded pairs with
@@ -30,7 +30,7 @@ def delta_of_dpo(model, rows, *, lr, beta, batch_size, epochs, seed, pad_token_i
         model,
         rows,
         "dpo",
-        Schedule(lr, epochs, batch_size, seed),
+        Schedule(lr, epochs, batch_size, seed, accumulation=accumulation, max_steps=max_steps),
         pad_token_id=pad_token_id,
         beta=beta,
         max_grad_norm=clip,
@@ -43,8 +43,8 @@ def delta_of_dpo(model, rows, *, lr, beta, batch_size, epochs, seed, pad_token_i
     return {name: devices.like(score, parameters[name]) for name, score in scores.items()}, record
 
 
-def gradient_scores(model, rows, *, beta, batch_size, seed, pad_token_id):
-    """Scores sum over batches of |dL_DPO / dtheta_i| at theta; no update is made.
+def gradient_scores(model, rows, *, beta, batch_size, seed, pad_token_id, steps=None):
+    """Scores sum over (at most `steps`) batches of |dL_DPO / dtheta_i| at theta; no update is made.
 
     The second estimator of the importance (ALLO, arXiv 2406.12606). name -> float32 scores, on the
     CPU. Each gradient is added and dropped as soon as it is complete: one of them is alive at a
@@ -62,10 +62,12 @@ def gradient_scores(model, rows, *, beta, batch_size, seed, pad_token_id):
     copies = [p for p in trained if devices.is_copy(p)]
     hooks = [p.register_post_accumulate_grad_hook(add) for p in trained if not devices.is_copy(p)]
     loss_of, layout = objective("dpo", beta=beta), layout_of(model, pad_token_id)
-    collate, loss_of = devices.split(lambda few: pair_batch(few, layout), loss_of, terms_of("dpo"))
+    collate, loss_of, _ = devices.split(
+        lambda few: pair_batch(few, layout), loss_of, terms_of("dpo")
+    )
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
     try:
-        for start in range(0, len(order), batch_size):
+        for start in range(0, len(order), batch_size)[:steps]:
             chunk = [rows[i] for i in order[start : start + batch_size]]
             batch = to_device(collate(chunk), model)
             loss_of(response_logps(model, batch), batch)[0].backward()

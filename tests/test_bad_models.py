@@ -256,7 +256,7 @@ def test_a_bad_setting_is_told_before_anything_is_written(tmp_path, config, told
         align(tiny_llama(), words(), PAIRS, config=config, output_dir=tmp_path / "out")
     if isinstance(config, dict) and set(config) <= set(AlignConfig.__dataclass_fields__):
         with refused(told):  # a dict of the fields and the class itself are checked alike
-            alignment._settings(AlignConfig(**config))
+            alignment.checked(AlignConfig(**config))
     assert not (tmp_path / "out").exists()
 
 
@@ -312,7 +312,7 @@ values = st.none() | st.booleans() | st.integers(-5, 5) | st.floats() | st.text(
 @fuzzing
 @given(st.dictionaries(st.sampled_from([*AlignConfig.__dataclass_fields__]), values, max_size=3))
 def test_any_settings_are_taken_or_refused(config):
-    taken = read_or_refused(lambda: alignment._settings(config))
+    taken = read_or_refused(lambda: alignment.checked(config))
     assert taken is None or taken == AlignConfig(**config)
 
 

@@ -165,7 +165,8 @@ def test_long_pairs_are_dropped_counted_and_listed(tmp_path, capsys):
     result = align(model, words(), pairs, config=QUICK, output_dir=tmp_path / "a")
     assert "2 of 6 pairs are longer than 64 tokens and dropped" in capsys.readouterr().out
     record = json.loads((tmp_path / "a" / "align.json").read_text())
-    assert record["left_out"] == {"overlong": [1, 5], "not_forgotten": []}
+    left_out = {"overlong": [1, 5], "not_forgotten": [], "held_out": [], "development": []}
+    assert record["left_out"] == left_out
     without = tiny_llama()
     align(without, words(), PAIRS, config=QUICK, output_dir=tmp_path / "b")
     assert same(weights_of(without), model) and result.mask.kept
@@ -291,4 +292,4 @@ def test_a_trainer_uses_one_gpu_where_it_sees_two(monkeypatch):
     made = types.SimpleNamespace(n_gpu=2, _n_gpu=2)
     monkeypatch.setattr(training, "TrainingArguments", lambda **_: made)
     schedule = training.Schedule(1e-3, 1, 4, 0)
-    assert training._arguments("x", schedule, torch.device("cuda"))._n_gpu == 1
+    assert training._arguments("x", schedule, torch.device("cuda"), 8)._n_gpu == 1

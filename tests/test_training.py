@@ -1,6 +1,7 @@
 """The training loop: every row once an epoch, a cosine schedule, a clear end when it diverges."""
 
 import math
+import sys
 
 import pytest
 import torch
@@ -132,6 +133,49 @@ def test_accumulated_passes_are_one_step():
     assert torch.allclose(ends[1][0], ends[2][0], atol=1e-5)
     for name, value in ends[1][1].items():
         assert torch.allclose(value, ends[2][1][name], atol=1e-5), name
+
+
+@pytest.mark.parametrize("name", ["learning", "forgetting", "sft"])
+def test_unequal_passes_count_by_their_terms(name):
+    """Seven rows in batches of four, passes of two: the last one holds a single row, and tokens are
+    spread unevenly. Weights are compared that one whole batch gives."""
+    ends = {}
+    for accumulation in (1, 2):
+        model = tiny_llama()
+        rows = pairs(model)[:7]
+        for number, row in enumerate(rows):
+            kept = [float(t <= number) for t in range(len(row["rejected"]))]
+            row["rejected_weights"] = kept if number != 2 else [0.0] * len(kept)
+        if name == "sft":
+            rows = [{"prompt": row["prompt"], "response": row["chosen"]} for row in rows]
+            rows[0]["response"] = rows[0]["response"][:1]
+        schedule = Schedule(1e-3, 2, 4, 0, accumulation=accumulation)
+        log = run_stage(model, rows, name, schedule, pad_token_id=0, key_share=0.5)
+        ends[accumulation] = weights_of(model)
+    assert len(log.loss) == 2 * 4
+    for key, value in ends[1].items():
+        assert torch.allclose(value, ends[2][key], rtol=0, atol=1e-6), key
+
+
+@pytest.mark.parametrize(("most", "steps"), [(1, 1), (3, 3), (4, 4), (99, 4)])
+def test_max_steps_ends_a_training_and_never_prolongs_it(most, steps):
+    model = tiny_llama()
+    before = weights_of(model)
+    log = run_stage(
+        model, pairs(model), "dpo", Schedule(1e-3, 2, 4, 0, max_steps=most), pad_token_id=0
+    )
+    assert len(log.loss) == steps
+    assert any(not torch.equal(value, before[name]) for name, value in weights_of(model).items())
+
+
+def test_a_terminal_shows_a_bar_and_a_log_does_not(monkeypatch, capsys):
+    model = tiny_llama()
+    dpo(model, pairs(model), Schedule(1e-3, 1, 4, 0), label="here")
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    dpo(model, pairs(model), Schedule(1e-3, 1, 4, 0), label="here")
+    told = capsys.readouterr().err
+    assert "here: 100%" in told and "2/2" in told and "loss=" in told
 
 
 def test_batches_that_do_not_divide_are_refused():

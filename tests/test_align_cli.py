@@ -1,0 +1,210 @@
+"""`python -m allo_lib`: what it reads, what it says, and what the held-out pairs tell."""
+
+import csv
+import gzip
+import json
+
+import datasets
+import pytest
+import torch
+from refusals import assert_one_line
+from test_bad_models import words
+from tiny_models import tiny_llama
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from allo_lib import align_cli, delta
+from allo_lib.errors import AlloError
+
+PAIRS = [{"prompt": f"w{i} w2", "chosen": "w3 w4", "rejected": f"w{5 + i} w4"} for i in range(20)]
+FAST = ["batch_size=4", "estimator=gradient", "rewriter_neurons=kept", "forgetting_rate=1e-3",
+        "learning_rate=2e-2", "epochs=2"]  # fmt: skip
+
+
+@pytest.fixture
+def base(tmp_path):
+    tiny_llama().save_pretrained(tmp_path / "base")
+    words().save_pretrained(tmp_path / "base")
+    return tmp_path / "base"
+
+
+@pytest.fixture
+def pairs(tmp_path):
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in PAIRS))
+    return path
+
+
+def run(capsys, *arguments) -> tuple[int, str, str]:
+    status = align_cli.main([str(one) for one in arguments])
+    return status, *capsys.readouterr()
+
+
+def test_every_kind_of_file_gives_the_same_pairs(tmp_path, pairs):
+    text = pairs.read_text()
+    (tmp_path / "p.jsonl.gz").write_bytes(gzip.compress(text.encode()))
+    (tmp_path / "p.json").write_text(json.dumps(PAIRS))
+    with open(tmp_path / "p.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, PAIRS[0])
+        writer.writeheader()
+        writer.writerows(PAIRS)
+    table = datasets.Dataset.from_list(PAIRS)
+    table.to_parquet(tmp_path / "p.parquet")
+    table.save_to_disk(tmp_path / "disk")
+    datasets.DatasetDict({"train": table, "test": table.select([3])}).save_to_disk(tmp_path / "two")
+    for name in ("pairs.jsonl", "p.jsonl.gz", "p.json", "p.csv", "p.parquet", "disk", "two"):
+        assert align_cli.read(str(tmp_path / name)) == PAIRS, name
+    assert align_cli.read(f"{tmp_path / 'two'}:test") == [PAIRS[3]]
+    chats = [row | {"prompt": [{"role": "user", "content": row["prompt"]}]} for row in PAIRS]
+    datasets.Dataset.from_list(chats).to_parquet(tmp_path / "p.parquet")
+    assert align_cli.read(str(tmp_path / "p.parquet")) == chats
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("gone.jsonl", None, "no such file"),
+        ("p.jsonl", '{"prompt": "a"}\n{"prompt": ', "p.jsonl, line 2: not JSON"),
+        ("p.json", "[1, 2", "cannot be read"),
+        ("p.parquet", "PAR1", "cannot be read"),
+        ("p.jsonl", b"\xff\xfe", "not UTF-8"),
+        ("disk", "a file", "cannot be read"),
+        ("two:dev", {}, "cannot be read"),
+    ],
+)
+def test_pairs_that_cannot_be_read_are_told_in_one_line(tmp_path, name, content, message):
+    path = tmp_path / name.partition(":")[0]
+    if isinstance(content, dict):
+        path.mkdir()
+    elif content is not None:
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(AlloError, match=message) as caught:
+        align_cli.read(str(tmp_path / name))
+    assert_one_line(str(caught.value))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "expected a command, align or merge"),
+        (["learn"], "expected a command"),
+        (["align", "--model", "m"], "required: --pairs, --out"),
+        (["align", "--model", "M", "--pairs", "P", "--out", "O", "rate"], "expected key=value"),
+        (["align", "--model", "M", "--pairs", "P", "--out", "O", "rate=1"], "setting 'rate'"),
+        (["align", "--model", "M", "--pairs", "P", "--out", "O", "epochs=0"], "epochs is 0"),
+        (
+            ["align", "--model", "M", "--pairs", "P", "--out", "O", "batch_size=6",
+             "accumulation=4"], "batch_size 6 is no multiple of accumulation 4",
+        ),
+        (["align", "--model", "M", "--pairs", "P", "--out", "O", "held_out=1"], "held_out is 1"),
+        (["align", "--model", "M", "--pairs", "P", "--out", "O", "--stages", "x"], "stages ['x']"),
+        (["align", "--model", "M", "--pairs", "P", "--out", "O", "--dtype", "int4"], "--dtype"),
+        (["align", "--model", "GONE", "--pairs", "P", "--out", "O"], "cannot be loaded"),
+        (["align", "--model", "GONE", "--pairs", "P", "--out", "O", "--dry-run"], "cannot be lo"),
+        (
+            ["align", "--model", "M", "--pairs", "P", "--out", "O", "held_out=0.9", "search=2",
+             "development=0.9"], "none of the 20 pairs to train on",
+        ),
+        (["merge", "--base", "M", "--delta", "GONE", "--out", "O"], "is no sound delta"),
+    ],
+)  # fmt: skip
+def test_a_bad_command_is_one_line(arguments, message, base, pairs, tmp_path, capsys):
+    names = {"M": base, "P": pairs, "O": tmp_path / "out", "GONE": tmp_path / "gone"}
+    status, out, told = run(capsys, *(names.get(one, one) for one in arguments))
+    assert status == align_cli.BAD_INPUT and out == "" and message in told, told
+    assert_one_line(told[told.index("allo_lib: ") :].removesuffix("\n"))  # behind bars of loading
+    assert not (tmp_path / "out").exists()
+
+
+def logps(model, tokenizer, row) -> float:
+    """Sums of chosen minus rejected log-probs, by the plain model."""
+    sums = []
+    for side in ("chosen", "rejected"):
+        prompt = tokenizer(row["prompt"])["input_ids"]
+        ids = prompt + tokenizer(row[side])["input_ids"] + [tokenizer.eos_token_id]
+        with torch.no_grad():
+            every = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+        sums.append(sum(float(every[t - 1, ids[t]]) for t in range(len(prompt), len(ids))))
+    return sums[0] - sums[1]
+
+
+def test_align_searches_ranks_and_is_merged_again(base, pairs, tmp_path, capsys):
+    out = tmp_path / "out"
+    command = ["align", "--model", base, "--pairs", pairs, "--out", out, "--dtype", "float32"]
+    status, told, error = run(capsys, *command, *FAST, "held_out=0.3", "search=3",
+                              "development=0.3")  # fmt: skip
+    assert status == 0, error
+    record = json.loads((out / "align.json").read_text())
+    held_out, development = (record["left_out"][key] for key in ("held_out", "development"))
+    assert len(held_out) == 6 and len(development) == 5 and not set(held_out) & set(development)
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    before, after = (AutoModelForCausalLM.from_pretrained(folder) for folder in (base, out))
+    starts, ends = ([logps(m, tokenizer, PAIRS[i]) for i in held_out] for m in (before, after))
+    rewards = [b - a for a, b in zip(starts, ends, strict=True)]
+    found = record["held_out"]
+    assert found["pairs"] == 6 and f"on 6 held-out pairs: {50:.1f}% before" in told
+    assert found["reward_margin"] == pytest.approx(0.1 * sum(rewards) / 6, abs=1e-5)
+    assert found["reward_accuracy"]["before"] == 0.5
+    assert found["reward_accuracy"]["after"] == pytest.approx(sum(r > 0 for r in rewards) / 6)
+    assert found["chosen_likelier"]["before"] == pytest.approx(sum(x > 0 for x in starts) / 6)
+    assert found["chosen_likelier"]["after"] == pytest.approx(sum(x > 0 for x in ends) / 6)
+    change = found["reward_accuracy"]
+    assert change["low"] < change["change"] < change["high"]
+    # Of three candidates, a factor of two apart, the best one's weights are kept.
+    tried = record["search"]
+    assert [one["learning_rate"] for one in tried] == [2e-2, 1e-2, 4e-2]
+    assert [one["forgetting_rate"] for one in tried] == [1e-3, 5e-4, 2e-3]
+    its = [logps(after, tokenizer, PAIRS[i]) - logps(before, tokenizer, PAIRS[i])
+           for i in development]  # fmt: skip
+    assert sum(x > 0 for x in its) / 5 == max(one["accuracy"] for one in tried)
+    status, _, error = run(
+        capsys, "merge", "--base", base, "--delta", out / delta.NAME, "--out", tmp_path / "merged"
+    )
+    assert status == 0, error
+    merged = tmp_path / "merged" / "model.safetensors"
+    assert merged.read_bytes() == (out / "model.safetensors").read_bytes()
+
+
+def test_a_search_keeps_the_best_and_starts_each_candidate_anew(base, pairs, tmp_path, capsys):
+    """One candidate at the best rates, on the same pairs, ends at the same weights."""
+    outs = [tmp_path / name for name in ("search", "alone")]
+    command = ["align", "--model", base, "--pairs", pairs, "--dtype", "float32", *FAST,
+               "development=0.3"]  # fmt: skip
+    assert run(capsys, *command, "--out", outs[0], "search=3")[0] == 0
+    record = json.loads((outs[0] / "align.json").read_text())
+    best = max(record["search"], key=lambda one: (one["accuracy"], -one["learning_rate"]))
+    left = [row for i, row in enumerate(PAIRS) if i not in record["left_out"]["development"]]
+    pairs.write_text("".join(json.dumps(row) + "\n" for row in left))
+    rates = [f"{key}={best[key]}" for key in ("forgetting_rate", "learning_rate")]
+    assert run(capsys, *command, "--out", outs[1], *rates)[0] == 0
+    first, second = ((out / "model.safetensors").read_bytes() for out in outs)
+    assert first == second
+
+
+def test_gradient_checkpointing_and_accumulation_give_the_same_model(base, pairs, tmp_path, capsys):
+    command = ["align", "--model", base, "--pairs", pairs, "--dtype", "float32", *FAST,
+               "--stages", "importance,learning", "estimator=delta"]  # fmt: skip
+    ways = {"plain": [], "less": ["gradient_checkpointing=true", "accumulation=2"]}
+    for name, settings in ways.items():
+        status, _, error = run(capsys, *command, "--out", tmp_path / name, *settings)
+        assert status == 0, error
+    plain, less = (AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ways)
+    for (name, one), other in zip(plain.named_parameters(), less.parameters(), strict=True):
+        assert torch.allclose(one, other, rtol=0, atol=1e-5), name
+    log = json.loads((tmp_path / "less" / "align.json").read_text())["loss"]["learning"]
+    assert len(log) == 2 * 10  # passes of two pairs each
+
+
+def test_a_dry_run_needs_no_weights_and_writes_nothing(base, pairs, tmp_path, capsys):
+    (base / "model.safetensors").unlink()
+    rows = [*PAIRS, {"prompt": "w1 " * 80, "chosen": "w3", "rejected": "w4"}]
+    pairs.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    status, told, error = run(
+        capsys, "align", "--model", base, "--pairs", pairs, "--out", tmp_path / "out", "--dry-run",
+        "--device-gb", "0.0001", "--flops", "1e9", "held_out=0.25", "max_length=40",
+    )  # fmt: skip
+    assert status == 0, error
+    assert "15 of 21 pairs are trained on" in told and "\x1b" not in told
+    assert "1 of 21 pairs are longer than 40 tokens and dropped: numbers 20 (" in told
+    assert "1 device: importance 0.00, reward model 0.00" in told and "DOES NOT FIT" in told
+    assert "8 devices" in told and "at 1e+09 FLOP/s" in told
+    assert not (tmp_path / "out").exists()
