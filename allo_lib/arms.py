@@ -12,7 +12,8 @@ from allo_lib.config import fingerprint
 from allo_lib.encoding import encode_demonstration
 from allo_lib.environment import device_name
 from allo_lib.errors import AlloError
-from allo_lib.methods import PAPER_PROTOCOL, Stage, relative_rates, stages_of
+from allo_lib.losses import GAMMA
+from allo_lib.methods import PAPER_PROTOCOL, Stage, knob_of, relative_rates, stages_of, tuned_as
 from allo_lib.objectives import ON_POLICY, ON_REJECTED, ON_SOLUTIONS
 from allo_lib.search import Rates, Tried, best, search
 from allo_lib.seeds import derive
@@ -33,11 +34,12 @@ DIVERGED = -1.0  # development score of a candidate whose training reached NaN; 
 def result(study: Study, name: str, method: str) -> dict:
     """Everything measured of a method on a domain, by its name in measurements.csv.
 
-    Keys: `method`, `rates`, `tried` (rates, dev score, displacement, training margin of every
-    candidate), `loss` (a list per stage), `dev`, `displacement`, `answers` (id, dataset, answered,
-    right per test problem; absent without questions), `margins` (of the held-out pairs),
-    `instructions` (rows of `instructions.reply`; absent where none are asked); `device`, and `sft`:
-    the first 12 hex digits of the SHA-256 of the SFT weights that it started from.
+    Keys: `method`, `rates` (one a stage), `knob` ("beta" or "gamma" -> value; empty for the
+    profile's), `tried` (rates, dev score, displacement, training margin of every candidate), `loss`
+    (a list per stage), `dev`, `displacement`, `answers` (id, dataset, answered, right per test
+    problem; absent without questions), `margins` (of the held-out pairs), `instructions` (rows of
+    `instructions.reply`; absent where none are asked); `device`, and `sft`: the first 12 hex digits
+    of the SHA-256 of the SFT weights that it started from.
     """
     inputs = _method_inputs(study, name, method)
 
@@ -63,7 +65,7 @@ def is_done(study: Study, name: str, method: str) -> bool:
 
 def trained_model(study: Study, name: str, method: str):
     """The live model with the weights of a method's chosen candidate, and its artifact."""
-    rates = tuple(result(study, name, method)["rates"])
+    rates = _point(result(study, name, method))
     artifact = _candidate(study, name, stages_of(method, study.profile), rates)
     return study.load(artifact), artifact
 
@@ -81,7 +83,7 @@ def _method_inputs(study: Study, name: str, method: str) -> dict:
     }
     inputs |= {"relative_to": relative} if relative else {}
     if study.domain(name).tuned:
-        inputs["tuned"] = study.domain(name).tuned.get(method.removesuffix(PAPER_PROTOCOL))
+        inputs["tuned"] = _fixed_rates(study, name, method)
     return inputs | instructions.inputs(study, name)
 
 
@@ -122,9 +124,8 @@ def _make_result(study: Study, name: str, method: str, folder: Path) -> None:
     if rates is not None:
         tried = [Tried(rates, evaluate(rates))]
     else:
-        settings = study.profile.search
-        centre = tuple(stage.centre(study.domain(name).rates) for stage in stages)
-        tried = search(centre, settings.candidates, settings.factor, evaluate)
+        settings, start = study.profile.search, centre(study, name, stages)
+        tried = search(start, settings.candidates, settings.factor, evaluate)
     chosen = best(tried)
     ruined = chosen.score == DIVERGED
     if ruined and rates is None:
@@ -141,7 +142,8 @@ def _make_result(study: Study, name: str, method: str, folder: Path) -> None:
         record |= {"dev": 0.0, "loss": []}
     sft = study.sft(name).json(MANIFEST)["files"][WEIGHTS]
     record |= {"device": device_name(study.device), "sft": sft[:12]}
-    record |= {"method": method, "rates": list(chosen.rates), "tried": [
+    told, knob = _rates_and_knob(stages, chosen.rates)
+    record |= {"method": method, "rates": list(told), "knob": knob, "tried": [
         {"rates": list(one.rates)} | {
             key: records[one.rates][key] for key in ("dev", "displacement", "train_margin")}
         for one in tried]}  # fmt: skip
@@ -156,30 +158,56 @@ def _make_result(study: Study, name: str, method: str, folder: Path) -> None:
 
 def _fixed_rates(study: Study, name: str, method: str) -> Rates | None:
     """The rates that follow from another row, or the first replicate; None to search for them."""
-    if study.replicate:
-        return tuple(result(study.at(0), name, method)["rates"])
+    tuned = study.domain(name).tuned
+    if study.replicate and not tuned:
+        return _point(result(study.at(0), name, method))
+
+    def best_of(other: str) -> Rates:
+        return _tuned_rates(study, name, other) if tuned else _point(result(study, name, other))
+
     if method.endswith(PAPER_PROTOCOL):
         # The paper's protocol: every mask at the one rate that plain DPO likes best.
-        return tuple(result(study, name, "dpo")["rates"])
+        return best_of("dpo")
     relative = relative_rates(method)
-    if relative is None:
-        return _tuned_rates(study, name, method)
-    other, factors = relative
-    best_rates = result(study, name, other)["rates"]
-    return tuple(rate * factor for rate, factor in zip(best_rates, factors, strict=True))
+    if relative is not None:
+        other, factors = relative
+        return tuple(rate * by for rate, by in zip(best_of(other), factors, strict=True))
+    return _tuned_rates(study, name, method) if tuned else None
 
 
 def _tuned_rates(study: Study, name: str, method: str) -> Rates | None:
-    """The rates that a profile with tuned ones has for a method; None to search for them."""
+    """The tuned rates of a method; None where nothing is trained.
+
+    After the rate of a single stage may stand what else was searched (`methods.knob_of`).
+    """
     tuned, stages = study.domain(name).tuned, stages_of(method, study.profile)
-    if not tuned or not stages:
+    if not stages:
         return None
-    if len(tuned.get(method, ())) != len(stages):
+    found = tuned.get(method) or tuned.get(tuned_as(method), ())
+    if len(found) not in {len(stages), len(stages) + (knob_of(stages) is not None)}:
         raise AlloError(
-            f"{name}, {method}: `tuned` has {len(tuned.get(method, ()))} rates for its "
-            f"{len(stages)} stages; tune it (./run_all.sh tune), or leave the method out"
+            f"{name}, {method}: `tuned` has {len(found)} rates for its {len(stages)} stages; tune "
+            "it (./run_all.sh tune), or leave the method out"
         )
-    return tuned[method]
+    return found
+
+
+def _rates_and_knob(stages: tuple[Stage, ...], point: Rates) -> tuple[Rates, dict[str, float]]:
+    """The rates of the stages, and what else was searched, by name."""
+    rates, beyond = point[: len(stages)], point[len(stages) :]
+    return rates, {knob_of(stages): value for value in beyond}
+
+
+def _point(found: dict) -> Rates:
+    """What was searched of a result: its rates and its knob."""
+    return (*found["rates"], *found["knob"].values())
+
+
+def centre(study: Study, name: str, stages: tuple[Stage, ...], knob: bool = False) -> Rates:
+    """Where a search begins: the profile's rates and, with `knob`, its beta or SimPO's gamma."""
+    rates = tuple(stage.centre(study.domain(name).rates) for stage in stages)
+    values = {"beta": study.profile.method.beta, "gamma": GAMMA}
+    return (*rates, values[knob_of(stages)]) if knob and knob_of(stages) else rates
 
 
 def score_at(study: Study, name: str, method: str, rates: Rates) -> float:
@@ -190,7 +218,10 @@ def score_at(study: Study, name: str, method: str, rates: Rates) -> float:
 
 
 def _candidate(study: Study, name: str, stages: tuple[Stage, ...], rates: Rates) -> Artifact:
-    """Weights and dev score of the stages trained at the given rates, one per stage."""
+    """Weights and dev score of the stages trained at the given rates, one per stage.
+
+    For a single stage a further number is its knob (`methods.knob_of`).
+    """
     inputs = _stage_inputs(study, name, stages) | {"rates": list(rates)}
 
     def make(folder: Path) -> None:
@@ -232,16 +263,17 @@ def _mean_of_last_quarter(values: list[float]) -> float:
     return sum(tail) / len(tail)
 
 
-def _train_stages(study: Study, name: str, stages, rates: Rates, folder: Path) -> list[Log]:
+def _train_stages(study: Study, name: str, stages, point: Rates, folder: Path) -> list[Log]:
     """Train the live model through all stages; float32 masters pass from each to the next."""
     masters: dict = {}
+    rates, knob = _rates_and_knob(stages, point)
     return [
-        _train_stage(study, name, stages, number, rate, masters, folder)
+        _train_stage(study, name, stages, number, rate, knob, masters, folder)
         for number, rate in enumerate(rates)
     ]
 
 
-def _train_stage(study, name, stages, number: int, rate, masters: dict, folder: Path) -> Log:
+def _train_stage(study, name, stages, number: int, rate, knob, masters: dict, folder: Path) -> Log:
     """Train the live model, as it stands, through one stage."""
     stage, domain, method = stages[number], study.domain(name), study.profile.method
     schedule = Schedule(
@@ -260,8 +292,8 @@ def _train_stage(study, name, stages, number: int, rate, masters: dict, folder: 
         schedule,
         pad_token_id=study.tokenizer.pad_token_id,
         mask=mask_of(study, name, stage),
-        beta=method.beta,
         key_share=stage.key_share,
+        **({"beta": method.beta} | knob),
         weight_decay=method.weight_decay,
         max_grad_norm=method.max_grad_norm,
         label=f"{name}, {stage.objective} at {rate:g}",
@@ -308,8 +340,8 @@ def _rows(study: Study, name: str, stage: Stage, first: bool) -> list[dict]:
     """Training rows of a stage; its reference is the model that the stage starts from."""
     if stage.objective in ON_SOLUTIONS:
         return _solution_rows(study, name, stage.objective)
-    splits = (study.train, "mask") if stage.pairs == "all" else (study.train,)
-    rows = [dict(row) for split in splits for row in study.encoded(name, split)]
+    splits = {"train": [study.train], "all": [study.train, "mask"], "wrong": [study.wrong]}
+    rows = [dict(row) for split in splits[stage.pairs] for row in study.encoded(name, split)]
     if not first:
         for row, values in zip(rows, study.logps(study.model, rows), strict=True):
             row |= {f"{side}_reference": values[side] for side in ("chosen", "rejected")}

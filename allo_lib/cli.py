@@ -1,15 +1,17 @@
-"""The commands behind `run_all.sh`: run, test, status, verify, tune."""
+"""The commands behind `run_all.sh`: run, test, status, verify, figures, tune, grid, harness."""
 
 import argparse
 import dataclasses
 import os
 import re
+import shutil
 import signal
 import sys
+import tempfile
 import time
 from pathlib import Path
 
-from allo_lib import driver, marks, status, verify
+from allo_lib import driver, manifest, marks, status, verify
 from allo_lib.config import Profile
 from allo_lib.environment import ROOT
 from allo_lib.errors import AlloError
@@ -29,7 +31,10 @@ USAGE = """\
 ./run_all.sh test [PYTEST ARGS]
 ./run_all.sh status [PROFILE] [--domains A,B] [--out DIR]
 ./run_all.sh verify [PROFILE] [--out DIR] [--rerun] [--data DIR]
-./run_all.sh tune [PROFILE] [--seeds 100,101] [--out DIR] [--data DIR] [-p NAME VALUE]..."""
+./run_all.sh figures [PROFILE] [NAME] [--out DIR]
+./run_all.sh tune [PROFILE] [--seeds 100,101] [--out DIR] [--data DIR] [-p NAME VALUE]...
+./run_all.sh grid FILE.yaml [--task K] [--out DIR] [--data DIR]
+./run_all.sh harness [PROFILE] [--methods sft_base,dpo,allo] [--limit N] [--out DIR] [--data DIR]"""
 _EXPONENT = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)[eE][+-]?\d+")
 
 
@@ -50,8 +55,14 @@ def main(arguments: list[str] | None = None) -> int:
             return show_status(arguments[1:])
         if command == "verify":
             return check(arguments[1:])
+        if command == "figures":
+            return redraw(arguments[1:])
         if command == "tune":
             return tune(arguments[1:])
+        if command == "grid":
+            return run_grid(arguments[1:])
+        if command == "harness":
+            return run_harness(arguments[1:])
         return run(arguments)
     except AlloError as error:
         print(f"run_all: {' '.join(str(error).split())}", file=sys.stderr)
@@ -135,6 +146,35 @@ def check(arguments: list[str]) -> int:
     return 1 if problems else 0
 
 
+def redraw(arguments: list[str]) -> int:
+    """Make claims, tables, figures and report again from a folder's own files, without torch."""
+    parser = _bare_parser("claims, tables and figures again, from the files of a results folder")
+    parser.add_argument("profile", nargs="?", default=DEFAULT_PROFILE, help="its name")
+    parser.add_argument("name", nargs="?", help="one of them, such as main_miniature; default all")
+    parser.add_argument("--out", metavar="DIR", help="results folder, default results/PROFILE")
+    options = parser.parse_args(arguments)
+    results = ROOT / "results" / Path(options.profile).stem
+    results = folder_of(options.out, "--out") if options.out else results
+    if not (results / "measurements.csv").is_file():
+        raise AlloError(f"{shown(results)} holds no measurements.csv: run the profile first")
+    from allo_lib import report  # loads matplotlib
+
+    with tempfile.TemporaryDirectory() as scratch:
+        copy = Path(scratch) / results.name
+        shutil.copytree(results, copy, ignore=shutil.ignore_patterns(manifest.STORE, "notebooks"))
+        made = report.rebuild(copy)
+        wanted = [path for path in made if options.name in (None, path.stem)]
+        if not wanted:
+            names = ", ".join(sorted({path.stem for path in made}))
+            raise AlloError(f"no figure or table {_cut(options.name)!r}: expected one of {names}")
+        for path in wanted:
+            target = results / path.relative_to(copy)
+            target.parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, target)
+            print(f"wrote {shown(target)}")
+    return 0
+
+
 def tune(arguments: list[str]) -> int:
     """Find every method's learning rates on SFT models that are not reported."""
     parser = _parser("find learning rates on SFT models of their own")
@@ -154,13 +194,77 @@ def tune(arguments: list[str]) -> int:
     return 0
 
 
-def _parser(description: str) -> _Parser:
-    parser = _Parser(
+def run_grid(arguments: list[str]) -> int:
+    """Run a study for every combination of a grid's settings, or for one of them."""
+    parser = _bare_parser("run a study for every combination of settings")
+    parser.add_argument("file", help="YAML file, see allo_lib/grid.py")
+    parser.add_argument("--task", metavar="K", help="only the combination of this number, from 0")
+    parser.add_argument("--out", metavar="DIR", help="folder of all, default results/FILE's name")
+    _add_data(parser)
+    options = parser.parse_args(arguments)
+    from allo_lib import grid  # loads pandas
+
+    told = grid.read(Path(options.file))
+    folder = ROOT / "results" / Path(options.file).stem
+    folder = folder_of(options.out, "--out") if options.out else folder
+    runs = [(one, _run_of(_options_of(told, one, folder / grid.folder_name(one), options.data)))
+            for one in grid.combinations(told)]  # fmt: skip
+    numbers = range(len(runs))
+    if options.task is not None and options.task not in map(str, numbers):
+        raise AlloError(f"--task {_cut(options.task)!r}: expected a number from 0 to {numbers[-1]}")
+    for number in numbers if options.task is None else [int(options.task)]:
+        combination, asked = runs[number]
+        print(f"{grid.folder_name(combination)} ({number} of {len(runs)})", flush=True)
+        driver.run_study(asked)
+        grid.merge(runs, folder)
+    print(f"wrote {shown(folder / grid.TABLE)}")
+    return 0
+
+
+def run_harness(arguments: list[str]) -> int:
+    """Evaluate models of a study by lm-evaluation-harness, on the study's problems."""
+    parser = _parser("evaluate models of a study by lm-evaluation-harness")
+    parser.add_argument("--seeds", default="0", help="the seed whose models are taken")
+    parser.add_argument("--methods", default="sft_base,dpo,allo", help="rows of the main table")
+    parser.add_argument("--limit", metavar="N", help="problems of each data set, default all")
+    _add_data(parser)
+    options = parser.parse_args(arguments)
+    asked, limit = _run_of(options), options.limit
+    if limit is not None and not re.fullmatch("[1-9][0-9]{0,8}", limit):
+        raise AlloError(f"--limit {_cut(limit)!r}: expected a whole number above 0")
+    driver.check_folder(asked, fresh=False)
+    methods = [name.strip() for name in options.methods.split(",")]
+    for name in methods:
+        stages_of(name, asked.profile)
+    from allo_lib import harness  # loads torch
+    from allo_lib.study import Study
+
+    data = None if asked.data is None else str(asked.data)
+    study = Study(asked.profile, asked.seeds[0], asked.results, data)
+    print(f"wrote {shown(harness.evaluate(study, methods, limit and int(limit)))}")
+    return 0
+
+
+def _options_of(told: dict, combination: dict, out: Path, data: str | None) -> argparse.Namespace:
+    """A combination of a grid as if it had been typed."""
+    varied = [(key, str(value)) for key, value in combination.items() if key != "domains"]
+    return argparse.Namespace(
+        profile=str(told["profile"]), out=str(out), data=data, overrides=varied,
+        seeds=",".join(map(str, told.get("seeds", [0]))), domains=combination.get("domains"),
+    )  # fmt: skip
+
+
+def _bare_parser(description: str) -> _Parser:
+    return _Parser(
         prog="./run_all.sh",
         usage=USAGE.replace("\n", "\n       "),
         description=description,
         allow_abbrev=False,
     )
+
+
+def _parser(description: str) -> _Parser:
+    parser = _bare_parser(description)
     parser.add_argument("profile", nargs="?", default=DEFAULT_PROFILE, help="name or YAML file")
     parser.add_argument("--out", metavar="DIR", help="results folder, default results/PROFILE")
     parser.add_argument(

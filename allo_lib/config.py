@@ -21,6 +21,8 @@ class Model:
     """Which weights the study starts from."""
 
     name: str = "micro"  # "micro" (trained here), "smollm2-135m-instruct", a hub id, or a folder
+    # Micro only, of `models.MICRO`: the seeds take them in turn.
+    architectures: tuple[str, ...] = ("llama",)
     # Of the weights: "float32", "bfloat16", or "auto" for bfloat16 on devices with units for it
     # (`models.dtype_on`). Masters are always float32.
     dtype: str = "float32"
@@ -171,6 +173,7 @@ class Replicates:
 
     pair_sets: int = 1  # disjoint sets of `pairs.train` training pairs
     orders: int = 1  # of the pairs of a set
+    once: tuple[str, ...] = ()  # methods that are run on the first of these alone
 
 
 @dataclass(frozen=True)
@@ -241,8 +244,10 @@ def settings_hash(settings: dict) -> str:
     compute = dict(settings.get("compute", {}))
     compute.pop("checkpoint_minutes", None)
     hashed = {key: value for key, value in settings.items() if key != "judge"}
-    if settings.get("replicates") == dataclasses.asdict(Replicates()):
+    if settings.get("replicates") == json.loads(json.dumps(dataclasses.asdict(Replicates()))):
         del hashed["replicates"]
+    if settings.get("model", {}).get("architectures") == ["llama"]:
+        hashed["model"] = {k: v for k, v in settings["model"].items() if k != "architectures"}
     if isinstance(settings.get("domains"), dict):
         hashed["domains"] = {k: _without_unused(v) for k, v in settings["domains"].items()}
     return fingerprint(hashed | {"compute": compute})

@@ -18,7 +18,6 @@ from allo_lib.execute import PATIENCE, Job
 from allo_lib.marks import (
     Run,
     begun_seeds,
-    complete_seeds,
     data_hash,
     executed_path,
     group,
@@ -188,12 +187,12 @@ def _job(run: Run, notebook: Path, seed: int | None) -> Job:
     scratch = run.results / manifest.STORE / "running"
     parameters = {
         "profile": run.given,
-        "seed": min(run.seeds) if seed is None else seed,
+        "seed": run.seeds[0] if seed is None else seed,
         "results_dir": str(run.results),
         "overrides": run.overrides | ({KEY: list(run.domains)} if run.domains else {}),
     }
     if seed is None:
-        parameters["seeds"] = complete_seeds(run)
+        parameters["seeds"] = list(run.seeds)
     return Job(
         notebook=str(notebook),
         parameters=parameters,

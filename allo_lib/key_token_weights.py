@@ -56,12 +56,13 @@ class KeyTokenWeights:
         return self._kept("keep_probabilities", inputs, make).json("probabilities.json")
 
     def forgetting_weights(self, name: str, stage: Stage) -> list[list[float]]:
-        """w_t of the rejected responses of the training pairs, by the stage's token rule."""
-        rows = self.encoded(name, self.train)
+        """w_t of the rejected responses that a stage forgets, by its token rule."""
+        split = self.wrong if stage.pairs == "wrong" else self.train
+        rows = self.encoded(name, split)
         if stage.tokens == "all":
             return [[1.0] * len(row["rejected"]) for row in rows]
         if stage.tokens == "oracle":
-            return self.oracle_tokens(name, self.train)
+            return self.oracle_tokens(name, split)
         chosen = [
             token_rewards.unaligned_weights(
                 torch.tensor([values]),
@@ -69,8 +70,10 @@ class KeyTokenWeights:
                 stage.rule,
                 self.profile.method.token_threshold,
             )[0].tolist()
-            for values in self.keep_probabilities(name, self.train, stage.reward_model)
+            for values in self.keep_probabilities(name, split, stage.reward_model)
         ]
+        if stage.tokens == "kept":
+            return [[1.0 - weight for weight in row] for row in chosen]
         if stage.tokens == "random":
             return [self._shuffled(w, "forgetting", i) for i, w in enumerate(chosen)]
         return chosen

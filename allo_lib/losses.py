@@ -14,6 +14,7 @@ from torch import Tensor
 from allo_lib.errors import AlloError
 
 CLIP = 0.2  # how far PPO's ratio counts on either side of 1; arXiv 1707.06347, table 1's best
+GAMMA = 1.0  # SimPO's target margin; arXiv 2405.14734 searches 0.3 to 1.6 beside a beta of 2
 IGNORED = -100  # label of positions that belong to no response; the convention of transformers
 _reads_values = True  # whether arguments are looked at, besides their shapes
 
@@ -192,7 +193,7 @@ def simpo_loss(
     chosen_length: Tensor,
     rejected_length: Tensor,
     beta: float = 2.0,
-    gamma: float = 1.0,
+    gamma: float = GAMMA,
 ) -> Tensor:
     """SimPO, arXiv 2405.14734, eq. 6: no reference, log-probs per token, target margin gamma; [B].
 

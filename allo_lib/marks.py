@@ -12,14 +12,14 @@ from allo_lib.config import Profile, fingerprint
 from allo_lib.environment import ROOT
 from allo_lib.errors import AlloError
 
-# Notebooks up to this number run once for each seed, later ones once over all seeds.
+# Notebooks up to this number look at one seed, the first; later ones at all seeds together.
 LAST_OF_A_SEED = 5
 # Later ones after this one look at no domain by itself.
 LAST_OF_A_DOMAIN = 6
 # Modules that start notebooks and never run inside one: changing them makes no result stale.
 STARTERS = {
-    "cli", "driver", "environment", "execute", "kernel", "manifest", "marks", "missing", "status",
-    "verify",
+    "cli", "driver", "environment", "execute", "grid", "harness", "kernel", "manifest", "marks",
+    "missing", "status", "verify",
 }  # fmt: skip
 
 
@@ -48,7 +48,7 @@ def notebooks(run: Run) -> list[Path]:
 
 
 def of_a_seed(notebook: Path) -> bool:
-    """Whether this notebook runs once for each seed."""
+    """Whether this notebook looks at one seed."""
     return int(notebook.name[:2]) <= LAST_OF_A_SEED
 
 
@@ -68,13 +68,14 @@ def group(run: Run, seed: int | None) -> str:
 
 
 def steps(run: Run) -> list[tuple[Path, int | None]]:
-    """(notebook, seed) of all that the run asks for, in order; no seed for those over all seeds."""
+    """(notebook, seed) of all that the run asks for, in order; no seed for those over all seeds.
+
+    One seed is looked at, the first; 06 trains and measures all of them.
+    """
     asked = [n for n in notebooks(run) if not run.only or n.name[:2] in run.only]
     if run.domains:
         asked = [notebook for notebook in asked if of_a_domain(notebook)]
-    return [(n, seed) for seed in run.seeds for n in asked if of_a_seed(n)] + [
-        (n, None) for n in asked if not of_a_seed(n)
-    ]
+    return [(n, run.seeds[0] if of_a_seed(n) else None) for n in asked]
 
 
 def executed_path(run: Run, notebook: Path, seed: int | None) -> Path:
@@ -119,15 +120,11 @@ def key(run: Run, notebook: Path, seed: int | None) -> str:
     made_by = [notebook_hash(notebook), library_hash(), run.profile.hash(), seed]
     made_by += [list(run.domains)] if run.domains else []
     if seed is None:
-        made_by.append({str(s): _seed_keys(run, s) for s in complete_seeds(run)})
+        made_by.append(list(run.seeds))
         # No part of the profile's hash, as it changes no result but the verdicts read here.
         judge = run.profile.judge
         made_by += [dataclasses.asdict(judge)] if judge.kind else []
     return fingerprint(made_by)
-
-
-def _seed_keys(run: Run, seed: int) -> list[str]:
-    return [key(run, notebook, seed) for notebook in notebooks(run) if of_a_seed(notebook)]
 
 
 def begun_seeds(run: Run) -> list[int]:
@@ -137,12 +134,6 @@ def begun_seeds(run: Run) -> list[int]:
     numbers = {name.removeprefix(manifest.SEED_FOLDER).partition("_")[0] for name in names}
     seeds = sorted(int(number) for number in numbers if number.isdecimal())
     return [seed for seed in seeds if group(run, seed) in names]
-
-
-def complete_seeds(run: Run) -> list[int]:
-    """Seeds whose notebooks are all done, in this run or an earlier one with the same settings."""
-    mine = [notebook for notebook in notebooks(run) if of_a_seed(notebook)]
-    return [seed for seed in begun_seeds(run) if all(is_done(run, n, seed) for n in mine)]
 
 
 def is_done(run: Run, notebook: Path, seed: int | None) -> bool:

@@ -146,10 +146,11 @@ def write(path: str | Path, rows: Iterable[Measurement]) -> None:
     writer = csv.writer(buffer, lineterminator="\n")
     writer.writerow(COLUMNS)
     writer.writerows([_format(cell) for cell in astuple(row)] for row in rows)
-    _replace(Path(path), buffer.getvalue().encode("utf-8"))
+    replace_file(Path(path), buffer.getvalue().encode("utf-8"))
 
 
-def _replace(path: Path, content: bytes) -> None:
+def replace_file(path: Path, content: bytes) -> None:
+    """Write `path`, which is whole or as it was; AlloError for a disk that does not take it."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

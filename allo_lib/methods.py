@@ -1,8 +1,8 @@
 """Every method as a sequence of training stages: what differs between two rows of a table.
 
-Learning rates are not here: each method gets the same search (`search`), except for rows whose
-names fix them (`PAPER_PROTOCOL`, `relative_rates`). Names are those of measurements.csv; sweeps
-have names by a rule, in which "2p5" is 2.5:
+Learning rates are not here: each method gets the same search (`search`, `tuning`), except for rows
+whose names fix them (`PAPER_PROTOCOL`, `relative_rates`). Names are those of measurements.csv;
+sweeps have names by a rule, in which "2p5" is 2.5:
 
     allo_f5_l20          ALLO that forgets on the top 5% of the neurons and learns on the top 20%
     allo_key5            ALLO whose key tokens are 5% of a rejected response
@@ -18,6 +18,7 @@ from allo_lib.config import Method, Profile, Rates
 from allo_lib.errors import AlloError
 
 PAPER_PROTOCOL = "_paper"  # suffix of rows that run at the one rate that is best for plain DPO
+KEY_REFERENCE = "allo_key_reference"  # whose key tokens a model trained by DPO picks
 ROWS = "_rows"  # suffix of rows whose neurons are whole rows of the weight matrices
 # Importance scores that ALLO is also trained with, by their variant (`score_variants`).
 ESTIMATORS = ("gradient", "magnitude", "lr_x0.3", "lr_x3", "half_epoch")
@@ -32,6 +33,15 @@ _BY_RULE = ("allo_f5_l20", "allo_key5", "allo_rates_x0p5_x2")
 # Fields of a stage that came after results had been stored; at these values the store knows it
 # without them.
 _LATER = {"scope": "global", "pairs": "train"}
+# What is searched besides the rate of a method of one stage: beta, the scale of its rewards, or
+# SimPO's target margin gamma. Of two stages it is the ratio of their rates.
+KNOBS = {"simpo": "gamma"} | dict.fromkeys(
+    ("dpo", "rdpo", "ipo", "bco", "npo", "forgetting", "learning", "merged"), "beta"
+)
+# ALLO with another reward model, share or official detail, which shows what that alone changes.
+_AT_RATES_OF_ALLO = re.compile(
+    r"allo_(rm_.+|key.+|f\d.*|scores_.+|soft|released|all_wrong|official)"
+)
 # Random and last neurons need a larger rate than the top ones: as much larger as with plain DPO.
 _WIDER = {"random": "random", "bottom": "last"}
 
@@ -44,11 +54,12 @@ class Stage:
     epochs: in units of the domain's `epochs`. neurons: "all", "top", "bottom" or "random" share.
     granularity: what is kept or not, "scalar" entries or whole "row"s (`importance`); scope: a
     share of all neurons, "global", or of each "tensor"'s. estimator: variant of the scores.
-    tokens: what forgetting weighs tokens by: "rewriter", "all", "random" or "oracle".
+    tokens: what forgetting weighs tokens by: "rewriter", "all", "random", "oracle", or "kept" for
+    the very tokens that the rewriter would keep.
     reward_model: quality of the rewriter, see `rewriter`. rule: see token_rewards.
     key: whence the key tokens of learning: "policy", "reference" (a DPO model), "random", "oracle";
-    key_share: None for the profile's. pairs: "train", or "all", which adds those of the importance
-    scores and the reward model.
+    pairs: "train"; "all", which adds those of the importance scores and the reward model; "wrong"
+    for every distinct wrong sample, also to questions without a right one (forgetting only).
     """
 
     objective: str
@@ -109,9 +120,19 @@ def relative_rates(method: str) -> tuple[str, tuple[float, ...]] | None:
     return (found[1], factors) if rates_name(*factors) == method else None
 
 
+def knob_of(stages: tuple[Stage, ...]) -> str | None:
+    """What is searched besides the rate of these stages: "beta", "gamma" or None (`KNOBS`)."""
+    return KNOBS.get(stages[0].objective) if len(stages) == 1 else None
+
+
+def tuned_as(method: str) -> str:
+    """The method whose tuned rates a row takes where it has none of its own."""
+    return "allo" if _AT_RATES_OF_ALLO.fullmatch(method) else method.removesuffix(PAPER_PROTOCOL)
+
+
 def waits_for(method: str) -> str | None:
     """The row whose result must be known before this one can be trained; None for most."""
-    if method.endswith(PAPER_PROTOCOL) or method == "allo_key_reference":
+    if method.endswith(PAPER_PROTOCOL) or method == KEY_REFERENCE:
         return "dpo"
     relative = relative_rates(method)
     return relative[0] if relative else None
@@ -265,6 +286,13 @@ def _ablations(settings: Method) -> dict[str, tuple[Stage, ...]]:
             "allo_rows": both(granularity="row"),
             "allo_per_tensor": both(scope="tensor"),
             "allo_rm_oracle": allo({"tokens": "oracle"}),
+            # Must do harm, else forgetting's choice of tokens cannot be judged by accuracy here.
+            "allo_rm_inverted": allo({"tokens": "kept"}),
+            # As the official code has it: all wrong samples, its densities and key tokens.
+            "allo_all_wrong": allo({"pairs": "wrong"}),
+            "allo_official": allo(
+                {"pairs": "wrong", "share": 0.05}, {"share": 0.05, "key_share": 0.1}
+            ),
         }
         | {f"allo_rm_{quality}": allo({"reward_model": quality}) for quality in REWARD_MODELS}
         | {f"allo_scores_{word.replace('.', 'p')}": both(estimator=word) for word in ESTIMATORS}

@@ -1,16 +1,9 @@
-"""Where a model comes from: a micro LLaMA from scratch, packaged weights, a hub id or a folder."""
+"""Where a model comes from: a micro model from scratch, packaged weights, a hub id or a folder."""
 
 import hashlib
 
 import torch
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    GenerationConfig,
-    LlamaConfig,
-    LlamaForCausalLM,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from allo_lib import devices, packaged_weights
 from allo_lib.errors import AlloError
@@ -27,9 +20,21 @@ _MODELS = (
 _NEVER_IN_TEXT = ("<|endoftext|>", "<unk>", "[UNK]", "<|unk|>")
 
 
+# Architectures that a micro model can have, each with what it needs besides the common sizes.
+MICRO = {
+    "llama": {},
+    "gpt2": {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
+    "gpt_neox": {},
+    "qwen3": {},
+    # Two experts of four read a token, each half as wide: about as many weights at work.
+    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "decoder_sparse_step": 1},
+}
+
+
 def micro_llama(
     vocab_size,
     *,
+    architecture="llama",
     width,
     layers,
     heads,
@@ -39,19 +44,22 @@ def micro_llama(
     seed,
     pad_token_id,
     eos_token_id,
-) -> LlamaForCausalLM:
-    """A small LLaMA with random float32 weights and tied embeddings, for training from scratch.
+):
+    """A small model with random float32 weights and tied embeddings, for training from scratch.
 
     Args:
+        architecture: of MICRO.
         vocab_size, width, layers, heads, feed_forward, context: sizes; `context` in tokens.
         initializer_range: standard deviation of the initial weights.
         seed: of the initial weights; torch's global generator is left as it was.
         pad_token_id, eos_token_id: different ids below `vocab_size`.
 
     Raises:
-        AlloError: a size below 1, a width that `2 * heads` does not divide (rotary positions need
-            an even head size), or ids that are equal or out of range.
+        AlloError: an unknown architecture, a size below 1, a width that `2 * heads` does not divide
+            (rotary positions need an even head size), or ids that are equal or out of range.
     """
+    if architecture not in MICRO:
+        raise AlloError(f"architecture {architecture!r}: expected one of {', '.join(MICRO)}")
     sizes = dict(vocab_size=vocab_size, width=width, layers=layers, heads=heads)
     sizes |= dict(feed_forward=feed_forward, context=context)
     for key, value in sizes.items():
@@ -64,7 +72,15 @@ def micro_llama(
             f"pad_token_id={pad_token_id}, eos_token_id={eos_token_id}: "
             f"expected two different ids from 0 to {vocab_size - 1}"
         )
-    config = LlamaConfig(
+    more = dict(MICRO[architecture])
+    if architecture == "gpt2":
+        more |= {"n_inner": feed_forward}
+    elif architecture.startswith("qwen3"):
+        more |= {"head_dim": width // heads, "num_key_value_heads": heads}
+    if architecture == "qwen3_moe":
+        more |= {"moe_intermediate_size": feed_forward // 2}
+    config = AutoConfig.for_model(
+        architecture,
         vocab_size=vocab_size,
         hidden_size=width,
         num_hidden_layers=layers,
@@ -77,10 +93,11 @@ def micro_llama(
         bos_token_id=None,
         eos_token_id=eos_token_id,
         dtype="float32",
+        **more,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return LlamaForCausalLM(config).float()
+        return AutoModelForCausalLM.from_config(config).float()
 
 
 def dtype_on(device, wanted="auto") -> str:

@@ -22,9 +22,10 @@ INDIVISIBLE = ("bco", "merged", *ON_POLICY)
 Result = tuple[Tensor, dict[str, Tensor]]
 
 
-def objective(name: str, *, beta: float, key_share: float = 1.0):
+def objective(name: str, *, beta: float, key_share: float = 1.0, gamma: float = losses.GAMMA):
     """The function (logps, batch) -> (loss, metrics) of a method by its name.
 
+    gamma: SimPO's target margin, whose own beta is fixed (`losses.simpo_loss`).
     key_share: of the learning stage; its key tokens come from the current policy unless the batch
     carries them as `key` (0 or 1 per token).
     """
@@ -40,7 +41,7 @@ def objective(name: str, *, beta: float, key_share: float = 1.0):
         return lambda logps, batch: _merged(logps, batch, beta, key_share)
     if name == "learning":
         return lambda logps, batch: _learning(logps, batch, beta, key_share)
-    return lambda logps, batch: _pairs(name, logps, batch, beta)
+    return lambda logps, batch: _pairs(name, logps, batch, beta, gamma)
 
 
 def terms_of(name: str):
@@ -102,7 +103,7 @@ def _merged(logps, batch, beta, key_share) -> Result:
     return loss + _forgetting(logps.chunk(2)[1], rejected, beta), metrics
 
 
-def _pairs(name, logps, batch, beta) -> Result:
+def _pairs(name, logps, batch, beta, gamma) -> Result:
     policy = logps.sum(dim=1).chunk(2)
     reference = batch["reference"].sum(dim=1).chunk(2)
     lengths = _response(batch).sum(dim=1).chunk(2)
@@ -115,7 +116,7 @@ def _pairs(name, logps, batch, beta) -> Result:
     elif name == "bco":
         rows = losses.bco_loss(*policy, *reference, beta=beta)
     elif name == "simpo":
-        rows = losses.simpo_loss(*policy, *lengths)
+        rows = losses.simpo_loss(*policy, *lengths, gamma=gamma)
     else:
         known = ON_PAIRS + ON_REJECTED + ON_SOLUTIONS + ON_POLICY
         raise ValueError(f"objective {name!r}: expected one of {known}")

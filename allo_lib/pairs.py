@@ -3,7 +3,8 @@
 Every question (or conversation) is in one split only: `train` for the compared methods (and
 `train1`, `train2`, ... for the further pair sets of a profile with replicates), `mask` for
 importance scores and the reward model, `heldout` for reward accuracy, `dev` for learning rates of
-domains without a verifier.
+domains without a verifier. `wrong` (`wrong1`, ...) holds every distinct wrong sample of a training
+set's questions, and of its share of those that gave no right one, beside the solution.
 """
 
 import random
@@ -22,9 +23,9 @@ from allo_lib.rewriter import Correction
 from allo_lib.seeds import derive
 from allo_lib.store import Artifact, write_json
 
-SPLITS = ("train", "heldout", "dev", "mask")  # and `train_split` of further pair sets
+SPLITS = ("train", "heldout", "dev", "mask")  # and `train_split`, `wrong_split`
 COLUMNS = ("prompt", "chosen", "rejected")
-_FURTHER = re.compile(r"train[1-9]\d*")
+_FURTHER = re.compile(r"train[1-9]\d*|wrong\d*")
 
 
 @dataclass
@@ -76,6 +77,11 @@ def train_split(pair_set: int) -> str:
     return f"train{pair_set or ''}"
 
 
+def wrong_split(pair_set: int) -> str:
+    """The split of all wrong samples that goes with a pair set: "wrong", "wrong1", ..."""
+    return f"wrong{pair_set or ''}"
+
+
 def make_pairs(study, name: str) -> Pairs:
     """The pairs of a domain of a study; see the module's text for the splits."""
     domain = study.domain(name)
@@ -84,9 +90,10 @@ def make_pairs(study, name: str) -> Pairs:
         heldout_rows, _ = _given_pairs(study, name, "test")
         split = _split(rows, _counts(study, domain, ("train", "dev", "mask")), name)
         return Pairs(split | {"heldout": heldout_rows[: domain.pairs.heldout]}, summary)
-    rows, summary = _sampled_pairs(study, name)
+    rows, wrong, summary = _sampled_pairs(study, name)
     counts = _counts(study, domain, ("train", "heldout", "mask"))
-    return Pairs(_split(rows, counts, name) | {"dev": []}, summary)
+    splits = _split(rows, counts, name)
+    return Pairs(splits | _wrong_splits(splits, rows, wrong) | {"dev": []}, summary)
 
 
 def _counts(study, domain, splits: tuple[str, ...]) -> dict[str, int]:
@@ -114,7 +121,24 @@ def _split(rows: list[dict], counts: dict[str, int], name: str) -> dict[str, lis
     return result
 
 
-def _sampled_pairs(study, name: str) -> tuple[list[dict], dict]:
+def _wrong_splits(splits: dict[str, list[dict]], rows, wrong: list[dict]) -> dict[str, list[dict]]:
+    """All wrong samples, dealt to the training sets as their questions are.
+
+    Questions without a pair are dealt out in the same proportion.
+    """
+    paired = list(dict.fromkeys(row["id"] for row in rows))
+    without = list(dict.fromkeys(r["id"] for r in wrong if r["id"] not in set(paired)))
+    found, start = {}, 0
+    for split in [name for name in splits if name.startswith("train")]:
+        ids = {row["id"] for row in splits[split]}
+        share = round(len(without) * len(ids) / len(paired))
+        ids |= set(without[start : start + share])
+        start += share
+        found[split.replace("train", "wrong")] = [row for row in wrong if row["id"] in ids]
+    return found
+
+
+def _sampled_pairs(study, name: str) -> tuple[list[dict], list[dict], dict]:
     domain, task = study.domain(name), study.task(name)
     settings = domain.pairs
     questions = task.questions("pairs", settings.questions)
@@ -128,7 +152,7 @@ def _sampled_pairs(study, name: str) -> tuple[list[dict], dict]:
         temperature=settings.temperature,
         seed=derive(study.seed, "sampling", name),
     )
-    rows, right_share, both, too_long = [], 0.0, 0, 0
+    rows, all_wrong, right_share, both, too_long = [], [], 0.0, 0, 0
     for question, group in zip(questions, groups, strict=True):
         ended = list(dict.fromkeys(response.text for response in group if response.ended))
         short = _that_fit(study.tokenizer, question.prompt, ended, domain.max_length)
@@ -140,6 +164,8 @@ def _sampled_pairs(study, name: str) -> tuple[list[dict], dict]:
         right_share += sum(share) / len(share)
         both += bool(right and wrong)
         rows += _pairs_of(study, task, question, right, wrong, settings.per_question)
+        if _that_fit(study.tokenizer, question.prompt, [question.solution], domain.max_length):
+            all_wrong += [_row(task, question, question.solution, text) for text in wrong]
     summary = {
         "questions": len(questions),
         "samples": settings.samples,
@@ -147,8 +173,9 @@ def _sampled_pairs(study, name: str) -> tuple[list[dict], dict]:
         "too_long": too_long,
         "questions_with_both": both,
         "pairs": len(rows),
+        "wrong": len(all_wrong),
     }
-    return rows, summary
+    return rows, all_wrong, summary
 
 
 def _that_fit(tokenizer, prompt, responses: list[str], max_length: int) -> list[str]:
@@ -164,18 +191,19 @@ def _pairs_of(study, task, question, right, wrong, most: int) -> list[dict]:
     """At most `most` random (right, wrong) pairs of one question, without repeats."""
     pairs = [(chosen, rejected) for chosen in right for rejected in wrong]
     random.Random(derive(study.seed, "pairs", question.id)).shuffle(pairs)
-    return [
-        {
-            "id": question.id,
-            "dataset": question.dataset,
-            "prompt": question.prompt,
-            "chosen": chosen,
-            "rejected": rejected,
-            "solution": question.solution,
-            "corrected": task.correction(question, rejected),
-        }
-        for chosen, rejected in pairs[:most]
-    ]
+    return [_row(task, question, *pair) for pair in pairs[:most]]
+
+
+def _row(task, question, chosen: str, rejected: str) -> dict:
+    return {
+        "id": question.id,
+        "dataset": question.dataset,
+        "prompt": question.prompt,
+        "chosen": chosen,
+        "rejected": rejected,
+        "solution": question.solution,
+        "corrected": task.correction(question, rejected),
+    }
 
 
 def _given_pairs(study, name: str, split: str = "train") -> tuple[list[dict], dict]:

@@ -8,41 +8,53 @@ import os
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from functools import lru_cache
+from functools import cache, lru_cache
 
 from allo_lib import arms
 from allo_lib.config import Profile
-from allo_lib.methods import PAPER_PROTOCOL, relative_rates, stages_of, waits_for
+from allo_lib.methods import (
+    KEY_REFERENCE,
+    PAPER_PROTOCOL,
+    relative_rates,
+    stages_of,
+    waits_for,
+)
 from allo_lib.runtime import give_back_freed_memory
 from allo_lib.study import Study
 from allo_lib.workers import fork_server, leave_with_parent
 
-Row = tuple[str, str, int]  # domain, method and replicate
+Row = tuple[Study, str, str, int]  # seed's study, domain, method and replicate
 
 
 def run_methods(study: Study, asked: Mapping[str, Sequence[str]]) -> dict[str, dict[str, dict]]:
     """Results of methods by domain, in the order asked: domain -> method -> result.
 
-    What is missing is trained first, that of all domains and replicates side by side; the results
-    are those of the study's own replicate.
+    What is missing is trained first (`fill`); the results are those of the study's own replicate.
     """
-    missing = {
-        name: [
-            (method, replicate)
-            for method in methods
-            for replicate in study.replicates
-            if not arms.is_done(study.at(replicate), name, method)
-        ]
-        for name, methods in asked.items()
-    }
-    for name, runs in missing.items():
-        if runs:
-            prepare(study, name)
-    _run_groups(study, _groups(study, missing))
+    fill([study], asked)
     return {
         name: {method: arms.result(study, name, method) for method in methods}
         for name, methods in asked.items()
     }
+
+
+def fill(studies: Sequence[Study], asked: Mapping[str, Sequence[str]]) -> None:
+    """Train and measure what is missing: of all seeds, domains and replicates, side by side."""
+    missing = [
+        (study, name, method, replicate)
+        for study in studies
+        for name, methods in asked.items()
+        for method in methods
+        for replicate in study.replicates_of(method)
+        if not arms.is_done(study.at(replicate), name, method)
+    ]
+    prepare_all(list(dict.fromkeys((study, name) for study, name, *_ in missing)))
+    _side_by_side(_result, _groups(missing), _tell)
+
+
+def prepare_all(shared: list[tuple[Study, str]]) -> None:
+    """`prepare` for every (study, domain), side by side where there are several."""
+    _side_by_side(_prepared, [shared], lambda *_: None)
 
 
 def prepare(study: Study, name: str) -> None:
@@ -59,83 +71,96 @@ def prepare(study: Study, name: str) -> None:
         study.replies(name)
 
 
-def _groups(study: Study, missing: Mapping[str, Sequence[tuple[str, int]]]) -> list[list[Row]]:
+def _groups(missing: Sequence[Row]) -> list[list[Row]]:
     """What can be trained at once; then what reads another row's result, and so on."""
-    groups: dict[int, list[Row]] = {}
+    groups: dict[int, dict[Row, None]] = {}
 
     def place(row: Row) -> int:
         """The group that a row belongs to, after those that it waits for."""
-        name, method, replicate = row
+        study, name, method, replicate = row
         if arms.is_done(study.at(replicate), name, method):
             return -1
-        others = [(name, method, 0)] if replicate else []  # whose rates it takes
-        if waits_for(method):
-            others.append((name, waits_for(method), replicate))
+        others = []
+        if not study.domain(name).tuned:  # whose rates it takes
+            others += [(study, name, method, 0)] if replicate else []
+        if waits_for(method) and not (study.domain(name).tuned and method != KEY_REFERENCE):
+            others.append((study, name, waits_for(method), replicate))
         number = 1 + max((place(other) for other in others), default=-1)
-        groups.setdefault(number, []).append(row)
+        groups.setdefault(number, {})[row] = None
         return number
 
-    for name, runs in missing.items():
-        for run in runs:
-            place((name, *run))
-    return [list(dict.fromkeys(groups[number])) for number in sorted(groups)]
+    for row in missing:
+        place(row)
+    return [_longest_first(list(groups[number])) for number in sorted(groups)]
 
 
-def _run_groups(study: Study, groups: list[list[Row]]) -> None:
-    """Train the rows of each group side by side, one group after the other."""
+def _side_by_side(work, groups: Sequence[Sequence[tuple]], tell) -> None:
+    """Call `work` with the rows of each group, in workers, one group after the other.
+
+    A row begins with its study. `tell` gets a row, what `work` made of it, and the seconds so far.
+    """
     most = max(map(len, groups), default=0)
-    workers = min(study.profile.compute.workers, os.cpu_count() or 1, most)
+    if not most:
+        return
+    workers = min(groups[0][0][0].profile.compute.workers, os.cpu_count() or 1, most)
     started = time.perf_counter()
     if workers < 2:
         for row in (row for group in groups for row in group):
-            _tell(row, _result(study, *row), started)
+            tell(row, work(*row), time.perf_counter() - started)
         return
     give_back_freed_memory()  # the workers need it, this process only waits
     settings = {"mp_context": fork_server(), "initializer": leave_with_parent}
     with ProcessPoolExecutor(workers, **settings) as pool:
         for group in groups:
-            _wait_for_group(pool, study, group, started)
+            waiting = {pool.submit(_in_worker, work, _opened(row[0]), *row[1:]): row
+                       for row in group}  # fmt: skip
+            try:
+                for future in as_completed(waiting):
+                    row = waiting[future]
+                    tell(row, future.result(), time.perf_counter() - started)
+            except BaseException:
+                for future in waiting:
+                    future.cancel()
+                raise
 
 
-def _wait_for_group(pool, study: Study, group: list[Row], started: float) -> None:
-    settings = (study.profile, study.seed, str(study.results_dir), study.data_dir)
-    waiting = {
-        pool.submit(_in_worker, *settings, *row): row for row in _longest_first(study, group)
-    }
-    try:
-        for future in as_completed(waiting):
-            future.result()
-            _tell(waiting[future], _result(study, *waiting[future]), started)
-    except BaseException:
-        for future in waiting:
-            future.cancel()
-        raise
+def _opened(study: Study) -> tuple:
+    """What `study_of` opens a study by, in a worker."""
+    return study.profile, study.seed, str(study.results_dir), study.data_dir
 
 
-def _longest_first(study: Study, rows: list[Row]) -> list[Row]:
-    """By tokens of training in all, so that no worker ends long after the others."""
-    tokens = {name: _tokens(study.encoded(name, "train")) for name, *_ in rows}
+def _longest_first(rows: list[Row]) -> list[Row]:
+    """Seed by seed, as a worker holds one study; then by tokens of training in all, so that no
+    worker ends long after the others."""
 
-    def size(row: Row) -> int:
-        name, method, replicate = row
+    @cache
+    def tokens(study: Study, name: str) -> int:
+        return _tokens(study.encoded(name, "train"))
+
+    def size(row: Row) -> tuple[int, int]:
+        study, name, method, replicate = row
         fixed = replicate or method.endswith(PAPER_PROTOCOL) or relative_rates(method)
         candidates = 1 if fixed else study.profile.search.candidates
         epochs = sum(stage.epochs for stage in stages_of(method, study.profile))
-        return candidates * epochs * tokens[name]
+        return study.seed, -candidates * epochs * tokens(study, name)
 
-    return sorted(rows, key=size, reverse=True)
+    return sorted(rows, key=size)
 
 
 def _tokens(pairs: list[dict]) -> int:
     return sum(len(pair[key]) for pair in pairs for key in ("prompt", "chosen", "rejected"))
 
 
-def _in_worker(profile: Profile, seed: int, results_dir: str, data_dir, *row) -> None:
-    _result(study_of(profile, seed, results_dir, data_dir), *row)
+def _in_worker(work, opened: tuple, *row):
+    return work(study_of(*opened), *row)
 
 
 def _result(study: Study, name: str, method: str, replicate: int) -> dict:
     return arms.result(study.at(replicate), name, method)
+
+
+def _prepared(study: Study, name: str) -> None:
+    prepare(study, name)
 
 
 def study_of(profile: Profile, seed: int, results_dir: str, data_dir) -> Study:
@@ -161,9 +186,9 @@ def _study(profile_hash: str, seed: int, results_dir: str, data_dir, held: _Held
     return Study(held.profile, seed, results_dir, data_dir)
 
 
-def _tell(row: Row, found: dict, started: float) -> None:
-    name, method, replicate = row
+def _tell(row: Row, found: dict, seconds: float) -> None:
+    study, name, method, replicate = row
     rates = ", ".join(f"{rate:g}" for rate in found["rates"]) or "none"
-    told = f"{name}, {method}{f', replicate {replicate}' if replicate else ''}: "
-    told += f"best rates {rates}, dev {found['dev']:.3f}"
-    print(f"{told} ({time.perf_counter() - started:.0f} s)", flush=True)
+    told = f"seed {study.seed}, {name}, {method}"
+    told += f", replicate {replicate}" if replicate else ""
+    print(f"{told}: rates {rates}, dev {found['dev']:.3f} ({seconds:.0f} s)", flush=True)

@@ -323,6 +323,7 @@ def _profile_block(folder: Path, link: str) -> str:
         figure = folder / "figures" / f"{name}.png"
         if figure.exists():
             lines += [f"![{caption_of(figure)}]({link}/figures/{figure.name})", ""]
+            lines += [f"Redraw it: `./run_all.sh figures {folder.name} {name}`", ""]
     lines += ["| claim | | effect | 95% interval | verdict |", "| --- | --- | --- | --- | --- |"]
     claims = claims_module.read(folder / "claims.csv")
     for claim in (claim for claim in claims if claim.effect is not None):

@@ -21,7 +21,7 @@ from allo_lib.errors import AlloError
 from allo_lib.importance import NeuronMask
 from allo_lib.measurements import Measurement, seeds_of
 from allo_lib.overlaps import chance_within
-from allo_lib.parallel import run_methods
+from allo_lib.parallel import fill
 from allo_lib.parts import Part
 from allo_lib.stats import Interval, PairedCounts, paired_interval
 from allo_lib.store import write_json
@@ -67,7 +67,8 @@ def methods_of(study: Study, name: str) -> list[str]:
         # SFT on chosen replies is RFT, as nothing is sampled; and the starting model, which is the
         # reference itself, gives every pair the margin 0: it ranks nothing.
         asked = tuple(m for m in asked if m not in ("rft", "sft_base"))
-    asked = tuple(m for m in asked if arms.why_not(study, name, m) is None)
+    once = profile.replicates.once if study.replicate else ()
+    asked = tuple(m for m in asked if m not in once and arms.why_not(study, name, m) is None)
     return list(dict.fromkeys(asked))
 
 
@@ -117,7 +118,7 @@ def mean_rows(runs: list[list[Measurement]]) -> list[Measurement]:
     means = []
     for key, row in by_run[0].items():
         same = [rows[key] for rows in by_run if key in rows]
-        if len(same) == len(runs):
+        if len(same) in (1, len(runs)):  # of a method that is run once
             value, stderr = (
                 statistics.fmean(getattr(one, part) for one in same) for part in ("value", "stderr")
             )
@@ -277,11 +278,14 @@ def update(study: Study, seeds: list[int]) -> list[Measurement]:
     path = study.results_dir / "measurements.csv"
     rows = measurements.read(path) if path.is_file() else []
     answers = outcomes.read(study.results_dir / outcomes.NAME)
-    for seed in seeds:
-        of_seed = study if seed == study.seed else Study(
-            study.profile, seed, study.results_dir, study.data_dir
-        )  # fmt: skip
-        run_methods(of_seed, {name: methods_of(of_seed, name) for name in study.profile.domains})
+    studies = [
+        study
+        if seed == study.seed
+        else Study(study.profile, seed, study.results_dir, study.data_dir)
+        for seed in seeds
+    ]
+    fill(studies, {name: methods_of(study, name) for name in study.profile.domains})
+    for of_seed in studies:
         rows = measurements.merge(rows, seed_rows(of_seed), datasets_of(study))
         for name in study.profile.domains:
             answers = outcomes.merge(answers, outcomes_of(of_seed, name))

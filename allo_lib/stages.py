@@ -6,6 +6,7 @@ from allo_lib import devices
 from allo_lib.batches import Layout, collate, pair_batch, rejected_batch
 from allo_lib.errors import AlloError
 from allo_lib.forward import layout_of
+from allo_lib.losses import GAMMA
 from allo_lib.objectives import INDIVISIBLE, ON_REJECTED, ON_SOLUTIONS, objective, terms_of
 from allo_lib.optim import MaskedAdamW
 from allo_lib.training import Log, Schedule, train
@@ -30,6 +31,7 @@ def run_stage(
     mask=None,
     beta: float = 0.1,
     key_share: float = 1.0,
+    gamma: float = GAMMA,
     betas: tuple[float, float] = (0.9, 0.999),
     weight_decay: float = 0.0,
     max_grad_norm: float | None = 1.0,
@@ -69,7 +71,7 @@ def run_stage(
             masters.pop(name, None)  # copied: not held twice while the stage runs
     try:
         collator = collator_of(objective_name, layout_of(model, pad_token_id))
-        loss_of = objective(objective_name, beta=beta, key_share=key_share)
+        loss_of = objective(objective_name, beta=beta, key_share=key_share, gamma=gamma)
         terms = terms_of(objective_name)
         collator, loss_of, terms = devices.split(collator, loss_of, terms)
         log = train(

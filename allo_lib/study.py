@@ -22,7 +22,7 @@ from allo_lib.forward import pair_logps
 from allo_lib.generation import generate
 from allo_lib.key_neurons import KeyNeurons
 from allo_lib.key_token_weights import KeyTokenWeights
-from allo_lib.pairs import Pairs, make_pairs, train_split
+from allo_lib.pairs import Pairs, make_pairs, train_split, wrong_split
 from allo_lib.profile_files import load_profile
 from allo_lib.runtime import make_deterministic
 from allo_lib.seeds import derive
@@ -33,7 +33,7 @@ from allo_lib.training import Schedule
 
 STORE = ".store"
 # Raised when the meaning of a stage changes, so that artifacts of the old meaning are not used.
-VERSION = 3
+VERSION = 4
 
 
 class Study(KeyNeurons, KeyTokenWeights):
@@ -87,6 +87,10 @@ class Study(KeyNeurons, KeyTokenWeights):
         settings = self.profile.replicates
         return range(settings.pair_sets * settings.orders)
 
+    def replicates_of(self, method: str) -> range:
+        """Those that a method is run on: all, or the first alone."""
+        return range(1) if method in self.profile.replicates.once else self.replicates
+
     @property
     def pair_set(self) -> int:
         """Which of the profile's pair sets this replicate is trained on."""
@@ -101,6 +105,11 @@ class Study(KeyNeurons, KeyTokenWeights):
     def train(self) -> str:
         """The split that holds this replicate's training pairs."""
         return train_split(self.pair_set)
+
+    @property
+    def wrong(self) -> str:
+        """The split that holds all wrong samples of this replicate's share of the questions."""
+        return wrong_split(self.pair_set)
 
     @property
     def dtype(self) -> str:
@@ -125,6 +134,7 @@ class Study(KeyNeurons, KeyTokenWeights):
         tokenizer = miniature.tokenizer()
         model = models.micro_llama(
             len(tokenizer),
+            architecture=settings.architectures[self.seed % len(settings.architectures)],
             width=settings.width,
             layers=settings.layers,
             heads=settings.heads,

@@ -1,4 +1,4 @@
-"""Learning rates of every method, found on SFT models of their own that are never reported.
+"""Rates and second knobs of every method, found on SFT models that are never reported.
 
 `./run_all.sh tune PROFILE --seeds 100,101,102,103` trains each method on the first replicate of
 these models and takes the rates with the best mean score on the development problems. Averaging
@@ -6,10 +6,12 @@ over models leaves less to the luck of one run than a search on each reported se
 reported was never looked at. `tuning.csv` holds every score; `tuned.yaml` the rates, which
 a profile takes by `tuned: NAME` in a domain from `profiles/rates/NAME.yaml`.
 
-The search is the same for every method: rates a factor apart, stages of one method together and the
-first one's against the others' (two directions), first around where the profile's `rates` say,
-then around the best so far until nothing beside it is better: an interior optimum. With what is
-left of the method's `search.candidates`, the step is halved.
+The search is the same for every method: two directions, a factor apart. Of one stage these are its
+rate and its beta (SimPO's gamma; SFT, RFT and the on-policy methods have the rate alone), of two
+their common rate and the first one's against the second's. It goes first around where the profile's
+`rates` say, then around the best so far until nothing beside it is better: an interior optimum.
+With what is left of the method's `search.candidates`, the step is halved. ALLO with another reward
+model, density or official detail takes ALLO's own rates (`methods.tuned_as`).
 """
 
 import csv
@@ -22,7 +24,7 @@ from pathlib import Path
 from allo_lib import arms, parallel
 from allo_lib.config import Profile
 from allo_lib.errors import AlloError
-from allo_lib.methods import PAPER_PROTOCOL, relative_rates, stages_of
+from allo_lib.methods import knob_of, relative_rates, stages_of, tuned_as
 from allo_lib.results import methods_of
 from allo_lib.runtime import give_back_freed_memory
 from allo_lib.search import Rates
@@ -31,7 +33,7 @@ from allo_lib.workers import fork_server, leave_with_parent
 
 COLUMNS = ("domain", "method", "rates", "model", "score")
 _BEYOND = 2  # times `search.candidates` that a search may take to find an interior optimum
-Place = tuple[float, ...]  # exponents of the factor: of all rates, and of the first one's besides
+Place = tuple[float, ...]  # exponents of the factor, one a direction
 
 
 @dataclass
@@ -43,23 +45,26 @@ class Found:
     interior: bool
 
 
-def proposals(centre: Rates, factor: float, budget: int) -> Generator[list[Rates], dict, Found]:
+def proposals(
+    centre: Rates, factor: float, budget: int, knob: bool = False
+) -> Generator[list[Rates], dict, Found]:
     """Yields rates to try, is sent the mean score of each, and returns what it found.
 
-    centre: a rate a stage. AlloError for a budget that does not reach around the centre.
+    centre: a rate a stage; with `knob` the rate of one stage and what else is searched. AlloError
+    for a budget that does not reach around the centre.
     """
     directions = min(len(centre), 2)
     if budget < 1 + 2 * directions or not factor > 1:
         raise AlloError(
-            f"tuning: {budget} candidates at a factor of {factor} cannot surround the rates of "
-            f"{len(centre)} stages; set search.candidates to at least {1 + 2 * directions} and "
+            f"tuning: {budget} candidates at a factor of {factor} cannot surround {len(centre)} "
+            f"rates; set search.candidates to at least {1 + 2 * directions} and "
             "search.factor above 1"
         )
     scores: dict[Place, float] = {}
     best, step = (0.0,) * directions, 1.0
 
     def rates_at(place: Place) -> Rates:
-        powers = [sum(place), *(place[0] for _ in centre[1:])]
+        powers = place if knob else [sum(place), *(place[0] for _ in centre[1:])]
         return tuple(float(f"{r * factor**p:.4g}") for r, p in zip(centre, powers, strict=True))
 
     while True:
@@ -90,17 +95,15 @@ def tune(profile: Profile, seeds: tuple[int, ...], folder: Path, data: str | Non
         (name, method): stages_of(method, profile)
         for name in profile.domains
         for method in methods_of(studies[0], name)
-        if not method.endswith(PAPER_PROTOCOL) and not relative_rates(method)
+        if method == tuned_as(method) and not relative_rates(method)
     }
-    for study in studies:
-        for name in profile.domains:
-            parallel.prepare(study, name)
+    parallel.prepare_all([(study, name) for study in studies for name in profile.domains])
     searches = {}
     for (name, method), stages in asked.items():
         if stages:
-            centre = tuple(stage.centre(profile.domains[name].rates) for stage in stages)
-            settings = profile.search
-            searches[name, method] = proposals(centre, settings.factor, settings.candidates)
+            centre, knob = arms.centre(studies[0], name, stages, knob=True), knob_of(stages)
+            settings = profile.search.factor, profile.search.candidates
+            searches[name, method] = proposals(centre, *settings, knob is not None)
     return _write(folder, *_run(studies, searches, data), seeds)
 
 

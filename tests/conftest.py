@@ -1,5 +1,6 @@
 """Fixtures that several test files share."""
 
+import importlib.util
 import shutil
 from pathlib import Path
 
@@ -49,6 +50,11 @@ def chromium() -> str | None:
     return next(filter(None, map(shutil.which, ("chromium", "chromium-browser"))), None)
 
 
+def mkdocs() -> bool:
+    """Whether the packages of the extra `docs` are here, for tests marked `site`."""
+    return importlib.util.find_spec("mkdocs_jupyter") is not None
+
+
 def cuda() -> bool:
     """Whether there is a GPU, for tests marked `gpu`."""
     import torch
@@ -61,6 +67,7 @@ def pytest_collection_modifyitems(config, items):
     for marker, there_is_one, lack in (
         ("browser", chromium, "no chromium here (apt-get install chromium)"),
         ("gpu", cuda, "no CUDA device here"),
+        ("site", mkdocs, "no mkdocs here (pip install -r requirements.lock)"),
     ):
         left_out = [item for item in items if item.get_closest_marker(marker)]
         if left_out and not there_is_one():

@@ -464,7 +464,7 @@ def test_methods_come_in_the_order_asked_and_dpo_before_what_reads_it(begun, mon
     asked = ["dpo_paper", "sft_base", "npo"]
     found = parallel.run_methods(study, {DOMAIN: asked})[DOMAIN]
     assert list(found) == asked and all(found[m]["method"] == m for m in asked)
-    assert made == ["dpo", "sft_base", "npo", "dpo_paper"]
+    assert made == ["npo", "dpo", "sft_base", "dpo_paper"]  # what takes longest comes first
     made.clear()
     assert parallel.run_methods(study, {DOMAIN: asked}) == {DOMAIN: found} and made == []
 
@@ -482,7 +482,7 @@ def test_workers_and_one_process_find_the_same(tiny_study, begun):
 def test_a_worker_s_error_reaches_the_user(begun):
     study = open_study(begun, compute__workers=2, search__candidates=0)
     with pytest.raises(AlloError, match="candidates is 0"):
-        parallel._run_groups(study, [[(DOMAIN, "dpo", 0), (DOMAIN, "npo", 0)]])
+        parallel.fill([study], {DOMAIN: ["dpo", "npo"]})
 
 
 def test_workers_begin_with_what_takes_longest(tiny_study, monkeypatch):
@@ -494,30 +494,74 @@ def test_workers_begin_with_what_takes_longest(tiny_study, monkeypatch):
     rows = [("a", "sft_base", 0), ("a", "dpo_paper", 0), ("a", "dpo", 0), ("a", "npo", 0),
             ("a", "allo", 0), ("b", "dpo_top10", 0), ("b", "dpo_top10", 1)]  # fmt: skip
     expected = ["dpo_top10", "npo", "allo", "dpo_top10", "dpo", "dpo_paper", "sft_base"]
-    assert [method for _, method, _ in parallel._longest_first(tiny_study, rows)] == expected
+    rows = [(tiny_study, *row) for row in rows]
+    assert [method for *_, method, _ in parallel._longest_first(rows)] == expected
     with pytest.raises(AlloError, match="'orpo' is not known"):
-        parallel._longest_first(tiny_study, [("a", "orpo", 0)])
+        parallel._longest_first([(tiny_study, "a", "orpo", 0)])
 
 
-def test_domains_share_the_workers_and_each_waits_for_its_own_dpo(tiny_study, monkeypatch):
+def test_the_planted_fault_forgets_what_the_rewriter_keeps(tiny_study):
+    weigh = [
+        tiny_study.forgetting_weights(DOMAIN, stages_of(method, tiny_study.profile)[0])
+        for method in ("allo", "allo_rm_inverted")
+    ]
+    assert all(a + b == 1 for ours, theirs in zip(*weigh, strict=True)
+               for a, b in zip(ours, theirs, strict=True))  # fmt: skip
+
+
+def test_the_official_variant_forgets_all_wrong_samples_on_fewer_neurons(tiny_study):
+    forgetting, learning = stages_of("allo_official", tiny_study.profile)
+    assert (forgetting.pairs, forgetting.share) == ("wrong", 0.05)
+    assert (learning.pairs, learning.share, learning.key_share) == ("train", 0.05, 0.1)
+    rows = arms._rows(tiny_study, DOMAIN, forgetting, first=True)
+    wrong = tiny_study.pairs(DOMAIN).rows["wrong"]
+    assert len(rows) == len(wrong) > len(tiny_study.pairs(DOMAIN).rows["train"])
+    assert all(len(row["rejected_weights"]) == len(row["rejected"]) for row in rows)
+
+
+@pytest.fixture
+def groups(tiny_study, monkeypatch):
+    """What `parallel` makes of rows (domain, method, replicate): groups of the same."""
+    domain = tiny_study.domain(DOMAIN)
+    monkeypatch.setattr(tiny_study, "domain", lambda name: domain)
+    monkeypatch.setattr(parallel, "_longest_first", list)
+
+    def grouped(*rows):
+        found = parallel._groups([(tiny_study, *row) for row in rows])
+        return [[row[1:] for row in group] for group in found]
+
+    return grouped
+
+
+def test_domains_share_the_workers_and_each_waits_for_its_own_dpo(groups, monkeypatch):
     monkeypatch.setattr(arms, "is_done", lambda study, name, method: (name, method) == ("a", "dpo"))
-    missing = {"a": ["dpo_paper", "npo"], "b": ["allo", "dpo_paper"], "c": ["dpo_paper", "dpo"]}
-    missing = {name: [(method, 0) for method in methods] for name, methods in missing.items()}
-    first, later = parallel._groups(tiny_study, missing)
+    asked = [("a", "dpo_paper"), ("a", "npo"), ("b", "allo"), ("b", "dpo_paper"),
+             ("c", "dpo_paper"), ("c", "dpo")]  # fmt: skip
+    first, later = groups(*((*row, 0) for row in asked))
     assert [row[:2] for row in first] == [
         ("a", "dpo_paper"), ("a", "npo"), ("b", "allo"), ("b", "dpo"), ("c", "dpo")
     ]  # fmt: skip
     assert later == [("b", "dpo_paper", 0), ("c", "dpo_paper", 0)]
-    assert parallel._groups(tiny_study, {"a": [], "b": []}) == []
+    assert groups() == []
 
 
-def test_further_replicates_wait_for_the_first_whose_rates_they_take(tiny_study, monkeypatch):
+def test_further_replicates_wait_for_the_first_whose_rates_they_take(groups, monkeypatch):
     monkeypatch.setattr(arms, "is_done", lambda study, name, method: False)
-    missing = {"a": [("npo", 0), ("npo", 1), ("dpo_paper", 1)]}
-    first, second, third = parallel._groups(tiny_study, missing)
+    first, second, third = groups(("a", "npo", 0), ("a", "npo", 1), ("a", "dpo_paper", 1))
     assert first == [("a", "npo", 0), ("a", "dpo", 0)]
     assert second == [("a", "npo", 1), ("a", "dpo_paper", 0), ("a", "dpo", 1)]
     assert third == [("a", "dpo_paper", 1)]
+
+
+def test_with_tuned_rates_nothing_waits_but_for_a_model_that_it_reads(
+    groups, tiny_study, monkeypatch
+):
+    monkeypatch.setattr(arms, "is_done", lambda study, name, method: False)
+    tuned = dataclasses.replace(tiny_study.domain(DOMAIN), tuned={"dpo": (1e-4,)})
+    monkeypatch.setattr(tiny_study, "domain", lambda name: tuned)
+    rows = [("a", "npo", 1), ("a", "dpo_paper", 1), ("a", "allo_key_reference", 0)]
+    first, second = groups(*rows)
+    assert first == [*rows[:2], ("a", "dpo", 0)] and second == rows[2:]
 
 
 def test_every_known_method_has_a_rate_and_an_objective(profile):

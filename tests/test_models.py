@@ -53,6 +53,16 @@ def test_micro_llama_is_float32_tied_and_of_the_asked_size():
     assert abs(model.model.layers[0].mlp.up_proj.weight.std().item() - 0.05) < 0.005
 
 
+@pytest.mark.parametrize("architecture", models.MICRO)
+def test_every_micro_architecture_is_float32_tied_and_without_dropout(architecture):
+    model = tiny_model(architecture=architecture)
+    assert model.config.model_type == architecture
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    ids = torch.tensor([[3, 4, 5]])
+    assert torch.equal(model.train()(ids).logits, model.eval()(ids).logits)
+
+
 def test_micro_llama_depends_on_its_seed_alone():
     torch.manual_seed(3)
     first, state = tiny_model(seed=1), torch.get_rng_state()
@@ -67,6 +77,7 @@ def test_micro_llama_depends_on_its_seed_alone():
     "changes, message",
     [
         (dict(layers=0), "layers=0"),
+        (dict(architecture="mamba"), "'mamba': expected one of llama, gpt2"),
         (dict(width=66), "multiple of 2 \\* heads = 4"),
         (dict(pad_token_id=1), "two different ids"),
         (dict(eos_token_id=8), "from 0 to 7"),

@@ -6,7 +6,7 @@ import json
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_study import DOMAIN
+from tiny_study import DOMAIN, open_study
 
 from allo_lib import config, miniature
 from allo_lib import pairs as pairs_module
@@ -56,6 +56,27 @@ def test_splits_never_share_a_question_and_shrink_alike(questions, each, sizes):
     assert all(len(parts[name]) == each * len(ids[name]) for name in parts)
 
 
+def test_all_wrong_samples_go_where_the_pairs_of_their_question_go(tiny_study):
+    """Also those of questions without a right sample, in proportion; none is a held-out one's."""
+    two = open_study(tiny_study.results_dir, replicates__pair_sets=2)
+    found = two.pairs(DOMAIN)
+    first, second = found.rows["wrong"], found.rows["wrong1"]
+    ids = {split: {row["id"] for row in found.rows[split]} for split in found.rows}
+    assert not ids["wrong"] & ids["wrong1"]
+    assert ids["train"] <= ids["wrong"] and ids["train1"] <= ids["wrong1"]
+    elsewhere = ids["mask"] | ids["heldout"]
+    assert not elsewhere & (ids["wrong"] | ids["wrong1"])
+    without = len(ids["wrong"] - ids["train"]), len(ids["wrong1"] - ids["train1"])
+    assert min(without) > 0 and abs(without[0] - without[1]) <= 1
+    assert {row["rejected"] for row in found.rows["train"]} <= {row["rejected"] for row in first}
+    task, questions = two.task(DOMAIN), two.pair_questions(DOMAIN)
+    for row in first + second:
+        assert task.answered(questions[row["id"]], row["rejected"])
+        assert not task.right(questions[row["id"]], row["rejected"])
+    told = [(row["id"], row["rejected"]) for row in first + second]
+    assert len(set(told)) == len(told)
+
+
 def test_no_pairs_at_all_is_told():
     with pytest.raises(AlloError, match="toy: only 0 questions gave a pair, 4 were asked for"):
         split([], {"train": 4})
@@ -63,7 +84,7 @@ def test_no_pairs_at_all_is_told():
 
 def test_the_study_s_splits_are_disjoint_by_question(tiny_study):
     found = tiny_study.pairs(DOMAIN).rows
-    assert set(found) == set(SPLITS) and found["dev"] == []
+    assert set(found) == {*SPLITS, "wrong"} and found["dev"] == []
     ids = [{row["id"] for row in found[name]} for name in ("train", "heldout", "mask")]
     assert all(ids) and sum(map(len, ids)) == len(set().union(*ids))
     prompts = [{row["prompt"] for row in found[name]} for name in ("train", "heldout", "mask")]

@@ -63,7 +63,6 @@ def test_block_masks_say_the_same(rows):
     assert mask.shape == (len(rows), 1, length, length)
 
 
-
 @settings(deadline=None)
 @given(SEQUENCES)
 def test_separate_trees_share_nothing(sequences):

@@ -35,11 +35,3 @@ def test_committed_tables_follow_from_the_committed_measurements(tmp_path):
             committed = folder / "tables" / path.name
             assert committed.exists(), f"{committed} is missing: run notebook 06_evaluation"
             assert committed.read_bytes() == path.read_bytes(), f"{committed} is out of date"
-
-
-def test_readme_links_to_files_that_exist():
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    block = text.partition(report.BEGIN)[2].partition(report.END)[0]
-    links = [part.split(")")[0] for part in block.split("](")[1:]]
-    assert len(links) >= 4 * len(COMMITTED)
-    assert all((ROOT / link).exists() for link in links)

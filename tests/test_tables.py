@@ -91,9 +91,7 @@ def test_several_data_sets_stand_side_by_side_with_the_papers_average():
 def test_the_papers_mean_over_some_of_its_sets_is_taken_where_it_prints_none():
     rows = synthetic_results.rows((0,), ("gsm8k", "mawps"), n=50)
     table = tables.main_table(rows, domains_of(rows)[0])
-    record = next(
-        r for r in table.records if (r["method"], r["dataset"]) == ("allo", "average")
-    )
+    record = next(r for r in table.records if (r["method"], r["dataset"]) == ("allo", "average"))
     assert record["published"] == pytest.approx((0.566 + 0.825) / 2)
 
 

@@ -15,9 +15,9 @@ from allo_lib.methods import stages_of
 from allo_lib.profile_files import load_profile
 
 
-def search(centre, factor, budget, score):
+def search(centre, factor, budget, score, knob=False):
     """Runs `proposals` on a function of the rates."""
-    going = tuning.proposals(centre, factor, budget)
+    going = tuning.proposals(centre, factor, budget, knob)
     wanted = next(going)
     while True:
         try:
@@ -52,6 +52,16 @@ def test_two_rates_are_found_together_and_against_each_other(common, apart):
     assert abs(second - common) <= 1 and abs((first - second) - apart) <= 1.5
 
 
+@settings(max_examples=100, deadline=None)
+@given(st.floats(-1.5, 1.5), st.floats(-1.5, 1.5))
+def test_a_rate_and_a_knob_are_found_each_by_itself(rate, beta):
+    found = search((1e-3, 0.1), 2.0, 12, lambda at: hill(rate, beta)((at[0] / 1e-3, at[1] / 0.1)),
+                   knob=True)  # fmt: skip
+    assert found.interior and len(found.scores) <= 24
+    assert abs(math.log2(found.rates[0] / 1e-3) - rate) <= 1
+    assert abs(math.log2(found.rates[1] / 0.1) - beta) <= 1
+
+
 def test_what_still_rises_at_the_end_is_told_to_be_at_the_edge():
     found = search((1.0,), 2.0, 4, lambda rates: rates[0])
     assert not found.interior and found.rates[0] == max(r for (r,) in found.scores)
@@ -75,13 +85,16 @@ def tuned(tmp_path, monkeypatch):
     rates = tmp_path / "rates"
     rates.mkdir()
     monkeypatch.setattr(profile_files, "RATES", rates)
-    (rates / "some.yaml").write_text(f"{DOMAIN}:\n  dpo: [3.0e-4]\n  allo: [1.0e-4, 2.0e-4]\n")
+    (rates / "some.yaml").write_text(
+        f"{DOMAIN}:\n  dpo: [3.0e-4, 0.5]\n  allo: [1.0e-4, 2.0e-4]\n  sft: [1.0e-4, 0.1]\n"
+    )
     return {"domains.miniature.tuned": "some"}
 
 
 def test_a_profile_takes_rates_by_the_name_of_their_file(tuned):
     profile = load_profile(str(PROFILE), tuned)
-    assert profile.domains[DOMAIN].tuned == {"dpo": (3e-4,), "allo": (1e-4, 2e-4)}
+    assert profile.domains[DOMAIN].tuned["dpo"] == (3e-4, 0.5)
+    assert profile.domains[DOMAIN].tuned["allo"] == (1e-4, 2e-4)
     assert profile.hash() != load_profile(str(PROFILE)).hash()
     with pytest.raises(AlloError, match="tuned: got 'other', expected one of some"):
         load_profile(str(PROFILE), {"domains.miniature.tuned": "other"})
@@ -91,8 +104,18 @@ def test_tuned_rates_are_used_without_a_search_and_missing_ones_refused(tuned, b
     study = open_study(begun, **{key.replace(".", "__"): value for key, value in tuned.items()})
     found = arms.result(study, DOMAIN, "dpo")
     assert found["rates"] == [3e-4] and len(found["tried"]) == 1
-    assert arms.result(study, DOMAIN, "dpo_paper")["rates"] == [3e-4]
+    assert found["knob"] == {"beta": 0.5}
+    assert arms.result(study, DOMAIN, "dpo_paper")["knob"] == {"beta": 0.5}
+    assert arms.result(study, DOMAIN, "allo_key10")["rates"] == [1e-4, 2e-4]  # ALLO's own
+    stages = stages_of("dpo_long", study.profile)  # whose last step sees what the first ones did
+    plain = arms._candidate(study, DOMAIN, stages, (3e-4,)).json()
+    scaled = arms._candidate(study, DOMAIN, stages, (3e-4, 0.5)).json()
+    assert plain["loss"][0][0] == pytest.approx(scaled["loss"][0][0]) == pytest.approx(math.log(2))
+    assert plain["loss"][0][-1] != scaled["loss"][0][-1]
+    assert arms.trained_model(study, DOMAIN, "dpo")[1].json()["loss"] == found["loss"]
     assert arms.result(study, DOMAIN, "sft_base")["rates"] == []
+    with pytest.raises(AlloError, match="sft: `tuned` has 2 rates for its 1 stages"):
+        arms.result(study, DOMAIN, "sft")
     with pytest.raises(AlloError, match="npo: `tuned` has 0 rates for its 1 stages"):
         arms.result(study, DOMAIN, "npo")
 
@@ -113,7 +136,7 @@ def test_tuning_two_models_writes_rates_and_their_evidence(tmp_path, monkeypatch
     assert cli.main(["tune", str(PROFILE), "--seeds", "7,8", *given]) == 0
     folder = tmp_path / "results" / "seconds-tuning"
     rates = yaml.safe_load((folder / "tuned.yaml").read_text())[DOMAIN]
-    assert {method: len(found) for method, found in rates.items()} == {"dpo": 1, "allo": 2}
+    assert {method: len(found) for method, found in rates.items()} == {"dpo": 2, "allo": 2}
     rows = list(csv.DictReader((folder / "tuning.csv").open(newline="")))
     assert {row["model"] for row in rows} == {"7", "8"}
     for method, found in rates.items():

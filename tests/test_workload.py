@@ -26,8 +26,7 @@ def words(count: int) -> str:
 )
 def test_the_nearest_pairs_are_taken(lengths, prompt, responses, count):
     pairs = [
-        {"prompt": words(p), "chosen": words(c), "rejected": words(r) + " 2"}
-        for p, c, r in lengths
+        {"prompt": words(p), "chosen": words(c), "rejected": words(r) + " 2"} for p, c, r in lengths
     ]
     timing = Timing(prompt=prompt, responses=responses, pairs=count)
     study = SimpleNamespace(

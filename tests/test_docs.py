@@ -1,0 +1,135 @@
+"""What readers open: links lead somewhere, the site builds, one version everywhere."""
+
+import html.parser
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from functools import cache
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import jupytext
+import pytest
+import yaml
+from conftest import ROOT
+from markdown_it import MarkdownIt
+
+import allo_lib
+
+PAGES = sorted(
+    path
+    for pattern in ("*.md", "docs/*.md", "notebooks/*.py", "results/**/*.md", "results/*/*.html")
+    for path in ROOT.glob(pattern)
+)
+LONGEST_README = 90  # lines beside the generated block
+
+
+class Links(html.parser.HTMLParser):
+    """Targets of links and pictures, and the anchors, of one HTML page."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.targets: list[str] = []
+        self.anchors: set[str] = set()
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        for key, value in attributes:
+            if key in ("href", "src"):
+                self.targets.append(value or "")
+            elif key == "id":
+                self.anchors.add(value or "")
+
+
+@cache
+def links_of(path: Path) -> Links:
+    """Of a Markdown file or a notebook by way of HTML, with the anchors that GitHub makes."""
+    if path.suffix == ".html":
+        return Links(path.read_text(encoding="utf-8"))
+    text = path.read_text(encoding="utf-8")
+    if path.suffix == ".py":
+        cells = jupytext.reads(text, fmt="py:percent").cells
+        text = "\n\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
+    markdown = MarkdownIt().enable("table")
+    found, tokens = Links(markdown.render(text)), markdown.parse(text)
+    for opening, inline in zip(tokens, tokens[1:], strict=False):
+        if opening.type == "heading_open":
+            words = "".join(part.content for part in inline.children)
+            found.anchors.add(re.sub(r"[^\w\- ]", "", words.lower()).replace(" ", "-"))
+    return found
+
+
+def broken(path: Path) -> list[str]:
+    """One line for every link of the page that leads nowhere; no network is used."""
+    problems = []
+    for target in links_of(path).targets:
+        url = urlsplit(target)
+        where = (path.parent / unquote(url.path)).resolve() if url.path else path
+        if url.scheme == "data":
+            continue
+        if url.scheme or url.netloc:
+            if url.scheme not in ("http", "https") or not re.fullmatch(r"[\w.-]+\.\w+", url.netloc):
+                problems.append(f"{target}: no well-formed address")
+        elif not where.exists() or not where.is_relative_to(ROOT):
+            problems.append(f"{target}: no such file")
+        elif url.fragment and url.fragment not in links_of(where).anchors:
+            problems.append(f"{target}: no such heading")
+    return problems
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_lead_somewhere(path):
+    assert broken(path) == []
+
+
+def test_broken_links_are_found(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys.modules[__name__], "ROOT", tmp_path)
+    (tmp_path / "a.md").write_text("# A b, c\n[1](b.md) [2](#a-b-c) [3](#other) ![4](c.png)\n")
+    (tmp_path / "b.html").write_text(
+        '<p id="x"><a href="a.md#a-b-c"></a><a href="#y"></a><a href="http:/x"></a></p>'
+    )
+    assert broken(tmp_path / "a.md") == [
+        "b.md: no such file", "#other: no such heading", "c.png: no such file",
+    ]  # fmt: skip
+    assert broken(tmp_path / "b.html") == [
+        "#y: no such heading", "http:/x: no well-formed address",
+    ]  # fmt: skip
+
+
+def test_readme_is_short():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    own = re.sub(r"<!-- results:begin -->.*<!-- results:end -->", "", text, flags=re.DOTALL)
+    assert len(own.splitlines()) <= LONGEST_README
+
+
+def test_one_version_everywhere():
+    version = allo_lib.__version__
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert project["version"] == citation["version"] == version
+    assert f"version = {{{version}}}" in (ROOT / "README.md").read_text(encoding="utf-8")
+    assert f"## {version} " in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+
+
+def test_the_citation_has_what_its_format_asks_for():
+    """The required keys of CFF 1.2.0, and the paper that is reproduced."""
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert citation["cff-version"] == "1.2.0"
+    assert citation["message"] and citation["title"] and citation["authors"]
+    paper = citation["preferred-citation"]
+    assert {"type", "title", "authors"} <= set(paper) and "2406.12606" in paper["url"]
+
+
+@pytest.mark.site
+def test_the_site_builds_without_warnings(tmp_path):
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "-d", tmp_path]
+    environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
+    ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    for page in ("", "docs/method/", "notebooks/03_forgetting/", "results/", "CONTRIBUTING/"):
+        assert "<h1" in (tmp_path / page / "index.html").read_text(encoding="utf-8")
+    api = links_of(tmp_path / "docs" / "api" / "index.html").anchors
+    shown = {anchor.rpartition(".")[2] for anchor in api}
+    assert set(allo_lib.__all__) <= shown, "docs/api.md lacks a name that allo_lib exports"

@@ -1,0 +1,57 @@
+"""`run_all.sh figures`: claims, tables and figures from the committed files, to the byte."""
+
+import shutil
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+from allo_lib import cli, manifest, report
+
+COMMITTED = ROOT / "results" / "tiny"
+FIGURES = ("claims", "main_miniature", "relative_change")
+
+
+@pytest.fixture
+def folder(tmp_path):
+    ignored = shutil.ignore_patterns(manifest.STORE, "notebooks")
+    return shutil.copytree(COMMITTED, tmp_path / "tiny", ignore=ignored)
+
+
+@pytest.mark.slow
+def test_all_are_made_again_as_committed_without_torch(folder):
+    gone = [folder / "figures" / f"{name}{end}" for name in FIGURES for end in (".png", ".pdf")]
+    gone += [folder / "claims.csv", folder / "report.html", *(folder / "tables").glob("*.md")]
+    for path in gone:
+        path.unlink()
+    code = "import sys; from allo_lib import cli; status = cli.main(sys.argv[1:]); "
+    code += "sys.exit(status or ('torch' in sys.modules and 'torch was loaded'))"
+    command = [sys.executable, "-c", code, "figures", "tiny", "--out", str(folder)]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    for path in gone:
+        assert f"wrote {path}\n" in ended.stdout
+        assert path.read_bytes() == (COMMITTED / path.relative_to(folder)).read_bytes(), path
+
+
+def test_one_is_made_again_and_nothing_else(folder, monkeypatch, capsys):
+    def rebuild(copy):
+        made = [copy / "figures" / "a.png", copy / "tables" / "a.csv", copy / "tables" / "b.csv"]
+        for path in made:
+            path.write_text("new")
+        return made
+
+    monkeypatch.setattr(report, "rebuild", rebuild)
+    (folder / "tables" / "b.csv").write_text("old")
+    assert cli.main(["figures", "tiny", "a", "--out", str(folder)]) == 0
+    assert (folder / "figures" / "a.png").read_text() == "new"
+    assert (folder / "tables" / "a.csv").read_text() == "new"
+    assert (folder / "tables" / "b.csv").read_text() == "old"
+    assert cli.main(["figures", "tiny", "c", "--out", str(folder)]) == 2
+    assert capsys.readouterr().err == ("run_all: no figure or table 'c': expected one of a, b\n")
+
+
+def test_a_folder_without_measurements_is_refused(tmp_path, capsys):
+    assert cli.main(["figures", "--out", str(tmp_path)]) == 2
+    assert "holds no measurements.csv: run the profile first" in capsys.readouterr().err
