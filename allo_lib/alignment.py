@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from pydantic import Field
 
-from allo_lib import delta, models, rewriter, settings, warning_signs
+from allo_lib import delta, devices, models, rewriter, settings, warning_signs
 from allo_lib.checkpoints import Checkpoints
 from allo_lib.config import fingerprint
 from allo_lib.errors import AlloError, Diverged
@@ -147,12 +147,21 @@ def align(
             pairs reads them. While stages are trained `.checkpoints` holds what the same call, of
             the same weights, pairs and settings, goes on from if this one is stopped.
 
+    Started by `accelerate launch`, several processes do it together (`devices`), each with the same
+    arguments; the first one writes and prints. A sharded model comes back sharded, and the mask is
+    that of this process's part.
+
     Raises:
         AlloError: unknown stage or setting, a model that cannot be aligned as it is
             (`given_model`), no pairs, missing columns, no pair that fits the model's context, a
             pair that cannot be encoded or whose responses are equal, a tokenizer without pad or end
             token, a loss that is not finite, or stages that changed no weight.
     """
+    with devices.quiet():
+        return _align(model, tokenizer, pairs, stages, config, output_dir)
+
+
+def _align(model, tokenizer, pairs, stages, config, output_dir) -> AlignResult:
     folder = _folder(output_dir)
     run = _Run(model, tokenizer, checked(config), chosen_stages(stages), folder)
     trains = set(TRAINED) & set(run.stages)
@@ -191,6 +200,7 @@ class _Run:
         """All that can be known before anything is trained: what fits, and what is told of it."""
         every = "importance" in self.stages and self.config.estimator == "delta"
         check_trainable(self.model, every, self.config.max_length)
+        devices.start(self.model)
         parts = parts_of(pairs, self.tokenizer, context_of(self.model), self.config, self.stages)
         self.given, self.held_out, self.development = parts
         gpus = several_gpus(self.model.device.type, torch.cuda.device_count())
@@ -205,6 +215,7 @@ class _Run:
         self._try_longest()
         settings = self.record["config"] | {"checkpoint_minutes": None, "stages": self.stages}
         begins = [weights_hash(self.model), rows_hash(self.given.rows), settings]
+        devices.agree(begins, "pairs or settings")
         self._begun = self.output_dir / ".checkpoints" / fingerprint(begins)[:24]
 
     def _try_longest(self) -> None:
@@ -229,8 +240,10 @@ class _Run:
         scores = self._scores()
         mask = select_neurons(scores, self.config.share)
         ties = count_ties(scores, mask)
-        _warn(warning_signs.arbitrary_mask(**ties, kept=mask.kept, total=mask.total))
-        mask.save(self.output_dir / "mask.safetensors")
+        whole = mask.joined() if devices.is_sharded(next(self.model.parameters())) else mask
+        if devices.rank() == 0:
+            _warn(warning_signs.arbitrary_mask(**ties, kept=whole.kept, total=whole.total))
+            whole.save(self.output_dir / "mask.safetensors")
         return mask
 
     def _scores(self) -> dict[str, torch.Tensor]:
@@ -268,7 +281,7 @@ class _Run:
             return None
         mask = NeuronMask.load(path)
         mask.check(self.model)
-        return mask
+        return mask.part_of(self.model)
 
     def train(self, mask, before: dict) -> None:
         """Forgetting and learning, from the weights `before`, at the rates given or the best found.
@@ -313,7 +326,8 @@ class _Run:
                 dict(zip(named, one.rates, strict=True)) | {"accuracy": one.score} for one in tried
             ]
         after = entries(self.model, mask)
-        if all(torch.equal(values, before[name]) for name, values in after.items()):
+        changed = any(not torch.equal(values, before[name]) for name, values in after.items())
+        if not devices.total(torch.tensor(int(changed)), devices.LARGEST):
             raise AlloError(
                 f"align: the stages changed no weight (in {self.model.dtype}); raise "
                 "forgetting_rate and learning_rate, or load the model in a finer dtype"
@@ -381,14 +395,18 @@ class _Run:
 
     def save(self, mask, before: dict) -> None:
         """The folder of the aligned model, and what of it differs from the values `before`."""
+        path, trained = self.output_dir / delta.NAME, set(TRAINED) & set(self.stages)
         self._write_model(self.output_dir)
+        if trained:
+            self._save_delta(path, mask, before)
+        if devices.rank() > 0:
+            return
         self.tokenizer.save_pretrained(self.output_dir)
-        path = self.output_dir / delta.NAME
-        path.unlink(missing_ok=True)
+        if not trained:
+            path.unlink(missing_ok=True)
         size = sum(file.stat().st_size for file in self.output_dir.glob("model*.safetensors"))
         told = f"align: {self.output_dir} holds the model ({size / 1e6:.1f} MB)"
-        if before:
-            self._save_delta(path, mask, before)
+        if trained:
             its = path.stat().st_size
             told += f" and {delta.NAME} ({its / 1e6:.1f} MB, {its / size:.0%} of it)"
         self.record["loss"] = {stage: log.loss for stage, log in self.logs.items()}
@@ -396,7 +414,9 @@ class _Run:
         print(told, flush=True)
 
     def _write_model(self, folder) -> None:
-        self.model.save_pretrained(folder)
+        weights = devices.whole_weights(self.model)  # all processes give their parts
+        if devices.rank() == 0:
+            self.model.save_pretrained(folder, state_dict=weights)
 
     def _save_delta(self, path: Path, mask, before: dict) -> None:
         # The base is saved once more beside the result, as only transformers knows how.
@@ -410,7 +430,8 @@ class _Run:
             put(self.model, mask, before)
             self._write_model(folder)
             put(self.model, mask, after)
-            delta.write(Path(folder), self.output_dir, path, about)
+            if devices.rank() == 0:
+                delta.write(Path(folder), self.output_dir, path, about)
 
     def _train(self, rows, name: str, rate: float, mask, warmup: float, place: str, masters=None):
         """Train one stage; it starts from `masters` where given and leaves its own there."""

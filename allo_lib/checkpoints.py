@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
-from allo_lib import weights
+from allo_lib import devices, weights
 from allo_lib.store import MANIFEST, seal, sha256, write_json
 
 _STEP = "step-"
@@ -27,20 +27,28 @@ class Checkpoints:
     """A folder that holds the latest checkpoint of one training.
 
     minutes: of training between two of them; 0 or less writes none. A training that took longer
-    also leaves its end, so that what follows it can be tried again.
+    also leaves its end, so that what follows it can be tried again. Several processes keep one
+    each, of what each of them holds, and go on from it only together.
     """
 
     def __init__(self, folder: Path, minutes: float):
         self.folder, self.minutes = Path(folder), minutes
+        if devices.count() > 1:
+            self.folder /= f"{devices.rank()}-of-{devices.count()}"
         self._began = self._last = time.monotonic()
 
     def due(self, at_end: bool = False) -> bool:
         """Whether it is time for one; at the end of a training, whether that is worth one."""
         since = self._began if at_end else self._last
-        return 0 < self.minutes * 60 <= time.monotonic() - since
+        return devices.told(0 < self.minutes * 60 <= time.monotonic() - since)
 
     def latest(self) -> Path | None:
         """The last checkpoint that is whole, or None; a damaged one is named and removed."""
+        found = self._own()
+        steps = devices.each(torch.tensor(-1 if found is None else int(found.name[len(_STEP) :])))
+        return found if (steps == steps[0]).all() else None
+
+    def _own(self) -> Path | None:
         found = sorted(self.folder.glob(f"{_STEP}*"), key=lambda path: path.name)
         for path in reversed(found):
             if _is_whole(path):

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from allo_lib import devices
 from allo_lib.batches import Layout, collate, side
 from allo_lib.errors import AlloError
 from allo_lib.head import target_logps
@@ -63,16 +64,18 @@ def response_logps(model, batch: dict[str, Tensor]) -> Tensor:
 
 def _logps(model, batch: dict[str, Tensor], way: _Way) -> Tensor:
     if way.matrix:
-        hidden = _read(model, model.get_decoder(), batch, way.placed).last_hidden_state.flatten(
-            0, 1
-        )
-        hidden = hidden[batch["before"]]
-        head = model.get_output_embeddings()
-        logps = target_logps(hidden, head.weight, getattr(head, "bias", None), batch["targets"])
+        logps = devices.inside(model, _by_matrix, model, batch, way.placed)
     else:
         logits = _read(model, model, batch, way.placed).logits.flatten(0, 1)[batch["before"]]
         logps = -F.cross_entropy(logits.float(), batch["targets"], reduction="none")
     return torch.cat([logps, logps.new_zeros(1)])[batch["place"]]
+
+
+def _by_matrix(model, batch: dict[str, Tensor], placed: bool) -> Tensor:
+    hidden = _read(model, model.get_decoder(), batch, placed).last_hidden_state.flatten(0, 1)
+    hidden = hidden[batch["before"]]
+    head = model.get_output_embeddings()
+    return target_logps(hidden, head.weight, getattr(head, "bias", None), batch["targets"])
 
 
 def layout_of(model, pad_token_id: int, rows=None) -> Layout:
@@ -219,7 +222,7 @@ def logps_of_rows(model, rows: list[dict], pad_token_id: int, batch_size: int) -
     """Per-token log-probs of the `response` of each row, in the order of `rows`.
 
     rows: `prompt` and `response` as token ids. Rows of the same prompt, and then of like length,
-    share a batch.
+    share a batch. Several processes share the batches, and all get the log-probs of all rows.
     """
     model.eval()
     layout = layout_of(model, pad_token_id)
@@ -234,14 +237,14 @@ def logps_of_rows(model, rows: list[dict], pad_token_id: int, batch_size: int) -
 
     order = sorted(range(len(rows)), key=length)
     result: list[list[float]] = [[] for _ in rows]
-    for start in range(0, len(order), batch_size):
-        chunk = order[start : start + batch_size]
+    chunks = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    for chunk in devices.turns(chunks):
         picked = [{key: rows[i][key] for key in ("prompt", "response")} for i in chunk]
         batch = to_device(collate(picked, layout), model)
         logps = response_logps(model, batch)
         for i, values in zip(chunk, logps, strict=True):
             result[i] = values[: len(rows[i]["response"])].tolist()
-    return result
+    return devices.merged(result)
 
 
 def pair_logps(model, pairs: list[dict], pad_token_id: int, batch_size: int) -> list[dict]:

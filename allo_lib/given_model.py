@@ -5,7 +5,7 @@ import os
 
 import torch
 
-from allo_lib import models, weights
+from allo_lib import devices, models, weights
 from allo_lib.errors import AlloError
 
 _NONE = torch.empty(0)
@@ -154,11 +154,11 @@ def entries(model, mask=None) -> dict[str, torch.Tensor]:
     """name -> copy, flat and on the CPU, of the entries of `mask` (None: all) in that parameter."""
     found = {}
     for name, value in model.named_parameters():
-        flat = value.detach().flatten()
+        flat = devices.local(value).flatten()
         if mask is not None:
             if not mask.indices.get(name, _NONE).numel():
                 continue
-            flat = flat[mask.indices[name].to(flat.device)]
+            flat = flat[_places(mask, name, value)]
         found[name] = flat.to("cpu", copy=True)
     return found
 
@@ -167,10 +167,15 @@ def entries(model, mask=None) -> dict[str, torch.Tensor]:
 def put(model, mask, values: dict[str, torch.Tensor]) -> None:
     """Write what `entries` of the same mask gave into the model."""
     for name, value in model.named_parameters():
+        own = devices.local(value)
         if name in values and mask is None:
-            value.copy_(values[name].view_as(value))
+            own.copy_(values[name].view_as(own))
         elif name in values:
-            value.view(-1)[mask.indices[name].to(value.device)] = values[name].to(value.device)
+            own.view(-1)[_places(mask, name, value)] = values[name].to(own.device)
+
+
+def _places(mask, name: str, value) -> torch.Tensor:
+    return devices.held(mask.indices[name], value).to(value.device)
 
 
 @contextlib.contextmanager

@@ -8,6 +8,7 @@ import hashlib
 import json
 import math
 from dataclasses import dataclass
+from math import inf
 from pathlib import Path
 
 import torch
@@ -15,6 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from allo_lib import devices
 from allo_lib.errors import AlloError
 from allo_lib.weights import UNREADABLE, told
 
@@ -36,6 +38,8 @@ class NeuronMask:
             tensor that was scored has an entry, empty when nothing of it is kept.
         shapes: tensor name -> shape of the tensor.
         granularity: "scalar" or "row".
+
+    Of a model that several processes share in parts, each has its own part of the mask.
     """
 
     indices: dict[str, Tensor]
@@ -112,6 +116,23 @@ class NeuronMask:
         }
         # One key only: safetensors writes several in an order that changes from run to run.
         save_file(tensors, str(path), metadata={_HEADER: json.dumps(header)})
+
+    def part_of(self, model: torch.nn.Module) -> "NeuronMask":
+        """The kept entries that lie in what this process holds of the model (`devices`)."""
+        tensors = dict(model.named_parameters())
+        parts = {
+            name: devices.held(index, tensors[name]) + devices.begin(tensors[name])
+            for name, index in self.indices.items()
+        }
+        return NeuronMask(parts, self.shapes, self.granularity)
+
+    def joined(self) -> "NeuronMask | None":
+        """The parts of all processes as one, on the first; None on the others."""
+        joined: dict[str, Tensor] = {}
+        for name, index in self.indices.items():
+            parts = devices.gathered(index)
+            joined[name] = index if parts is None else torch.cat(parts)
+        return NeuronMask(joined, self.shapes, self.granularity) if devices.rank() == 0 else None
 
     @classmethod
     def load(cls, path: str | Path) -> "NeuronMask":
@@ -203,17 +224,27 @@ def select_neurons(
     Equal scores are taken in the order of `scores` and then of the flat position, so that the
     result depends on nothing else.
 
+    Of scores that are sharded over several processes (DTensors, as the parameters are) each gets
+    its own part of the mask that one process would find. They exchange histograms, never scores.
+
     Raises:
         AlloError: share out of range, unknown word, no scores, or NaN scores.
     """
     _check_selection(scores, share, order, scope, granularity)
     shapes = {name: tuple(score.shape) for name, score in scores.items()}
-    rows = {name: _neuron_scores(score, granularity) for name, score in scores.items()}
+    sharded = any(map(devices.is_sharded, scores.values()))
+    if sharded and (order == "random" or granularity == "row"):
+        raise AlloError("select_neurons: of sharded scores only single ones are ranked, by score")
+    rows = {
+        name: _neuron_scores(devices.local(score), granularity) for name, score in scores.items()
+    }
     keys = {name: _sortable(row, order, seed, name) for name, row in rows.items()}
     if scope == "global":
-        chosen = _largest(keys, share)
+        chosen = _largest(keys, share, sharded)
     else:
-        chosen = {name: _largest({name: key}, share)[name] for name, key in keys.items()}
+        chosen = {name: _largest({name: key}, share, sharded)[name] for name, key in keys.items()}
+    if sharded:
+        chosen = {name: index + devices.begin(scores[name]) for name, index in chosen.items()}
     if granularity == "row":
         chosen = {name: _expand_rows(rows_, shapes[name]) for name, rows_ in chosen.items()}
     return NeuronMask(chosen, shapes, granularity)
@@ -226,19 +257,21 @@ def count_ties(scores: dict[str, Tensor], mask: NeuronMask) -> dict[str, int]:
         `zeros`: scores equal to 0; `tied`: entries equal to the threshold; `tied_kept`: those of
         them that the mask keeps.
     """
-    lowest = min(
-        float(scores[name].flatten()[index].min())
-        for name, index in mask.indices.items()
-        if index.numel()
-    )
-    flat = {name: score.flatten() for name, score in scores.items()}
-    return {
-        "zeros": sum(int((score == 0).sum()) for score in flat.values()),
-        "tied": sum(int((score == lowest).sum()) for score in flat.values()),
-        "tied_kept": sum(
-            int((flat[name][index] == lowest).sum()) for name, index in mask.indices.items()
-        ),
+    flat = {name: devices.local(score).flatten() for name, score in scores.items()}
+    kept = {
+        name: flat[name][devices.held(index, scores[name])] for name, index in mask.indices.items()
     }
+    lowest = min((float(values.min()) for values in kept.values() if values.numel()), default=inf)
+    sharded = any(map(devices.is_sharded, scores.values()))
+    if sharded:
+        lowest = float(devices.total(torch.tensor(lowest), devices.SMALLEST))
+    counts = [
+        sum(int((score == 0).sum()) for score in flat.values()),
+        sum(int((score == lowest).sum()) for score in flat.values()),
+        sum(int((values == lowest).sum()) for values in kept.values()),
+    ]
+    counts = devices.total(torch.tensor(counts)).tolist() if sharded else counts
+    return dict(zip(("zeros", "tied", "tied_kept"), counts, strict=True))
 
 
 def chance_overlap(share: float) -> float:
@@ -256,7 +289,7 @@ def _check_selection(scores, share, order, scope, granularity) -> None:
     if not sum(score.numel() for score in scores.values()):
         raise AlloError("select_neurons: no scores were given; expected at least one tensor")
     for name, score in scores.items():
-        if torch.isnan(score).any():
+        if torch.isnan(devices.local(score)).any():
             raise AlloError(f"select_neurons: scores of {name} hold NaN; check the run they are of")
 
 
@@ -284,40 +317,46 @@ def _stream(seed: int, name: str) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:7], "big")
 
 
-def _largest(keys: dict[str, Tensor], share: float) -> dict[str, Tensor]:
-    total = sum(key.numel() for key in keys.values())
+def _largest(keys: dict[str, Tensor], share: float, sharded: bool) -> dict[str, Tensor]:
+    """Places of the largest keys; `sharded`: each process has a part of every tensor's."""
+    add = devices.total if sharded else lambda values: values
+    total = int(add(torch.tensor(sum(key.numel() for key in keys.values()))))
     count = min(total, max(1, round(share * total)))
     if count == total:
         return {name: torch.arange(key.numel()) for name, key in keys.items()}
-    threshold, ties = _threshold(keys, count)
+    threshold, ties = _threshold(keys, count, add)
+    # Equal keys go by tensor and then by place, which is by process: how many come before ours?
+    equal = torch.tensor([int((key == threshold).sum()) for key in keys.values()])
+    of_each = devices.each(equal) if sharded else equal[None]
+    before = of_each.T.flatten().cumsum(0).view(of_each.T.shape) - of_each.T
     chosen = {}
-    for name, key in keys.items():
+    own = before[:, devices.rank() if sharded else 0].tolist()
+    for (name, key), first in zip(keys.items(), own, strict=True):
         keep = key > threshold
-        equal = (key == threshold).nonzero().flatten()[:ties]
-        ties -= equal.numel()
-        keep[equal] = True
+        keep[(key == threshold).nonzero().flatten()[: max(0, ties - first)]] = True
         chosen[name] = keep.nonzero().flatten()
     return chosen
 
 
-def _threshold(keys: dict[str, Tensor], count: int) -> tuple[int, int]:
+def _threshold(keys: dict[str, Tensor], count: int, add) -> tuple[int, int]:
     """The count-th largest key, and how many keys equal to it belong to the largest `count`."""
-    high, above = _bucket(keys, count, lambda part: (part >> _HALF) + (1 << (_HALF - 1)))
+    high, above = _bucket(keys, count, add, lambda part: (part >> _HALF) + (1 << (_HALF - 1)))
     prefix = high - (1 << (_HALF - 1))
 
     def low_half(part):
         return (part[(part >> _HALF) == prefix]) & ((1 << _HALF) - 1)
 
-    low, above_low = _bucket(keys, count - above, low_half)
+    low, above_low = _bucket(keys, count - above, add, low_half)
     return (prefix << _HALF) | low, count - above - above_low
 
 
-def _bucket(keys: dict[str, Tensor], count: int, bucket_of) -> tuple[int, int]:
+def _bucket(keys: dict[str, Tensor], count: int, add, bucket_of) -> tuple[int, int]:
     """The bucket that holds the count-th largest key, and how many keys lie in higher ones."""
     histogram = torch.zeros(1 << _HALF, dtype=torch.int64)
     for key in keys.values():
         for part in key.split(_CHUNK):
             histogram += torch.bincount(bucket_of(part.long()), minlength=1 << _HALF)
+    histogram = add(histogram)
     from_top = histogram.flip(0).cumsum(0)
     position = int((from_top >= count).nonzero()[0])
     above = int(from_top[position - 1]) if position else 0

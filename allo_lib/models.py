@@ -5,7 +5,7 @@ import hashlib
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from allo_lib import packaged_weights
+from allo_lib import devices, packaged_weights
 from allo_lib.errors import AlloError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -292,7 +292,8 @@ def _embedding_rows(model) -> int:
 def check_finite(model) -> None:
     """AlloError naming the first parameter that holds NaN or infinity: damage or overflow."""
     for name, value in model.named_parameters():
-        if not torch.isfinite(value).all():
+        finite = torch.isfinite(devices.local(value)).all()
+        if not devices.total(finite.int(), devices.SMALLEST):
             raise AlloError(
                 f"weights of {name} hold NaN or infinity in {str(value.dtype).split('.')[-1]}; "
                 "load them in a dtype of larger range, such as float32, or get them again"

@@ -16,6 +16,8 @@ ON_PAIRS = ("dpo", "rdpo", "ipo", "bco", "simpo", "learning", "merged")
 ON_REJECTED = ("npo", "forgetting")
 ON_SOLUTIONS = ("sft", "rft")
 ON_POLICY = ("ppo", "a2c")  # on responses that the policy in training writes (`on_policy`)
+# Losses that are no mean of terms, so that no process can judge a share of a batch.
+INDIVISIBLE = ("bco", "merged", *ON_POLICY)
 
 Result = tuple[Tensor, dict[str, Tensor]]
 

@@ -6,6 +6,7 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
+from allo_lib import devices
 from allo_lib.errors import AlloError
 from allo_lib.importance import NeuronMask
 from allo_lib.row_linear import RowLinear, whole_rows
@@ -47,6 +48,10 @@ class MaskedAdamW(torch.optim.AdamW):
             parameter, a model without trainable parameters, or max_grad_norm not above 0.
         ValueError: torch's own, for lr, betas, eps and weight_decay.
 
+    Of several processes (`devices`) each has the state of the entries that it holds. `step` makes
+    the packed gradients of a model that all hold whole their mean; fully_shard makes those of a
+    sharded one.
+
     `step` also clears the packed gradients, as Trainer only clears the model's.
     """
 
@@ -61,9 +66,11 @@ class MaskedAdamW(torch.optim.AdamW):
         max_grad_norm: float | None = None,
         masters: dict[str, tuple[Tensor | None, Tensor]] | None = None,
     ):
+        kept = None
         if mask is not None:
             mask.check(model)
-            if not mask.kept:
+            kept = _kept_anywhere(mask)
+            if not kept:
                 raise AlloError("MaskedAdamW: the mask keeps no entry; select a larger share")
         if max_grad_norm is not None and not max_grad_norm > 0:
             raise AlloError(f"MaskedAdamW: max_grad_norm is {max_grad_norm}, expected > 0 or None")
@@ -86,7 +93,7 @@ class MaskedAdamW(torch.optim.AdamW):
                 linears.get(parameter),
             )
             for name, parameter in model.named_parameters()
-            if parameter.requires_grad and (mask is None or _keeps(mask, name))
+            if parameter.requires_grad and (kept is None or name in kept)
         ]
         if not self._packed:
             raise AlloError("MaskedAdamW: the model has no trainable parameter; unfreeze some")
@@ -115,8 +122,11 @@ class MaskedAdamW(torch.optim.AdamW):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        devices.average_gradients([p.master for p in self._packed if devices.is_copy(p.parameter)])
         masters = [packed.master for packed in self._packed if packed.master.grad is not None]
         self.grad_norm = nn.utils.get_total_norm([m.grad for m in masters]) if masters else None
+        if masters and self._is_sharded:
+            self.grad_norm = devices.total(self.grad_norm.square()).sqrt()
         if masters and self.refused is not None:
             self.guard(self.grad_norm)
             self.found_inf = self.refused.float()  # torch's fused update reads this
@@ -131,8 +141,16 @@ class MaskedAdamW(torch.optim.AdamW):
         self._seen = self._sample() if self.watch else None
         if self.watch:
             changed = [(a != b).sum() for a, b in zip(before, self._seen, strict=True)]
-            self.moved = sum(changed).double() / sum(values.numel() for values in before)
+            looked_at = sum(values.numel() for values in before)
+            if self._is_sharded:
+                looked_at = devices.total(sum(changed).new_tensor(looked_at))
+                changed = [devices.total(sum(changed))]
+            self.moved = sum(changed).double() / looked_at
         return loss
+
+    @property
+    def _is_sharded(self) -> bool:
+        return devices.is_sharded(self._packed[0].parameter)
 
     def guard(self, number: Tensor) -> None:
         """Let this step, and every later one, change nothing if `number` is not finite.
@@ -228,18 +246,19 @@ class _Packed:
 
     def __init__(self, name: str, parameter: nn.Parameter, index, before, linear):
         self.name, self.parameter = name, parameter
-        whole = index is None or index.numel() == parameter.numel()
-        rows = None if whole or linear is None else whole_rows(index, parameter.shape)
+        own = devices.local(parameter)
+        index = None if index is None else devices.held(index, parameter)
+        whole = index is None or index.numel() == own.numel()
+        by_row = linear is not None and not whole and not devices.is_sharded(parameter)
+        rows = whole_rows(index, parameter.shape) if by_row else None
         self.linear = None if rows is None else linear
-        kind = torch.int32 if parameter.numel() < 2**31 else torch.int64
+        kind = torch.int32 if own.numel() < 2**31 else torch.int64
         kept = index if rows is None else rows
-        self.index = None if whole else kept.to(parameter.device, kind)
-        values = self._gather(parameter.detach())
+        self.index = None if whole else kept.to(own.device, kind)
+        values = self._gather(own)
         self.owns_master = not (whole and parameter.dtype == torch.float32)
         if self.owns_master:
-            values = (
-                values.float() if before is None else self._gather(_refined(parameter, *before))
-            )
+            values = values.float() if before is None else self._gather(_refined(own, *before))
         self.master = nn.Parameter(values)
 
     def attach(self) -> None:
@@ -272,7 +291,7 @@ class _Packed:
         return flat if self.index is None else flat.index_select(0, self.index)
 
     def _take_gradient(self, parameter: nn.Parameter) -> None:
-        kept = self._gather(parameter.grad.contiguous()).float()
+        kept = self._gather(devices.local(parameter.grad).contiguous()).float()
         parameter.grad = None
         if self.master.grad is None:
             self.master.grad = kept
@@ -283,7 +302,7 @@ class _Packed:
         """Write the masters into the model, rounded to its dtype."""
         if not self.owns_master:
             return
-        weight = self.parameter.data
+        weight = devices.local(self.parameter.data)
         rounded = self.master.detach().to(weight.dtype)
         if self.linear is not None:
             weight.index_copy_(0, self.index.long(), rounded.view(-1, weight.shape[1]))
@@ -301,7 +320,7 @@ class _Packed:
 
     def full(self) -> Tensor:
         """The parameter in float32, with the masters where there are some."""
-        return _refined(self.parameter, self.places(), self.master.detach())
+        return _refined(devices.local(self.parameter), self.places(), self.master.detach())
 
 
 def _linears_by_weight(model: nn.Module) -> dict[nn.Parameter, nn.Linear]:
@@ -322,7 +341,7 @@ def _linears_by_weight(model: nn.Module) -> dict[nn.Parameter, nn.Linear]:
     }
 
 
-def _refined(parameter: nn.Parameter, index: Tensor | None, values: Tensor) -> Tensor:
+def _refined(parameter: Tensor, index: Tensor | None, values: Tensor) -> Tensor:
     """The parameter in float32 with `values` at the flat places `index` (None: everywhere)."""
     dense = parameter.detach().float().clone()
     if index is None:
@@ -332,5 +351,8 @@ def _refined(parameter: nn.Parameter, index: Tensor | None, values: Tensor) -> T
     return dense
 
 
-def _keeps(mask: NeuronMask, name: str) -> bool:
-    return name in mask.indices and mask.indices[name].numel() > 0
+def _kept_anywhere(mask: NeuronMask) -> set[str]:
+    """Names of the tensors of which a process keeps entries: the same ones in all processes."""
+    counts = [index.numel() for index in mask.indices.values()]
+    found = devices.total(torch.tensor(counts, dtype=torch.int64)).tolist()
+    return {name for name, number in zip(mask.indices, found, strict=True) if number}

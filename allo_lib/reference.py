@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from allo_lib import weights
+from allo_lib import devices, weights
 from allo_lib.errors import AlloError
 from allo_lib.forward import pair_logps
 from allo_lib.store import Store, write_json
@@ -29,12 +29,19 @@ def with_reference(
     forward pass over all pairs and written there.
     """
     inputs = {"weights": weights_hash(model), "pairs": rows_hash(rows), "version": VERSION}
+    values: list[dict] = []
 
     def make(folder: Path) -> None:
-        write(pair_logps(model, rows, pad_token_id, batch_size), folder / _FILE)
+        write(values or pair_logps(model, rows, pad_token_id, batch_size), folder / _FILE)
         write_json(folder / "record.json", {"pairs": len(rows)})
 
-    return attach(rows, store.get("reference", inputs, make).file(_FILE))
+    if devices.count() > 1:  # all of them compute, or none does
+        known = devices.rank() == 0 and store.has("reference", inputs)
+        known = known and (store.get("reference", inputs, make).path / _FILE).is_file()
+        if not devices.told(known):
+            values = pair_logps(model, rows, pad_token_id, batch_size)
+    path = store.get("reference", inputs, make).file(_FILE) if devices.rank() == 0 else None
+    return attach(rows, path)
 
 
 def write(values: list[dict], path: Path) -> None:
@@ -43,13 +50,15 @@ def write(values: list[dict], path: Path) -> None:
     weights.save_tensors(flat, path)
 
 
-def attach(rows: list[dict], path: Path) -> list[dict]:
+def attach(rows: list[dict], path: Path | None) -> list[dict]:
     """Copies of the rows with the log-probs of a file that was written for them.
+
+    path: of several processes only the first one's is read.
 
     Raises:
         AlloError: the file holds another number of tokens than the rows: it is of other pairs.
     """
-    flat = weights.read_tensors(path)
+    flat = devices.told(None if path is None else weights.read_tensors(path))
     result = [dict(row) for row in rows]
     for side in SIDES:
         lengths = [len(row[side]) for row in rows]
@@ -74,7 +83,9 @@ def tensors_hash(named) -> str:
     digest = hashlib.sha256()
     for name, value in named:
         digest.update(f"{name}:{value.dtype}:{tuple(value.shape)};".encode())
-        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        digest.update(
+            devices.whole(value.detach()).cpu().contiguous().flatten().view(torch.uint8).numpy()
+        )
     return digest.hexdigest()
 
 

@@ -2,10 +2,12 @@
 
 from dataclasses import replace
 
+from allo_lib import devices
 from allo_lib.batches import Layout, collate, pair_batch, rejected_batch
+from allo_lib.errors import AlloError
 from allo_lib.forward import layout_of
 from allo_lib.losses import GAMMA
-from allo_lib.objectives import ON_REJECTED, ON_SOLUTIONS, objective, terms_of
+from allo_lib.objectives import INDIVISIBLE, ON_REJECTED, ON_SOLUTIONS, objective, terms_of
 from allo_lib.optim import MaskedAdamW
 from allo_lib.training import Log, Schedule, train
 
@@ -47,8 +49,12 @@ def run_stage(
     checkpoints: see `training.train`.
     after: called with the optimizer before it is closed, for those who want its float32 masters.
 
+    Several processes (`devices`) train it together, each on its share of every batch.
+
     The first step of a rate that rises has rate 0: where it would be the only one, none rises.
     """
+    if devices.count() > 1 and objective_name in INDIVISIBLE:
+        raise AlloError(f"{label}: {objective_name} judges whole batches: train it in one process")
     if schedule.steps(len(rows)) == 1:
         schedule = replace(schedule, warmup=0.0)
     optimizer = MaskedAdamW(
@@ -64,16 +70,20 @@ def run_stage(
         for name in optimizer.trained:
             masters.pop(name, None)  # copied: not held twice while the stage runs
     try:
+        collator = collator_of(objective_name, layout_of(model, pad_token_id))
+        loss_of = objective(objective_name, beta=beta, key_share=key_share, gamma=gamma)
+        terms = terms_of(objective_name)
+        collator, loss_of, terms = devices.split(collator, loss_of, terms)
         log = train(
             model,
             rows,
-            collator_of(objective_name, layout_of(model, pad_token_id)),
-            objective(objective_name, beta=beta, key_share=key_share, gamma=gamma),
+            collator,
+            loss_of,
             optimizer,
             schedule,
             label,
             checkpoints,
-            terms_of(objective_name),
+            terms,
         )
         if after is not None:
             after(optimizer)

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from allo_lib import checkpoints as kept
-from allo_lib import weights
+from allo_lib import devices, weights
 from allo_lib.checkpoints import Checkpoints
 from allo_lib.errors import AlloError, Diverged
 from allo_lib.forward import response_logps
@@ -170,6 +170,36 @@ class _Trainer(Trainer):
         # The loss is a mean over the batch, not a sum that Trainer should divide by tokens.
         self.model_accepts_loss_kwargs = False
 
+    # Of several processes (`devices`): the model is where and as it should be, the optimizer sums
+    # gradients, and the collator takes this process's share of every batch.
+
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        self.is_fsdp_enabled = False
+
+    def _move_model_to_device(self, model, device) -> None:
+        if devices.count() == 1:
+            super()._move_model_to_device(model, device)
+
+    def get_train_dataloader(self):
+        loader = super().get_train_dataloader()
+        if devices.count() > 1:
+            shard = loader.batch_sampler
+            shard.num_processes, shard.process_index, shard.even_batches = 1, 0, False
+        return loader
+
+    def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
+        if devices.count() == 1:
+            return super()._prepare_for_training(
+                max_steps, train_dataloader, resume_from_checkpoint
+            )
+        self.create_scheduler(num_training_steps=max_steps)
+        self._load_optimizer_and_scheduler(resume_from_checkpoint)
+        for name in ("model", "optimizer", "lr_scheduler"):
+            setattr(self.callback_handler, name, getattr(self, name))
+        self.callback_handler.train_dataloader = train_dataloader
+        return self.model, train_dataloader
+
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """The batches of one step; of several also how many terms their losses together have."""
         batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
@@ -248,10 +278,11 @@ class Numbers:
     def forward(self, step: int, batch: dict, logps, loss, metrics: dict) -> None:
         """Take what a forward pass gave; `step` is the number of steps before this one."""
         total = logps.detach().sum()
-        for number in (total, loss):
-            self.optimizer.guard(number)
-        read = (batch["input_ids"] != self.pad_token_id).sum()
+        read = (batch["input_ids"] != self.pad_token_id).sum() * batch.get("counts", 1)
         told = {"log-probs": total, "loss": loss.detach(), "tokens": read} | metrics
+        told = devices.pooled(told, sums=("log-probs", "tokens"))
+        for key in ("log-probs", "loss"):
+            self.optimizer.guard(told[key])
         self._send(step, told, batch)
 
     def step(self, step: int) -> None:

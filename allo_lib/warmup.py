@@ -2,10 +2,10 @@
 
 import torch
 
-from allo_lib import importance
+from allo_lib import devices, importance
 from allo_lib.batches import pair_batch
 from allo_lib.forward import layout_of, response_logps, to_device
-from allo_lib.objectives import objective
+from allo_lib.objectives import objective, terms_of
 from allo_lib.seeds import derive
 from allo_lib.stages import run_stage
 from allo_lib.training import Schedule
@@ -23,7 +23,8 @@ def delta_of_dpo(model, rows, *, lr, beta, batch_size, epochs, seed, pad_token_i
         (name -> float32 scores, record). The record says which share of the entries the run moved
         in float32, and which share it would have moved as seen in bfloat16.
     """
-    before = {name: p.detach().float().clone() for name, p in model.named_parameters()}
+    parameters = dict(model.named_parameters())
+    before = {name: devices.local(p).float().clone() for name, p in parameters.items()}
     after: dict[str, torch.Tensor] = {}
     log = run_stage(
         model,
@@ -39,7 +40,7 @@ def delta_of_dpo(model, rows, *, lr, beta, batch_size, epochs, seed, pad_token_i
     )
     scores = importance.delta_scores(before, after, lr)
     record = {"loss": log.loss, "lr": lr} | _moved(before, after)
-    return scores, record
+    return {name: devices.like(score, parameters[name]) for name, score in scores.items()}, record
 
 
 def gradient_scores(model, rows, *, beta, batch_size, seed, pad_token_id, steps=None):
@@ -49,34 +50,47 @@ def gradient_scores(model, rows, *, beta, batch_size, seed, pad_token_id, steps=
     CPU. Each gradient is added and dropped as soon as it is complete: one of them is alive at a
     time, and the model's device holds no sum.
     """
-    sums = {n: torch.zeros(p.shape) for n, p in model.named_parameters()}
+    sums = {n: torch.zeros(devices.local(p).shape) for n, p in model.named_parameters()}
     names = {parameter: name for name, parameter in model.named_parameters()}
 
     def add(parameter: torch.nn.Parameter) -> None:
-        sums[names[parameter]] += parameter.grad.float().abs().cpu()
+        sums[names[parameter]] += devices.local(parameter.grad).float().abs().cpu()
         parameter.grad = None
 
-    hooks = [p.register_post_accumulate_grad_hook(add) for p in names if p.requires_grad]
+    trained = [p for p in names if p.requires_grad]
+    # Where several processes hold the whole model, a gradient is complete when all have theirs.
+    copies = [p for p in trained if devices.is_copy(p)]
+    hooks = [p.register_post_accumulate_grad_hook(add) for p in trained if not devices.is_copy(p)]
     loss_of, layout = objective("dpo", beta=beta), layout_of(model, pad_token_id)
+    collate, loss_of, _ = devices.split(
+        lambda few: pair_batch(few, layout), loss_of, terms_of("dpo")
+    )
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
     try:
         for start in range(0, len(order), batch_size)[:steps]:
             chunk = [rows[i] for i in order[start : start + batch_size]]
-            batch = to_device(pair_batch(chunk, layout), model)
+            batch = to_device(collate(chunk), model)
             loss_of(response_logps(model, batch), batch)[0].backward()
+            devices.average_gradients(copies)
+            for parameter in copies:
+                if parameter.grad is not None:
+                    add(parameter)
     finally:
         for hook in hooks:
             hook.remove()
-    return sums
+    return {names[p]: devices.like(sums[names[p]], p) for p in names}
 
 
 def _moved(before: dict, after: dict) -> dict[str, float]:
-    total = sum(value.numel() for value in before.values())
-    shares = {}
+    shares, total = {}, _sum(value.numel() for value in before.values())
     for key, dtype in (("moved_float32", torch.float32), ("moved_bfloat16", torch.bfloat16)):
-        moved = sum(int((before[n].to(dtype) != after[n].to(dtype)).sum()) for n in before)
+        moved = _sum(int((before[n].to(dtype) != after[n].to(dtype)).sum()) for n in before)
         shares[key] = moved / total
     return shares
+
+
+def _sum(numbers) -> int:
+    return int(devices.total(torch.tensor(sum(numbers))))
 
 
 def warmup_seed(study_seed: int, name: str, order: str) -> int:

@@ -7,6 +7,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from allo_lib import devices
 from allo_lib.errors import AlloError
 
 # What safetensors and torch raise for one damaged file or another.
@@ -17,9 +18,12 @@ UNREADABLE = (
 
 
 def snapshot(model, device=None) -> dict[str, Tensor]:
-    """name -> copy of each parameter, on `device` (None: where the parameter is)."""
+    """name -> copy of each parameter, on `device` (None: where the parameter is).
+
+    Of a sharded model, here and below, each process's own part.
+    """
     return {
-        name: value.detach().to(device or value.device, copy=True)
+        name: devices.local(value).to(device or value.device, copy=True)
         for name, value in model.named_parameters()
     }
 
@@ -27,7 +31,7 @@ def snapshot(model, device=None) -> dict[str, Tensor]:
 @torch.no_grad()
 def restore(model, weights: dict[str, Tensor]) -> None:
     """Copy `weights` into the model; AlloError when names or shapes differ."""
-    parameters = dict(model.named_parameters())
+    parameters = {name: devices.local(value) for name, value in model.named_parameters()}
     if set(parameters) != set(weights):
         odd = sorted(set(parameters) ^ set(weights))[0]
         raise AlloError(f"weights and model differ: {odd!r} is in only one of them")
@@ -41,7 +45,7 @@ def restore(model, weights: dict[str, Tensor]) -> None:
 
 def save(model, path: Path) -> None:
     """Write all parameters to one safetensors file, in their own dtypes."""
-    save_tensors({name: value.detach() for name, value in model.named_parameters()}, path)
+    save_tensors({name: devices.local(value) for name, value in model.named_parameters()}, path)
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:

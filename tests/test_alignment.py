@@ -2,11 +2,20 @@
 
 import gc
 import json
+import math
+import shutil
 
 import pytest
 import torch
 from datasets import Dataset
-from transformers import AutoModelForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+)
+from transformers.initialization import no_init_weights
 
 from allo_lib import align, alignment, miniature, models, weights
 from allo_lib.alignment import AlignConfig
@@ -14,6 +23,7 @@ from allo_lib.checkpoints import Checkpoints
 from allo_lib.errors import AlloError
 from allo_lib.importance import NeuronMask
 from allo_lib.optim import MaskedAdamW
+from allo_lib.profile_files import load_profile
 
 FAST = {"batch_size": 4, "importance_rate": 1e-3, "forgetting_rate": 1e-2, "learning_rate": 1e-2}
 
@@ -252,3 +262,62 @@ def test_a_tokenizer_without_pad_or_end_token_is_told(tokenizer, pairs, tmp_path
     setattr(tokenizer, missing, None)
     with pytest.raises(AlloError, match=missing.removesuffix("_token")):
         align(model, tokenizer, pairs, output_dir=tmp_path)
+
+
+def two_layers(kind, make, feed_forward: int, key_value_heads: int):
+    """A model of the widths of a published config.json, and two of its 32 layers, in bfloat16."""
+    config = make(
+        vocab_size=32000,
+        hidden_size=4096,
+        intermediate_size=feed_forward,
+        num_hidden_layers=2,
+        num_attention_heads=32,
+        num_key_value_heads=key_value_heads,
+        pad_token_id=0,
+    )
+    with no_init_weights():  # which would take longer than all that follows
+        model = kind(config).bfloat16()
+    for seed, value in enumerate(model.parameters()):
+        # Of prime length, so that no two rows are alike.
+        few = torch.randn(4099, generator=torch.Generator().manual_seed(seed)) * 0.02
+        value.data = (
+            few.bfloat16().repeat(value.numel() // 4099 + 1)[: value.numel()].view_as(value)
+        )
+        if value.ndim == 1:
+            value.data.fill_(1.0)
+    return model
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "made_of"),
+    [
+        ("llama2-7b", (LlamaForCausalLM, LlamaConfig, 11008, 32)),
+        ("mistral-7b", (MistralForCausalLM, MistralConfig, 14336, 8)),
+    ],
+)
+def test_two_layers_of_a_7b_model_are_aligned_by_its_profile(
+    name, made_of, tokenizer, pairs, tmp_path
+):
+    profile, model = load_profile(name), two_layers(*made_of)
+    method, domain = profile.method, profile.domains["questions"]
+    settings = {
+        "share": method.share,
+        "beta": method.beta,
+        "key_share": method.key_share,
+        "max_grad_norm": method.max_grad_norm,
+        "forgetting_rate": domain.rates.forgetting,
+        "learning_rate": domain.rates.learning,
+        "batch_size": domain.batch_size,
+        "max_length": domain.max_length,
+        "estimator": "gradient",
+        "rewriter_neurons": "kept",
+        "checkpoint_minutes": 0,
+    }
+    result = align(model, tokenizer, pairs.select([0, 1]), config=settings, output_dir=tmp_path)
+    assert result.mask.kept == round(0.1 * result.mask.total)
+    assert result.mask.total == sum(value.numel() for value in model.parameters())
+    assert result.logs["learning"].loss == pytest.approx([math.log(2)], abs=1e-3)
+    again = type(model).from_pretrained(tmp_path)
+    assert all(map(torch.equal, again.parameters(), model.parameters()))
+    shutil.rmtree(tmp_path)  # gigabytes

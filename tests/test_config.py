@@ -9,7 +9,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from allo_lib import config, profile_files
+from allo_lib import config, methods, profile_files
 from allo_lib.config import fingerprint
 from allo_lib.errors import AlloError
 from allo_lib.profile_files import load_profile
@@ -170,3 +170,20 @@ def test_fingerprints_ignore_the_order_of_keys(value):
 def test_fingerprint_refuses_nan():
     with pytest.raises(ValueError):
         fingerprint({"a": float("nan")})
+
+
+@pytest.mark.parametrize("name", ["llama2-7b", "mistral-7b"])
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_the_7b_profiles_hold_the_published_settings(name, device):
+    profile = load_profile(name, device=device)
+    method = profile.method
+    assert (method.beta, method.share, method.key_share) == (0.1, 0.1, 0.1)
+    assert (method.forgetting_warmup, method.learning_warmup) == (0.03, 0.1)
+    assert profile.model.dtype == "bfloat16" and profile.search.candidates == 1
+    for domain in profile.domains.values():
+        rates = domain.rates
+        assert (rates.forgetting, rates.learning) == (5e-7, 5e-6)
+        assert rates.dense * method.warmup_rate_factor == pytest.approx(1e-6)
+        assert (domain.batch_size, domain.epochs, domain.max_length) == (128, 1, 1200)
+        for method_name in domain.methods:
+            methods.stages_of(method_name, profile)

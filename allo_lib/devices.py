@@ -1,0 +1,304 @@
+"""One training on many devices, as `accelerate launch` starts it: a process for each of them.
+
+Every process holds the model whole ("DDP", a config file without FSDP) or a part of it (FSDP2:
+`torch.distributed.fsdp.fully_shard`). Each reads its own pairs of a step's batch, and what they
+find is summed, so that results are those of one process up to rounding. Gradients of a whole model
+are not exchanged by torch's DistributedDataParallel, which would send dense ones: the optimizer
+sums those of the kept entries (`MaskedAdamW`).
+
+Of a sharded model everything that goes with it is sharded as its parameters are, along their first
+dimension: scores (DTensors), masks (a process has the kept places that lie in its part), masters
+and moments. Without a launcher every function here gives back what it was given.
+"""
+
+import contextlib
+import os
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from allo_lib.errors import AlloError
+
+LARGEST, SMALLEST = dist.ReduceOp.MAX, dist.ReduceOp.MIN  # ways of `total`
+
+
+def count() -> int:
+    """How many processes take part; 1 without a launcher."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """The number of this process; the first one, 0, alone writes and prints."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def start(model) -> None:
+    """Join the processes of the launcher, if there is one, with the model on this one's device.
+
+    Every process gives the same model. Where accelerate's config file says `use_fsdp` it is sharded
+    in place: every decoder layer, and all else together, tied embeddings included. Of that file's
+    further settings none is read: the model keeps its dtype, gradients are reduced in float32.
+
+    Raises:
+        AlloError: the processes have other weights, or the file asks for FSDP1, for weights that
+            only the first process loads, or for weights on the CPU.
+    """
+    if _launched() < 2:
+        return
+    from accelerate import PartialState  # here, as it takes seconds, with what follows
+    from torch.distributed import fsdp
+    from torch.distributed.device_mesh import init_device_mesh
+
+    cpu = not torch.accelerator.is_available() or _says("ACCELERATE_USE_CPU")
+    device = PartialState(cpu=cpu).device
+    if isinstance(model, fsdp.FSDPModule):
+        return
+    agree([value.sum(dtype=torch.float64).item() for value in model.parameters()], "weights")
+    if not _says("ACCELERATE_USE_FSDP"):
+        model.to(device)
+        return
+    for key, said, right in (
+        ("fsdp_version", os.environ.get("FSDP_VERSION", "1") != "2", "2"),
+        ("fsdp_cpu_ram_efficient_loading", _says("FSDP_CPU_RAM_EFFICIENT_LOADING"), "false"),
+        ("fsdp_offload_params", _says("FSDP_OFFLOAD_PARAMS"), "false"),
+    ):
+        if said:
+            raise AlloError(f"align: set {key}: {right} in accelerate's config file; see configs/")
+    how = {
+        "mesh": init_device_mesh(device.type, (count(),)),
+        # Else the outermost group would stay whole after a forward pass without gradients, and go
+        # stale when the weights change.
+        "reshard_after_forward": True,
+        "mp_policy": fsdp.MixedPrecisionPolicy(reduce_dtype=torch.float32),
+    }
+    for module in reversed([*model.modules()]):  # from the inside out
+        if type(module).__name__ in (model._no_split_modules or ()):
+            fsdp.fully_shard(module, **how)
+    fsdp.fully_shard(model, **how)
+    # For what reads parameters without calling their module's `forward`, as the head's.
+    model.inside = lambda function, *arguments: function(*arguments)
+    fsdp.register_fsdp_forward_method(model, "inside")
+
+
+def inside(model, function: Callable, *arguments):
+    """function(*arguments) while the parameters of a sharded model's outermost group are whole."""
+    return model.inside(function, *arguments) if _is_sharded_model(model) else function(*arguments)
+
+
+@contextlib.contextmanager
+def quiet():
+    """Within it all processes but the first print nothing."""
+    if _launched() < 2 or os.environ.get("RANK", "0") == "0":
+        yield
+        return
+    with open(os.devnull, "w") as nowhere:
+        with contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
+            yield
+
+
+# What one process holds of a tensor
+
+
+def local(tensor: Tensor) -> Tensor:
+    """The part of a tensor that this process holds, without a gradient; all of a plain one."""
+    return tensor.detach().to_local() if is_sharded(tensor) else tensor.detach()
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether this process holds a part of the tensor only."""
+    return hasattr(tensor, "placements")  # a DTensor; to import that class takes seconds
+
+
+def like(values: Tensor, parameter: Tensor) -> Tensor:
+    """Values of this process's part of a parameter as a tensor that is sharded as that one is."""
+    if not is_sharded(parameter):
+        return values
+    from torch.distributed.tensor import DTensor
+
+    mesh, placements = parameter.device_mesh, parameter.placements
+    shape, stride = parameter.shape, parameter.stride()
+    return DTensor.from_local(values, mesh, placements, shape=shape, stride=stride)
+
+
+def begin(tensor: Tensor) -> int:
+    """The flat place at which this process's part of a tensor begins."""
+    if not is_sharded(tensor) or not tensor.numel():
+        return 0
+    length = tensor.shape[0]
+    rows = -(-length // count())  # as torch.chunk, and so Shard(0), cuts it
+    return min(rank() * rows, length) * (tensor.numel() // length)
+
+
+def held(index: Tensor, tensor: Tensor) -> Tensor:
+    """Of sorted flat places of a tensor those in this process's part, counted from its begin."""
+    if not is_sharded(tensor):
+        return index
+    first = begin(tensor)
+    return index[(index >= first) & (index < first + local(tensor).numel())] - first
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor; every process must ask for it."""
+    return tensor.full_tensor() if is_sharded(tensor) else tensor
+
+
+def whole_weights(model) -> dict[str, Tensor] | None:
+    """The state dict of a sharded model on the CPU of the first process; None if not sharded."""
+    if not _is_sharded_model(model):
+        return None
+    found: dict[int, Tensor] = {}  # tied ones once
+    result = {}
+    for name, value in model.state_dict(keep_vars=True).items():
+        if id(value) not in found:
+            full = whole(value.detach())
+            found[id(value)] = full.cpu() if rank() == 0 else full.new_empty(0)
+        result[name] = found[id(value)]
+    return result
+
+
+# What the processes tell one another
+
+
+def total(values: Tensor, how=dist.ReduceOp.SUM) -> Tensor:
+    """The sum (`how`: or another reduction) over all processes, in the place of `values`."""
+    if count() == 1:
+        return values
+    there = _carried(values)
+    dist.all_reduce(there, how)
+    return values.copy_(there) if there is not values else values
+
+
+def pooled(numbers: dict[str, Tensor], sums: tuple[str, ...]) -> dict[str, Tensor]:
+    """Scalars of all processes as one of each: the sums of those named, the means of others."""
+    if count() == 1:
+        return numbers
+    values = total(torch.stack([value.double() for value in numbers.values()]))
+    named = zip(numbers, values, strict=True)
+    return {key: value if key in sums else value / count() for key, value in named}
+
+
+def is_copy(parameter: Tensor) -> bool:
+    """Whether every process holds this parameter whole, so that nobody else sums its gradient."""
+    return count() > 1 and not is_sharded(parameter)
+
+
+def average_gradients(parameters: list[Tensor]) -> None:
+    """Give each the mean of its gradients over the processes; None where all of them have none."""
+    if count() == 1 or not parameters:
+        return
+    having = total(torch.tensor([int(p.grad is not None) for p in parameters]))
+    for parameter, some in zip(parameters, having.tolist(), strict=True):
+        if some:
+            own = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            parameter.grad = total(own).div_(count())
+
+
+def each(values: Tensor) -> Tensor:
+    """The values [n] of every process, [processes, n] in their order."""
+    if count() == 1:
+        return values[None]
+    there = _carried(values)
+    found = [torch.empty_like(there) for _ in range(count())]
+    dist.all_gather(found, there)
+    return torch.stack(found).to(values.device)
+
+
+def told(value):
+    """What the first process gives; what the others give is not looked at."""
+    if count() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box)
+    return box[0]
+
+
+def gathered(value) -> list | None:
+    """What all processes give, on the first one; None on the others."""
+    if count() == 1:
+        return [value]
+    found = [None] * count() if rank() == 0 else None
+    dist.gather_object(value, found)
+    return found
+
+
+def agree(value, what: str) -> None:
+    """AlloError on all processes unless all give the same value."""
+    if count() == 1:
+        return
+    found = [None] * count()
+    dist.all_gather_object(found, value)
+    if any(other != value for other in found):
+        raise AlloError(
+            f"align: the processes were given other {what}; load the same model and pairs in all, "
+            "from files or with the same seed"
+        )
+
+
+def _carried(values: Tensor) -> Tensor:
+    """The values where the processes' backend reads them."""
+    on_gpu = "nccl" in dist.get_backend()
+    device = torch.accelerator.current_accelerator() if on_gpu else torch.device("cpu")
+    return values.contiguous() if values.device.type == device.type else values.to(device)
+
+
+# Shares of the work
+
+
+def turns(chunks: list) -> list:
+    """This process's of some chunks of work; as many in all of them, so that some come twice."""
+    if count() == 1 or not chunks:
+        return chunks
+    rounds = range(rank(), rank() + len(chunks), count())
+    return [chunks[min(i, len(chunks) - 1)] for i in rounds]
+
+
+def merged(results: list[list]) -> list[list]:
+    """For each place the result of a process that has one there."""
+    if count() == 1:
+        return results
+    found = [None] * count()
+    dist.all_gather_object(found, results)
+    return [next(filter(None, several), []) for several in zip(*found, strict=True)]
+
+
+def split(collator: Callable, objective: Callable, terms: Callable):
+    """All three for a process that reads and judges its share of a batch.
+
+    terms: batch -> what the loss is a mean over (`objectives.terms_of`); afterwards of the whole
+    batch. The loss and metrics that a process gets are weighted so that their means over the
+    processes are those of the whole batch. A process without a row of its own reads one of
+    another's, and counts none of it: all take the same steps.
+    """
+    if count() == 1:
+        return collator, objective, terms
+
+    def collated(rows: list[dict]) -> dict[str, Tensor]:
+        mine = rows[rank() :: count()]
+        return collator(mine or rows[:1]) | {"counts": torch.tensor(bool(mine))}
+
+    def own(batch: dict[str, Tensor]) -> Tensor:
+        return terms(batch) * batch["counts"]
+
+    def of_all(batch: dict[str, Tensor]) -> Tensor:
+        return total(own(batch))
+
+    def judged(logps: Tensor, batch: dict[str, Tensor]):
+        loss, metrics = objective(logps, batch)
+        weight = own(batch) * count() / of_all(batch).clamp(min=1)
+        return loss * weight, {key: value * weight for key, value in metrics.items()}
+
+    return collated, judged, of_all
+
+
+def _is_sharded_model(model) -> bool:
+    return hasattr(model, "inside")
+
+
+def _launched() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def _says(variable: str) -> bool:
+    return os.environ.get(variable, "").lower() in ("1", "true", "yes")
