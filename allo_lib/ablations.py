@@ -66,6 +66,10 @@ REWARD_MODELS = {
     "allo": ("trained", "trained"),
     "allo_rm_oracle": ("oracle", "oracle"),
 }
+# Forgetting on exactly the tokens that the rewriter would keep: a difference that must be seen.
+INVERTED = "allo_rm_inverted"
+# ALLO as the official code departs from the paper, one departure at a time and all together.
+OFFICIAL = ("allo_all_wrong", "allo_key10", "allo_f5_l5", "allo_official")
 
 
 @dataclass(frozen=True)
@@ -118,9 +122,9 @@ def wanted(
 
 
 def single_changes(methods: Iterable[str]) -> list[str]:
-    """Rows that change one part of ALLO, without the points of sweeps."""
+    """Rows that change one part of ALLO, or as the official code does, without points of sweeps."""
     sweeps = ("allo_f", "allo_key", "allo_rates_")
-    kept = ("allo_key_reference",)
+    kept = ("allo_key_reference", *OFFICIAL)
     return [
         method for method in methods
         if method.startswith("allo_") and (method in kept or not method.startswith(sweeps))

@@ -1,8 +1,10 @@
-"""The paper's claims C1-C10 and their verdicts, computed from measurements and never typed in.
+"""The paper's claims C1-C10 and their verdicts, computed from outcomes and never typed in.
 
 `verdicts` has the rule. C3 (no worse) takes a DPO that learned something (assay sensitivity, ICH
 E10): nothing can be worse than a DPO that is not shown to beat the starting model, so that this is
-part of what supports it.
+part of what supports it. Likewise C9 takes a planted difference that is seen: where ALLO is not
+shown to beat forgetting on exactly the tokens that the rewriter would keep, the choice of tokens
+can make no difference that this study sees, and "no difference" between reward models says nothing.
 
 A claim of several parts is followed by one row a part, as in `C2.dpo_last10`. Its own row has the
 smallest of their effects; the interval of that begins at the lowest of their lower ends (the
@@ -21,23 +23,12 @@ from itertools import pairwise
 from pathlib import Path
 
 from allo_lib import published
-from allo_lib.ablations import REWARD_MODELS
-from allo_lib.comparisons import (
-    Domain,
-    compare,
-    domains_of,
-    improvement,
-    index_of,
-    metric_by_seed,
-    metric_difference,
-    paper_effect,
-    shared_names,
-    trend,
-)
+from allo_lib.ablations import INVERTED, REWARD_MODELS
+from allo_lib.comparisons import Domain, StudyResults, paper_effect
 from allo_lib.cost_claims import efficiency_claims
-from allo_lib.declared import DECLARED, Declared, loss_pairs, wanted_pairs
+from allo_lib.declared import DECLARED, Declared
 from allo_lib.errors import AlloError
-from allo_lib.measurements import CHANCE_IN_TENSORS, Measurement
+from allo_lib.measurements import CHANCE_IN_TENSORS, REWARD
 from allo_lib.stats import LEVEL, Interval, mean_interval
 from allo_lib.verdicts import (
     MARGIN,
@@ -51,7 +42,7 @@ from allo_lib.verdicts import (
 )
 
 __all__ = ["COLUMNS", "DECLARED", "MARGIN", "Claim", "compute", "efficiency_claims",
-           "loss_pairs", "protocol_disagreements", "read", "wanted_pairs", "write"]  # fmt: skip
+           "protocol_disagreements", "read", "write"]  # fmt: skip
 COLUMNS = ("id", "claim", "effect", "ci_low", "ci_high", "unit", "verdict", "evidence")
 _OVERLAPS = ("orders", "halves", "estimators")
 
@@ -72,121 +63,138 @@ class Part:
 
 
 def compute(
-    rows: Sequence[Measurement],
+    results: StudyResults,
     efficiency: Sequence[Mapping[str, str]] = (),
     paper_dir: str | Path | None = None,
 ) -> list[Claim]:
-    """All claims, each with the rows of its parts, for every domain that `rows` has, corrected for
+    """All claims, each with the rows of its parts, for every domain of the results, corrected for
     many comparisons; C10 from the efficiency table."""
     paper = published.main_results(paper_dir), published.empirical_study(paper_dir)
-    index = index_of(rows)
     claims = []
-    for position, domain in enumerate(domains_of(rows)):
-        shared = shared_names(rows, domain)
+    for position, domain in enumerate(results.domains or [Domain("no domain", ())]):
         suffix = f":{domain.name}" if position else ""
         for declared in DECLARED:
-            parts, notes = _parts(declared, domain, index, shared, paper)
-            claims += _rows(declared, domain, parts, notes, suffix)
+            parts, notes = _parts(declared, results, domain, paper)
+            claims += _rows(declared, domain, parts, notes, suffix, results.models)
     return corrected(claims + efficiency_claims(efficiency))
 
 
-def _parts(declared, domain, index, shared, paper) -> tuple[list[Part], list[str]]:
+def _parts(declared, results: StudyResults, domain: Domain, paper) -> tuple[list[Part], list[str]]:
     """The parts of a claim and what else its evidence should say."""
+    models = results.models
     if declared.kind == "overlap":
-        return [_overlap_part(index, name, domain, shared) for name in _OVERLAPS], []
+        return [_overlap_part(results, name, domain) for name in _OVERLAPS], []
     if declared.kind == "lower loss":
         ((first, second),) = declared.pairs
-        gap = metric_difference(
-            index, (second, "train_loss"), (first, "train_loss"), domain, shared
-        )
-        part = Part(second, f"loss of {second} minus {first}", gap, p_values(gap, "loss"))
-        return [part], ["training loss over the last quarter of the steps, not held-out loss"]
+        gap = results.loss_reduction(first, second, domain)
+        name = f"held-out loss of {second} minus {first}"
+        return [Part(second, name, gap, p_values(gap, "loss", models=models))], []
     if declared.id == "C9":
-        return _reward_parts(index, domain)
+        return _reward_parts(results, domain)
     parts, bar = [], -MARGIN if declared.kind == "no worse" else 0.0
     word = "above" if declared.kind == "above" else "no worse than"
     for first, second in declared.pairs:
-        interval = compare(index, first, second, domain)
-        p, notes = p_values(interval, domain.unit, bar), ()
+        interval = results.compare(first, second, domain)
+        p, notes = p_values(interval, domain.unit, bar, models), ()
         if declared.kind == "no worse" and p is not None:
-            learned, notes = _sensitive(index, second.removesuffix("_paper"), domain, shared)
+            learned, notes = _sensitive(results, second.removesuffix("_paper"), domain)
             p = replace(p, above=max(p.above, learned), over=max(p.over, learned))
         if declared.id == "C5" and interval is not None:
-            notes = (_improvement(index, first, second, domain),)
+            notes = (_improvement(results, first, second, domain),)
         effect = paper_effect(paper, first, second, domain)
         parts.append(Part(second, f"{first} {word} {second}", interval, p, effect, notes))
     if declared.id == "C5" and (known := [part for part in parts if part.interval is not None]):
         strongest = min(known, key=lambda part: part.interval.effect)
         return parts, [f"strongest baseline: {strongest.key}", *strongest.notes]
-    told = [("allo", "allo_random_tokens")] if declared.id == "C7" else []
-    return parts, _mentions(index, told, domain)
+    if declared.id != "C7":
+        return parts, []
+    forgetting, caveat = parts[0], _assay(results, domain)[1]
+    parts[0] = replace(forgetting, notes=caveat)
+    return parts, [*caveat, *_mentions(results, [("allo", "allo_random_tokens")], domain)]
 
 
-def _reward_parts(index, domain) -> tuple[list[Part], list[str]]:
+def _reward_parts(results: StudyResults, domain: Domain) -> tuple[list[Part], list[str]]:
     """C9: a trend over three or more reward models, else ALLO against one with a worse one."""
-    measured = {key[1] for key in index}
-    order = [name for name in REWARD_MODELS if name in measured]
+    order = [name for name in REWARD_MODELS if results.datasets_of(name, domain)]
     worse = [name for name in order if name not in ("allo", "allo_rm_oracle")]
     others = [("allo", name) for name in worse] + [("allo_rm_oracle", "allo")]
     # Neither untrained nor shuffled targets know anything of the task: they share the lowest rank.
     ranks = {name: max(0, place - 1) for place, name in enumerate(REWARD_MODELS)}
-    found = trend(index, {name: ranks[name] for name in order}, "allo", domain)
+    found = results.trend({name: ranks[name] for name in order}, "allo", domain)
     if found is not None:
         told = order[0]
         for before, name in pairwise(order):
             told += f" {'=' if ranks[before] == ranks[name] else '<'} {name}"
         name = f"rise from the worst to the best reward model ({told})"
-        part = Part("", name, found, p_values(found, domain.unit))
-        return [part], _mentions(index, others, domain)
-    first, second = others[0] if worse else ("allo", "allo_rm_shuffled")
-    found = compare(index, first, second, domain)
-    part = Part("", f"{first} above {second}", found, p_values(found, domain.unit))
-    return [part], _mentions(index, others[1:], domain)
-
-
-def _sensitive(index, reference: str, domain: Domain, shared) -> tuple[float, tuple[str, ...]]:
-    """The p-value of "the reference learned something", and what to say where that is not shown."""
-    if domain.prefix:  # the starting model ranks no pair: chance is what there is to beat
-        right = metric_by_seed(index, reference, domain.metric, domain, shared)
-        values = {seed: value - 0.5 for seed, (value, _, _) in right.items()}
-        stderrs = {seed: stderr for seed, (_, stderr, _) in right.items()}
-        learned = mean_interval(values, stderrs) if values else None
     else:
-        learned = compare(index, reference, "sft_base", domain)
-    p = p_values(learned, domain.unit) or PValues()
+        first, second = others[0] if worse else ("allo", "allo_rm_shuffled")
+        found, name = results.compare(first, second, domain), f"{first} above {second}"
+        others = others[1:]
+    p = p_values(found, domain.unit, models=results.models)
+    seen, notes = _assay(results, domain)
+    if p is not None:
+        p = replace(p, under=max(p.under, seen), over=max(p.over, seen))
+    return [Part("", name, found, p)], [*notes, *_mentions(results, others, domain)]
+
+
+def _assay(results: StudyResults, domain: Domain) -> tuple[float, tuple[str, ...]]:
+    """The p-value of "the choice of tokens can be seen", and what to say where that is not shown:
+    ALLO against forgetting on exactly the tokens that the rewriter would keep."""
+    found = results.compare("allo", INVERTED, domain)
+    p = p_values(found, domain.unit, models=results.models) or PValues()
+    if p.above < 1 - LEVEL:
+        return p.above, ()
+    gap = "not run" if found is None else f"{_size(found.effect, domain.unit)} points"
+    return p.above, (
+        "planted check: ALLO is not shown to beat forgetting on the tokens that the rewriter would "
+        f"keep ({INVERTED}: {gap}), so this assay is insensitive to the choice of tokens",
+    )
+
+
+def _sensitive(
+    results: StudyResults, reference: str, domain: Domain
+) -> tuple[float, tuple[str, ...]]:
+    """The p-value of "the reference learned something", and what to say where that is not shown."""
+    learned = results.compare(reference, "sft_base", domain)
+    if domain.prefix == REWARD:  # the starting model ranks no pair: chance is what there is to beat
+        right = results.score(reference, domain)
+        above = {s: value - 0.5 for s, value in zip(right.seeds, right.by_seed, strict=True)}
+        learned = mean_interval(above, dict(zip(right.seeds, right.errors, strict=True)))
+    p = p_values(learned, domain.unit, models=results.models) or PValues()
     if p.above < 1 - LEVEL:
         return p.above, ()
     size = "" if learned is None else f" ({_size(learned.effect, domain.unit)} points)"
     return p.above, (f"{reference} itself is not shown to beat the starting model{size}",)
 
 
-def _improvement(index, first: str, second: str, domain: Domain) -> str:
-    found = improvement(index, first, second, domain)
+def _improvement(results: StudyResults, first: str, second: str, domain: Domain) -> str:
+    found = results.improvement(first, second, domain)
     if found is None:
         return ""
     ends = f" [{found.low:.2f}, {found.high:.2f}]" if found.decides else ""
     return f"probability of improvement over {second} {found.effect:.2f}{ends}"
 
 
-def _overlap_part(index, name, domain, shared) -> Part:
+def _overlap_part(results: StudyResults, name: str, domain: Domain) -> Part:
     """Against chance within each tensor, where that was measured, else chance over all neurons."""
     ways = {
         CHANCE_IN_TENSORS: "of random masks as large in every tensor",
         "mask_overlap_chance": "of random masks over all neurons (the global one)",
     }
     for metric in ways:
-        sides = (name, "mask_overlap"), (name, metric)
-        interval = metric_difference(index, *sides, domain, shared)
+        interval = results.metric_difference(name, ("mask_overlap", metric), domain.name)
         if interval is not None:
-            interval = replace(interval, n=0)  # the count of neurons is no sample size
             break
     told, notes = f"masks of two {name}, overlap minus chance", (f"chance: {ways[metric]}",)
-    return Part(name, told, interval, p_values(interval, "overlap"), notes=notes)
+    p = p_values(interval, "overlap", models=results.models)
+    return Part(name, told, interval, p, notes=notes)
 
 
-def _rows(declared: Declared, domain: Domain, parts, notes, suffix: str) -> list[Claim]:
+def _rows(
+    declared: Declared, domain: Domain, parts, notes, suffix: str, models: int
+) -> list[Claim]:
     """The claim's row, and one a part where it has several and some were measured."""
-    units = {"lower loss": "training loss (reduction)",
+    units = {"lower loss": "held-out loss (reduction)",
              "overlap": "intersection over union above chance"}  # fmt: skip
     unit, name = units.get(declared.kind, domain.unit), declared.id + suffix
     measured = [part for part in parts if part.interval is not None]
@@ -195,13 +203,14 @@ def _rows(declared: Declared, domain: Domain, parts, notes, suffix: str) -> list
     if not measured:
         return [Claim(name, declared.text, None, None, None, unit, UNDECIDED, lost)]
     where = f"on {domain.name} ({', '.join(domain.datasets)})"
-    count = sum(part.p is not None for part in parts)
+    count = sum(part.interval.decides for part in measured)
     held, told, paper = [], [_tell(measured[0], unit)], measured[0].paper
     if len(parts) > 1:
         held, paper = [_held(part.interval, count) for part in measured], None
         told = [_ends(part.name, *both, unit) for part, both in zip(measured, held, strict=True)]
         told += ["one SFT model decides nothing"] * (len(measured[0].interval.seeds) < 2)
-    told += [*notes, where, *dict.fromkeys(_how(part.interval) for part in measured), lost]
+    told += [*notes, where]
+    told += [*dict.fromkeys(_how(part.interval, models) for part in measured), lost]
     effect, low, high = min(part.interval.effect for part in measured), None, None
     if count == len(measured):
         low = min(part.interval.low for part in measured)
@@ -210,7 +219,7 @@ def _rows(declared: Declared, domain: Domain, parts, notes, suffix: str) -> list
     evidence = "; ".join(text for text in told if text)
     found = [Claim(name, declared.text, effect, low, high, unit, UNDECIDED, evidence, p, paper)]
     for part, (effect, (low, high)) in zip(measured, held, strict=bool(held)):
-        evidence = "; ".join([_tell(part, unit), where, _how(part.interval)])
+        evidence = "; ".join([_tell(part, unit), where, _how(part.interval, models)])
         key = f"{declared.id}.{part.key}{suffix}"
         found.append(Claim(key, part.name, effect, low, high, unit, UNDECIDED, evidence,
                            part.p, part.paper))  # fmt: skip
@@ -247,16 +256,18 @@ def _tell(part: Part, unit: str) -> str:
     return f"{words} ({'; '.join([*details, *filter(None, part.notes)])})"
 
 
-def _how(interval: Interval) -> str:
+def _how(interval: Interval, models: int) -> str:
     """How the interval was made, from which models and problems."""
     seeds = ", ".join(map(str, interval.seeds))
     way = f"{interval.kind}; seed{'s' * (len(interval.seeds) > 1)} {seeds}"
+    if len(interval.seeds) < models:
+        way = f"{len(interval.seeds)} of {models} models so far, and no verdict before all; {way}"
     return f"{way}; n = {interval.n}" if interval.n else way
 
 
-def _mentions(index, pairs, domain: Domain) -> list[str]:
+def _mentions(results: StudyResults, pairs, domain: Domain) -> list[str]:
     """Comparisons beside those of a claim, in words."""
-    found = [(*pair, compare(index, *pair, domain)) for pair in pairs]
+    found = [(*pair, results.compare(*pair, domain)) for pair in pairs]
     return [
         "also " + _ends(f"{first} against {second}", gap.effect, (gap.low, gap.high), domain.unit)
         for first, second, gap in found

@@ -87,7 +87,7 @@ def test(arguments: list[str]) -> int:
 
 def run(arguments: list[str]) -> int:
     parser = _parser("run the notebooks of a profile")
-    parser.add_argument("--seeds", default="0", metavar="0,1,2", help="seeds, default 0")
+    parser.add_argument("--seeds", metavar="0,1,2", help="seeds, default one for each of `models`")
     parser.add_argument("--only", metavar="01,05", help="numbers of notebooks")
     parser.add_argument("--fresh", action="store_true", help="remove earlier results first")
     parser.add_argument("--minutes", metavar="M", help="end after M minutes, done or not")
@@ -301,13 +301,13 @@ def _run_of(options: argparse.Namespace) -> marks.Run:
         )
     _check_methods(profile)
     results = folder_of(options.out, "--out") if options.out else ROOT / "results" / profile.name
-    path = Path(options.profile)
+    path, typed = Path(options.profile), getattr(options, "seeds", None)
     asked = marks.Run(
         given=str(path.resolve()) if path.suffix in (".yaml", ".yml") else options.profile,
         profile=profile,
         results=results,
         overrides=overrides,
-        seeds=parse_seeds(getattr(options, "seeds", "0")),
+        seeds=tuple(range(profile.models)) if typed is None else parse_seeds(typed),
         data=data_folder(getattr(options, "data", None)),
         domains=parse_domains(options.domains or "", profile),
     )

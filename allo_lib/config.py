@@ -254,7 +254,11 @@ class Replicates:
 
 @dataclass(frozen=True, config=STRICT)
 class Compute:
-    """Batches, threads and repeats: they change cost, and results only by rounding."""
+    """Batches, threads and repeats: they change cost, and results by rounding.
+
+    Training makes more of that: another number of threads or another type of CPU is another draw,
+    as another order of the pairs is; a study is a mean over such draws.
+    """
 
     threads: Count = 0  # of torch for what methods share; 0 leaves torch's choice
     method_threads: Count = 0  # ... and for training and measuring a method; 0 is the same as above
@@ -294,6 +298,9 @@ class Profile:
     method: Method = field(default_factory=Method)
     search: Search = field(default_factory=Search)
     replicates: Replicates = field(default_factory=Replicates)
+    # Independent SFT models, those of seeds 0 to models - 1: no verdict before all are there, and
+    # none that counts more. It changes no result, so it is no part of Profile.hash.
+    models: Positive = 1
     compute: Compute = field(default_factory=Compute)
     timing: Timing = field(default_factory=Timing)
     judge: Judge = field(default_factory=Judge)
@@ -338,13 +345,14 @@ class Profile:
 
 
 def settings_hash(settings: dict) -> str:
-    """Profile.hash of `Profile.to_dict`: all of it but what cannot change a result, and the judge.
+    """Profile.hash of `Profile.to_dict`: all of it but `models` and other keys that cannot change a
+    result, and the judge.
 
     Settings that came later count only where they are used, so that older results keep their hash.
     """
     compute = dict(settings.get("compute", {}))
     compute.pop("checkpoint_minutes", None)
-    hashed = {key: value for key, value in settings.items() if key != "judge"}
+    hashed = {key: value for key, value in settings.items() if key not in ("judge", "models")}
     if settings.get("replicates") == json.loads(json.dumps(dataclasses.asdict(Replicates()))):
         del hashed["replicates"]
     if settings.get("model", {}).get("architectures") == ["llama"]:

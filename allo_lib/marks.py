@@ -124,6 +124,7 @@ def key(run: Run, notebook: Path, seed: int | None) -> str:
         # No part of the profile's hash, as it changes no result but the verdicts read here.
         judge = run.profile.judge
         made_by += [dataclasses.asdict(judge)] if judge.kind else []
+        made_by += [run.profile.models] if run.profile.models > 1 else []
     return fingerprint(made_by)
 
 

@@ -1,9 +1,7 @@
-"""`measurements.csv`: one row a measurement, the source of every table, claim and main figure.
+"""`measurements.csv`: one row a measurement, for readers and spreadsheets.
 
-Outcomes are binary (an answer is right, a held-out pair is ranked right), so the paired comparison
-of methods A and B on the same n problems is fully told by two shares: problems that A alone gets
-right (`gain_over:B`) and problems that B alone gets right (`loss_to:B`). Values are fractions;
-timings are kept elsewhere, so that two runs of one seed write the same bytes.
+Comparisons of methods are no rows of it: they come from the outcomes (`outcomes`, `comparisons`).
+Values are fractions; timings are kept elsewhere, so that two runs of one seed write the same bytes.
 """
 
 import contextlib
@@ -19,10 +17,6 @@ from pathlib import Path
 from allo_lib.errors import AlloError
 
 AVERAGE = "average"
-GAIN = "gain_over:"
-LOSS = "loss_to:"
-# Training loss minus that of a baseline, step by step: both see the same pairs in the same order.
-LOSS_GAP = "train_loss_minus:"
 # Overlap of random masks that keep as much of every tensor as the two that are compared.
 CHANCE_IN_TENSORS = "mask_overlap_chance_per_tensor"
 # The prefix of a metric that counts held-out preference pairs instead of answered problems.
@@ -64,34 +58,6 @@ def proportion(
     return Measurement(seed, method, dataset, metric, share, stderr, n)
 
 
-def paired(
-    seed: int,
-    method: str,
-    baseline: str,
-    dataset: str,
-    outcomes: Sequence[bool],
-    baseline_outcomes: Sequence[bool],
-    prefix: str = "",
-) -> list[Measurement]:
-    """The two rows that tell how `method` differs from `baseline` on the same problems.
-
-    `prefix` is "" for accuracy and "reward_" for held-out pairs. Raises AlloError when the two
-    lists differ in length.
-    """
-    if len(outcomes) != len(baseline_outcomes):
-        raise AlloError(
-            f"{method} has {len(outcomes)} outcomes on {dataset} but {baseline} has "
-            f"{len(baseline_outcomes)}: a paired comparison needs the same problems in one order"
-        )
-    both = list(zip(map(bool, outcomes), map(bool, baseline_outcomes), strict=True))
-    gains = [ours and not theirs for ours, theirs in both]
-    losses = [theirs and not ours for ours, theirs in both]
-    return [
-        proportion(seed, method, dataset, f"{prefix}{GAIN}{baseline}", gains),
-        proportion(seed, method, dataset, f"{prefix}{LOSS}{baseline}", losses),
-    ]
-
-
 def average(rows: Sequence[Measurement], name: str = AVERAGE) -> Measurement:
     """The unweighted mean over data sets of one seed, method and metric, as data set `name`.
 
@@ -108,11 +74,6 @@ def average(rows: Sequence[Measurement], name: str = AVERAGE) -> Measurement:
     stderr = math.sqrt(sum(row.stderr**2 for row in rows)) / count
     mean = sum(row.value for row in rows) / count
     return Measurement(seed, method, name, metric, mean, stderr, sum(row.n for row in rows))
-
-
-def is_average(dataset: str) -> bool:
-    """Whether this is a mean over data sets: `average`, or `average:maths` of one domain."""
-    return dataset.partition(":")[0] == AVERAGE
 
 
 def merge(
@@ -189,13 +150,6 @@ def read(path: str | Path) -> list[Measurement]:
     rows = [_parse(cells, f"{path} line {line}") for line, cells in enumerate(lines[1:], 2)]
     _check_unique(rows, str(path))
     return rows
-
-
-def to_frame(rows: Iterable[Measurement]):
-    """The rows as a pandas DataFrame with the columns of the file."""
-    import pandas
-
-    return pandas.DataFrame([astuple(row) for row in rows], columns=list(COLUMNS))
 
 
 def seeds_of(rows: Iterable[Measurement]) -> list[int]:

@@ -43,9 +43,10 @@ def frame(results: Iterable[tuple[int, int, str, str, dict, list[str]]]) -> pd.D
 
 def merge(old: pd.DataFrame, new: pd.DataFrame) -> pd.DataFrame:
     """`new` together with the rows of `old` that are of other models or domains."""
-    fresh = set(zip(new["model"], new["domain"], strict=True))
-    kept = [pair not in fresh for pair in zip(old["model"], old["domain"], strict=True)]
-    return pd.concat([old[kept], new], ignore_index=True) if len(old) else new
+    if not len(old):
+        return new
+    of, fresh = (pd.MultiIndex.from_frame(rows[["model", "domain"]]) for rows in (old, new))
+    return pd.concat([old[~of.isin(fresh.unique())], new], ignore_index=True)
 
 
 def write(path: Path, rows: pd.DataFrame) -> None:
@@ -57,12 +58,12 @@ def write(path: Path, rows: pd.DataFrame) -> None:
     if rows.duplicated(keys).any():
         twice = rows[rows.duplicated(keys)].iloc[0][keys].to_dict()
         raise AlloError(f"{path}: the outcome {twice} is given twice; expected each once")
-    ordered = rows.sort_values(keys, kind="stable", ignore_index=True)
-    table = pa.table({name: pa.array(ordered[name].tolist(), type=_plain(SCHEMA.field(name).type))
-                      for name in COLUMNS})  # fmt: skip
+    words = {word: pd.Categorical(rows[word], sorted(rows[word].unique())) for word in _WORDS}
+    ordered = rows.assign(**words).sort_values(keys, kind="stable", ignore_index=True)
+    table = pa.Table.from_pandas(ordered[COLUMNS], preserve_index=False).cast(SCHEMA)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        pq.write_table(table.cast(SCHEMA), temporary, compression="zstd", store_schema=False)
+        pq.write_table(table, temporary, compression="zstd", store_schema=False)
         os.replace(temporary, path)
     except OSError as error:
         raise AlloError(
@@ -77,13 +78,9 @@ def read(path: Path) -> pd.DataFrame:
     if not path.is_file():
         return pd.DataFrame(columns=COLUMNS)
     try:
-        found = pq.read_table(path).to_pandas()
+        found = pq.read_table(path, read_dictionary=list(_WORDS)).to_pandas()
     except (pa.ArrowException, OSError) as error:
         raise AlloError(f"{path} is not a readable Parquet file ({error}): restore it") from None
     if list(found.columns) != COLUMNS:
         raise AlloError(f"{path} has columns {list(found.columns)}: expected {COLUMNS}")
     return found
-
-
-def _plain(kind: pa.DataType) -> pa.DataType:
-    return kind.value_type if pa.types.is_dictionary(kind) else kind

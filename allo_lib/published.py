@@ -57,6 +57,11 @@ _ARMS = {
     "allo_rm_shuffled": "shuffled reward model",
     "allo_rm_untrained": "untrained reward model",
     "allo_rm_oracle": "oracle token rewards",
+    "allo_rm_inverted": "forgetting what the reward model keeps",
+    "allo_all_wrong": "official: all wrong samples forgotten",
+    "allo_key10": "official: 10% key tokens",
+    "allo_f5_l5": "official: 5% of the neurons",
+    "allo_official": "official: all three",
 }
 # dpo_top10, dpo_last10, dpo_random10, dpo_top2p5, dpo_top10_gradient, dpo_top10_long
 _MASKED = re.compile(r"dpo_(top|last|random)(\d+)(?:p(\d+))?(?:_(\w+))?")

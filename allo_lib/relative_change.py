@@ -7,10 +7,9 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from allo_lib import published
-from allo_lib.comparisons import columns_of, compare, domains_of, index_of
+from allo_lib.comparisons import StudyResults, columns_of
 from allo_lib.figure_style import GREY, PALETTE, subplots
 from allo_lib.main_table import PAPER_AVERAGES, published_columns
-from allo_lib.measurements import Measurement
 from allo_lib.stats import Interval
 
 CAPTION = (
@@ -42,29 +41,28 @@ class Change:
 
 
 def changes_of(
-    rows: Sequence[Measurement],
+    results: StudyResults,
     paper_dir: str | Path | None = None,
     method: str = "allo",
     baseline: str = "dpo",
 ) -> list[Change]:
     """The relative change on each data set of each domain and on their averages.
 
-    Paired where the rows have paired counts, else of independent accuracies. Data sets that the
-    paper does not have stand alone, and their average beside the paper's averages.
+    Data sets that the paper does not have stand alone, and their average beside the paper's
+    averages.
     """
-    index, paper = index_of(rows), published.main_results(paper_dir)
-    found = []
-    for domain in domains_of(rows):
+    paper, found = published.main_results(paper_dir), []
+    for domain in results.domains:
         columns, beside = columns_of(domain), published_columns(paper, domain)
         for name in columns:
             part = domain.only(name)
-            interval = compare(index, method, baseline, part, unpaired=True, relative=True)
+            interval = results.compare(method, baseline, part, relative=True)
             points = [(_OWN, beside[name])] if name in beside else []
             if name == columns[-1] and not set(columns) & set(beside):
                 like = _LIKE.get(domain.name, tuple(beside))
                 points = [(PAPER_AVERAGES[key], beside[key]) for key in like]
             told = tuple((label, row[method] / row[baseline] - 1) for label, row in points)
-            both = compare(index, method, baseline, part, unpaired=True) is not None
+            both = results.compare(method, baseline, part) is not None
             why = f"{baseline.upper()}: none right" if both else "not run"
             found.append(Change(domain.name, domain.unit, name, interval, told, why))
     return found

@@ -1,4 +1,4 @@
-"""From `measurements.csv` to claims, tables, main figures, `report.html` and the README's block."""
+"""From outcomes and measurements to claims, tables, main figures, report and README's block."""
 
 import base64
 import csv
@@ -19,15 +19,18 @@ from allo_lib import (
 )
 from allo_lib.ablations import single_changes
 from allo_lib.claims import Claim
-from allo_lib.comparisons import compare, domains_of, index_of, judged_by
+from allo_lib.comparisons import StudyResults, judged_by
 from allo_lib.errors import AlloError
 from allo_lib.figure_style import caption_of
-from allo_lib.measurements import Measurement
-from allo_lib.measurements import read as read_measurements
 from allo_lib.verdicts import POINTS, RULE
 
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 PROFILES = ("tiny", "tiny-full", "smollm2")
+# Of a profile of one SFT model, wherever its claims stand.
+_ALONE = (
+    "One SFT model decides nothing: no claim about methods has a verdict here, whatever its "
+    "interval over problems. The numbers show that everything runs and what it gives."
+)
 _OF_SEED = re.compile(r"_seed(\d+)\.png$")
 _EFFICIENCY = {"variant", "device", "seconds_per_pair", "peak_bytes_above_model"}
 # What stands beside a domain of whose data sets the paper has none.
@@ -53,21 +56,31 @@ figcaption, .note { color: #444; font-size: .9rem }
 """
 
 
-def rebuild(results_dir: str | Path, paper_dir: str | Path | None = None) -> list[Path]:
-    """Claims, tables, main figures and report, from `measurements.csv` (and, for C10, from
-    `tables/efficiency.csv`); returns what was written. Same input, same bytes."""
+def rebuild(
+    results_dir: str | Path, paper_dir: str | Path | None = None, models: int | None = None
+) -> list[Path]:
+    """Claims, tables, main figures and report, from `outcomes.parquet` and `measurements.csv` (and,
+    for C10, from `tables/efficiency.csv`), without torch; returns what was written.
+
+    Same input, same bytes. `models`: how many SFT models the profile fixes beforehand; None reads
+    it from the folder's manifest.
+    """
     folder = Path(results_dir)
-    rows = read_measurements(folder / "measurements.csv")
-    if not rows:
-        raise AlloError(f"{folder / 'measurements.csv'} has no rows: run the notebooks 00 to 05")
+    results = StudyResults.load(folder, models or models_of(folder))
     efficiency = read_efficiency(folder / "tables" / "efficiency.csv")
-    found = claims_module.compute(rows, efficiency, paper_dir)
+    found = claims_module.compute(results, efficiency, paper_dir)
     claims_module.write(folder / "claims.csv", found)
     paths = [folder / "claims.csv"]
-    made = [*tables.build(rows, paper_dir), row_comparisons.claims_table(found)]
+    made = [*tables.build(results, paper_dir), row_comparisons.claims_table(found)]
     paths += tables.write(made, folder / "tables")
-    paths += draw(rows, found, efficiency, folder / "figures", paper_dir)
-    return [*paths, build(folder)]
+    paths += draw(results, found, efficiency, folder / "figures", paper_dir)
+    return [*paths, build(folder, results.models)]
+
+
+def models_of(folder: str | Path) -> int:
+    """How many SFT models the profile of a results folder fixes; 1 before its first manifest."""
+    told = manifest.read(Path(folder)) or {}
+    return told.get("settings", {}).get("models", 1)
 
 
 def read_efficiency(path: str | Path) -> list[dict[str, str]]:
@@ -91,13 +104,13 @@ def _text(path: Path) -> str:
 
 
 def draw(
-    rows: Sequence[Measurement],
+    results: StudyResults,
     claims: Sequence[Claim],
     efficiency: Sequence[dict[str, str]],
     folder: Path,
     paper_dir: str | Path | None = None,
 ) -> list[Path]:
-    """The figures that need nothing but measurements: main table, study, ablations, claims."""
+    """The figures that need nothing but the results: main table, study, ablations, claims."""
     paths = [
         figures.save(
             figures.claims_figure(claims),
@@ -107,12 +120,12 @@ def draw(
             "one claim held together; right of zero supports it.",
         )
     ]
-    changes = relative_change.changes_of(rows, paper_dir)
+    changes = relative_change.changes_of(results, paper_dir)
     if any(change.interval for change in changes):
         figure = relative_change.draw(changes)
         paths.append(figures.save(figure, folder, "relative_change", relative_change.CAPTION))
-    for domain in domains_of(rows):
-        paths += _draw_domain(rows, domain, folder, paper_dir)
+    for domain in results.domains:
+        paths += _draw_domain(results, domain, folder, paper_dir)
     if efficiency:
         caption = "Cost of one pair: time, peak memory above the loaded model, optimizer state."
         paths.append(
@@ -121,20 +134,20 @@ def draw(
     return [path.with_suffix(suffix) for path in paths for suffix in (".png", ".pdf")]
 
 
-def _draw_domain(rows, domain, folder: Path, paper_dir) -> list[Path]:
+def _draw_domain(results: StudyResults, domain, folder: Path, paper_dir) -> list[Path]:
     paths, unit = [], f"{domain.unit} (%)"
-    own = {method: tables.method_interval(rows, method, domain) for method in published.LABELS}
+    own = {method: results.score(method, domain) for method in published.LABELS}
     measured = {m: (found.effect, *_ends(found)) for m, found in own.items() if found}
     if measured:
         paper, title = _paper_beside(domain, paper_dir)
         titles = {"title": f"{domain.name}: {', '.join(domain.datasets)}", "paper_title": title}
         figure = figures.main_table_figure(measured, paper, unit=domain.unit, **titles)
         caption = "All methods: measured, and the paper's own numbers on its models and data."
-        caption += judged_by(index_of(rows), domain)
+        caption += judged_by(results.index, domain)
         paths.append(figures.save(figure, folder, f"main_{domain.name}", caption))
     for suffix, protocol in (("", "each arm at its own best rate"), ("_paper", "one rate for all")):
         arms = ("dpo_top10", "dpo_last10", "dpo_random10", "dpo")
-        own = {arm + suffix: tables.method_interval(rows, arm + suffix, domain) for arm in arms}
+        own = {arm + suffix: results.score(arm + suffix, domain) for arm in arms}
         bars = {arm: (found.effect, _error(found)) for arm, found in own.items() if found}
         if len(bars) > 1:
             study = published.empirical_study(paper_dir)
@@ -142,7 +155,7 @@ def _draw_domain(rows, domain, folder: Path, paper_dir) -> list[Path]:
             caption = f"DPO on a tenth of the neurons and on all, {protocol}, beside the paper."
             name = f"empirical_{domain.name}{suffix}"
             paths.append(figures.save(figure, folder, name, caption))
-    effects = _ablations(rows, domain)
+    effects = _ablations(results, domain)
     if effects:
         figure = figures.ablation_bars(effects, "allo", unit=domain.unit)
         caption = "ALLO with one thing changed: paired differences to ALLO on the same problems."
@@ -162,11 +175,9 @@ def _paper_beside(domain, paper_dir) -> tuple[dict[str, float], str]:
     return mean, f"paper, {', '.join(own)}"
 
 
-def _ablations(rows, domain) -> dict[str, tuple[float, float, float]]:
-    index, measured = index_of(rows), {row.method for row in rows}
-    methods = [method for method in ("dpo", "dpo_long") if method in measured]
-    methods += sorted(single_changes(measured))
-    found = {method: compare(index, method, "allo", domain) for method in methods}
+def _ablations(results: StudyResults, domain) -> dict[str, tuple[float, float, float]]:
+    methods = ["dpo", "dpo_long", *sorted(single_changes(results.methods))]
+    found = {method: results.compare(method, "allo", domain) for method in methods}
     return {name: (gap.effect, gap.low, gap.high) for name, gap in found.items() if gap}
 
 
@@ -180,7 +191,7 @@ def _error(interval) -> float:
     return (high - low) / 2 / figures.Z95
 
 
-def build(results_dir: str | Path) -> Path:
+def build(results_dir: str | Path, models: int | None = None) -> Path:
     """Write `report.html`: claims, tables and figures of the folder on one self-contained page.
 
     Needs `claims.csv`; raises AlloError without it, and for a table that is no text or a figure
@@ -189,11 +200,14 @@ def build(results_dir: str | Path) -> Path:
     """
     folder = Path(results_dir)
     name = html.escape(folder.resolve().name)
+    models = models or models_of(folder)
     parts = [
         f"<h1>ALLO, reproduced: {name}</h1>",
         '<p class="note">Low-Redundant Optimization for Large Language Model Alignment '
-        "(arXiv 2406.12606). Every number comes from measurements.csv of this folder.</p>",
+        "(arXiv 2406.12606). Every number comes from outcomes.parquet and measurements.csv of this "
+        "folder.</p>",
         "<h2>Claims</h2>",
+        _note_html(_ALONE if models == 1 else ""),
         f'<p class="note">{_inline(RULE)}</p>',
         _claims_html(claims_module.read(folder / "claims.csv")),
         _figure_html(folder / "figures" / "claims.png"),
@@ -314,11 +328,11 @@ def readme_block(results_root: str | Path) -> str:
 
 
 def _profile_block(folder: Path, link: str) -> str:
-    rows = read_measurements(folder / "measurements.csv")
-    seeds = ", ".join(map(str, sorted({row.seed for row in rows})))
-    domains = domains_of(rows)
-    lines = [f"### `{folder.name}` (seeds {seeds})", ""]
-    for name in ("relative_change", f"main_{domains[0].name}"):
+    results = StudyResults.load(folder, models_of(folder))
+    seeds, domains = ", ".join(map(str, results.seeds)), results.domains
+    lines = [f"### `{folder.name}` (seed{'s' * (len(results.seeds) > 1)} {seeds})", ""]
+    lines += [_ALONE, ""] if results.models == 1 else []
+    for name in ("relative_change", *(f"main_{domain.name}" for domain in domains[:1])):
         figure = folder / "figures" / f"{name}.png"
         if figure.exists():
             lines += [f"![{caption_of(figure)}]({link}/figures/{figure.name})", ""]

@@ -5,6 +5,8 @@ import json
 import statistics
 from pathlib import Path
 
+import numpy as np
+
 from allo_lib import (
     arms,
     importance,
@@ -15,7 +17,6 @@ from allo_lib import (
     scoring,
     win_rates,
 )
-from allo_lib.claims import loss_pairs, wanted_pairs
 from allo_lib.config import Profile
 from allo_lib.errors import AlloError
 from allo_lib.importance import NeuronMask
@@ -23,7 +24,7 @@ from allo_lib.measurements import Measurement, seeds_of
 from allo_lib.overlaps import chance_within
 from allo_lib.parallel import fill
 from allo_lib.parts import Part
-from allo_lib.stats import Interval, PairedCounts, paired_interval
+from allo_lib.stats import Interval, mean_and_error, mean_interval
 from allo_lib.store import write_json
 from allo_lib.study import Study
 
@@ -99,11 +100,6 @@ def _result_rows(study: Study, name: str, results: dict[str, dict]) -> list[Meas
     rows = []
     for method, found in results.items():
         rows += _method_rows(study, name, method, found)
-    for method, baseline in wanted_pairs(results):
-        rows += _paired_rows(study, name, method, baseline, results)
-    for method, baseline in loss_pairs({m: r for m, r in results.items() if r["loss"]}):
-        losses = (results[one]["loss"][-1] for one in (method, baseline))
-        rows.append(loss_gap(study.seed, method, baseline, name, *losses))
     return rows
 
 
@@ -178,29 +174,7 @@ def _of(found: dict, dataset: str) -> list[list]:
 
 def train_loss(seed: int, method: str, name: str, losses: list[float]) -> Measurement:
     """Mean training loss of the last quarter of the steps of the last stage."""
-    return _mean(seed, method, name, "train_loss", _last_quarter(losses))
-
-
-def loss_gap(
-    seed: int, method: str, baseline: str, name: str, losses: list[float], others: list[float]
-) -> Measurement:
-    """Training loss minus the baseline's, the mean over the last quarter of the steps.
-
-    Both arms read the same pairs in the same order, so steps are compared one by one and what makes
-    some batches harder than others cancels. AlloError for runs of unequal length.
-    """
-    if len(losses) != len(others):
-        raise AlloError(
-            f"{method} made {len(losses)} steps and {baseline} {len(others)}: a comparison step by "
-            "step needs equally many"
-        )
-    gaps = [ours - theirs for ours, theirs in zip(losses, others, strict=True)]
-    metric = f"{measurements.LOSS_GAP}{baseline}"
-    return _mean(seed, method, name, metric, _last_quarter(gaps))
-
-
-def _last_quarter(values: list[float]) -> list[float]:
-    return values[-max(2, len(values) // 4) :]
+    return _mean(seed, method, name, "train_loss", losses[-max(2, len(losses) // 4) :])
 
 
 def _mean(seed: int, method: str, name: str, metric: str, values: list[float]) -> Measurement:
@@ -220,21 +194,6 @@ def _margin_rows(study: Study, name: str, method: str, margins: list[float]) -> 
         measurements.proportion(study.seed, method, place, "reward_accuracy", right),
         Measurement(study.seed, method, place, "reward_margin", mean, stderr, n),
     ]
-
-
-def _paired_rows(study, name: str, method: str, baseline: str, results) -> list[Measurement]:
-    ours, theirs = results[method], results[baseline]
-    if "answers" not in ours:
-        sides = [[margin > 0 for margin in side["margins"]] for side in (ours, theirs)]
-        dataset = study.domain(name).datasets[0]
-        return measurements.paired(
-            study.seed, method, baseline, dataset, *sides, prefix=measurements.REWARD
-        )
-    rows = []
-    for dataset in study.domain(name).datasets:
-        sides = [[row[3] for row in _of(side, dataset)] for side in (ours, theirs)]
-        rows += measurements.paired(study.seed, method, baseline, dataset, *sides)
-    return rows
 
 
 def top_masks(study: Study, name: str) -> dict[str, NeuronMask]:
@@ -308,13 +267,12 @@ def outcomes_of(study: Study, name: str):
 
 def difference(found: dict, baseline: dict) -> Interval:
     """Paired difference of two results on one seed's problems (or held-out pairs)."""
-    ours, theirs = (_outcomes(side) for side in (found, baseline))
-    counts = {}
-    for dataset in dict.fromkeys(place for place, _ in ours):
-        sides = [[right for place, right in side if place == dataset] for side in (ours, theirs)]
-        gain, loss = measurements.paired(0, found["method"], baseline["method"], dataset, *sides)
-        counts[dataset] = PairedCounts(gain.value, loss.value, gain.n)
-    return paired_interval({0: counts})
+    groups: dict[str, list[int]] = {}
+    for (place, ours), (_, theirs) in zip(_outcomes(found), _outcomes(baseline), strict=True):
+        groups.setdefault(place, []).append(ours - theirs)
+    effect, error = mean_and_error([np.array(group) for group in groups.values()], (1.0, -1.0))
+    n = sum(map(len, groups.values()))
+    return mean_interval({0: effect}, {0: error}, n).within(-1.0, 1.0)
 
 
 def unit(found: dict) -> str:

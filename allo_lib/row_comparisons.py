@@ -5,11 +5,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from allo_lib import published
-from allo_lib.comparisons import Domain, columns_of, compare, domains_of, index_of, paper_effect
-from allo_lib.measurements import Measurement
-from allo_lib.multiple import holm
-from allo_lib.not_run import reason
-from allo_lib.stats import Interval
+from allo_lib.comparisons import Domain, StudyResults, columns_of, paper_effect
+from allo_lib.main_table import reason
+from allo_lib.stats import Interval, holm
 from allo_lib.table_cells import Table, change_text, how
 from allo_lib.verdicts import RULE, UNDECIDED, Claim, PValues, decide, p_values, tags_of
 
@@ -50,18 +48,12 @@ class Comparison:
         return tags_of(self.verdict, self.small, self.paper, *ends)
 
 
-def compare_rows(
-    rows: Sequence[Measurement], paper_dir: str | Path | None = None
-) -> list[Comparison]:
-    """Every comparison of METHOD with a row of the main tables, each family corrected by Holm.
-
-    Where no paired counts exist the accuracies are taken as independent, and the interval says so.
-    """
-    index = index_of(rows)
+def compare_rows(results: StudyResults, paper_dir: str | Path | None = None) -> list[Comparison]:
+    """Every comparison of METHOD with a row of the main tables, each family corrected by Holm."""
     paper = published.main_results(paper_dir), published.empirical_study(paper_dir)
     found = [
-        _one(index, paper, domain, dataset, baseline)
-        for domain in domains_of(rows)
+        _one(results, paper, domain, dataset, baseline)
+        for domain in results.domains
         for dataset in columns_of(domain)
         for baseline in published.LABELS
         if baseline != METHOD
@@ -75,27 +67,23 @@ def compare_rows(
     return found
 
 
-def _one(index, paper, domain: Domain, dataset: str, baseline: str) -> Comparison:
+def _one(results: StudyResults, paper, domain: Domain, dataset: str, baseline: str) -> Comparison:
     part = domain.only(dataset)
     family = AVERAGES if dataset == columns_of(domain)[-1] else SINGLE
     effect = paper_effect(paper, METHOD, baseline, part)
-    interval = compare(index, METHOD, baseline, part, unpaired=True)
-    p = p_values(interval, domain.unit)
+    interval = results.compare(METHOD, baseline, part)
+    p = p_values(interval, domain.unit, models=results.models)
     one = Comparison(domain.name, dataset, baseline, family, interval, effect, p)
     if interval is None:
-        lacking = METHOD if not _measured(index, METHOD, part) else baseline
-        return replace(one, missing=f"{lacking}: {reason(index, lacking, dataset, domain)}")
+        whole = results.datasets_of(METHOD, part) == list(part.datasets)
+        lacking = baseline if whole else METHOD
+        return replace(one, missing=f"{lacking}: {reason(results, lacking, dataset, domain)}")
     return one
 
 
-def _measured(index, method: str, domain: Domain) -> bool:
-    names = set(domain.datasets)
-    return names <= {k[2] for k in index if k[1] == method and k[3] == domain.metric}
-
-
-def row_comparisons(rows: Sequence[Measurement], paper_dir: str | Path | None = None) -> Table:
+def row_comparisons(results: StudyResults, paper_dir: str | Path | None = None) -> Table:
     """`comparisons.csv` and `.md`: effects in fractions and points, verdicts before and after."""
-    found = compare_rows(rows, paper_dir)
+    found = compare_rows(results, paper_dir)
     measured = [one for one in found if one.interval is not None]
     sizes = {
         family: sum(one.family == family and one.p is not None for one in found)
@@ -104,7 +92,7 @@ def row_comparisons(rows: Sequence[Measurement], paper_dir: str | Path | None = 
     return Table(
         "comparisons",
         "ALLO against every other row of the main tables, points",
-        f"{how(rows)} Difference: ALLO minus the row, with its 95% interval over SFT models (of "
+        f"{how(results)} Difference: ALLO minus the row, with its 95% interval over SFT models (of "
         "one model, over its problems). p: two-sided, that it is none; p size: that it is a point "
         "or more. Verdict: on ALLO being above the row, by the rule of the claims, corrected "
         f"by Holm's method in two families over all domains: the {sizes[AVERAGES]} comparisons on "
@@ -180,7 +168,8 @@ def claims_table(claims: Sequence[Claim]) -> Table:
         "The verdicts and the p-values behind them",
         f"{RULE} p: two-sided, that the effect (of C3 above minus its margin) is none; p size: "
         "that it is a point or more; each before and after Holm's method. Claims that were not "
-        "measured, or from one SFT model, are left out, and so are verdicts that rest on no p.",
+        "measured, or on fewer SFT models than were fixed beforehand, are left out, and so are "
+        "verdicts that rest on no p.",
         records,
         ["id", "family", "p", "p, Holm", "p size", "p size, Holm", "verdict"],
         body,

@@ -1,9 +1,9 @@
-"""Intervals for effects: Student's t over independent SFT models.
+"""Intervals for effects: Student's t over independent SFT models; and Holm's correction.
 
-The unit of inference is the SFT model (today one a seed): it gives one effect, of several
-replicates their mean, and these effects are independent draws. Problems of one model share its
-weights, so they are never counted as draws of their own; they only say how precisely the model's
-effect is known.
+The unit of inference is the SFT model (one a seed): it gives one effect, of several replicates
+their mean, and these effects are independent draws. Problems of one model share its weights, so
+they are never counted as draws of their own; they only say how precisely the model's effect is
+known.
 """
 
 import math
@@ -77,90 +77,19 @@ class Interval:
         return max(float(stdtr(df, (self.effect - bar) / error)) for df, error in self.scales)
 
 
-@dataclass(frozen=True)
-class PairedCounts:
-    """Two methods on n problems: the share that only the first, or only the second, gets right.
+def mean_and_error(
+    groups: Sequence[np.ndarray], extra: Sequence[float] = ()
+) -> tuple[float, float]:
+    """The mean over data sets of the mean over their problems, and its standard error.
 
-    `base` is the share that the second gets right, needed for relative changes only. `paired` is
-    False where the two were not compared problem by problem and the shares are those of independent
-    outcomes (`independent`).
+    groups: a data set's values each, [problems]; data sets count equally. `extra` values join those
+    of every data set where its variance is taken, not its mean: for differences of outcomes -1 and
+    1, one problem more on either side than were seen to tell two methods apart (Bonett & Price
+    2012, doi:10.3102/1076998611411915): that none was seen does not mean that there is none.
     """
-
-    gain: float
-    loss: float
-    n: int
-    base: float | None = None
-    paired: bool = True
-
-    def __post_init__(self):
-        if self.n < 1 or min(self.gain, self.loss) < 0 or self.gain + self.loss > 1 + 1e-9:
-            raise AlloError(
-                f"paired counts gain={self.gain}, loss={self.loss}, n={self.n}: expected shares "
-                ">= 0 that add up to at most 1 and n >= 1"
-            )
-
-    @classmethod
-    def independent(cls, first: float, second: float, n: int) -> "PairedCounts":
-        """Counts of two accuracies as if a problem told nothing from one method to the other.
-
-        The variance of the difference is then that of two independent proportions, which is too
-        large rather than too small where methods find the same problems hard.
-        """
-        return cls(first * (1 - second), second * (1 - first), n, second, paired=False)
-
-    @property
-    def effect(self) -> float:
-        return self.gain - self.loss
-
-
-def paired_interval(
-    cells: Mapping[int, Mapping[str, PairedCounts]], *, relative: bool = False
-) -> Interval:
-    """The difference in accuracy (first minus second method), averaged over data sets and models.
-
-    `relative`: divided by the second method's accuracy, model by model (of several data sets by its
-    mean over them, as the paper does); every cell then needs its `base`.
-
-    `cells[seed][dataset]` holds the counts; every seed must have the same data sets, which count
-    equally. Each seed's SFT model gives one effect, and `mean_interval` does the rest, with the
-    standard errors that the problems give. On a fixed test set that all models share the interval
-    is about that test set.
-    """
-    seeds = tuple(sorted(cells))
-    if not seeds:
-        raise AlloError("no paired counts were given: expected at least one seed with a data set")
-    datasets = sorted(cells[seeds[0]])
-    if not datasets or any(sorted(cells[seed]) != datasets for seed in seeds):
-        raise AlloError(
-            "paired counts name different data sets in different seeds: give common ones"
-        )
-    table = {seed: [cells[seed][dataset] for dataset in datasets] for seed in seeds}
-    effects = {seed: _effect(row, relative) for seed, row in table.items()}
-    errors = {
-        seed: _variance(row, effects[seed] if relative else None) ** 0.5
-        for seed, row in table.items()
-    }
-    n = sum(cell.n for row in table.values() for cell in row)
-    found = mean_interval(effects, errors, n)
-    if not all(cell.paired for row in table.values() for cell in row):
-        found = replace(found, kind=f"{found.kind}, accuracies taken as independent")
-    # Accuracies differ by 1 at most, and fall by all at most.
-    return found.within(-1.0, math.inf if relative else 1.0)
-
-
-def _effect(row: Sequence[PairedCounts], relative: bool) -> float:
-    difference = float(np.mean([cell.effect for cell in row]))
-    if not relative:
-        return difference
-    for cell in row:
-        if cell.base is None or not cell.loss - 1e-9 <= cell.base <= 1 - cell.gain + 1e-9:
-            raise AlloError(
-                f"a relative change with gain={cell.gain}, loss={cell.loss}, base={cell.base}: "
-                "expected the second method's accuracy as base, from the loss to 1 minus the gain"
-            )
-    if not any(cell.base for cell in row):
-        raise AlloError("a relative change to a method that gets nothing right is not defined")
-    return difference / float(np.mean([cell.base for cell in row]))
+    variances = [np.var(np.append(group, extra)) / (len(group) + len(extra)) for group in groups]
+    mean = float(np.mean([np.mean(group) for group in groups]))
+    return mean, float(np.sum(variances)) ** 0.5 / len(groups)
 
 
 def mean_interval(
@@ -203,25 +132,23 @@ def _half(scales: Sequence[tuple[float, float]], level: float) -> float:
     return max(halves, default=math.nan)
 
 
-def _variance(row: Sequence[PairedCounts], ratio: float | None) -> float:
-    """Variance of one model's effect over its problems; of a `ratio` by the delta method.
+def holm(p_values: Sequence[float], weights: Sequence[float] | None = None) -> list[float]:
+    """Adjusted p-values, in the order given, each in [0, 1].
 
-    One problem more on either side than were seen to tell the methods apart (Bonett & Price 2012,
-    doi:10.3102/1076998611411915): that none was seen does not mean that there is none.
+    Rejecting wherever the adjusted value is below a keeps the chance of even one false rejection
+    in the whole family at a or less, whatever the dependence of the tests (Holm 1979, Scandinavian
+    Journal of Statistics 6, 65-70; section 3 of it for positive `weights`, 1 each by default).
+    AlloError for a value outside [0, 1], NaN among them.
     """
-    total = 0.0
-    for c in row:
-        gain, loss = ((share * c.n + 1) / (c.n + 2) for share in (c.gain, c.loss))
-        change = 0.0 if ratio is None else ratio
-        # (mean d) / (mean b) varies like the mean of u = d - ratio b over the mean of b.
-        square = gain + loss * (1 + change) ** 2
-        mean = gain - loss
-        if change:
-            square += max(c.base - c.loss, 0.0) * change**2
-            mean -= change * c.base
-        total += max(square - mean**2, 0.0) / (c.n + 2)
-    scale = len(row) if ratio is None else sum(c.base for c in row)
-    return total / scale**2
+    if not all(0 <= p <= 1 for p in p_values):
+        raise AlloError(f"p-values {list(p_values)}: expected each from 0 to 1")
+    weights = list(weights or [1.0] * len(p_values))
+    adjusted, floor, left = [0.0] * len(p_values), 0.0, sum(weights)
+    for place in sorted(range(len(p_values)), key=lambda i: p_values[i] / weights[i]):
+        floor = max(floor, min(1.0, left / weights[place] * p_values[place]))
+        adjusted[place] = floor
+        left -= weights[place]
+    return adjusted
 
 
 def concentration(ratios, points: int = 101) -> tuple[np.ndarray, np.ndarray]:

@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from allo_lib import published
-from allo_lib.comparisons import Domain, columns_of, index_of, metric_by_seed
-from allo_lib.measurements import Measurement, seeds_of
-from allo_lib.stats import Interval, mean_interval
+from allo_lib.comparisons import Domain, StudyResults
+from allo_lib.stats import Interval
 
 
 @dataclass(frozen=True)
@@ -61,29 +60,6 @@ def rank(column: Sequence[str]) -> list[str]:
     ]
 
 
-def method_interval(
-    rows: Sequence[Measurement], method: str, domain: Domain, dataset: str | None = None
-) -> Interval | None:
-    """A method's own accuracy on one data set, or the mean over the domain's; None if not run."""
-    return cell_of(index_of(rows), method, dataset or columns_of(domain)[-1], domain)
-
-
-def cell_of(index, method: str, dataset: str, domain: Domain) -> Interval | None:
-    """A method's own score with its interval, a fraction; None where it was not run."""
-    found = metric_by_seed(index, method, domain.metric, domain.only(dataset), ())
-    interval = over_seeds(found)
-    return interval and interval.within(0.0, 1.0)
-
-
-def over_seeds(found: dict[int, tuple[float, float, int]]) -> Interval | None:
-    """The mean of (value, standard error, n) a seed; None without a seed."""
-    if not found:
-        return None
-    values = {seed: value for seed, (value, _, _) in found.items()}
-    stderrs = {seed: stderr for seed, (_, stderr, _) in found.items()}
-    return mean_interval(values, stderrs, sum(n for _, _, n in found.values()))
-
-
 def record_of(domain: Domain, method: str, dataset: str, cell: Interval | None, paper) -> dict:
     """One row of a CSV of scores: fractions, empty where nothing was measured."""
     return {
@@ -130,16 +106,22 @@ def change_text(change: Interval | None) -> list[str]:
     return [f"{effect:+z.2f}", f"[{low:+z.2f}, {high:+z.2f}]" if change.defined else ""]
 
 
-def how(rows: Sequence[Measurement]) -> str:
+def how(results: StudyResults) -> str:
     """How the numbers of a table came about, for its caption."""
-    seeds = seeds_of(rows)
-    if len(seeds) > 1:
+    seeds, late = (", ".join(map(str, some)) for some in (results.seeds, results.left_out))
+    beyond = (
+        f" Not counted, beyond the number of models fixed beforehand: seeds {late}." if late else ""
+    )
+    if len(results.seeds) > 1:
         return (
-            f"Means over seeds {', '.join(map(str, seeds))} ± standard error over seeds, or of "
-            "their problems where that is larger; intervals: Student's t over seeds, cut at 0 and "
-            "100%."
+            f"Means over the SFT models of seeds {seeds} (of each over its replicates) ± standard "
+            "error over them, or of their problems where that is larger; intervals: Student's t "
+            f"over SFT models, cut at 0 and 100%.{beyond}"
         )
-    return f"Seed {seeds[0]}, ± standard error over problems; normal intervals."
+    return (
+        f"One SFT model (seed {seeds}), which decides nothing: ± standard error over problems; "
+        f"normal intervals.{beyond}"
+    )
 
 
 def _leading(cell: str) -> float | None:

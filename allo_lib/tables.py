@@ -1,73 +1,60 @@
-"""The paper's tables, measured beside published, built from `measurements.csv` alone.
+"""The paper's tables, measured beside published, built from outcomes and measurements alone.
 
 CSV files hold fractions and one row a cell; Markdown files hold per cent as the paper prints them,
 with the best of a column in bold and the second best underlined.
 """
 
-from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 
 from allo_lib import published
 from allo_lib.ablations import single_changes
-from allo_lib.comparisons import (
-    Domain,
-    columns_of,
-    compare,
-    domains_of,
-    index_of,
-    metric_by_seed,
-    shared_names,
-)
+from allo_lib.comparisons import Domain, StudyResults, columns_of
 from allo_lib.main_table import main_table
-from allo_lib.measurements import GAIN, Measurement
 from allo_lib.row_comparisons import row_comparisons
-from allo_lib.stats import Interval
 from allo_lib.table_cells import (
     Table,
-    cell_of,
     change_text,
     ends,
     how,
     markdown,
-    method_interval,
-    over_seeds,
     percent,
     rank,
     record_of,
     write,
 )
 
-__all__ = ["Table", "build", "main_table", "markdown", "method_interval", "rank", "write"]
+__all__ = ["Table", "build", "main_table", "markdown", "rank", "write"]
 
 
-def build(rows: Sequence[Measurement], paper_dir: str | Path | None = None) -> list[Table]:
-    """Every table that the measurements allow, for each domain they have."""
+def build(results: StudyResults, paper_dir: str | Path | None = None) -> list[Table]:
+    """Every table that the results allow, for each domain they have."""
     tables = []
-    for domain in domains_of(rows):
+    for domain in results.domains:
         tables += [
-            main_table(rows, domain, paper_dir),
-            empirical_table(rows, domain, paper_dir),
-            ablation_table(rows, domain),
-            comparison_table(rows, domain),
+            main_table(results, domain, paper_dir),
+            empirical_table(results, domain, paper_dir),
+            ablation_table(results, domain),
+            comparison_table(results, domain),
         ]
-    tables.append(row_comparisons(rows, paper_dir))
+    tables.append(row_comparisons(results, paper_dir))
     return [table for table in tables if table.body]
 
 
 def empirical_table(
-    rows: Sequence[Measurement], domain: Domain, paper_dir: str | Path | None = None
+    results: StudyResults, domain: Domain, paper_dir: str | Path | None = None
 ) -> Table:
     """DPO on the top, last and random 10% and on all neurons, under both protocols."""
-    index, paper = index_of(rows), published.empirical_study(paper_dir)
+    paper = published.empirical_study(paper_dir)
     arms = ["dpo_top10", "dpo_last10", "dpo_random10", "dpo"]
-    methods = arms + [f"{arm}_paper" for arm in arms]
+    methods = [f"{arm}{suffix}" for suffix in ("", "_long", "_paper") for arm in arms]
     name = columns_of(domain)[-1]
     records, body = [], []
     for method in methods:
-        cell = cell_of(index, method, name, domain)
+        cell = results.score(method, domain)
         if cell is None:
             continue
-        loss = _loss(index, method, domain)
+        loss = results.metric_interval(method, "train_loss", domain.name)
         row = paper.get(method.removesuffix("_paper"), {})
         record = record_of(domain, method, name, cell, None) | {
             "train_loss": loss and loss.effect,
@@ -84,26 +71,26 @@ def empirical_table(
     return Table(
         f"empirical_{domain.name}",
         f"Which neurons DPO may change, {domain.name}: {domain.unit}, %",
-        f"{how(rows)} Rows without a remark: each arm at its own best learning rate; 'one rate': "
-        "the paper's protocol. Training loss: mean of the last quarter of the steps.",
+        f"{how(results)} Each arm at its own best learning rate; 'long' and 'as long as both "
+        "stages': with as many updates as ALLO; 'one rate': the paper's protocol. Training loss: "
+        "mean of the last quarter of the steps.",
         records,
         header,
         body,
     )
 
 
-def ablation_table(rows: Sequence[Measurement], domain: Domain) -> Table:
-    """ALLO with one thing changed, and its controls, each with its paired difference to ALLO."""
-    index, name = index_of(rows), columns_of(domain)[-1]
-    measured = {row.method for row in rows}
-    methods = [method for method in ("dpo", "dpo_long") if method in measured]
-    methods += sorted(single_changes(measured))
+def ablation_table(results: StudyResults, domain: Domain) -> Table:
+    """ALLO with one thing changed, the official code's variants, and its controls, each with its
+    paired difference to ALLO."""
+    name = columns_of(domain)[-1]
+    methods = ["dpo", "dpo_long", *sorted(single_changes(results.methods))]
     records, body = [], []
-    for method in ["allo", *methods] if "allo" in measured else []:
-        cell = cell_of(index, method, name, domain)
+    for method in ["allo", *methods] if "allo" in results.methods else []:
+        cell = results.score(method, domain)
         if cell is None:
             continue
-        change = None if method == "allo" else compare(index, method, "allo", domain)
+        change = None if method == "allo" else results.compare(method, "allo", domain)
         records.append(
             {
                 **record_of(domain, method, name, cell, None),
@@ -118,27 +105,19 @@ def ablation_table(rows: Sequence[Measurement], domain: Domain) -> Table:
     return Table(
         f"ablations_{domain.name}",
         f"ALLO with one thing changed, {domain.name}: {domain.unit}, %",
-        f"{how(rows)} Change: paired difference to ALLO on the same problems, in points, with its "
-        "interval over SFT models (of one model, over its problems).",
+        f"{how(results)} Change: paired difference to ALLO on the same problems, in points, with "
+        "its interval over SFT models (of one model, over its problems).",
         records,
         ["variant", f"{name} (measured)", "change to ALLO", "95% interval"],
         body,
     )
 
 
-def comparison_table(rows: Sequence[Measurement], domain: Domain) -> Table:
-    """Every pair of methods that was compared on the same problems."""
-    index, prefix = index_of(rows), f"{domain.prefix}{GAIN}"
-    pairs = sorted(
-        {
-            (row.method, row.metric.removeprefix(prefix))
-            for row in rows
-            if row.metric.startswith(prefix) and row.dataset in domain.datasets
-        }
-    )
+def comparison_table(results: StudyResults, domain: Domain) -> Table:
+    """Every method against DPO, and against a DPO of as many updates as ALLO."""
     records, body = [], []
-    for method, baseline in pairs:
-        found = compare(index, method, baseline, domain)
+    for method, baseline in product(sorted(results.methods), ("dpo", "dpo_long")):
+        found = results.compare(method, baseline, domain) if method != baseline else None
         if found is None:
             continue
         records.append(
@@ -158,17 +137,11 @@ def comparison_table(rows: Sequence[Measurement], domain: Domain) -> Table:
     return Table(
         f"comparisons_{domain.name}",
         f"Paired differences, {domain.name}: {domain.unit}, points",
-        f"{how(rows)} Differences on the same problems, with t intervals over SFT models (of one "
-        "model, over its problems); no verdicts, as they are not corrected for many comparisons "
-        "(the table `comparisons` has ALLO against the rows of the main tables, corrected).",
+        f"{how(results)} Differences on the same problems, with t intervals over SFT models (of "
+        "one model, over its problems); no verdicts, as they are not corrected for many "
+        "comparisons (the table `comparisons` has ALLO against the rows of the main tables, "
+        "corrected).",
         records,
         ["method", "baseline", "difference", "95% interval"],
         body,
     )
-
-
-def _loss(index, method: str, domain: Domain) -> Interval | None:
-    found = metric_by_seed(
-        index, method, "train_loss", domain, shared_names(index.values(), domain)
-    )
-    return over_seeds(found)

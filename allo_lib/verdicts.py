@@ -13,8 +13,7 @@ even one wrong sign, and that of one wrong "no difference", at 5% each in a fami
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-from allo_lib.multiple import holm
-from allo_lib.stats import LEVEL, Interval
+from allo_lib.stats import LEVEL, Interval, holm
 
 MARGIN = 0.02  # C3: a loss of accuracy below two points counts as no worse
 SMALL = 0.01  # an effect within one point of accuracy is negligible
@@ -24,18 +23,21 @@ NEGLIGIBLE = "negligible size"
 INSIDE, OUTSIDE = (f"published effect {side} the interval" for side in ("inside", "outside"))
 POINTS = ("accuracy", "held-out reward accuracy", "win rate")  # units that are told in points
 _RULE = f"""
-Rule, fixed before the runs. Each independent SFT model gives one effect; intervals are Student's t
-over these effects, and one model decides nothing. **supported**: the 95% interval lies above zero
-(C3: above minus {100 * MARGIN:g} points); **contradicted**: below it; **no difference**: the 90%
-interval lies within ±{100 * SMALL:g} point (accuracies and win rates only); else **undecided**.
-Verdicts are corrected for many comparisons by Holm's method, at 5% in each family: C1 to C9 with
-each arm at its own best rate (of C4 and C4s only C4s, a DPO of as many updates; C4 is secondary and
-pays as if it were one more); C1p to C3p, the paper's one rate for all; and the costs (C10). So a
-verdict can be undecided beside an interval that leaves out zero. A claim of several parts is about
-the smallest of their effects: all must be above zero to support it, any below contradicts it. Its
-parts follow it, their intervals held together (Bonferroni) and their verdicts corrected over all
-parts. Tags: **negligible size**, where the sign is sure but the 90% interval lies within
-±{100 * SMALL:g} point; **published effect inside** or **outside the interval**.
+Rule, fixed before the runs. Each independent SFT model gives one effect, the mean over its
+replicates; intervals are Student's t over these effects. One model decides nothing; the number of
+models is fixed beforehand: fewer decide nothing yet, and more are not counted. **supported**: the
+95% interval lies above zero (C3: above minus {100 * MARGIN:g} points); **contradicted**: below it;
+**no difference**: the 90% interval lies within ±{100 * SMALL:g} point (accuracies and win rates
+only; C9 also needs that the planted difference of its check is seen); else **undecided**. Verdicts
+are corrected for many comparisons by Holm's method, at 5% in each family: C1 to C9 with each arm at
+its own best rate (of C4 and C4s only C4s, a DPO of as many updates; C4 is secondary and pays as if
+it were one more); C1p to C3p, the paper's one rate for all; C2s and C3s, secondary, of arms with as
+many updates as ALLO; and the costs (C10). So a verdict can be undecided beside an interval that
+leaves out zero. A claim of several parts is about the smallest of their effects: all must be above
+zero to support it, any below contradicts it. Its parts follow it, their intervals held together
+(Bonferroni) and their verdicts corrected over all parts. Tags: **negligible size**, where the sign
+is sure but the 90% interval lies within ±{100 * SMALL:g} point; **published effect inside** or
+**outside the interval**.
 """
 RULE = " ".join(_RULE.split())
 
@@ -99,14 +101,15 @@ class Claim:
     @property
     def family(self) -> str:
         name = self.id.partition(":")[0].partition(".")[0]
-        return {"C4": "secondary", "C10": "costs"}.get(
-            name, "paper's protocol" if name.endswith("p") else "primary"
-        )
+        named = {"C4": "secondary", "C10": "costs"} | dict.fromkeys(("C2s", "C3s"), "equal updates")
+        return named.get(name, "paper's protocol" if name.endswith("p") else "primary")
 
 
-def p_values(interval: Interval | None, unit: str, bar: float = 0.0) -> PValues | None:
-    """The p-values of an effect; None where it has no interval over SFT models."""
-    if interval is None or not interval.decides:
+def p_values(
+    interval: Interval | None, unit: str, bar: float = 0.0, models: int = 2
+) -> PValues | None:
+    """The p-values of an effect; None where it has no interval over (all the) SFT models."""
+    if interval is None or not interval.decides or len(interval.seeds) < models:
         return None
     above, below = (min(1.0, 2 * p) for p in (interval.p_above(bar), interval.p_below(bar)))
     if unit not in POINTS:

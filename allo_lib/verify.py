@@ -6,11 +6,16 @@ import shutil
 import tempfile
 from pathlib import Path
 
+import numpy as np
+from scipy.special import stdtrit
+
 from allo_lib import driver, manifest
+from allo_lib.comparisons import StudyResults
 from allo_lib.config import settings_hash
 from allo_lib.errors import AlloError
 from allo_lib.marks import Run
 from allo_lib.profile_files import load_profile
+from allo_lib.stats import LEVEL
 
 TOLERANCE = 1e-9  # absolute, on values and standard errors
 # Another number of threads, or another processor, adds up in another order. Of 48 pairs under a
@@ -23,7 +28,8 @@ WEIGHT_TOLERANCE = 0.01
 # - intersection over union of masks from a warm-up of 12 steps: 1.
 MASK_AGREEMENT = 0.999
 # Whole studies draw and decode by such numbers: a near tie that falls to the other side is another
-# response, so cells of measurements.csv from elsewhere are not held to TOLERANCE but are reported.
+# response, and training makes more of it. So a run on another type of CPU is another draw, which is
+# held to the spread of the committed runs and not to these.
 ROW_KEY = ("seed", "method", "dataset", "metric")
 CELLS = ("value", "stderr", "n")
 # Settings of two runs that may explain different numbers.
@@ -66,10 +72,11 @@ def check_files(run: Run) -> list[str]:
 
 
 def rerun(run: Run) -> list[str]:
-    """Run the same seeds again into a temporary folder and compare `measurements.csv` by cells.
+    """Run the same seeds again into a temporary folder and compare the two.
 
-    Prints how many cells are equal and within tolerance; returns a line for each that is not, and
-    what differs between the two runs. The new results are kept when anything differs.
+    On the processor of the committed run `measurements.csv` by cells, on another one every run by
+    `outside_spread`. Prints what was compared; returns a line for each thing that is not as it
+    should be, and what differs between the two runs. The new results are kept when there is any.
     """
     told = manifest.read(run.results)
     if load_profile(run.given, run.overrides).hash() != run.profile.hash():
@@ -81,12 +88,51 @@ def rerun(run: Run) -> list[str]:
     seeds = tuple(told["seeds"]) or run.seeds
     again = dataclasses.replace(run, results=folder, seeds=seeds)
     driver.run_study(again)
-    counts, problems = compare(run.results / "measurements.csv", folder / "measurements.csv")
-    print(", ".join(f"{count} cells {kind}" for kind, count in counts.items()))
+    new = manifest.read(folder)
+    if told.get("processor") == new.get("processor"):
+        counts, problems = compare(run.results / "measurements.csv", folder / "measurements.csv")
+        print(", ".join(f"{count} cells {kind}" for kind, count in counts.items()))
+    else:
+        judged, problems = outside_spread(run.results, folder)
+        print(f"another processor: {judged} runs judged by the spread of the committed ones")
     if not problems:
         shutil.rmtree(folder)
         return []
-    return [*problems, *differences(told, manifest.read(folder)), f"the new run is in {folder}"]
+    return [*problems, *differences(told, new), f"the new run is in {folder}"]
+
+
+def outside_spread(before: Path, after: Path) -> tuple[int, list[str]]:
+    """Runs of `after` judged by those of `before`: how many, and a line for each that is outside.
+
+    Of every method and domain with n committed runs (one a model and replicate) of mean m and
+    standard deviation s, a run is to lie within m +- t s sqrt(1 + 1/n), Student's prediction
+    interval for one more run; t is such that of all runs judged not even one lies outside by chance
+    in 95% of reruns (Bonferroni). One committed run has no spread: that is told as a problem.
+    """
+    old, new = (StudyResults.load(folder, models=2**32) for folder in (before, after))
+    pairs = [
+        (domain, method, old.runs(method, domain), new.runs(method, domain))
+        for domain in old.domains
+        for method in sorted(old.methods)
+    ]
+    judged, problems = sum(len(later) for *_, earlier, later in pairs if len(earlier) > 1), []
+    if not judged:
+        problems.append("one committed run has no spread by which another processor can be judged")
+    for domain, method, earlier, later in pairs:
+        if len(earlier) and not len(later):
+            problems.append(f"{domain.name}, {method}: not in the new run")
+        if (n := len(earlier)) < 2:
+            continue
+        mean, spread = float(np.mean(earlier)), float(np.std(earlier, ddof=1))
+        t = float(stdtrit(n - 1, 1 - (1 - LEVEL) / 2 / judged))
+        half = t * spread * (1 + 1 / n) ** 0.5 + TOLERANCE
+        problems += [
+            f"{domain.name}, {method}: {domain.metric} {score:.4f} lies outside "
+            f"[{mean - half:.4f}, {mean + half:.4f}], where one more of {n} runs is expected"
+            for score in later
+            if abs(score - mean) > half
+        ]
+    return judged, problems
 
 
 def compare(before: Path, after: Path) -> tuple[dict[str, int], list[str]]:

@@ -11,12 +11,10 @@ from collections.abc import Sequence
 from functools import lru_cache
 
 from allo_lib import instructions, judges, measurements, models
-from allo_lib.claims import wanted_pairs
-from allo_lib.comparisons import JUDGED_BY, WIN
+from allo_lib.comparisons import JUDGED_BY
 from allo_lib.config import fingerprint
 from allo_lib.instructions import REFERENCE
-from allo_lib.judges import Judgement
-from allo_lib.measurements import GAIN, LOSS, Measurement
+from allo_lib.measurements import Measurement
 from allo_lib.store import write_json
 
 VERSION = 1
@@ -28,7 +26,7 @@ def rows(study, name: str, results: dict[str, dict]) -> list[Measurement]:
 
     Of every method and of the SFT model, on each data set: `response_characters` (their mean) and
     `response_cut` (the share that had not ended). With a judge also `win_rate` against the SFT
-    model (whose own is .5), who judged, and the paired rows of `paired`.
+    model (whose own is .5) and who judged.
 
     Args:
         results: method -> result, as `arms.result` gives it.
@@ -65,8 +63,6 @@ def _judged(study, name: str, dataset: str, texts: dict[str, list[str]]) -> list
     for method, one in judged.items():
         told = one.win_rate, one.stderr, len(one.ids)
         found.append(Measurement(seed, method, dataset, "win_rate", *told))
-    for pair in wanted_pairs(judged):
-        found += paired(seed, *pair, dataset, *(judged[method] for method in pair))
     # Who judged, and the share of comparisons that had a verdict.
     count = sum(len(one.ids) for method, one in judged.items() if method != REFERENCE)
     total = len(asked) * (len(judged) - 1)
@@ -111,29 +107,6 @@ def _verdicts(study, name: str, dataset: str, asked, texts, method: str) -> tupl
 @lru_cache(maxsize=1)
 def _load(model: str, dtype: str, device: str, revision: str | None) -> judges.RewardModel:
     return judges.load_reward_model(model, dtype=dtype, device=device, revision=revision)
-
-
-def paired(
-    seed: int, method: str, baseline: str, dataset: str, ours: Judgement, theirs: Judgement
-) -> list[Measurement]:
-    """`win_gain_over:` and `win_loss_to:` of two methods, each judged against the SFT model.
-
-    With d the outcome of one minus that of the other on an instruction, the means of max(d, 0) and
-    of max(-d, 0): what they differ by is the difference of the win rates. Outcomes of a half (ties)
-    make d = +-1/2, whose variance is reckoned as that of wholes: as d^2 <= |d|, an interval over
-    problems is then too wide rather than too narrow.
-
-    None where the two were not judged on the same instructions with equal weights (Arena-Hard's
-    program gives some more than others): their win rates are then compared as independent ones.
-    """
-    if ours.ids != theirs.ids or {*ours.weights, *theirs.weights} != {1.0}:
-        return []
-    gaps = [one - other for one, other in zip(ours.outcomes, theirs.outcomes, strict=True)]
-    sides = {f"{GAIN}{baseline}": gaps, f"{LOSS}{baseline}": [-gap for gap in gaps]}
-    return [
-        _mean(seed, method, dataset, f"{WIN}{metric}", [max(value, 0.0) for value in values])
-        for metric, values in sides.items()
-    ]
 
 
 def _mean(seed: int, method: str, dataset: str, metric: str, values: Sequence) -> Measurement:

@@ -18,14 +18,14 @@
 #
 # **Question.** Which of the paper's claims hold here, by how much, and how sure is that?
 #
-# Accuracy is that of greedy decoding. Two methods are compared on the same problems: with $g$ the share of
-# problems that only the first gets right and $l$ those that only the second does, the effect is $g - l$. Each
-# SFT model (here one a seed) gives one effect $e_i$; these are independent, its problems are not. With $m$
-# models of mean effect $\bar e$ and standard deviation $s$ the interval is Student's
+# Accuracy is that of greedy decoding. Two methods are compared on the same problems and in the same replicates: with
+# $g$ the share of problems that only the first gets right and $l$ those that only the second does, the effect is the
+# mean of $g - l$. Each SFT model (one a seed) gives one effect $e_i$; these are independent, its problems are not.
+# With $m$ models of mean effect $\bar e$ and standard deviation $s$ the interval is Student's
 # $$\bar e \pm t_{m-1}\, s / \sqrt{m},$$
 # or the normal one that the problems alone would give, where that is wider, as for models that happen to
-# agree. One model decides nothing. Verdicts are computed from `measurements.csv`, never typed in, by the rule
-# that is printed above them.
+# agree. One model decides nothing; how many do is fixed in the profile (`models`). Verdicts are computed from
+# `outcomes.parquet`, never typed in, by the rule that is printed above them.
 #
 # Of many comparisons some come out by chance. With $k$ of them and $p_{(1)} \le \dots \le p_{(k)}$, Holm's
 # method adjusts $\tilde p_{(i)} = \max_{j \le i} \min(1, (k - j + 1)\, p_{(j)})$: keeping only verdicts with
@@ -55,11 +55,11 @@ say(f"{len(measured)} measurements of seeds {', '.join(map(str, results.seeds_of
 # %% [markdown]
 # ## Tables, claims, figures
 #
-# Everything from here on is made from `measurements.csv` (and `tables/efficiency.csv` for C10).
+# Everything from here on is made from `outcomes.parquet` and `measurements.csv` (and `tables/efficiency.csv` for C10).
 # First the study in one figure: what ALLO changes on every data set, relative to DPO.
 
 # %%
-written = report.rebuild(study.results_dir)
+written = report.rebuild(study.results_dir, models=study.profile.models)
 pictures = [path for path in written if path.suffix == ".png"]
 for path in [path for path in pictures if path.stem == "relative_change"]:
     display(Image(filename=str(path), width=860))

@@ -135,7 +135,7 @@ table(footprint.in_gigabytes(fits), "GB of a step of a masked stage at its peak,
 
 # %%
 if measured.is_file():
-    report.rebuild(study.results_dir)
+    report.rebuild(study.results_dir, models=study.profile.models)
     say(RULE)
     for claim in claims.read(study.results_dir / "claims.csv"):
         if claim.id.startswith("C10"):

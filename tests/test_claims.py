@@ -5,15 +5,15 @@ import dataclasses
 import numpy as np
 import pytest
 
-from allo_lib import claims, comparisons
+from allo_lib import claims
+from allo_lib.comparisons import StudyResults
 from allo_lib.errors import AlloError
-from allo_lib.measurements import Measurement
 from allo_lib.stats import Interval
 from allo_lib.table_cells import change_text, plain
-from allo_lib.verdicts import CONTRADICTED, SUPPORTED, UNDECIDED, corrected
+from allo_lib.verdicts import CONTRADICTED, NO_DIFFERENCE, SUPPORTED, UNDECIDED, corrected
 from tests import synthetic_results
 
-IDS = "C1 C1p C2 C2p C3 C3p C4 C4s C5 C6 C7 C8 C9 C10".split()
+IDS = "C1 C1p C2 C2p C2s C3 C3p C3s C4 C4s C5 C6 C7 C8 C9 C10".split()
 EFFICIENCY = [
     {
         "variant": variant,
@@ -21,14 +21,18 @@ EFFICIENCY = [
         "seconds_per_pair": seconds,
         "peak_bytes_above_model": peak,
         "state_bytes_per_parameter": state,
-        "seconds_per_pair_low": str(float(seconds) * 0.95),
-        "seconds_per_pair_high": str(float(seconds) * 1.05),
+        "seconds_per_pair_each": each,
     }
-    for variant, seconds, peak, state in (
-        ("allo_scalar", "0.2", "1000", "1.6"),
-        ("dense_masked", "0.3", "3000", "10"),
+    for variant, seconds, each, peak, state in (
+        ("allo_scalar", "0.2", "0.19 0.2 0.21", "1000", "1.6"),
+        ("dense_masked", "0.3", "0.29 0.3 0.32", "3000", "10"),
     )
 ]
+
+
+@pytest.fixture(scope="module")
+def table():
+    return synthetic_results.table()
 
 
 @pytest.fixture(scope="module")
@@ -37,8 +41,12 @@ def rows():
 
 
 @pytest.fixture(scope="module")
-def by_id(rows):
-    return {claim.id: claim for claim in claims.compute(rows, EFFICIENCY)}
+def by_id(table, rows):
+    return computed(StudyResults(table, rows, 3), EFFICIENCY)
+
+
+def computed(results, efficiency=()):
+    return {claim.id: claim for claim in claims.compute(results, efficiency)}
 
 
 def wholes(found):
@@ -60,8 +68,10 @@ def test_every_claim_has_one_row_in_order_and_its_parts_behind_it(by_id):
         ("C1p", CONTRADICTED),
         ("C2", SUPPORTED),
         ("C2p", CONTRADICTED),
+        ("C2s", SUPPORTED),
         ("C3", CONTRADICTED),
         ("C3p", CONTRADICTED),
+        ("C3s", SUPPORTED),
         ("C4", SUPPORTED),
         ("C4s", SUPPORTED),
         ("C5", UNDECIDED),  # sft is beaten, the other baselines were not run
@@ -77,23 +87,22 @@ def test_planted_effects_get_their_verdicts(by_id, name, verdict):
 
 
 @pytest.mark.parametrize(
-    ("prefix", "datasets", "start", "dpo", "verdict"),
+    ("datasets", "start", "dpo", "verdict"),
     [
-        ("", ("chain", "scan"), 0.50, 0.70, SUPPORTED),
-        ("", ("chain", "scan"), 0.50, 0.50, UNDECIDED),
-        ("", ("chain", "scan"), 0.70, 0.70, UNDECIDED),
+        (("chain", "scan"), 0.50, 0.70, SUPPORTED),
+        (("chain", "scan"), 0.50, 0.50, UNDECIDED),
+        (("chain", "scan"), 0.70, 0.70, UNDECIDED),
         # Pairs have no starting accuracy but chance.
-        ("reward_", ("hh_helpful",), 0.50, 0.70, SUPPORTED),
-        ("reward_", ("hh_helpful",), 0.50, 0.50, UNDECIDED),
+        ((), 0.50, 0.70, SUPPORTED),
+        ((), 0.50, 0.50, UNDECIDED),
     ],
 )
 def test_no_worse_than_a_dpo_that_learned_nothing_is_no_finding(
-    monkeypatch, prefix, datasets, start, dpo, verdict
+    monkeypatch, datasets, start, dpo, verdict
 ):
-    changed = {"sft_base": start, "dpo": dpo, "dpo_last10": dpo}
-    monkeypatch.setattr(synthetic_results, "ACCURACY", synthetic_results.ACCURACY | changed)
-    found = claims.compute(synthetic_results.rows(datasets=datasets, n=3000, prefix=prefix))
-    claim = next(claim for claim in found if claim.id == "C3")
+    planted = {"sft_base": start, "dpo": dpo, "dpo_last10": dpo}
+    monkeypatch.setattr(synthetic_results, "ACCURACY", planted)
+    claim = computed(synthetic_results.results(datasets=datasets, n=3000, pairs=3000))["C3"]
     assert claim.ci_low > -claims.MARGIN and claim.verdict == verdict
     assert ("not shown to beat" in claim.evidence) == (verdict == UNDECIDED)
 
@@ -103,7 +112,6 @@ def test_effects_are_the_planted_ones(by_id):
     assert by_id["C4"].effect == pytest.approx(accuracy["allo"] - accuracy["dpo"], abs=0.02)
     assert by_id["C4"].ci_low < by_id["C4"].effect < by_id["C4"].ci_high
     assert by_id["C6"].effect == pytest.approx(0.0, abs=1e-9)
-    assert by_id["C1"].effect == pytest.approx(0.05, abs=0.01)
     # Of several parts the smallest effect is shown: here that of the two halves.
     assert by_id["C8"].effect == by_id["C8.halves"].effect
     assert by_id["C8"].effect == pytest.approx(0.12 - synthetic_results.CHANCE, abs=0.01)
@@ -144,83 +152,82 @@ def test_the_interval_of_several_parts_is_that_of_the_least_decided_one(by_id):
         assert claim.ci_low < claim.effect < claim.ci_high
 
 
-def test_the_probability_of_improvement_counts_wins_and_half_the_ties():
-    scores = {0: ((0.6, 0.5), (0.5, 0.5)), 1: ((0.4, 0.5), (0.5, 0.6)), 2: ((0.6, 0.5), (0.6, 0.5))}
-    rows = [
-        Measurement(seed, method, name, "accuracy", value, 0.01, 100)
-        for seed, pairs in scores.items()
-        for name, pair in zip(("ecqa", "qasc"), pairs, strict=True)
-        for method, value in zip(("allo", "sft"), pair, strict=True)
-    ]
-    (domain,) = comparisons.domains_of(rows)
-    found = comparisons.improvement(comparisons.index_of(rows), "allo", "sft", domain)
-    assert found.by_seed == (0.75, 0.0, 1.0) and found.effect == pytest.approx(1.75 / 3)
-    assert (found.low, found.high) == (0.0, 1.0)  # of three models: cut to what it can be
+def test_the_held_out_loss_is_that_of_the_margins(by_id, table):
+    pairs = table[table["margin"].notna()].assign(loss=lambda t: np.log1p(np.exp(-t["margin"])))
+    loss = pairs.groupby("method", observed=True)["loss"].mean()
+    assert by_id["C1"].effect == pytest.approx(loss["dpo"] - loss["dpo_top10"])
+    assert by_id["C1p"].effect == pytest.approx(loss["dpo_paper"] - loss["dpo_top10_paper"])
+    assert by_id["C1"].unit == "held-out loss (reduction)"
+    assert "held-out loss of dpo minus dpo_top10: +0.1" in by_id["C1"].evidence
+    assert "n = 600" in by_id["C1"].evidence
 
 
-def test_reward_models_make_a_trend(rows, by_id):
+def test_reward_models_make_a_trend(by_id, table):
     """Three qualities: half the difference of the outer two is the slope of the line."""
     accuracy = synthetic_results.ACCURACY
     rise = accuracy["allo_rm_oracle"] - accuracy["allo_rm_shuffled"]
     assert by_id["C9"].effect == pytest.approx(rise, abs=1e-6)
     assert "allo_rm_shuffled < allo < allo_rm_oracle" in by_id["C9"].evidence
     assert "also allo_rm_oracle against allo" in by_id["C9"].evidence
-    two = [row for row in rows if "oracle" not in row.method + row.metric]
-    found = {claim.id: claim for claim in claims.compute(two)}["C9"]
+    found = computed(StudyResults(table[table["method"] != "allo_rm_oracle"], (), 3))["C9"]
     assert found.effect == pytest.approx(accuracy["allo"] - accuracy["allo_rm_shuffled"], abs=1e-6)
     assert "allo above allo_rm_shuffled" in found.evidence
 
 
-def test_masks_are_measured_against_chance_within_tensors_where_that_is_known(rows, by_id):
+@pytest.mark.parametrize(
+    ("inverted", "verdict"), [(0.70, NO_DIFFERENCE), (0.80, UNDECIDED), (None, UNDECIDED)]
+)
+def test_no_difference_of_reward_models_needs_a_planted_one_that_is_seen(
+    monkeypatch, inverted, verdict
+):
+    models = dict.fromkeys(("allo", "allo_rm_shuffled", "allo_rm_oracle"), 0.80)
+    models |= {"allo_all_tokens_forgetting": 0.80, "allo_all_tokens_learning": 0.70}
+    models |= {} if inverted is None else {"allo_rm_inverted": inverted}
+    monkeypatch.setattr(synthetic_results, "ACCURACY", models)
+    found = computed(synthetic_results.results(datasets=("chain",), n=9000))
+    assert found["C9"].verdict == verdict, found["C9"].evidence
+    told = "so this assay is insensitive to the choice of tokens"
+    for name in ("C9", "C7", "C7.allo_all_tokens_forgetting"):
+        assert (told in found[name].evidence) == (verdict == UNDECIDED)
+    assert told not in found["C7.allo_all_tokens_learning"].evidence
+    assert ("(allo_rm_inverted: not run)" in found["C9"].evidence) == (inverted is None)
+
+
+def test_masks_are_measured_against_chance_within_tensors_where_that_is_known(table, rows, by_id):
     assert "over all neurons (the global one)" in by_id["C8.orders"].evidence
     more = [
         dataclasses.replace(row, metric="mask_overlap_chance_per_tensor", value=0.12)
         for row in rows
         if row.metric == "mask_overlap_chance"
     ]
-    found = {claim.id: claim for claim in claims.compute([*rows, *more])}
+    found = computed(StudyResults(table, [*rows, *more], 3))
     assert "as large in every tensor" in found["C8.orders"].evidence
     change = synthetic_results.CHANCE - 0.12
     assert found["C8.halves"].effect == pytest.approx(by_id["C8.halves"].effect + change)
     assert found["C8.halves"].verdict == UNDECIDED and by_id["C8.halves"].verdict == SUPPORTED
 
 
-def test_both_directions_of_a_pair_give_the_same_claim(rows, by_id):
-    swapped = []
-    for row in rows:
-        if row.metric in ("gain_over:dpo", "loss_to:dpo") and row.method == "allo":
-            metric = "loss_to:allo" if row.metric == "gain_over:dpo" else "gain_over:allo"
-            row = dataclasses.replace(row, method="dpo", metric=metric)
-        swapped.append(row)
-    mirrored = {claim.id: claim for claim in claims.compute(swapped, EFFICIENCY)}["C4"]
-    assert mirrored == by_id["C4"]
-
-
-def test_a_refuted_part_refutes_a_claim_with_missing_parts(rows):
-    worse = [row for row in rows if row.method != "allo" or ":sft" not in row.metric]
-    worse += [
-        Measurement(seed, "allo", dataset, metric, value, 0.01, 1000)
-        for seed in (0, 1, 2)
-        for dataset in ("chain", "scan", "story")
-        for metric, value in (("gain_over:sft", 0.05), ("loss_to:sft", 0.2))
-    ]
-    found = {claim.id: claim for claim in claims.compute(worse)}["C5"]
+def test_a_refuted_part_refutes_a_claim_with_missing_parts(monkeypatch):
+    monkeypatch.setattr(synthetic_results, "ACCURACY", {"allo": 0.6, "sft": 0.75, "rft": 0.5})
+    found = computed(synthetic_results.results())["C5"]
     assert found.verdict == CONTRADICTED and found.ci_high < 0
     assert found.effect == pytest.approx(-0.15)
 
 
-def test_missing_measurements_are_said_and_left_blank():
-    bare = [Measurement(0, "dpo", "chain", "accuracy", 0.5, 0.01, 100)]
-    found = claims.compute(bare)
-    assert [claim.id for claim in found] == IDS
-    for claim in found:
-        assert claim.verdict == UNDECIDED
-        assert claim.effect is None and claim.ci_low is None
-        assert claim.evidence.startswith("not measured: ")
+def test_missing_measurements_are_said_and_left_blank(monkeypatch):
+    monkeypatch.setattr(synthetic_results, "ACCURACY", {"dpo": 0.7})
+    made = synthetic_results.table((0,))
+    for results in (StudyResults(made), StudyResults(made[:0])):
+        found = claims.compute(results)
+        assert [claim.id for claim in found] == IDS
+        for claim in found:
+            assert claim.verdict == UNDECIDED
+            assert claim.effect is None and claim.ci_low is None
+            assert claim.evidence.startswith("not measured: ")
 
 
 def test_one_sft_model_decides_nothing():
-    found = claims.compute(synthetic_results.rows(seeds=(0,)), EFFICIENCY)
+    found = claims.compute(synthetic_results.results((0,)), EFFICIENCY)
     measured = [one for one in found if one.effect is not None and one.family != "costs"]
     assert len(measured) > 15
     for claim in measured:
@@ -230,61 +237,46 @@ def test_one_sft_model_decides_nothing():
     assert "over problems alone" in told and "+10.00 [+" in told
 
 
+def test_fewer_models_than_were_fixed_decide_nothing_and_more_are_not_counted(table, rows, by_id):
+    few = computed(StudyResults(table, rows, 8), EFFICIENCY)
+    measured = [one for one in few.values() if one.effect is not None and one.family != "costs"]
+    assert len(measured) > 15
+    for claim in measured:
+        assert (claim.verdict, claim.p) == (UNDECIDED, None)
+        assert "3 of 8 models so far, and no verdict before all" in claim.evidence
+        assert claim.ci_low == by_id[claim.id].ci_low  # what is known so far is shown
+    two = table[table["model"] < 2]
+    fewer = computed(StudyResults(two, [row for row in rows if row.seed < 2], 2), EFFICIENCY)
+    assert computed(StudyResults(table, rows, 2), EFFICIENCY) == fewer
+    assert StudyResults(table, rows, 2).left_out == [2] and fewer["C4"].verdict == SUPPORTED
+
+
 def test_a_users_own_data_sets_form_a_domain():
-    rows = [
-        dataclasses.replace(row, dataset={"average": "mine"}.get(row.dataset, "my_" + row.dataset))
-        for row in synthetic_results.rows((0, 1, 2), ("a", "b"))
-    ]
-    found = {claim.id: claim for claim in claims.compute(rows)}
+    found = computed(synthetic_results.results(datasets=("my_b", "my_a"), domain="mine"))
     assert wholes(found.values()) == IDS
-    assert found["C4"].verdict == SUPPORTED and "on other (my_a, my_b)" in found["C4"].evidence
+    assert found["C4"].verdict == SUPPORTED and "on mine (my_a, my_b)" in found["C4"].evidence
     assert found["C1"].verdict == SUPPORTED
     assert found["C8"].effect > 0
 
 
-def test_reward_accuracy_of_a_miniature_is_no_domain_of_its_own():
-    rows = synthetic_results.rows((0,), ("chain",))
-    rows += [Measurement(0, "dpo", "miniature", "reward_accuracy", 0.7, 0.01, 100)]
-    assert wholes(claims.compute(rows)) == IDS
-
-
 def test_a_second_domain_adds_claims_with_its_name():
-    rows = synthetic_results.rows((0, 1, 2), ("ecqa",))
-    rows += synthetic_results.rows((0, 1, 2), ("hh_helpful",), prefix="reward_")
-    found = {claim.id: claim for claim in claims.compute(rows)}
+    results = synthetic_results.joined(("helpfulness", ()), ("questions", ("ecqa",)))
+    found = computed(results)
     others = {f"{name}:helpfulness" for name in IDS if name != "C10"}
     assert set(wholes(found.values())) == set(IDS) | others
     assert found["C2.dpo:helpfulness"].whole == "C2:helpfulness"
     assert found["C4"].unit == "accuracy" and "paper +0.86" in found["C4"].evidence
     assert found["C4:helpfulness"].unit == "held-out reward accuracy"
     assert "paper" not in found["C4:helpfulness"].evidence
-    assert found["C1:helpfulness"].verdict == SUPPORTED
 
 
-@pytest.mark.parametrize(
-    ("changes", "verdict"),
-    [
-        ({}, SUPPORTED),  # 0.19 to 0.21 and 0.285 to 0.315: apart
-        ({"seconds_per_pair_high": "0.29"}, UNDECIDED),
-        ({"seconds_per_pair_low": "", "seconds_per_pair_high": ""}, UNDECIDED),
-        ({"peak_bytes_above_model": "4000"}, CONTRADICTED),
-        ({"state_bytes_per_parameter": "10"}, CONTRADICTED),
-        ({"peak_bytes_above_model": ""}, UNDECIDED),
-        (
-            {
-                "seconds_per_pair": "0.4",
-                "seconds_per_pair_low": "0.39",
-                "seconds_per_pair_high": "0.41",
-            },
-            CONTRADICTED,
-        ),
-    ],
-)
-def test_cost_needs_time_memory_and_state(changes, verdict):
-    (claim,) = claims.efficiency_claims([EFFICIENCY[0] | changes, EFFICIENCY[1]])
-    assert (claim.id, claim.verdict) == ("C10", verdict)
-    # A range of processes is no interval, and its verdict no matter of chance.
-    assert (claim.ci_low, claim.p) == (None, None)
+def test_one_process_of_each_decides_nothing_of_time_and_cost_may_without_chance():
+    once = [row | {"seconds_per_pair_each": row["seconds_per_pair"]} for row in EFFICIENCY]
+    (claim,) = corrected(claims.efficiency_claims(once))
+    assert (claim.id, claim.verdict, claim.ci_low, claim.p) == ("C10", UNDECIDED, None, None)
+    more = {"state_bytes_per_parameter": "10"}
+    (claim,) = corrected(claims.efficiency_claims([once[0] | more, once[1]]))
+    assert (claim.verdict, claim.p, claim.sign) == (CONTRADICTED, None, None)
 
 
 @pytest.mark.parametrize(
@@ -324,14 +316,6 @@ def test_protocols_that_disagree_are_told(by_id):
     assert "contradicted under the paper's single rate" in told[0]
 
 
-def test_wanted_pairs_cover_the_claims_once():
-    pairs = claims.wanted_pairs(synthetic_results.ACCURACY)
-    for pair in (("allo", "dpo"), ("dpo_top10", "dpo_last10"), ("allo", "allo_rm_shuffled")):
-        assert pair in pairs or pair[::-1] in pairs
-    assert len({frozenset(pair) for pair in pairs}) == len(pairs)
-    assert all(set(pair) <= set(synthetic_results.ACCURACY) for pair in pairs)
-
-
 def test_claims_file_comes_back(tmp_path, by_id):
     path = tmp_path / "claims.csv"
     claims.write(path, by_id.values())
@@ -357,13 +341,6 @@ def test_bad_claims_files_are_named(tmp_path):
     (tmp_path / "claims.csv").write_text("id,effect\nC1,2\n")
     with pytest.raises(AlloError, match="has columns id,effect"):
         claims.read(tmp_path / "claims.csv")
-
-
-def test_allo_is_paired_with_every_other_method():
-    """Row-against-row comparisons need no further rows of measurements."""
-    methods = ["sft_base", "sft", "rft", "dpo", "ppo", "a2c", "ipo", "allo", "allo_soft"]
-    pairs = {frozenset(pair) for pair in claims.wanted_pairs(methods)}
-    assert all(frozenset(("allo", other)) in pairs for other in methods if other != "allo")
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,13 @@ def test_seeds_are_read_in_their_order(text, seeds):
     assert cli.parse_seeds(text) == seeds
 
 
+def test_without_seeds_the_models_that_the_profile_fixes_are_run(monkeypatch):
+    asked = []
+    monkeypatch.setattr(cli.driver, "run_study", lambda run, fresh: asked.append(run.seeds) or [])
+    assert cli.main(["tiny", "-p", "models", "3"]) == 0 == cli.main(["tiny", "--seeds", "5,1"])
+    assert asked == [(0, 1, 2), (5, 1)]
+
+
 @pytest.mark.parametrize("text", ["", "a", "0,", "-1", "1.5", "0,0", "1,01", "²", "4294967296"])
 def test_other_seeds_are_refused(text):
     with pytest.raises(AlloError, match="--seeds"):

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from allo_lib import config, profile_files
 from allo_lib.config import fingerprint
+from allo_lib.errors import AlloError
 from allo_lib.profile_files import load_profile
 
 SMALL = {
@@ -96,12 +97,16 @@ def test_the_hash_follows_every_value_and_nothing_else(write):
     changed += [{"domains.miniature.sft.epochs": 9}, {"method.shares": [0.1]}]
     assert len({hash_of(), *map(hash_of, changed)}) == 1 + len(changed)
     assert len(hash_of()) == 64 and int(hash_of(), 16)
+    # How many SFT models have to be there decides verdicts, and changes no result.
+    assert load_profile(write(SMALL)).models == 1 and hash_of({"models": 8}) == hash_of()
+    with pytest.raises(AlloError, match="models: got 0, expected greater than or equal to 1"):
+        hash_of({"models": 0})
 
 
 def test_settings_that_came_later_count_in_the_hash_only_where_they_are_used(write):
     known = load_profile(write(SMALL))
     before = known.to_dict()
-    del before["judge"], before["replicates"], before["model"]["architectures"]
+    del before["judge"], before["replicates"], before["model"]["architectures"], before["models"]
     del before["domains"]["miniature"]["instructions"], before["domains"]["miniature"]["tuned"]
     assert config.settings_hash(before) == known.hash() == fingerprint(
         before | {"compute": {k: v for k, v in before["compute"].items()

@@ -18,7 +18,7 @@ MEASURED = {"sft_base": (0.5, 0.49, 0.51), "dpo": (0.7, 0.69, 0.71), "allo": (0.
 
 
 def every_figure() -> dict[str, Figure]:
-    found = claims.compute(synthetic_results.rows(), EFFICIENCY)
+    found = claims.compute(synthetic_results.results(), EFFICIENCY)
     paper = {name: row["qa_avg"] for name, row in published.main_results().items()}
     arms = {"dpo_top10": (0.76, 0.01), "dpo": (0.75, 0.01)}
     return {

@@ -1,8 +1,6 @@
 """measurements.csv: what the rows say, and that the file comes back as it was written."""
 
 import math
-import subprocess
-import sys
 
 import pytest
 from hypothesis import given, settings
@@ -38,27 +36,6 @@ def test_proportion_has_the_binomial_standard_error():
 def test_proportion_of_nothing_is_an_error():
     with pytest.raises(AlloError, match="no outcomes for dpo on chain"):
         m.proportion(0, "dpo", "chain", "accuracy", [])
-
-
-@given(st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=60))
-def test_paired_rows_hold_the_whole_comparison(pairs):
-    ours, theirs = [list(side) for side in zip(*pairs, strict=True)]
-    gain, loss = m.paired(0, "allo", "dpo", "chain", ours, theirs)
-    assert (gain.metric, loss.metric) == ("gain_over:dpo", "loss_to:dpo")
-    assert round(gain.value * gain.n) == pairs.count((True, False))
-    assert round(loss.value * loss.n) == pairs.count((False, True))
-    difference = (sum(ours) - sum(theirs)) / len(pairs)
-    assert gain.value - loss.value == pytest.approx(difference)
-
-
-def test_paired_names_the_lengths_that_differ():
-    with pytest.raises(AlloError, match="allo has 2 outcomes on chain but dpo has 1"):
-        m.paired(0, "allo", "dpo", "chain", [True, False], [True])
-
-
-def test_paired_prefix_marks_held_out_pairs():
-    rows = m.paired(0, "allo", "dpo", "hh_helpful", [True], [False], prefix="reward_")
-    assert [row.metric for row in rows] == ["reward_gain_over:dpo", "reward_loss_to:dpo"]
 
 
 def test_average_is_unweighted_and_adds_variances():
@@ -152,18 +129,3 @@ def test_merge_replaces_seeds_and_keeps_the_others():
     merged = m.merge([row(0, "a"), row(1, "a"), row(1, "b")], [row(1, "c"), row(2, "a")])
     assert [(r.seed, r.metric) for r in merged] == [(0, "a"), (1, "c"), (2, "a")]
     assert m.seeds_of(merged) == [0, 1, 2]
-
-
-def test_frame_has_the_columns_of_the_file():
-    frame = m.to_frame([m.Measurement(0, "dpo", "chain", "accuracy", 0.5, 0.1, 9)])
-    assert ",".join(frame.columns) + "\n" == HEADER and len(frame) == 1
-
-
-def test_reading_results_loads_neither_torch_nor_transformers():
-    code = (
-        "import sys\n"
-        "from allo_lib import claims, figures, measurements, report, stats, tables\n"
-        "print({'torch', 'transformers'} & set(sys.modules))"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "set()"

@@ -80,7 +80,6 @@ def test_averages_of_several_domains_have_names_of_their_own(two):
         study = results.Study(profile, 0, "unused")
         assert results.average_name(study, "other") == "average:other"
     assert "average:other" in results.datasets_of(study)
-    assert measurements.is_average("average:other") and not measurements.is_average("averages")
 
 
 # --- commands ------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from allo_lib import claims, report, row_comparisons, tables
-from allo_lib.measurements import read
+from allo_lib.comparisons import StudyResults
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "results"
@@ -16,21 +16,15 @@ def test_readme_shows_the_committed_results():
     )
 
 
-def test_committed_claims_follow_from_the_committed_measurements(tmp_path):
+def test_committed_claims_and_tables_follow_from_the_committed_outcomes(tmp_path):
+    """Every number of them, and of README's sentence on Holm."""
     for folder in COMMITTED:
+        results = StudyResults.load(folder, report.models_of(folder))
         efficiency = report.read_efficiency(folder / "tables" / "efficiency.csv")
-        fresh = claims.compute(read(folder / "measurements.csv"), efficiency)
-        claims.write(tmp_path / "claims.csv", fresh)
+        found = claims.compute(results, efficiency)
+        claims.write(tmp_path / "claims.csv", found)
         assert (folder / "claims.csv").read_bytes() == (tmp_path / "claims.csv").read_bytes()
-
-
-def test_committed_tables_follow_from_the_committed_measurements(tmp_path):
-    """Every number of the tables, and of README's sentence on Holm, from `measurements.csv`."""
-    for folder in COMMITTED:
-        rows = read(folder / "measurements.csv")
-        efficiency = report.read_efficiency(folder / "tables" / "efficiency.csv")
-        found = claims.compute(rows, efficiency)
-        made = [*tables.build(rows), row_comparisons.claims_table(found)]
+        made = [*tables.build(results), row_comparisons.claims_table(found)]
         for path in tables.write(made, tmp_path / folder.name):
             committed = folder / "tables" / path.name
             assert committed.exists(), f"{committed} is missing: run notebook 06_evaluation"

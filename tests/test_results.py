@@ -112,65 +112,12 @@ def test_other_rows_of_a_method(study, rows, found, method):
     assert len(losses) == (method != "sft_base")
 
 
-def test_gains_and_losses_are_counted_problem_by_problem(study, rows, found):
-    datasets = study.domain(DOMAIN).datasets
-    compared = [r for r in rows if r.metric.startswith(("gain_over:", "loss_to:"))]
-    sides = {frozenset((r.method, r.metric.split(":")[1])) for r in compared}
-    assert sides >= {frozenset(pair) for pair in (("allo", "dpo"), ("npo", "dpo"), ("npo", "allo"))}
-    for row in compared:
-        word, baseline = row.metric.split(":")
-        ours, theirs = (
-            {a[0]: a[3] for a in found[m]["answers"] if a[1] == row.dataset}
-            for m in (row.method, baseline)
-        )
-        assert set(ours) == set(theirs)
-        wanted = (1, 0) if word == "gain_over" else (0, 1)
-        count = sum((ours[problem], theirs[problem]) == wanted for problem in ours)
-        assert (row.value, row.n) == (count / len(ours), len(ours)) and row.dataset in datasets
-
-
-def test_a_gain_and_a_loss_by_hand(study):
-    """On records of which it is known who is right where."""
-    outcomes = {"chain": ([1, 1, 0, 1], [0, 1, 1, 0]), "scan": ([0], [0]), "story": ([1], [0])}
-    made = {
-        method: {"answers": [[f"{place}{i}", place, 1, right] for place, both in outcomes.items()
-                             for i, right in enumerate(both[side])]}
-        for side, method in enumerate(("npo", "dpo"))
-    }  # fmt: skip
-    rows = results._paired_rows(study, DOMAIN, "npo", "dpo", made)
-    found = {(row.dataset, row.metric): (row.value, row.n) for row in rows}
-    assert found == {
-        ("chain", "gain_over:dpo"): (0.5, 4), ("chain", "loss_to:dpo"): (0.25, 4),
-        ("scan", "gain_over:dpo"): (0, 1), ("scan", "loss_to:dpo"): (0, 1),
-        ("story", "gain_over:dpo"): (1, 1), ("story", "loss_to:dpo"): (0, 1),
-    }  # fmt: skip
-
-
 def test_the_training_loss_is_that_of_the_last_quarter():
     row = results.train_loss(3, "dpo", "x", [9.0, 9, 9, 9, 9, 9, 9, 9, 9, 1, 2, 3])
     assert (row.seed, row.method, row.value, row.n) == (3, "dpo", 2.0, 3)
     assert row.stderr == pytest.approx(1 / 3**0.5)
     short = results.train_loss(0, "dpo", "x", [4.0])
     assert (short.value, short.stderr, short.n) == (4.0, 0.0, 1)
-
-
-def test_losses_are_compared_step_by_step():
-    """Of eight steps the last two count; a batch that is hard for both tells nothing of either."""
-    ours, theirs = [5.0] * 6 + [3.0, 10.0], [0.0] * 6 + [4.0, 10.5]
-    row = results.loss_gap(1, "dpo_top10", "dpo", "x", ours, theirs)
-    assert (row.method, row.metric, row.n) == ("dpo_top10", "train_loss_minus:dpo", 2)
-    assert row.value == -0.75 and row.stderr == pytest.approx(0.25)
-    with pytest.raises(AlloError, match="dpo_top10 made 8 steps and dpo 7"):
-        results.loss_gap(1, "dpo_top10", "dpo", "x", ours, theirs[1:])
-
-
-def test_the_gap_is_the_difference_of_the_losses(rows):
-    gaps = [row for row in rows if row.metric.startswith("train_loss_minus:")]
-    assert gaps
-    for row in gaps:
-        theirs = value(rows, row.metric.partition(":")[2], row.dataset, "train_loss")
-        ours = value(rows, row.method, row.dataset, "train_loss")
-        assert row.value == pytest.approx(ours.value - theirs.value) and row.n == ours.n
 
 
 def test_overlap_rows_stand_beside_chance(study, rows):

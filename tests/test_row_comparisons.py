@@ -3,9 +3,9 @@
 import pytest
 
 from allo_lib import claims, published, row_comparisons
-from allo_lib.multiple import holm
 from allo_lib.row_comparisons import AVERAGES, SINGLE, claims_table, compare_rows
-from allo_lib.verdicts import CONTRADICTED, NO_DIFFERENCE, RULE, SUPPORTED, UNDECIDED, corrected
+from allo_lib.stats import holm
+from allo_lib.verdicts import CONTRADICTED, NO_DIFFERENCE, RULE, SUPPORTED, UNDECIDED
 from tests import synthetic_results
 from tests.test_claims import EFFICIENCY
 
@@ -13,19 +13,20 @@ OTHERS = [method for method in published.LABELS if method != "allo"]
 
 
 @pytest.fixture(scope="module")
-def rows():
-    return synthetic_results.rows()
+def results():
+    return synthetic_results.results()
 
 
 @pytest.fixture(scope="module")
-def found(rows):
-    return {(one.dataset, one.baseline): one for one in compare_rows(rows)}
+def found(results):
+    return {(one.dataset, one.baseline): one for one in compare_rows(results)}
 
 
-def planted(monkeypatch, seeds=(0, 1, 2), datasets=("ecqa", "qasc"), n=1000, **accuracy):
-    monkeypatch.setattr(synthetic_results, "ACCURACY", synthetic_results.ACCURACY | accuracy)
-    rows = synthetic_results.rows(seeds, datasets, n=n)
-    return {(one.dataset, one.baseline): one for one in compare_rows(rows)}
+def planted(monkeypatch, models=(0, 1, 2), datasets=("ecqa", "qasc"), n=1000, **accuracy):
+    accuracy = {"allo": 0.80, "dpo": 0.70} | accuracy
+    monkeypatch.setattr(synthetic_results, "ACCURACY", accuracy)
+    results = synthetic_results.results(models, "questions", datasets=datasets, n=n)
+    return {(one.dataset, one.baseline): one for one in compare_rows(results)}
 
 
 def test_every_row_and_data_set_is_there_once(found):
@@ -55,7 +56,7 @@ def test_no_effect_is_no_difference_where_problems_are_many(monkeypatch):
 
 
 def test_one_model_decides_nothing(monkeypatch):
-    found = planted(monkeypatch, seeds=(0,), sft=0.2)
+    found = planted(monkeypatch, models=(0,), sft=0.2)
     one = found["ecqa", "sft"]
     assert one.interval.low > 0.5 and (one.verdict, one.p, one.tags) == (UNDECIDED, None, [])
     assert "over problems alone" in one.interval.kind
@@ -84,23 +85,15 @@ def test_a_weak_difference_is_lost_among_many(monkeypatch):
     assert found.verdict == UNDECIDED
 
 
-def test_without_paired_counts_two_accuracies_are_independent_and_said_to_be(rows, found):
-    alone = [row for row in rows if row.metric == "accuracy"]
-    bare = {(one.dataset, one.baseline): one for one in compare_rows(alone)}["average", "dpo"]
-    paired = found["average", "dpo"]
-    assert "independent" in bare.interval.kind and "independent" not in paired.interval.kind
-    assert bare.interval.effect == pytest.approx(paired.interval.effect)
-    # The methods of the made-up results find the same problems hard: pairing is worth something.
-    width = bare.interval.high - bare.interval.low
-    assert width > 1.2 * (paired.interval.high - paired.interval.low)
-    # Independent formula: the standard error of a difference of two means of 9 proportions.
-    share = {m: synthetic_results.ACCURACY[m] for m in ("allo", "dpo")}
-    error = sum(p * (1 - p) for p in share.values()) ** 0.5 / 9000**0.5
-    assert width == pytest.approx(2 * 1.96 * error, rel=0.1)
+def test_fewer_models_than_fixed_decide_nothing_yet():
+    few = synthetic_results.results()
+    few.models = 8
+    one = next(one for one in compare_rows(few) if one.baseline == "dpo")
+    assert one.interval.low > 0 and (one.verdict, one.p) == (UNDECIDED, None)
 
 
-def test_what_was_not_run_is_empty_with_its_reason(rows):
-    table = row_comparisons.row_comparisons(rows)
+def test_what_was_not_run_is_empty_with_its_reason(results, monkeypatch):
+    table = row_comparisons.row_comparisons(results)
     ipo = [record for record in table.records if record["baseline"] == "ipo"]
     assert len(ipo) == 4 and {record["verdict"] for record in ipo} == {""}
     assert {record["effect"] for record in ipo} == {None}
@@ -108,8 +101,9 @@ def test_what_was_not_run_is_empty_with_its_reason(rows):
     assert len(table.body) == 12
     for words in ("Holm's method in two families", "3 comparisons on averages", "the 9 on single"):
         assert words in table.caption
-    without = [row for row in rows if row.method != "allo" and not row.metric.endswith(":allo")]
-    reasons = {record["reason"] for record in row_comparisons.row_comparisons(without).records}
+    monkeypatch.setattr(synthetic_results, "ACCURACY", {"dpo": 0.7})
+    without = row_comparisons.row_comparisons(synthetic_results.results(n=50))
+    reasons = {record["reason"] for record in without.records}
     assert reasons == {"allo: not among the methods of this run"}
 
 
@@ -123,8 +117,8 @@ def test_the_paper_stands_beside_with_the_same_effect(monkeypatch):
 # --- the claims, corrected for one another -----------------------------------------------------
 
 
-def test_claims_are_corrected_within_their_families(rows):
-    computed = {claim.id: claim for claim in claims.compute(rows, EFFICIENCY)}
+def test_claims_are_corrected_within_their_families(results):
+    computed = {claim.id: claim for claim in claims.compute(results, EFFICIENCY)}
     primary = "C1 C2 C3 C4s C5 C6 C7 C8 C9".split()
     adjusted = holm([computed[name].p.sign for name in primary])
     assert [computed[name].sign for name in primary] == adjusted
@@ -136,12 +130,12 @@ def test_claims_are_corrected_within_their_families(rows):
     more = holm([computed[name].p.sign for name in (*primary, "C4")])
     assert computed["C4"].sign == more[-1] and computed["C4"].family == "secondary"
     assert {claim.family for claim in computed.values()} == {
-        "primary", "secondary", "paper's protocol", "costs"
+        "primary", "secondary", "paper's protocol", "equal updates", "costs"
     }  # fmt: skip
 
 
-def test_the_table_of_verdicts_has_the_rule_and_every_p(rows):
-    computed = claims.compute(rows, EFFICIENCY)
+def test_the_table_of_verdicts_has_the_rule_and_every_p(results):
+    computed = claims.compute(results, EFFICIENCY)
     table = claims_table(computed)
     records = {record["id"]: record for record in table.records}
     assert list(records) == [claim.id for claim in computed] and RULE in table.caption
@@ -153,12 +147,3 @@ def test_the_table_of_verdicts_has_the_rule_and_every_p(rows):
             assert record["p"] <= record["p_holm"] < 0.05
     assert records["C4"]["verdict"] == SUPPORTED  # planted
     assert records["C6"]["verdict"] == UNDECIDED  # planted without an effect
-
-
-def test_memory_decides_cost_without_chance():
-    (claim,) = corrected(
-        claims.efficiency_claims(
-            [EFFICIENCY[0] | {"state_bytes_per_parameter": "10"}, EFFICIENCY[1]]
-        )
-    )
-    assert (claim.p, claim.sign, claim.verdict) == (None, None, CONTRADICTED)

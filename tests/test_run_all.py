@@ -13,7 +13,8 @@ import nbformat
 import pytest
 from conftest import PROFILE, write_notebook
 
-from allo_lib import cli, driver, execute, manifest, marks, verify
+from allo_lib import cli, driver, execute, manifest, marks, measurements, outcomes, verify
+from tests import synthetic_results
 
 SECOND = 'raise ValueError("the loss\\nis NaN")'
 
@@ -454,6 +455,56 @@ def test_verify_runs_again_and_compares(study, monkeypatch, tmp_path, capsys):
     problems = verify.rerun(verify.as_recorded(run))
     assert problems[0] == "0 sft chain accuracy: value was 0.75, is now 0.5"
     assert problems[-1] == f"the new run is in {new}" and new.exists()
+
+
+def test_a_rerun_on_another_processor_is_judged_by_the_spread_of_the_runs(
+    study, monkeypatch, tmp_path, capsys
+):
+    run, _ = study
+    driver.run_study(run)
+    path = run.results / manifest.NAME
+    told = json.loads(path.read_text()) | {"processor": "another"}
+    manifest.write_json(path, told)
+    monkeypatch.setattr(verify.tempfile, "mkdtemp", lambda prefix: str(tmp_path / "again"))
+    monkeypatch.setattr(verify, "outside_spread", lambda before, after: (7, []))
+    monkeypatch.setattr(verify, "compare", None)
+    assert verify.rerun(verify.as_recorded(run)) == []
+    assert "another processor: 7 runs judged by the spread" in capsys.readouterr().out
+
+
+def test_runs_outside_the_committed_spread_are_told(tmp_path, monkeypatch):
+    """Eight committed runs, of two models: .700 to .707 and, of one method, all alike."""
+    planted = {"dpo": 0.7, "allo": 0.8}
+    monkeypatch.setattr(synthetic_results, "ACCURACY", planted)
+
+    def write(name, models, shift):
+        table = synthetic_results.table(models, ("chain",), replicates=4, pairs=4)
+        dpo = (table["method"] == "dpo") & (table["dataset"] == "chain")
+        for (model, replicate), rows in table[dpo].groupby(["model", "replicate"]):
+            wrong = rows.index[~rows["right"]]
+            table.loc[wrong[: shift + 4 * model + replicate], "right"] = True
+        (tmp_path / name).mkdir()
+        measurements.write(tmp_path / name / "measurements.csv", [])
+        outcomes.write(tmp_path / name / outcomes.NAME, table)
+        return tmp_path / name
+
+    before = write("before", (0, 1), 0)
+    assert verify.outside_spread(before, write("same", (0, 1), 0)) == (16, [])
+    assert verify.outside_spread(before, write("near", (0,), 8)) == (8, [])
+    judged, problems = verify.outside_spread(before, write("far", (0,), 60))
+    assert judged == 8 and len(problems) == 4
+    # Mean .7035, SD .00245 of 8 runs; t of 7 degrees of freedom at 1 - .025 / 8.
+    half = 3.81 * 0.00245 * (1 + 1 / 8) ** 0.5
+    low, high = map(float, problems[0].split("[")[1].split("]")[0].split(", "))
+    assert (low, high) == pytest.approx((0.7035 - half, 0.7035 + half), abs=2e-4)
+    assert problems[0].startswith("miniature, dpo: accuracy 0.7600 lies outside [0.69")
+    monkeypatch.setattr(synthetic_results, "ACCURACY", {"dpo": 0.7})
+    lacking = verify.outside_spread(before, write("lacking", (0,), 0))[1]
+    assert lacking == ["miniature, allo: not in the new run"]
+    alone = tmp_path / "alone"
+    synthetic_results.write(alone, (0,), datasets=("chain",))
+    told = "one committed run has no spread by which another processor can be judged"
+    assert verify.outside_spread(alone, alone) == (0, [told])
 
 
 def test_a_damaged_manifest_is_named_and_kept(study):

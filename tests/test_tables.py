@@ -1,23 +1,26 @@
 """Tables: numbers beside the paper's, marks of best and second best, gaps said."""
 
 import csv
-from dataclasses import replace
 
 import pytest
 
 from allo_lib import published, tables
-from allo_lib.comparisons import domains_of
+from allo_lib.comparisons import StudyResults
 from tests import synthetic_results
 
 
 @pytest.fixture(scope="module")
-def rows():
-    return synthetic_results.rows()
+def results():
+    return synthetic_results.results()
 
 
 @pytest.fixture(scope="module")
-def built(rows):
-    return {table.name: table for table in tables.build(rows)}
+def built(results):
+    return {table.name: table for table in tables.build(results)}
+
+
+def main_table(results: StudyResults):
+    return tables.main_table(results, results.domains[0])
 
 
 def test_the_tables_of_one_domain(built):
@@ -51,14 +54,11 @@ def test_main_table_has_all_rows_of_the_paper_and_says_what_was_not_run(built):
     assert by_label["+ ALLO"][6] == "**64.67**" and by_label["+ R-DPO"][6] == "<u>63.83</u>"
 
 
-def test_main_records_trace_to_measurements(built, rows):
+def test_main_records_trace_to_outcomes(built):
     cells = {(r["method"], r["dataset"]): r for r in built["main_miniature"].records}
-    values = [
-        row.value
-        for row in rows
-        if (row.method, row.dataset, row.metric) == ("allo", "chain", "accuracy")
-    ]
-    assert cells["allo", "chain"]["value"] == pytest.approx(sum(values) / 3)
+    table = synthetic_results.table()
+    right = table[(table["method"] == "allo") & (table["dataset"] == "chain")]["right"]
+    assert cells["allo", "chain"]["value"] == pytest.approx(right.mean())
     mean = sum(cells["allo", name]["value"] for name in ("chain", "scan", "story")) / 3
     assert cells["allo", "average"]["value"] == pytest.approx(mean)
     assert cells["allo", "average"]["seeds"] == "0 1 2"
@@ -67,8 +67,7 @@ def test_main_records_trace_to_measurements(built, rows):
 
 
 def test_real_data_sets_stand_beside_their_own_published_numbers():
-    rows = synthetic_results.rows((0,), ("ecqa",))
-    table = tables.main_table(rows, domains_of(rows)[0])
+    table = main_table(synthetic_results.results((0,), "questions", datasets=("ecqa",)))
     assert table.header == ["method", "ecqa (measured)", "ecqa: 95% interval", "ecqa (paper)"]
     record = next(r for r in table.records if r["method"] == "dpo")
     assert record["published"] == pytest.approx(0.7507)
@@ -76,9 +75,8 @@ def test_real_data_sets_stand_beside_their_own_published_numbers():
 
 
 def test_several_data_sets_stand_side_by_side_with_the_papers_average():
-    rows = synthetic_results.rows((0,), published.QUESTIONS, n=50)
-    (domain,) = domains_of(rows)
-    table = tables.main_table(rows, domain)
+    sets = published.QUESTIONS
+    table = main_table(synthetic_results.results((0,), "questions", datasets=sets, n=50))
     pairs = [f"{name} ({side})" for name in published.QUESTIONS for side in ("measured", "paper")]
     whole = ["average (measured)", "average: 95% interval", "average (paper)"]
     assert table.header == ["method", *pairs, *whole]
@@ -89,32 +87,35 @@ def test_several_data_sets_stand_side_by_side_with_the_papers_average():
 
 
 def test_the_papers_mean_over_some_of_its_sets_is_taken_where_it_prints_none():
-    rows = synthetic_results.rows((0,), ("gsm8k", "mawps"), n=50)
-    table = tables.main_table(rows, domains_of(rows)[0])
+    sets = ("gsm8k", "mawps")
+    table = main_table(synthetic_results.results((0,), "maths", datasets=sets, n=50))
     record = next(r for r in table.records if (r["method"], r["dataset"]) == ("allo", "average"))
     assert record["published"] == pytest.approx((0.566 + 0.825) / 2)
 
 
-def test_an_empty_cell_has_the_reason_that_the_measurements_tell():
-    rows = synthetic_results.rows((0,), ("ecqa", "qasc"), n=50)
-    rows = [row for row in rows if (row.method, row.dataset) != ("sft", "qasc")]
-    rows += synthetic_results.rows((0,), ("hh_helpful",), n=50, prefix="reward_")
-    rows = [row for row in rows if (row.method, row.dataset) != ("sft", "hh_helpful")]
-    rows = [row for row in rows if (row.method, row.dataset) != ("sft_base", "hh_helpful")]
-    questions, pairs = (tables.main_table(rows, domain) for domain in domains_of(rows))
-    why = {(r["method"], r["dataset"]): r["reason"] for t in (questions, pairs) for r in t.records}
+def test_an_empty_cell_has_the_reason_that_the_outcomes_tell():
+    found = synthetic_results.joined(
+        ("questions", ("ecqa", "qasc")), ("helpfulness", ()), models=(0,), n=50
+    )
+    questions, pairs = found.domains
+    del found._cells(questions)[0, "qasc"]["sft"]
+    for method in ("sft", "sft_base"):
+        del found._cells(pairs)[0, "helpfulness"][method]
+    answered, ranked = (tables.main_table(found, domain) for domain in (questions, pairs))
+    why = {(r["method"], r["dataset"]): r["reason"] for t in (answered, ranked) for r in t.records}
     assert why["sft", "qasc"] == why["sft", "average"] == "run on ecqa only"
     assert why["sft", "ecqa"] == "" and why["ppo", "ecqa"] == "not among the methods of this run"
-    assert why["sft", "hh_helpful"] == "run on other domains only"
-    assert why["sft_base", "hh_helpful"].startswith("the starting model is the reference")
-    assert why["ppo", "hh_helpful"] == why["a2c", "hh_helpful"]
-    assert why["ppo", "hh_helpful"].startswith("needs a verifier")
-    assert all(f"({letter}) " in pairs.caption for letter in "abcde")
+    assert why["sft", "helpfulness"] == "run on other domains only"
+    assert why["sft_base", "helpfulness"].startswith("the starting model is the reference")
+    assert why["ppo", "helpfulness"] == why["a2c", "helpfulness"]
+    assert why["ppo", "helpfulness"].startswith("needs a verifier")
+    assert all(f"({letter}) " in ranked.caption for letter in "abcde")
 
 
 def test_empirical_table_has_both_protocols(built):
     labels = [line[0] for line in built["empirical_miniature"].body]
     assert labels[0] == "DPO, top 10%" and "DPO, top 10% (one rate)" in labels
+    assert "DPO, last 10%, long" in labels
     top = built["empirical_miniature"].records[0]
     assert top["train_loss"] == pytest.approx(0.55, abs=0.01)
     assert top["paper_ecqa"] == pytest.approx(0.76)
@@ -130,9 +131,19 @@ def test_ablations_are_paired_differences_to_allo(built):
     )
 
 
-def test_files_are_the_same_each_time_and_parse(tmp_path, rows):
-    first = tables.write(tables.build(rows), tmp_path / "a")
-    second = tables.write(tables.build(rows[::-1]), tmp_path / "b")
+def test_the_official_departures_stand_beside_the_ablations_and_others_against_dpo(built):
+    labels = [line[0] for line in built["ablations_miniature"].body]
+    assert "official: all three" in labels and "forgetting what the reward model keeps" in labels
+    pairs = {(r["method"], r["baseline"]) for r in built["comparisons_miniature"].records}
+    assert {("dpo_top10", "dpo"), ("dpo_long", "dpo"), ("allo", "dpo_long")} <= pairs
+    assert {baseline for _, baseline in pairs} == {"dpo", "dpo_long"}
+
+
+def test_files_are_the_same_each_time_and_parse(tmp_path, results):
+    first = tables.write(tables.build(results), tmp_path / "a")
+    table = synthetic_results.table()[::-1]
+    second = StudyResults(table, synthetic_results.rows()[::-1], 3)
+    second = tables.write(tables.build(second), tmp_path / "b")
     assert [path.name for path in first] == [path.name for path in second]
     assert all(a.read_bytes() == b.read_bytes() for a, b in zip(first, second, strict=True))
     with open(tmp_path / "a" / "main_miniature.csv", newline="") as file:
@@ -152,15 +163,3 @@ def test_the_papers_numbers_are_read_as_fractions():
     assert gap == pytest.approx(table["allo"]["qa_avg"] - table["dpo"]["qa_avg"], abs=2e-4)
     assert published.difference(table, "allo", "dpo", ["chain"]) is None
     assert published.difference(table, "allo", "allo_random_tokens", ["ecqa"]) is None
-
-
-def test_no_accuracy_has_an_interval_beyond_0_or_100(rows):
-    changed = [
-        replace(row, value=0.4 if row.seed == 0 else 0.99)
-        if (row.method, row.metric) == ("allo", "accuracy")
-        else row
-        for row in rows
-    ]
-    (domain,) = domains_of(changed)
-    found = tables.method_interval(changed, "allo", domain)
-    assert found.high == 1.0 and 0 <= found.low < found.effect

@@ -150,6 +150,8 @@ def test_without_a_margin_nothing_is_negligible():
 
 def test_one_model_and_equal_models_without_an_error_decide_nothing():
     assert p_values(None, "accuracy") is None
+    some = mean_interval({0: 0.5, 1: 0.51, 2: 0.52})
+    assert p_values(some, "accuracy", models=3) and p_values(some, "accuracy", models=4) is None
     assert p_values(mean_interval({0: 0.5}, {0: 0.001}), "accuracy") is None
     assert p_values(mean_interval({0: 0.5, 1: 0.5}), "accuracy") is None
 
@@ -218,8 +220,8 @@ def test_tags_say_what_the_verdict_does_not():
 
 def test_families_do_not_pay_for_one_another():
     weak = of(0.0125, 0.01)
-    names = ("C1", "C1p", "C4", "C10")
+    names = ("C1", "C1p", "C2s", "C3s", "C4", "C10")
     found = {one.id: one for one in corrected([claim(name, weak) for name in names])}
     assert {name: one.sign / weak.sign for name, one in found.items()} == pytest.approx(
-        {"C1": 1, "C1p": 1, "C4": 2, "C10": 1}
+        {"C1": 1, "C1p": 1, "C2s": 2, "C3s": 2, "C4": 2, "C10": 1}
     )
