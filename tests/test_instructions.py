@@ -304,8 +304,6 @@ def test_verdicts_of_the_benchmarks_programs_are_read_beside_the_replies(folder)
         assert won["dpo", dataset].value == pytest.approx(expected) and expected > 0.5
     who = {row.metric for row in rows if row.metric.startswith(comparisons.JUDGED_BY)}
     assert who == {"judged_by:alpaca_eval:gpt4", "judged_by:arena_hard:gpt-4-1106"}
-    # Arena-Hard gives some replies more verdicts than others: nothing is paired there.
-    assert {dataset for _, dataset in by_metric(rows, "win_gain_over:dpo")} == {"alpaca_eval"}
     told = comparisons.judged_by(comparisons.index_of(rows), INSTRUCTIONS)
     assert "Judge: several, and only what one of them judged compares: alpaca eval `gpt4` (" in told
 
