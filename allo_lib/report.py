@@ -4,7 +4,7 @@ import base64
 import csv
 import html
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from allo_lib import claims as claims_module
@@ -12,6 +12,7 @@ from allo_lib import (
     figures,
     manifest,
     notes,
+    outcomes,
     published,
     relative_change,
     row_comparisons,
@@ -25,7 +26,28 @@ from allo_lib.figure_style import caption_of
 from allo_lib.verdicts import POINTS, RULE
 
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
-PROFILES = ("tiny", "tiny-full", "smollm2")
+PROFILES = ("tiny-full", "smollm2", "architectures", "tiny")
+# What README asks of the first of these that is there, by claim (or part of one).
+QUESTIONS = {
+    "C4s": "Is ALLO better than a DPO of as many updates?",
+    "C4": "... than a DPO of half as many, as the paper ran it?",
+    "C5": "... than every other baseline (the strongest one)?",
+    "C2.dpo": "Is DPO on the top 10% of the neurons better than on all?",
+    "C2.dpo_last10": "... than on the last 10%?",
+    "C3": "Is DPO on the last 10% less than 2 points worse than on all?",
+    "C6": "Does forgetting before learning help?",
+    "C7.allo_all_tokens_forgetting": "Does choosing tokens help in forgetting?",
+    "C7.allo_all_tokens_learning": "... in learning?",
+    "C8": "Are the masks more alike than chance (the least stable of three ways)?",
+    "C9": "Does a better reward model give a better model?",
+    "C10": "Does ALLO cost less than a dense mask?",
+}
+ANSWERS = {
+    "supported": "yes",
+    "contradicted": "no",
+    "no difference": "no difference",
+    "undecided": "undecided",
+}
 # Of a profile of one SFT model, wherever its claims stand.
 _ALONE = (
     "One SFT model decides nothing: no claim about methods has a verdict here, whatever its "
@@ -318,49 +340,75 @@ def _inline(text: str) -> str:
 
 
 def readme_block(results_root: str | Path) -> str:
-    """The rule, and the claims table and main figure of each committed profile, between markers."""
-    parts = [BEGIN, RULE]
-    for profile in PROFILES:
-        folder = Path(results_root) / profile
-        if (folder / "claims.csv").exists():
-            parts.append(_profile_block(folder, f"results/{profile}"))
-    return "\n\n".join([*parts, END])
+    """The answers of the first committed profile of PROFILES, and where the others' are."""
+    folders = [Path(results_root) / profile for profile in PROFILES]
+    first, *others = [path for path in folders if (path / outcomes.NAME).exists()] or [None]
+    parts = [] if first is None else [_answers(first, f"results/{first.name}")]
+    if others:
+        told = [f"[`{path.name}`](results/{path.name}/report.html)" for path in others]
+        parts.append(f"Every claim, part and table of the other profiles: {', '.join(told)}.")
+    rule = f"<details><summary>The rule of the verdicts</summary>\n\n{RULE}\n\n</details>"
+    return "\n\n".join([BEGIN, *parts, rule, END])
 
 
-def _profile_block(folder: Path, link: str) -> str:
+def _answers(folder: Path, link: str) -> str:
     results = StudyResults.load(folder, models_of(folder))
-    seeds, domains = ", ".join(map(str, results.seeds)), results.domains
-    lines = [f"### `{folder.name}` (seed{'s' * (len(results.seeds) > 1)} {seeds})", ""]
-    lines += [_ALONE, ""] if results.models == 1 else []
-    for name in ("relative_change", *(f"main_{domain.name}" for domain in domains[:1])):
+    claims = {claim.id: claim for claim in claims_module.read(folder / "claims.csv")}
+    lines = [f"**{_in_short(claims.values(), results.models)}**", "", _provenance(folder, results)]
+    for name in (f"main_{domain.name}" for domain in results.domains[:1]):
         figure = folder / "figures" / f"{name}.png"
         if figure.exists():
-            lines += [f"![{caption_of(figure)}]({link}/figures/{figure.name})", ""]
-            lines += [f"Redraw it: `./run_all.sh figures {folder.name} {name}`", ""]
-    lines += ["| claim | | effect | 95% interval | verdict |", "| --- | --- | --- | --- | --- |"]
-    claims = claims_module.read(folder / "claims.csv")
-    for claim in (claim for claim in claims if claim.effect is not None):
-        effect, interval = effect_text(claim)
-        if claim.unit not in POINTS:
-            effect += f" {claim.unit}"
-        verdict = row_comparisons.with_tags(f"**{claim.verdict}**", claim.tags)
-        cells = [claim.id, claim.claim, effect, interval, verdict]
-        lines.append(f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |")
-    lines += [
-        "",
-        f"Evidence for each row: [claims.csv]({link}/claims.csv), "
-        f"[report.html]({link}/report.html), [tables]({link}/tables); the p-values: "
-        f"[verdicts]({link}/tables/verdicts.md).",
-    ]
-    if len(domains) > 1:
-        lines[-1] += f" Claims that name no domain are those of `{domains[0].name}`."
-    unmeasured = ", ".join(claim.id for claim in claims if claim.effect is None)
-    if unmeasured:
-        lines += ["", f"Not measured (`evidence` says for want of what): {unmeasured}."]
-    differing = claims_module.protocol_disagreements(claims)
-    if differing:
-        lines += ["", *[f"- {sentence}" for sentence in differing]]
-    return "\n".join(lines)
+            lines += ["", f"![{caption_of(figure)}]({link}/figures/{figure.name})"]
+            lines += ["", f"Redraw it: `./run_all.sh figures {folder.name} {name}`"]
+    lines += ["", "| question | measured | 95% interval | the paper | answer |"]
+    lines += ["| --- | --- | --- | --- | --- |"]
+    papers = _published(folder)
+    for name, question in QUESTIONS.items():
+        claim = claims.get(name)
+        if claim is not None and claim.effect is not None:
+            effect, interval = effect_text(claim)
+            if claim.unit not in POINTS:
+                effect += f" {claim.unit}"
+            cells = [question, effect, interval, papers.get(name, ""), ANSWERS[claim.verdict]]
+            lines.append(f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |")
+    lines += ["", f"Differences are in points of accuracy. Evidence for each answer, and every "
+              f"other claim: [report]({link}/report.html), [claims]({link}/claims.csv), "
+              f"[tables]({link}/tables), [p-values]({link}/tables/verdicts.md)."]  # fmt: skip
+    differing = claims_module.protocol_disagreements(list(claims.values()))
+    return "\n".join([*lines, *(["", *[f"- {text}" for text in differing]] if differing else [])])
+
+
+def _in_short(claims: Iterable[Claim], models: int) -> str:
+    """What was found, in a sentence."""
+    if models == 1:
+        return _ALONE
+    verdicts = [c.verdict for c in claims if c.id == c.whole and c.family == "primary"]
+    told = [f"{verdicts.count(verdict)} {verdict}" for verdict in ANSWERS if verdict in verdicts]
+    return (
+        f"Of the paper's claims C1 to C9, each method at its own best rates, on {models} "
+        f"independent SFT models: {', '.join(told)}."
+    )
+
+
+def _provenance(folder: Path, results: StudyResults) -> str:
+    """Model, seeds, replicates and cost of a committed run."""
+    told = manifest.read(folder) or {}
+    seconds = [s for run in told.get("runs", {}).values() for s in run["seconds"].values()]
+    settings = told.get("settings", {}).get("replicates", {})
+    runs = settings.get("pair_sets", 1) * settings.get("orders", 1)
+    seeds = ", ".join(map(str, results.seeds))
+    cost = f"; {sum(seconds) / 60:.0f} minutes on {told['cores']} cores" if seconds else ""
+    return (
+        f"`{folder.name}`: SFT models of seeds {seeds}, each with {runs} "
+        f"run{'s' * (runs > 1)} of a method{cost} ({told.get('processor', 'unknown processor')})."
+    )
+
+
+def _published(folder: Path) -> dict[str, str]:
+    """The paper's effect beside a claim, in points, by id; claims without one are left out."""
+    path = folder / "tables" / "verdicts.csv"
+    rows = csv.DictReader(_text(path).splitlines()) if path.exists() else ()
+    return {row["id"]: f"{100 * float(row['published']):+.2f}" for row in rows if row["published"]}
 
 
 def readme_is_current(readme_path: str | Path, results_root: str | Path) -> bool:

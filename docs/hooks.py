@@ -29,5 +29,7 @@ def on_files(files, config):
         files.remove(file)
     for path in sorted({path for pattern in SHOWN for path in ROOT.glob(pattern)}):
         name = path.relative_to(ROOT).as_posix()
+        if "/." in name:  # a store
+            continue
         files.append(File(name, str(ROOT), config.site_dir, config.use_directory_urls))
     return files

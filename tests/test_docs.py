@@ -22,6 +22,7 @@ PAGES = sorted(
     path
     for pattern in ("*.md", "docs/*.md", "notebooks/*.py", "results/**/*.md", "results/*/*.html")
     for path in ROOT.glob(pattern)
+    if "/." not in path.relative_to(ROOT).as_posix()  # a store
 )
 LONGEST_README = 90  # lines beside the generated block
 

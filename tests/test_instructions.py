@@ -68,8 +68,8 @@ def never(*_, **__):
 
 # --- keys and hashes -----------------------------------------------------------------------------
 
-# As it was before there were instructions: of `arms._method_inputs` of allo and dpo.
-KEY_OF_TINY = "aeb4c75cc0ff4634f74e149bf3602250f94eb7085021866b4b17d6a777e62584"
+# Of `arms._method_inputs` of allo and dpo, in which nothing is of instructions.
+KEY_OF_TINY = "db2205c5171045e73042d71ce2226e56810266fe96d6760708ce717242b321d7"
 
 
 def inputs_of(profile, name, folder, monkeypatch):

@@ -2,12 +2,13 @@
 
 from pathlib import Path
 
-from allo_lib import claims, report, row_comparisons, tables
+from allo_lib import claims, outcomes, report, row_comparisons, tables
 from allo_lib.comparisons import StudyResults
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "results"
-COMMITTED = [RESULTS / name for name in report.PROFILES if (RESULTS / name / "claims.csv").exists()]
+FOLDERS = [RESULTS / name for name in report.PROFILES]
+COMMITTED = [folder for folder in FOLDERS if (folder / outcomes.NAME).exists()]
 
 
 def test_readme_shows_the_committed_results():

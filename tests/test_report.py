@@ -140,14 +140,13 @@ def test_readme_block_is_replaced_and_the_rest_kept(results, tmp_path):
     text = readme.read_text()
     assert text.startswith("# Title\n") and text.endswith("\n\nThe end.\n") and "old" not in text
     assert report.readme_is_current(readme, results.parent)
-    found = claims.read(results / "claims.csv")
-    unmeasured = [claim.id for claim in found if claim.effect is None]
-    assert 0 < len(unmeasured) < len(found)
-    for claim in found:
-        assert (f"| {claim.id} | {claim.claim} |" in text) == (claim.id not in unmeasured)
-    assert f"for want of what): {', '.join(unmeasured)}." in text
-    assert "name no domain" not in text  # of which there is one
-    readme.write_text(text.replace("**undecided**", "**supported**", 1))
+    found = {claim.id: claim for claim in claims.read(results / "claims.csv")}
+    assert found.keys() > {"C10"} and found["C10"].effect is None
+    for name, question in report.QUESTIONS.items():
+        effect, interval = report.effect_text(found[name])
+        assert (f"| {question} | {effect}" in text) == (found[name].effect is not None)
+        assert f"| {interval} |" in text or name == "C10"
+    readme.write_text(text.replace("| undecided |", "| yes |", 1))
     assert not report.readme_is_current(readme, results.parent)
 
 
@@ -199,9 +198,15 @@ def test_verdicts_are_told_apart_in_the_report_and_tags_in_readme(tmp_path):
     report.rebuild(folder)  # the number of models from the manifest
     assert files_of(folder) == before
     block = report.readme_block(tmp_path)
-    assert "(seeds 0, 1, 2)" in block and "One SFT model decides nothing: no claim" not in block
-    assert "**supported** (published effect outside the interval)" in block
-    assert "| C2.dpo_last10 | dpo_top10 above dpo_last10 |" in block
+    assert "seeds 0, 1, 2" in block and "One SFT model decides nothing: no claim" not in block
+    found = [
+        c for c in claims.read(folder / "claims.csv") if c.family == "primary" and c.id == c.whole
+    ]
+    counted = [f"{n} {v}" for v in report.ANSWERS
+               if (n := sum(claim.verdict == v for claim in found))]  # fmt: skip
+    assert f"on 3 independent SFT models: {', '.join(counted)}.**" in block
+    (row,) = [line for line in block.splitlines() if "... than on the last 10%?" in line]
+    assert row.endswith("| yes |")
     old = ("reproduced", "inconclusive", "bootstrap", "after Holm")
     assert not any(word in block for word in old)
 
