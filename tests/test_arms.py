@@ -151,7 +151,7 @@ def test_on_policy_methods_are_rewarded_for_right_answers_that_have_ended(tiny_s
     monkeypatch.setattr(on_policy, "run_on_policy", run)
     tiny_study.load_sft(DOMAIN)
     (stage,) = stages_of("ppo", tiny_study.profile)
-    arms._train_stage(tiny_study, DOMAIN, (stage,), 0, 1e-3, {}, None)
+    arms._train_stage(tiny_study, DOMAIN, (stage,), 0, 1e-3, {}, {}, None)
     rows = tiny_study.pairs(DOMAIN).rows["train"]
     assert found["prompts"] == [row["prompt"] for row in rows] and found["name"] == "ppo"
     schedule, domain = found["schedule"], tiny_study.domain(DOMAIN)
@@ -186,7 +186,8 @@ def test_settings_of_on_policy_methods_are_part_of_their_keys_alone(tiny_study):
 
 def test_a_row_of_relative_rates_runs_at_those_times_its_factors(tiny_study, monkeypatch):
     monkeypatch.setattr(arms, "result", lambda study, name, method: {
-        "dpo": {"rates": [0.5]}, "allo": {"rates": [0.1, 0.2]}}[method])  # fmt: skip
+        "dpo": {"rates": [0.5], "knob": {}},
+        "allo": {"rates": [0.1, 0.2], "knob": {}}}[method])  # fmt: skip
     rates = [arms._fixed_rates(tiny_study, DOMAIN, method)
              for method in ("allo_rates_x0p5_x2", "dpo_top10_paper", "allo")]  # fmt: skip
     assert rates == [pytest.approx((0.05, 0.4)), (0.5,), None]
@@ -410,10 +411,10 @@ def test_the_development_split_is_part_of_a_candidate(tiny_study):
 
 
 def test_a_rate_that_diverges_loses_and_all_of_them_are_told(begun, monkeypatch, capsys):
-    def train_stage(study, name, stages, number, rate, masters, folder):
+    def train_stage(study, name, stages, number, rate, *others):
         if rate > limit:
             raise Diverged("the loss became nan at step 1; lower the learning rate")
-        return real(study, name, stages, number, rate, masters, folder)
+        return real(study, name, stages, number, rate, *others)
 
     study = open_study(begun)
     centre = study.domain(DOMAIN).rates.dense

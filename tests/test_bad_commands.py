@@ -166,7 +166,7 @@ LINES = {
     "data of status": (["status", "toy.yaml", "--data", "."], "unrecognized arguments: --data ."),
     "unknown command": (
         ["Status"],
-        "no profile 'Status': expected one of architectures, smollm2, tiny",
+        "no profile 'Status': expected one of architectures, llama2-7b, ",
     ),
     "profile with a line break": (["a\nb"], "no profile 'a\\nb'"),
     "profile of bytes": (["\udcff.yaml"], "no profile '\\udcff.yaml'"),
