@@ -36,5 +36,5 @@ fi
 extra=()
 if [ "${1:-}" = test ]; then extra=(--tests); fi
 # -P keeps the folder that the user stands in from shadowing this project's modules.
-python="$("$python" -P -m allo_lib.environment ${extra[@]+"${extra[@]}"})"
-exec "$python" -P -m allo_lib.cli "$@"
+python="$("$python" -P -m allo_lib.machine.environment ${extra[@]+"${extra[@]}"})"
+exec "$python" -P -m allo_lib.cli.cli "$@"

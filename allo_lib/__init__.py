@@ -2,7 +2,7 @@
 
 import importlib
 
-from allo_lib import runtime
+from allo_lib.machine import runtime
 
 runtime.configure()
 

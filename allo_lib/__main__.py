@@ -2,6 +2,6 @@
 
 import sys
 
-from allo_lib.align_cli import main
+from allo_lib.cli.align_cli import main
 
 sys.exit(main())

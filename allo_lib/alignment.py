@@ -20,13 +20,13 @@ import numpy as np
 import torch
 from pydantic import Field
 
-from allo_lib import delta, devices, models, rewriter, settings, warning_signs
-from allo_lib.checkpoints import Checkpoints
-from allo_lib.config import fingerprint
-from allo_lib.errors import AlloError, Diverged
-from allo_lib.evaluation import implicit_margins
-from allo_lib.forward import layout_of, pair_logps
-from allo_lib.given_model import (
+from allo_lib import delta
+from allo_lib.data.preferences import SIDES, Given, read_pairs
+from allo_lib.engine import models, rewriter
+from allo_lib.engine.checkpoints import Checkpoints
+from allo_lib.engine.evaluation import implicit_margins
+from allo_lib.engine.forward import layout_of, pair_logps
+from allo_lib.engine.given_model import (
     as_found,
     check_model,
     check_trainable,
@@ -38,12 +38,19 @@ from allo_lib.given_model import (
     undone_if_stopped,
     weights_back,
 )
-from allo_lib.importance import NeuronMask, count_ties, select_neurons
-from allo_lib.preferences import SIDES, Given, read_pairs
-from allo_lib.reference import rows_hash, weights_hash, with_reference
-from allo_lib.search import search
-from allo_lib.seeds import derive
-from allo_lib.settings import (
+from allo_lib.engine.reference import rows_hash, weights_hash, with_reference
+from allo_lib.engine.stages import run_stage
+from allo_lib.engine.store import Store, write_json
+from allo_lib.engine.training import Log, Schedule
+from allo_lib.engine.warmup import delta_of_dpo, gradient_scores
+from allo_lib.errors import AlloError, Diverged
+from allo_lib.evaluation.stats import mean_and_error, mean_interval
+from allo_lib.machine import devices
+from allo_lib.method.importance import NeuronMask, count_ties, select_neurons
+from allo_lib.method.token_rewards import unaligned_weights
+from allo_lib.profiles import settings
+from allo_lib.profiles.config import fingerprint
+from allo_lib.profiles.settings import (
     STRICT,
     BelowOne,
     Count,
@@ -54,12 +61,9 @@ from allo_lib.settings import (
     Rate,
     Share,
 )
-from allo_lib.stages import run_stage
-from allo_lib.stats import mean_and_error, mean_interval
-from allo_lib.store import Store, write_json
-from allo_lib.token_rewards import unaligned_weights
-from allo_lib.training import Log, Schedule
-from allo_lib.warmup import delta_of_dpo, gradient_scores
+from allo_lib.report import warning_signs
+from allo_lib.seeds import derive
+from allo_lib.study.search import search
 
 STAGES = ("importance", "forgetting", "learning")
 TRAINED = STAGES[1:]  # the stages whose rates are searched

@@ -21,10 +21,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from allo_lib import models
+from allo_lib.engine import models
+from allo_lib.engine.reference import tensors_hash
 from allo_lib.errors import AlloError
-from allo_lib.reference import tensors_hash
-from allo_lib.weights import UNREADABLE, told
+from allo_lib.machine.weights import UNREADABLE, told
 
 NAME = "allo_delta.safetensors"
 _HEADER, _FORMAT = "allo_delta", 1

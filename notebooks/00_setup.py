@@ -50,10 +50,12 @@ sys.path[:0] = [str(p) for p in (Path.cwd(), *Path.cwd().parents) if (p / "allo_
 
 import torch
 
-from allo_lib import analysis, losses, method_figures, parallel, results
-from allo_lib.encoding import encode_prompt, encode_response
-from allo_lib.notebook import draw, percent, say, table
-from allo_lib.study import Study
+from allo_lib.engine.encoding import encode_prompt, encode_response
+from allo_lib.method import losses
+from allo_lib.report import method_figures
+from allo_lib.report.notebook import draw, percent, say, table
+from allo_lib.study import analysis, parallel, results
+from allo_lib.study.study import Study
 
 study = Study.open(profile, seed, results_dir, overrides)
 domain = domain or next(iter(study.profile.domains))

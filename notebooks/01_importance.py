@@ -52,22 +52,14 @@ import math
 import torch
 import torch.nn.functional as F
 
-from allo_lib import (
-    analysis,
-    arms,
-    figures,
-    importance,
-    method_figures,
-    parallel,
-    results,
-    scoring,
-    warning_signs,
-    weights,
-)
-from allo_lib.losses import dpo_loss
-from allo_lib.notebook import draw, percent, say, table
-from allo_lib.optim import MaskedAdamW
-from allo_lib.study import Study
+from allo_lib.machine import weights
+from allo_lib.method import importance
+from allo_lib.method.losses import dpo_loss
+from allo_lib.method.optim import MaskedAdamW
+from allo_lib.report import figures, method_figures, warning_signs
+from allo_lib.report.notebook import draw, percent, say, table
+from allo_lib.study import analysis, arms, parallel, results, scoring
+from allo_lib.study.study import Study
 
 study = Study.open(profile, seed, results_dir, overrides)
 domain = domain or next(iter(study.profile.domains))

@@ -49,20 +49,15 @@ import copy
 
 import torch
 
-from allo_lib import (
-    analysis,
-    figures,
-    method_figures,
-    methods,
-    parallel,
-    rewriter,
-    stats,
-    warning_signs,
-)
-from allo_lib.encoding import encode_response
-from allo_lib.notebook import draw, percent, say, table
-from allo_lib.study import Study
-from allo_lib.token_rewards import unaligned_weights
+from allo_lib.engine import rewriter
+from allo_lib.engine.encoding import encode_response
+from allo_lib.evaluation import stats
+from allo_lib.method.token_rewards import unaligned_weights
+from allo_lib.profiles import methods
+from allo_lib.report import figures, method_figures, warning_signs
+from allo_lib.report.notebook import draw, percent, say, table
+from allo_lib.study import analysis, parallel
+from allo_lib.study.study import Study
 
 study = Study.open(profile, seed, results_dir, overrides)
 domain = domain or next(iter(study.profile.domains))

@@ -46,20 +46,13 @@ import math
 import torch
 import torch.nn.functional as F
 
-from allo_lib import (
-    analysis,
-    arms,
-    losses,
-    method_figures,
-    methods,
-    parallel,
-    results,
-    token_rewards,
-    warning_signs,
-)
-from allo_lib.notebook import draw, percent, say, table
-from allo_lib.optim import MaskedAdamW
-from allo_lib.study import Study
+from allo_lib.method import losses, token_rewards
+from allo_lib.method.optim import MaskedAdamW
+from allo_lib.profiles import methods
+from allo_lib.report import method_figures, warning_signs
+from allo_lib.report.notebook import draw, percent, say, table
+from allo_lib.study import analysis, arms, parallel, results
+from allo_lib.study.study import Study
 
 study = Study.open(profile, seed, results_dir, overrides)
 domain = domain or next(iter(study.profile.domains))

@@ -22,7 +22,7 @@
 # right on problem $i$ of $n$, the effect of the change is
 # $$\hat\delta = \frac{1}{n}\sum_{i=1}^{n} (a_i - b_i).$$
 # Intervals are 95%, over this seed's problems: they say nothing of other models. All seeds together are in
-# 06_evaluation. A figure is drawn where the profile asks for its rows (`allo_lib/ablations.py`).
+# 06_evaluation. A figure is drawn where the profile asks for its rows (`allo_lib/evaluation/ablations.py`).
 
 # %% tags=["parameters"]
 profile = "tiny"  # name, or path of a YAML file
@@ -37,21 +37,14 @@ from pathlib import Path
 # The repository, wherever in it the notebook runs.
 sys.path[:0] = [str(p) for p in (Path.cwd(), *Path.cwd().parents) if (p / "allo_lib").is_dir()][:1]
 
-from allo_lib import (
-    ablation_figures,
-    ablations,
-    analysis,
-    arms,
-    figures,
-    overlaps,
-    parallel,
-    results,
-)
-from allo_lib import ablation_numbers as numbers
-from allo_lib.methods import ROWS, share_name
-from allo_lib.notebook import percent, say, show, table
-from allo_lib.published import arm_label
-from allo_lib.study import Study
+from allo_lib.evaluation import ablations
+from allo_lib.evaluation.published import arm_label
+from allo_lib.profiles.methods import ROWS, share_name
+from allo_lib.report import ablation_figures, figures
+from allo_lib.report import ablation_numbers as numbers
+from allo_lib.report.notebook import percent, say, show, table
+from allo_lib.study import analysis, arms, overlaps, parallel, results
+from allo_lib.study.study import Study
 
 study = Study.open(profile, seed, results_dir, overrides)
 asked = {name: results.methods_of(study, name) for name in study.profile.domains}

@@ -48,11 +48,13 @@ sys.path[:0] = [str(p) for p in (Path.cwd(), *Path.cwd().parents) if (p / "allo_
 
 from IPython.display import Image, Markdown, display
 
-from allo_lib import claims, report, results
-from allo_lib.notebook import say, table
-from allo_lib.row_comparisons import with_tags
-from allo_lib.study import Study
-from allo_lib.verdicts import RULE
+from allo_lib.evaluation import claims
+from allo_lib.evaluation.verdicts import RULE
+from allo_lib.report import report
+from allo_lib.report.notebook import say, table
+from allo_lib.report.row_comparisons import with_tags
+from allo_lib.study import results
+from allo_lib.study.study import Study
 
 study = Study.open(profile, seed, results_dir, overrides)
 measured = results.update(study, [seed] if seeds is None else seeds)

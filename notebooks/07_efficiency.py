@@ -63,11 +63,13 @@ sys.path[:0] = [str(p) for p in (Path.cwd(), *Path.cwd().parents) if (p / "allo_
 
 import math
 
-from allo_lib import analysis, claims, efficiency, figures, footprint, report
-from allo_lib.notebook import percent, say, show, table
-from allo_lib.study import Study
-from allo_lib.verdicts import RULE
-from allo_lib.workload import domain_of, workload
+from allo_lib.evaluation import claims
+from allo_lib.evaluation.verdicts import RULE
+from allo_lib.report import figures, report
+from allo_lib.report.notebook import percent, say, show, table
+from allo_lib.study import analysis, efficiency, footprint
+from allo_lib.study.study import Study
+from allo_lib.study.workload import domain_of, workload
 
 study = Study.open(profile, seed, results_dir, overrides)
 name = domain_of(study)

@@ -20,13 +20,15 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from allo_lib import arithmetic, generation, miniature, packaged_weights
-from allo_lib.environment import device_name
-from allo_lib.importance import select_neurons
-from allo_lib.profile_files import load_profile
-from allo_lib.stages import run_stage
-from allo_lib.study import Study
-from allo_lib.training import Schedule
+from allo_lib.data import miniature
+from allo_lib.engine import generation, packaged_weights
+from allo_lib.engine.stages import run_stage
+from allo_lib.engine.training import Schedule
+from allo_lib.machine.environment import device_name
+from allo_lib.method.importance import select_neurons
+from allo_lib.profiles.profile_files import load_profile
+from allo_lib.study import arithmetic
+from allo_lib.study.study import Study
 
 STEPS, WARM_UP = 20, 2
 LIMIT = 15_000_000  # bytes of a trace; of a longer one the beginning is kept

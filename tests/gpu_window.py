@@ -198,7 +198,7 @@ def end(process: subprocess.Popen, patience: float) -> None:
 
 def look_around(window: Window) -> dict:
     """The machine, as the manifest tells it, with what its Python lacks and the GPU's driver."""
-    code = "import json; from allo_lib.environment import machine, unmet; "
+    code = "import json; from allo_lib.machine.environment import machine, unmet; "
     code += "print(json.dumps(machine() | {'unmet': unmet(tests=True)}))"
     asked = [sys.executable, "-P", "-c", code]
     said = subprocess.run(asked, env=window.environment, capture_output=True, text=True)
@@ -224,7 +224,7 @@ def work(window: Window, folder: str) -> None:
     if options.carried and not options.results.exists():
         told["carried"] = unpack(options.carried, options.results)
     window.pack()
-    study = ["-P", "-m", "allo_lib.cli", options.profile, "--out", options.results]
+    study = ["-P", "-m", "allo_lib.cli.cli", options.profile, "--out", options.results]
     study += ["--data", options.data] if options.data else []
     study += [part for name, value in options.overrides for part in ("-p", name, value)]
     if "tests" in options.only:

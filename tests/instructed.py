@@ -15,9 +15,9 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from allo_lib import arms
-from allo_lib.encoding import encode_prompt, encode_response
-from allo_lib.study import Study
+from allo_lib.engine.encoding import encode_prompt, encode_response
+from allo_lib.study import arms
+from allo_lib.study.study import Study
 
 DOMAIN = "helpfulness"
 METHODS = ("dpo", "allo")

@@ -8,7 +8,7 @@ from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers import models as tokenizer_models
 from transformers import PreTrainedTokenizerFast
 
-from allo_lib import models
+from allo_lib.engine import models
 
 THINGS = ("tea", "milk", "soup", "snow")
 TEMPLATE = (

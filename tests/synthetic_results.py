@@ -3,8 +3,8 @@
 import numpy as np
 import pandas as pd
 
-from allo_lib import measurements, outcomes
-from allo_lib.comparisons import StudyResults
+from allo_lib.evaluation import measurements, outcomes
+from allo_lib.evaluation.comparisons import StudyResults
 
 # The planted accuracy of each method.
 ACCURACY = {

@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 from matplotlib.text import Text
 from tiny_study import DOMAIN, PROFILE, open_study
 
-from allo_lib import ablation_figures as drawing
-from allo_lib import ablation_numbers as numbers
-from allo_lib import ablations, importance, measurements, overlaps, score_variants, weights
 from allo_lib.errors import AlloError
-from allo_lib.importance import NeuronMask
-from allo_lib.methods import (
+from allo_lib.evaluation import ablations, measurements
+from allo_lib.machine import weights
+from allo_lib.method import importance
+from allo_lib.method.importance import NeuronMask
+from allo_lib.profiles.methods import (
     ESTIMATORS,
     Stage,
     grid_name,
@@ -26,7 +26,10 @@ from allo_lib.methods import (
     stages_of,
     waits_for,
 )
-from allo_lib.profile_files import load_profile
+from allo_lib.profiles.profile_files import load_profile
+from allo_lib.report import ablation_figures as drawing
+from allo_lib.report import ablation_numbers as numbers
+from allo_lib.study import overlaps, score_variants
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,8 @@ from test_bad_models import words
 from tiny_models import tiny_llama
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from allo_lib import align_cli, delta
+from allo_lib import delta
+from allo_lib.cli import align_cli
 from allo_lib.errors import AlloError
 
 PAIRS = [{"prompt": f"w{i} w2", "chosen": "w3 w4", "rejected": f"w{5 + i} w4"} for i in range(20)]

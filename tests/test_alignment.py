@@ -17,13 +17,16 @@ from transformers import (
 )
 from transformers.initialization import no_init_weights
 
-from allo_lib import align, alignment, miniature, models, weights
+from allo_lib import align, alignment
 from allo_lib.alignment import AlignConfig
-from allo_lib.checkpoints import Checkpoints
+from allo_lib.data import miniature
+from allo_lib.engine import models
+from allo_lib.engine.checkpoints import Checkpoints
 from allo_lib.errors import AlloError
-from allo_lib.importance import NeuronMask
-from allo_lib.optim import MaskedAdamW
-from allo_lib.profile_files import load_profile
+from allo_lib.machine import weights
+from allo_lib.method.importance import NeuronMask
+from allo_lib.method.optim import MaskedAdamW
+from allo_lib.profiles.profile_files import load_profile
 
 FAST = {"batch_size": 4, "importance_rate": 1e-3, "forgetting_rate": 1e-2, "learning_rate": 1e-2}
 

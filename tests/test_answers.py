@@ -11,8 +11,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from refusals import refused
 
-from allo_lib import answers, formulas, numerals
-from allo_lib.numerals import number
+from allo_lib.data import answers, formulas, numerals
+from allo_lib.data.numerals import number
 
 NUMBERS = {
     "18": 18, "-3": -3, "+3": 3, "1,234": 1234, "12,345,678": 12345678, "1234.0": 1234,

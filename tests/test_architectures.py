@@ -8,9 +8,9 @@ from tiny_models import weights_of
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from allo_lib import align
-from allo_lib.batches import collate, pair_batch
+from allo_lib.engine.batches import collate, pair_batch
+from allo_lib.engine.forward import layout_of, response_logps
 from allo_lib.errors import AlloError
-from allo_lib.forward import layout_of, response_logps
 
 VOCABULARY = 64
 # Whatever of this a configuration knows; windows and chunks are shorter than the rows below.

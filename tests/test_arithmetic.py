@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from allo_lib import arithmetic
-from allo_lib.row_linear import RowLinear
+from allo_lib.method.row_linear import RowLinear
+from allo_lib.study import arithmetic
 
 
 @settings(deadline=None, max_examples=20)

@@ -8,14 +8,17 @@ import pytest
 import torch
 from tiny_study import DOMAIN, PROFILE, open_study
 
-from allo_lib import arms, methods, on_policy, parallel, results, scoring, weights
+from allo_lib.engine import on_policy
+from allo_lib.engine.evaluation import implicit_margins
+from allo_lib.engine.generation import Response
+from allo_lib.engine.stages import run_stage
+from allo_lib.engine.training import Diverged, Log
 from allo_lib.errors import AlloError
-from allo_lib.evaluation import implicit_margins
-from allo_lib.generation import Response
-from allo_lib.methods import Stage, share_name, stages_of
-from allo_lib.profile_files import load_profile
-from allo_lib.stages import run_stage
-from allo_lib.training import Diverged, Log
+from allo_lib.machine import weights
+from allo_lib.profiles import methods
+from allo_lib.profiles.methods import Stage, share_name, stages_of
+from allo_lib.profiles.profile_files import load_profile
+from allo_lib.study import arms, parallel, results, scoring
 
 
 @pytest.fixture

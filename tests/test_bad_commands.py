@@ -5,7 +5,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from refusals import assert_one_line, read_or_refused, tree
 
-from allo_lib import cli
+from allo_lib.cli import cli
 
 TOY = "domains: {toy: {datasets: [chain]}}\n"
 fuzzing = settings(

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from refusals import read_or_refused, refused, tree
 from tiny_models import tiny_llama, weights_of
 
-from allo_lib import weights
-from allo_lib.importance import NeuronMask, delta_scores, select_neurons
+from allo_lib.machine import weights
+from allo_lib.method.importance import NeuronMask, delta_scores, select_neurons
 
 WRITTEN = {"format": 1, "granularity": "scalar", "shapes": {"w": [2, 2]}}
 fuzzing = settings(

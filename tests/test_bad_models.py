@@ -14,8 +14,9 @@ from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers import models as tokenizer_models
 from transformers import PreTrainedTokenizerFast
 
-from allo_lib import align, alignment, models
+from allo_lib import align, alignment
 from allo_lib.alignment import AlignConfig, AlignResult
+from allo_lib.engine import models
 
 WORDS = ["<pad>", "<eos>", "<unk>", *(f"w{i}" for i in range(30))]  # as many as tiny_llama has
 PAIRS = [{"prompt": "w1 w2", "chosen": "w3", "rejected": f"w{4 + i}"} for i in range(4)]

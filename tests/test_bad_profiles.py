@@ -8,8 +8,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from refusals import read_or_refused, refused, tree
 
-from allo_lib import config
-from allo_lib.profile_files import load_profile, parse_yaml
+from allo_lib.profiles import config
+from allo_lib.profiles.profile_files import load_profile, parse_yaml
 
 SMALL = {"domains": {"toy": {"datasets": ["chain", "scan"]}}}
 TOY = "domains: {toy: {datasets: [chain]}}\n"

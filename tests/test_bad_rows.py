@@ -12,7 +12,9 @@ from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers import models as tokenizer_models
 from transformers import PreTrainedTokenizerFast
 
-from allo_lib import align, encoding, miniature, models, questions, realdata, rewriter
+from allo_lib import align
+from allo_lib.data import miniature, questions, realdata
+from allo_lib.engine import encoding, models, rewriter
 from allo_lib.errors import AlloError
 
 ROW = {

@@ -6,10 +6,11 @@ import re
 
 import pytest
 
-from allo_lib import answers, config, questions, realdata, tasks
-from allo_lib.answers import LETTERS
-from allo_lib.benchmarks import BENCHMARKS
+from allo_lib.data import answers, questions, realdata, tasks
+from allo_lib.data.answers import LETTERS
+from allo_lib.data.benchmarks import BENCHMARKS
 from allo_lib.errors import AlloError
+from allo_lib.profiles import config
 
 QUESTION_SETS = [name for name, entry in BENCHMARKS.items() if entry.answer]
 JUDGED = ["alpaca_eval", "arena_hard", "hh_helpful"]

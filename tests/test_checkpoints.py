@@ -7,11 +7,11 @@ import pytest
 import torch
 from tiny_models import tiny_llama, weights_of
 
-from allo_lib.checkpoints import Checkpoints
+from allo_lib.engine.checkpoints import Checkpoints
+from allo_lib.engine.stages import run_stage
+from allo_lib.engine.training import Schedule
 from allo_lib.errors import AlloError, Diverged
-from allo_lib.importance import select_neurons
-from allo_lib.stages import run_stage
-from allo_lib.training import Schedule
+from allo_lib.method.importance import select_neurons
 
 ALWAYS = 1e-9  # minutes: a checkpoint after every step
 NEVER = 1e9
@@ -167,7 +167,7 @@ def test_a_full_disk_costs_the_checkpoint_and_not_the_training(tmp_path, monkeyp
 
     whole, model = tiny_llama(), tiny_llama()
     train(whole, tmp_path / "whole", NEVER)
-    monkeypatch.setattr("allo_lib.checkpoints.seal", full)
+    monkeypatch.setattr("allo_lib.engine.checkpoints.seal", full)
     train(model, tmp_path / "full")
     assert same(weights_of(whole), weights_of(model))
     assert "No space left" in capsys.readouterr().err

@@ -5,12 +5,18 @@ import dataclasses
 import numpy as np
 import pytest
 
-from allo_lib import claims
-from allo_lib.comparisons import StudyResults
 from allo_lib.errors import AlloError
-from allo_lib.stats import Interval
-from allo_lib.table_cells import change_text, plain
-from allo_lib.verdicts import CONTRADICTED, NO_DIFFERENCE, SUPPORTED, UNDECIDED, corrected
+from allo_lib.evaluation import claims
+from allo_lib.evaluation.comparisons import StudyResults
+from allo_lib.evaluation.stats import Interval
+from allo_lib.evaluation.verdicts import (
+    CONTRADICTED,
+    NO_DIFFERENCE,
+    SUPPORTED,
+    UNDECIDED,
+    corrected,
+)
+from allo_lib.report.table_cells import change_text, plain
 from tests import synthetic_results
 
 IDS = "C1 C1p C2 C2p C2s C3 C3p C3s C4 C4s C5 C6 C7 C8 C9 C10".split()

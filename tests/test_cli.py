@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from allo_lib import cli
+from allo_lib.cli import cli
 from allo_lib.errors import AlloError
 
 

@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from allo_lib import manifest, verify
-from allo_lib.marks import Run
-from allo_lib.profile_files import load_profile
+from allo_lib.cli import verify
+from allo_lib.cli.marks import Run
+from allo_lib.profiles.profile_files import load_profile
+from allo_lib.study import manifest
 
 FOLDERS = sorted(path.parent for path in (ROOT / "results").glob(f"*/{manifest.NAME}"))
 NAMES = [folder.name for folder in FOLDERS]

@@ -5,9 +5,9 @@ import pandas as pd
 import pytest
 from scipy import stats as scipy_stats
 
-from allo_lib import measurements, outcomes, published
-from allo_lib.comparisons import Domain, StudyResults, paper_effect
 from allo_lib.errors import AlloError
+from allo_lib.evaluation import measurements, outcomes, published
+from allo_lib.evaluation.comparisons import Domain, StudyResults, paper_effect
 from tests import synthetic_results
 
 MINI = Domain("miniature", ("chain", "scan"))

@@ -9,10 +9,10 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from allo_lib import config, methods, profile_files
-from allo_lib.config import fingerprint
 from allo_lib.errors import AlloError
-from allo_lib.profile_files import load_profile
+from allo_lib.profiles import config, methods, profile_files
+from allo_lib.profiles.config import fingerprint
+from allo_lib.profiles.profile_files import load_profile
 
 SMALL = {
     "domains": {"miniature": {"kind": "miniature", "datasets": ["chains", "shops"]}},
@@ -140,7 +140,7 @@ def test_profiles_keep_their_hashes():
 
 def test_the_hash_is_the_same_in_another_process(write):
     path = write(SMALL)
-    program = "from allo_lib.profile_files import load_profile\n"
+    program = "from allo_lib.profiles.profile_files import load_profile\n"
     program += f"print(load_profile({str(path)!r}).hash())"
     for hash_seed in ("1", "2"):
         run = subprocess.run(

@@ -20,9 +20,9 @@ from pathlib import Path
 import pytest
 from tiny_study import DOMAIN, open_study
 
-from allo_lib import arms, manifest, results
-from allo_lib.study import STORE
-from allo_lib.workers import fork_server
+from allo_lib.machine.workers import fork_server
+from allo_lib.study import arms, manifest, results
+from allo_lib.study.study import STORE
 
 CRASHES = int(os.environ.get("ALLO_CRASHES", "5"))
 CHAIN = 3  # kills in a row

@@ -18,7 +18,7 @@ import pytest
 from conftest import ROOT
 from test_crash import KINDS, digests
 
-from allo_lib import manifest
+from allo_lib.study import manifest
 
 CRASHES = int(os.environ.get("ALLO_TINY_CRASHES", "0"))
 KILLS_A_RUN = 5

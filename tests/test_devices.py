@@ -13,11 +13,14 @@ from accelerate.commands import launch
 from accelerate.utils.launch import prepare_multi_gpu_env
 from torch import multiprocessing
 
-from allo_lib import align, devices, miniature, models, stages, training, weights, workers
-from allo_lib.checkpoints import Checkpoints
+from allo_lib import align
+from allo_lib.data import miniature
+from allo_lib.engine import models, stages, training
+from allo_lib.engine.checkpoints import Checkpoints
+from allo_lib.engine.forward import response_logps
 from allo_lib.errors import AlloError, Diverged
-from allo_lib.forward import response_logps
-from allo_lib.importance import NeuronMask, count_ties, select_neurons
+from allo_lib.machine import devices, weights, workers
+from allo_lib.method.importance import NeuronMask, count_ties, select_neurons
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 SETTINGS = {

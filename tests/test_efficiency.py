@@ -9,16 +9,17 @@ import torch
 from test_training import pairs
 from tiny_models import tiny_llama, weights_of
 
-from allo_lib import efficiency, notebook
-from allo_lib.batches import Layout, pair_batch
-from allo_lib.dense_masked import DenseMaskedAdamW
+from allo_lib.engine.batches import Layout, pair_batch
+from allo_lib.engine.forward import response_logps
 from allo_lib.errors import AlloError
-from allo_lib.forward import response_logps
-from allo_lib.importance import select_neurons
-from allo_lib.notebook import percent
-from allo_lib.objectives import objective
-from allo_lib.optim import MaskedAdamW
-from allo_lib.timed_steps import OwnSteps
+from allo_lib.method.dense_masked import DenseMaskedAdamW
+from allo_lib.method.importance import select_neurons
+from allo_lib.method.objectives import objective
+from allo_lib.method.optim import MaskedAdamW
+from allo_lib.report import notebook
+from allo_lib.report.notebook import percent
+from allo_lib.study import efficiency
+from allo_lib.study.timed_steps import OwnSteps
 
 
 def mask_of(model, share: float):

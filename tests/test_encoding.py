@@ -2,8 +2,8 @@
 
 import pytest
 
-from allo_lib import miniature
-from allo_lib.encoding import encode_pairs, encode_prompt, encode_response
+from allo_lib.data import miniature
+from allo_lib.engine.encoding import encode_pairs, encode_prompt, encode_response
 from allo_lib.errors import AlloError
 
 PAIR = {"prompt": "calc 1 ?", "chosen": "so 2", "rejected": "guess 3 4"}

@@ -9,11 +9,11 @@ from hypothesis import strategies as st
 from tiny_models import VOCABULARY, tiny_llama, weights_of
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from allo_lib.forward import layout_of, response_logps
-from allo_lib.importance import select_neurons
-from allo_lib.objectives import objective
-from allo_lib.optim import MaskedAdamW
-from allo_lib.stages import collator_of
+from allo_lib.engine.forward import layout_of, response_logps
+from allo_lib.engine.stages import collator_of
+from allo_lib.method.importance import select_neurons
+from allo_lib.method.objectives import objective
+from allo_lib.method.optim import MaskedAdamW
 
 BETA, KEY_SHARE = 0.1, 0.4
 

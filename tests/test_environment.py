@@ -10,8 +10,8 @@ from conftest import ROOT
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from allo_lib import environment
 from allo_lib.errors import AlloError
+from allo_lib.machine import environment
 
 
 def pins() -> dict[str, Requirement]:

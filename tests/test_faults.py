@@ -22,10 +22,13 @@ import torch
 from conftest import PROFILE, write_notebook
 from safetensors import SafetensorError
 
-from allo_lib import cli, driver, manifest, marks, measurements, weights
+from allo_lib.cli import cli, driver, marks
+from allo_lib.engine.store import MANIFEST, Store, write_json
 from allo_lib.errors import AlloError
-from allo_lib.importance import NeuronMask
-from allo_lib.store import MANIFEST, Store, write_json
+from allo_lib.evaluation import measurements
+from allo_lib.machine import weights
+from allo_lib.method.importance import NeuronMask
+from allo_lib.study import manifest
 
 ERRORS = {"full": errno.ENOSPC, "broken": errno.EIO}
 TORN = ("torn", "torn later", "torn and killed")

@@ -5,8 +5,9 @@ import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
-from allo_lib import claims, figures, method_figures, published
-from allo_lib.figure_style import caption_of, method_colour
+from allo_lib.evaluation import claims, published
+from allo_lib.report import figures, method_figures
+from allo_lib.report.figure_style import caption_of, method_colour
 from tests import synthetic_results
 from tests.test_claims import EFFICIENCY
 

@@ -11,15 +11,15 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig
 
-from allo_lib import efficiency
-from allo_lib import footprint as module
-from allo_lib.batches import Layout, pair_batch
+from allo_lib.engine.batches import Layout, pair_batch
+from allo_lib.engine.forward import response_logps
 from allo_lib.errors import AlloError
-from allo_lib.footprint import KNOWN, _model, _rows, footprint, random_mask, saved_bytes
-from allo_lib.forward import response_logps
-from allo_lib.importance import select_neurons
-from allo_lib.optim import MaskedAdamW
-from allo_lib.timed_steps import OwnSteps
+from allo_lib.method.importance import select_neurons
+from allo_lib.method.optim import MaskedAdamW
+from allo_lib.study import efficiency
+from allo_lib.study import footprint as module
+from allo_lib.study.footprint import KNOWN, _model, _rows, footprint, random_mask, saved_bytes
+from allo_lib.study.timed_steps import OwnSteps
 
 
 def llama(hidden, feed_forward, layers, heads, *, vocabulary=32000, tied=False, key_heads=None):

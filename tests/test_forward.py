@@ -20,10 +20,10 @@ from transformers import (
 )
 from transformers.integrations import flex_attention as flex_integration
 
-from allo_lib.batches import Layout, collate
-from allo_lib.forward import layout_of, logps_of_rows, pair_logps, response_logps
-from allo_lib.losses import token_logps
-from allo_lib.tree_attention import no_mask
+from allo_lib.engine.batches import Layout, collate
+from allo_lib.engine.forward import layout_of, logps_of_rows, pair_logps, response_logps
+from allo_lib.engine.tree_attention import no_mask
+from allo_lib.method.losses import token_logps
 
 LAYOUTS = (
     Layout(0),

@@ -6,12 +6,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import tiny_llama
 
-from allo_lib import generation, miniature, models
-from allo_lib.encoding import encode_prompt
+from allo_lib.data import miniature
+from allo_lib.data.tasks import Question
+from allo_lib.engine import generation, models
+from allo_lib.engine.encoding import encode_prompt
+from allo_lib.engine.evaluation import answer, implicit_margins
+from allo_lib.engine.generation import Response, generate
 from allo_lib.errors import AlloError
-from allo_lib.evaluation import answer, implicit_margins
-from allo_lib.generation import Response, generate
-from allo_lib.tasks import Question
 
 PROMPTS = ["calc 1 ?", "largest first 3 second 4 ?", "?", "story ann 1 bob 2 ask bob ?", "calc 1 ?"]
 

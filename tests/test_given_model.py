@@ -20,9 +20,10 @@ from transformers import (
     OPTForCausalLM,
 )
 
-from allo_lib import align, alignment, given_model
+from allo_lib import align, alignment
+from allo_lib.engine import given_model
 from allo_lib.errors import Diverged
-from allo_lib.optim import MaskedAdamW
+from allo_lib.method.optim import MaskedAdamW
 
 SIZES = dict(
     vocab_size=VOCABULARY, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
@@ -287,7 +288,7 @@ def test_other_gpus_are_told_of_where_no_launcher_shares_them(device, count, env
 
 def test_a_trainer_uses_one_gpu_where_it_sees_two(monkeypatch):
     """Trainer would wrap the model in DataParallel, which has no config."""
-    from allo_lib import training
+    from allo_lib.engine import training
 
     made = types.SimpleNamespace(n_gpu=2, _n_gpu=2)
     monkeypatch.setattr(training, "TrainingArguments", lambda **_: made)

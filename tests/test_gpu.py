@@ -23,21 +23,24 @@ from torch import nn
 from torch.nn.attention.flex_attention import flex_attention
 from transformers.integrations import flex_attention as flex_integration
 
-from allo_lib import align, generation, head, losses, miniature, models
-from allo_lib.batches import Layout, collate
-from allo_lib.checkpoints import Checkpoints
-from allo_lib.encoding import encode_prompt
-from allo_lib.environment import device_name
+from allo_lib import align
+from allo_lib.data import miniature
+from allo_lib.engine import generation, head, models
+from allo_lib.engine.batches import Layout, collate
+from allo_lib.engine.checkpoints import Checkpoints
+from allo_lib.engine.encoding import encode_prompt
+from allo_lib.engine.forward import layout_of, response_logps, to_device
+from allo_lib.engine.on_policy import run_on_policy
+from allo_lib.engine.stages import run_stage
+from allo_lib.engine.training import Schedule
 from allo_lib.errors import Diverged
-from allo_lib.forward import layout_of, response_logps, to_device
-from allo_lib.importance import NeuronMask, select_neurons
-from allo_lib.objectives import ON_PAIRS, ON_REJECTED, ON_SOLUTIONS, objective
-from allo_lib.on_policy import run_on_policy
-from allo_lib.optim import MaskedAdamW
-from allo_lib.row_linear import RowLinear
-from allo_lib.runtime import make_deterministic
-from allo_lib.stages import run_stage
-from allo_lib.training import Schedule
+from allo_lib.machine.environment import device_name
+from allo_lib.machine.runtime import make_deterministic
+from allo_lib.method import losses
+from allo_lib.method.importance import NeuronMask, select_neurons
+from allo_lib.method.objectives import ON_PAIRS, ON_REJECTED, ON_SOLUTIONS, objective
+from allo_lib.method.optim import MaskedAdamW
+from allo_lib.method.row_linear import RowLinear
 
 DTYPES = [torch.float32, torch.bfloat16]
 KINDS = ["scalar", "row", "whole"]

@@ -21,7 +21,7 @@ from test_notebooks import environment
 from test_run_all import until
 from tiny_study import DOMAIN, PROFILE, open_study
 
-from allo_lib import results
+from allo_lib.study import results
 
 METHODS = ["dpo", "allo"]
 REST = ("--", "--only", "00,01,02,03,04,05,06")  # of the study; 07 is a phase of its own

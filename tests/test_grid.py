@@ -4,7 +4,7 @@ import pandas as pd
 import pytest
 from test_run_all import make_run, study  # noqa: F401  (a fixture)
 
-from allo_lib import cli, driver, grid
+from allo_lib.cli import cli, driver, grid
 from allo_lib.errors import AlloError
 
 GRID = """

@@ -7,8 +7,9 @@ import json
 import pytest
 from tiny_study import DOMAIN, PROFILE
 
-from allo_lib import cli, harness
+from allo_lib.cli import cli
 from allo_lib.errors import AlloError
+from allo_lib.study import harness
 
 
 def test_a_response_as_long_as_the_limit_has_not_ended(tiny_study):

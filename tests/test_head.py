@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from allo_lib import head
+from allo_lib.engine import head
 
 
 def plain(hidden, weight, bias, targets):

@@ -4,8 +4,8 @@ import datasets
 import pytest
 from refusals import refused
 
-from allo_lib import hub, questions, realdata
-from allo_lib.benchmarks import BENCHMARKS
+from allo_lib.data import hub, questions, realdata
+from allo_lib.data.benchmarks import BENCHMARKS
 
 TALK = "\n\nHuman: Hi\n\nAssistant: Hello!\n\nHuman: And?\n\nAssistant:"
 ECQA = {f"q_op{i}": text for i, text in enumerate(["cake", "mess", "fun", "air", "sun"], 1)}

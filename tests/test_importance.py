@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from tiny_models import tiny_llama, weights_of
 
-from allo_lib import importance
 from allo_lib.errors import AlloError
-from allo_lib.importance import (
+from allo_lib.method import importance
+from allo_lib.method.importance import (
     NeuronMask,
     chance_overlap,
     count_ties,

@@ -10,24 +10,15 @@ import pytest
 from instructed import DOMAIN, METHODS, open_instructed, results_of
 from refusals import refused, tree
 
-from allo_lib import (
-    arms,
-    cli,
-    comparisons,
-    instructions,
-    judges,
-    main_table,
-    measurements,
-    notes,
-    outcomes,
-    row_comparisons,
-    tables,
-    win_rates,
-)
-from allo_lib.config import fingerprint
-from allo_lib.encoding import encode_prompt
-from allo_lib.profile_files import load_profile
-from allo_lib.study import Study
+from allo_lib.cli import cli
+from allo_lib.engine import notes
+from allo_lib.engine.encoding import encode_prompt
+from allo_lib.evaluation import comparisons, measurements, outcomes
+from allo_lib.profiles.config import fingerprint
+from allo_lib.profiles.profile_files import load_profile
+from allo_lib.report import main_table, row_comparisons, tables
+from allo_lib.study import arms, instructions, judges, win_rates
+from allo_lib.study.study import Study
 from tests import synthetic_results
 
 ROWS = (instructions.REFERENCE, *METHODS)

@@ -9,8 +9,8 @@ from instructed import WORDS, classifier, saved, tokenizer
 from refusals import refused
 from tiny_models import tiny_llama
 
-from allo_lib import judges
-from allo_lib.judges import RewardModel, judgement, load_reward_model, read_verdicts, scores
+from allo_lib.study import judges
+from allo_lib.study.judges import RewardModel, judgement, load_reward_model, read_verdicts, scores
 
 ROWS = [
     {"id": "q-1", "question": "Name a \u00e9clair.", "subset": "koala"},

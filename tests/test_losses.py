@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import tiny_llama, token_batch
 
-from allo_lib import losses
 from allo_lib.errors import AlloError
-from allo_lib.losses import (
+from allo_lib.method import losses
+from allo_lib.method.losses import (
     a2c_loss,
     bco_loss,
     dpo_loss,

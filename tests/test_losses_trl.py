@@ -13,7 +13,7 @@ import torch
 from test_losses import close, draw
 from tiny_models import VOCABULARY, tiny_llama
 
-from allo_lib.losses import (
+from allo_lib.method.losses import (
     bco_loss,
     dpo_loss,
     ipo_loss,

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from allo_lib import measurements as m
 from allo_lib.errors import AlloError
+from allo_lib.evaluation import measurements as m
 
 HEADER = "seed,method,dataset,metric,value,stderr,n\n"
 NAMES = st.from_regex(r"\A[a-z][a-z0-9_:]{0,12}\Z")

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from allo_lib import miniature as mini
+from allo_lib.data import miniature as mini
 from allo_lib.errors import AlloError
 
 SEEDS = st.integers(0, 2**32 - 1)

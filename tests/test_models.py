@@ -15,7 +15,7 @@ from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers import models as tokenizer_models
 from transformers import PreTrainedTokenizerFast
 
-from allo_lib import models, packaged_weights
+from allo_lib.engine import models, packaged_weights
 from allo_lib.errors import AlloError
 
 WORDS = ["<pad>", "<eos>", "<unk>", "a", "b", "c", "d", "e"]

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from allo_lib.errors import AlloError
-from allo_lib.stats import holm
+from allo_lib.evaluation.stats import holm
 
 
 def test_adjusted_values_of_the_textbook_example():

@@ -14,7 +14,8 @@ import pytest
 from real_like import write_data, write_model
 from tiny_study import DOMAIN, PROFILE, open_study
 
-from allo_lib import claims, measurements, results
+from allo_lib.evaluation import claims, measurements
+from allo_lib.study import results
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted(path.with_suffix("") for path in (ROOT / "notebooks").glob("*.py"))
@@ -116,7 +117,7 @@ def command(*arguments, cwd=ROOT, **more) -> subprocess.CompletedProcess:
 
 
 def driver(*arguments, **more):
-    return command("-m", "allo_lib.cli", *arguments, **more)
+    return command("-m", "allo_lib.cli.cli", *arguments, **more)
 
 
 def papermill(name: str, target: Path, cwd=ROOT, ALLO_DATA="", **parameters):

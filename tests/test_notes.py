@@ -4,7 +4,10 @@ import json
 
 from tiny_study import DOMAIN, open_study
 
-from allo_lib import claims, manifest, notes, report
+from allo_lib.engine import notes
+from allo_lib.evaluation import claims
+from allo_lib.report import report
+from allo_lib.study import manifest
 
 CELLS = {"seed0": {"GPU <1>": {"toy": ["dpo", "allo"]}}, "seed1": {"CPU": {"toy": ["dpo"]}}}
 

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from allo_lib.batches import Layout, collate, pair_batch, rejected_batch
-from allo_lib.objectives import ON_PAIRS, ON_POLICY, ON_REJECTED, ON_SOLUTIONS, objective
+from allo_lib.engine.batches import Layout, collate, pair_batch, rejected_batch
+from allo_lib.method.objectives import ON_PAIRS, ON_POLICY, ON_REJECTED, ON_SOLUTIONS, objective
 
 BETA = 0.1
 

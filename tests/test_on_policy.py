@@ -8,13 +8,14 @@ import pytest
 import torch
 from tiny_study import DOMAIN
 
-from allo_lib import on_policy, weights
+from allo_lib.engine import on_policy
+from allo_lib.engine.forward import logps_of_rows
+from allo_lib.engine.generation import Response
+from allo_lib.engine.on_policy import DEFAULT, OnPolicy, run_on_policy
+from allo_lib.engine.policy_gradient import Critic, advantages, penalised_rewards, returns, whitened
+from allo_lib.engine.training import Schedule
 from allo_lib.errors import AlloError, Diverged
-from allo_lib.forward import logps_of_rows
-from allo_lib.generation import Response
-from allo_lib.on_policy import DEFAULT, OnPolicy, run_on_policy
-from allo_lib.policy_gradient import Critic, advantages, penalised_rewards, returns, whitened
-from allo_lib.training import Schedule
+from allo_lib.machine import weights
 
 MASK = torch.tensor([[True, True, True], [True, False, False]])
 

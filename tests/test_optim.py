@@ -9,8 +9,8 @@ from tiny_models import tiny_llama, token_batch, weights_of
 from torch import nn
 
 from allo_lib.errors import AlloError
-from allo_lib.importance import NeuronMask, select_neurons
-from allo_lib.optim import MaskedAdamW
+from allo_lib.method.importance import NeuronMask, select_neurons
+from allo_lib.method.optim import MaskedAdamW
 
 STEPS = 5
 KINDS = [torch.float32, torch.bfloat16]

@@ -7,8 +7,8 @@ from test_bad_models import words
 from tiny_models import tiny_llama, weights_of
 from trl import DPOConfig, DPOTrainer
 
-from allo_lib.importance import select_neurons
-from allo_lib.optim import MaskedAdamW
+from allo_lib.method.importance import select_neurons
+from allo_lib.method.optim import MaskedAdamW
 
 PAIRS = Dataset.from_list(
     [{"prompt": f"w{i} w2", "chosen": " w3 w4", "rejected": f" w{5 + i} w6"} for i in range(8)]

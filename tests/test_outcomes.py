@@ -6,13 +6,14 @@ import pandas as pd
 import pytest
 from tiny_study import DOMAIN, open_study
 
-from allo_lib import arms, outcomes, results
-from allo_lib.config import Replicates
+from allo_lib.data.pairs import train_split
+from allo_lib.engine.store import NotMade
 from allo_lib.errors import AlloError
-from allo_lib.pairs import train_split
-from allo_lib.profile_files import load_profile
-from allo_lib.store import NotMade
-from allo_lib.study import Study
+from allo_lib.evaluation import outcomes
+from allo_lib.profiles.config import Replicates
+from allo_lib.profiles.profile_files import load_profile
+from allo_lib.study import arms, results
+from allo_lib.study.study import Study
 
 METHODS = ["dpo", "dpo_top10"]
 

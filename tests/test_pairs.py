@@ -8,15 +8,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_study import DOMAIN, open_study
 
-from allo_lib import config, miniature
-from allo_lib import pairs as pairs_module
-from allo_lib.config import Supervised
-from allo_lib.encoding import encode_pairs
+from allo_lib.data import miniature
+from allo_lib.data import pairs as pairs_module
+from allo_lib.data.pairs import COLUMNS, SPLITS, Pairs, make_pairs
+from allo_lib.data.realdata import pair_tokens
+from allo_lib.data.tasks import Miniature, RealQuestions, open_task
+from allo_lib.engine.encoding import encode_pairs
+from allo_lib.engine.store import Artifact
 from allo_lib.errors import AlloError
-from allo_lib.pairs import COLUMNS, SPLITS, Pairs, make_pairs
-from allo_lib.realdata import pair_tokens
-from allo_lib.store import Artifact
-from allo_lib.tasks import Miniature, RealQuestions, open_task
+from allo_lib.profiles import config
+from allo_lib.profiles.config import Supervised
 
 FAMILIES = ("chain", "scan", "story")
 

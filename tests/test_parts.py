@@ -6,11 +6,14 @@ from test_run_all import make_run
 from test_run_all import study as toy  # noqa: F401  (a fixture)
 from tiny_study import PROFILE, open_study
 
-from allo_lib import cli, driver, manifest, measurements, parts, results, status
-from allo_lib.config import Profile
+from allo_lib.cli import cli, driver, status
 from allo_lib.errors import AlloError
-from allo_lib.measurements import Measurement
-from allo_lib.profile_files import load_profile
+from allo_lib.evaluation import measurements
+from allo_lib.evaluation.measurements import Measurement
+from allo_lib.profiles import parts
+from allo_lib.profiles.config import Profile
+from allo_lib.profiles.profile_files import load_profile
+from allo_lib.study import manifest, results
 
 
 @pytest.fixture(scope="module")

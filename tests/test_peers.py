@@ -8,10 +8,11 @@ from peft import get_peft_model
 from tiny_study import open_study
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from allo_lib import efficiency, miniature, peers
-from allo_lib.models import micro_llama
-from allo_lib.timed_steps import OwnSteps
-from allo_lib.workload import workload
+from allo_lib.data import miniature
+from allo_lib.engine.models import micro_llama
+from allo_lib.study import efficiency, peers
+from allo_lib.study.timed_steps import OwnSteps
+from allo_lib.study.workload import workload
 
 HAVE = {name: importlib.util.find_spec(name) is not None for name in ("trl", "peft")}
 

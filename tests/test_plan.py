@@ -7,11 +7,11 @@ from tiny_models import VOCABULARY, tiny_llama
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig, Qwen3Config
 
-from allo_lib import plan
 from allo_lib.alignment import STAGES, checked, parts_of
-from allo_lib.batches import Layout, pair_batch
-from allo_lib.footprint import count, footprint
-from allo_lib.forward import response_logps
+from allo_lib.cli import plan
+from allo_lib.engine.batches import Layout, pair_batch
+from allo_lib.engine.forward import response_logps
+from allo_lib.study.footprint import count, footprint
 
 SEVEN = LlamaConfig(
     vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32,

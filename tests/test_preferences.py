@@ -12,9 +12,10 @@ from tokenizers import models as tokenizer_models
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from trl import DPOConfig, DPOTrainer
 
-from allo_lib import miniature, packaged_weights
-from allo_lib.encoding import encode_pairs, encode_prompt
-from allo_lib.preferences import encode_preference
+from allo_lib.data import miniature
+from allo_lib.data.preferences import encode_preference
+from allo_lib.engine import packaged_weights
+from allo_lib.engine.encoding import encode_pairs, encode_prompt
 
 # --- tokenizers and templates --------------------------------------------------------------------
 

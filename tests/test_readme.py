@@ -2,8 +2,9 @@
 
 from pathlib import Path
 
-from allo_lib import claims, outcomes, report, row_comparisons, tables
-from allo_lib.comparisons import StudyResults
+from allo_lib.evaluation import claims, outcomes
+from allo_lib.evaluation.comparisons import StudyResults
+from allo_lib.report import report, row_comparisons, tables
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "results"
@@ -13,7 +14,8 @@ COMMITTED = [folder for folder in FOLDERS if (folder / outcomes.NAME).exists()]
 
 def test_readme_shows_the_committed_results():
     assert report.readme_is_current(ROOT / "README.md", RESULTS), (
-        "README.md and results/ disagree: run allo_lib.report.update_readme('README.md', 'results')"
+        "README.md and results/ disagree: run "
+        "allo_lib.report.report.update_readme('README.md', 'results')"
     )
 
 

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers import models as tokenizer_models
 from transformers import PreTrainedTokenizerFast
 
-from allo_lib import answers, questions, realdata
+from allo_lib.data import answers, questions, realdata
 from allo_lib.errors import AlloError
 
 ROW = {

@@ -7,7 +7,9 @@ import sys
 import pytest
 from conftest import ROOT
 
-from allo_lib import cli, manifest, report
+from allo_lib.cli import cli
+from allo_lib.report import report
+from allo_lib.study import manifest
 
 COMMITTED = ROOT / "results" / "tiny"
 FIGURES = ("claims", "main_miniature", "relative_change")

@@ -4,9 +4,10 @@ import pytest
 import torch
 from tiny_models import tiny_llama
 
-from allo_lib import forward, reference, weights
+from allo_lib.engine import forward, reference
+from allo_lib.engine.store import Store
 from allo_lib.errors import AlloError
-from allo_lib.store import Store
+from allo_lib.machine import weights
 
 ROWS = [
     {"prompt": [3, 4], "chosen": [5, 6], "rejected": [5, 7, 8]},

@@ -3,11 +3,11 @@
 import pandas as pd
 import pytest
 
-from allo_lib import relative_change
-from allo_lib.comparisons import StudyResults
-from allo_lib.measurements import Measurement
-from allo_lib.published import QUESTIONS
-from allo_lib.relative_change import changes_of, draw
+from allo_lib.evaluation.comparisons import StudyResults
+from allo_lib.evaluation.measurements import Measurement
+from allo_lib.evaluation.published import QUESTIONS
+from allo_lib.report import relative_change
+from allo_lib.report.relative_change import changes_of, draw
 from tests import synthetic_results
 from tests.test_figures import texts
 

@@ -10,14 +10,17 @@ import pytest
 import torch
 from tiny_study import open_study
 
-from allo_lib import manifest, models, reference, runtime, verify, weights
-from allo_lib.environment import child_environment
-from allo_lib.forward import pair_logps
-from allo_lib.importance import NeuronMask, delta_scores, select_neurons
-from allo_lib.stages import run_stage
-from allo_lib.study import Study
-from allo_lib.training import Schedule
-from allo_lib.workers import torch_threads
+from allo_lib.cli import verify
+from allo_lib.engine import models, reference
+from allo_lib.engine.forward import pair_logps
+from allo_lib.engine.stages import run_stage
+from allo_lib.engine.training import Schedule
+from allo_lib.machine import runtime, weights
+from allo_lib.machine.environment import child_environment
+from allo_lib.machine.workers import torch_threads
+from allo_lib.method.importance import NeuronMask, delta_scores, select_neurons
+from allo_lib.study import manifest
+from allo_lib.study.study import Study
 
 # Wide enough, and of enough tokens (some 5,000), for torch to split the work among threads.
 WORDS, WIDTH, PAIRS = 512, 128, 48

@@ -8,10 +8,12 @@ import sys
 
 import pytest
 
-from allo_lib import claims, comparisons, manifest, measurements, published, report
 from allo_lib.errors import AlloError
-from allo_lib.figure_style import VERDICT_STYLE
-from allo_lib.verdicts import RULE
+from allo_lib.evaluation import claims, comparisons, measurements, published
+from allo_lib.evaluation.verdicts import RULE
+from allo_lib.report import report
+from allo_lib.report.figure_style import VERDICT_STYLE
+from allo_lib.study import manifest
 from tests import synthetic_results
 
 MANIFEST = {"profile": "tiny", "profile_hash": "0" * 64, "seeds": [0], "runs": {}, "files": {}}

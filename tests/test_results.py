@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 from tiny_study import DOMAIN, open_study
 
-from allo_lib import analysis, arms, importance, measurements, results
 from allo_lib.errors import AlloError
-from allo_lib.importance import NeuronMask
+from allo_lib.evaluation import measurements
+from allo_lib.method import importance
+from allo_lib.method.importance import NeuronMask
+from allo_lib.study import analysis, arms, results
 
 METHODS = ["sft_base", "dpo", "dpo_top10", "npo", "allo"]
 

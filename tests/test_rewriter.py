@@ -5,11 +5,10 @@ import math
 import pytest
 import torch
 
-from allo_lib import miniature, models
-from allo_lib.encoding import encode_prompt, encode_response
-from allo_lib.losses import token_logps
-from allo_lib.methods import REWARD_MODELS
-from allo_lib.rewriter import (
+from allo_lib.data import miniature
+from allo_lib.engine import models
+from allo_lib.engine.encoding import encode_prompt, encode_response
+from allo_lib.engine.rewriter import (
     QUALITIES,
     STOPPED,
     Correction,
@@ -17,6 +16,8 @@ from allo_lib.rewriter import (
     rewriter_prompt,
     training_rows,
 )
+from allo_lib.method.losses import token_logps
+from allo_lib.profiles.methods import REWARD_MODELS
 
 
 class Letters:
@@ -125,7 +126,7 @@ def test_keep_probabilities_are_those_of_the_prediction_itself():
 
 def test_rounding_never_makes_a_probability_above_one(monkeypatch):
     monkeypatch.setattr(
-        "allo_lib.rewriter.logps_of_rows", lambda *args: [[1e-7, -math.inf, math.log(0.5)]]
+        "allo_lib.engine.rewriter.logps_of_rows", lambda *args: [[1e-7, -math.inf, math.log(0.5)]]
     )
     values = keep_probabilities(None, Letters(), corrections(1), 1, plain=True)
     assert values == [[1.0, 0.0, 0.5]]

@@ -2,10 +2,11 @@
 
 import pytest
 
-from allo_lib import claims, published, row_comparisons
-from allo_lib.row_comparisons import AVERAGES, SINGLE, claims_table, compare_rows
-from allo_lib.stats import holm
-from allo_lib.verdicts import CONTRADICTED, NO_DIFFERENCE, RULE, SUPPORTED, UNDECIDED
+from allo_lib.evaluation import claims, published
+from allo_lib.evaluation.stats import holm
+from allo_lib.evaluation.verdicts import CONTRADICTED, NO_DIFFERENCE, RULE, SUPPORTED, UNDECIDED
+from allo_lib.report import row_comparisons
+from allo_lib.report.row_comparisons import AVERAGES, SINGLE, claims_table, compare_rows
 from tests import synthetic_results
 from tests.test_claims import EFFICIENCY
 

@@ -7,9 +7,9 @@ from hypothesis import strategies as st
 from tiny_models import tiny_llama, token_batch, weights_of
 from torch import nn
 
-from allo_lib.importance import NeuronMask, select_neurons
-from allo_lib.optim import MaskedAdamW
-from allo_lib.row_linear import RowLinear, whole_rows
+from allo_lib.method.importance import NeuronMask, select_neurons
+from allo_lib.method.optim import MaskedAdamW
+from allo_lib.method.row_linear import RowLinear, whole_rows
 
 
 def backward(model, seed=0):
@@ -97,7 +97,7 @@ def test_the_same_training_whether_rows_are_taken_apart_or_gathered(dtype, monke
         return state
 
     state, packed, full = train(ours)
-    monkeypatch.setattr("allo_lib.optim._linears_by_weight", lambda model: {})
+    monkeypatch.setattr("allo_lib.method.optim._linears_by_weight", lambda model: {})
     plain_state, plain_packed, plain_full = train(theirs)
     tolerance = 1e-5 if dtype == torch.float32 else 2e-2
     assert state["mask"] == plain_state["mask"]

@@ -13,7 +13,9 @@ import nbformat
 import pytest
 from conftest import PROFILE, write_notebook
 
-from allo_lib import cli, driver, execute, manifest, marks, measurements, outcomes, verify
+from allo_lib.cli import cli, driver, execute, marks, verify
+from allo_lib.evaluation import measurements, outcomes
+from allo_lib.study import manifest
 from tests import synthetic_results
 
 SECOND = 'raise ValueError("the loss\\nis NaN")'

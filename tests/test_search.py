@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from allo_lib.errors import AlloError
-from allo_lib.search import Tried, best, search
+from allo_lib.study.search import Tried, best, search
 
 
 def peak(*where):

@@ -26,26 +26,16 @@ from tokenizers import Tokenizer
 from tokenizers import models as tokenizer_models
 from transformers import PreTrainedTokenizerFast
 
-from allo_lib import (
-    checkpoints,
-    claims,
-    figures,
-    manifest,
-    measurements,
-    models,
-    notebook,
-    packaged_weights,
-    published,
-    realdata,
-    reference,
-    report,
-    results,
-    weights,
-)  # fmt: skip
-from allo_lib.figure_style import save
-from allo_lib.importance import NeuronMask
-from allo_lib.profile_files import load_profile
-from allo_lib.store import Store, write_json
+from allo_lib.data import realdata
+from allo_lib.engine import checkpoints, models, packaged_weights, reference
+from allo_lib.engine.store import Store, write_json
+from allo_lib.evaluation import claims, measurements, published
+from allo_lib.machine import weights
+from allo_lib.method.importance import NeuronMask
+from allo_lib.profiles.profile_files import load_profile
+from allo_lib.report import figures, notebook, report
+from allo_lib.report.figure_style import save
+from allo_lib.study import manifest, results
 
 # --- what the sources may not do ---------------------------------------------------------------
 
@@ -118,7 +108,7 @@ def _report_with(folder: Path):
 
 
 def _record_with(folder: Path):
-    from allo_lib.store import Artifact
+    from allo_lib.engine.store import Artifact
 
     return Artifact("stage", "key", folder, 0.0).json()
 
@@ -297,7 +287,7 @@ RUN_PIECE = """
 import sys
 from allo_lib import models, results
 from allo_lib.errors import AlloError
-from allo_lib.study import Study
+from allo_lib.study.study import Study
 print(models.load("smollm2-135m-instruct")[2]["source"])
 try:
     models.load("org/absent")
@@ -401,7 +391,7 @@ def test_the_commands_write_into_the_results_folder_only(project, tmp_path):
     """Driver, notebook processes and kernels; all of them load the watch."""
     before = bytes_under(project)
     done, lines = watched(
-        tmp_path, "-P", "-m", "allo_lib.cli", project / "toy.yaml", "--out", tmp_path / "out",
+        tmp_path, "-P", "-m", "allo_lib.cli.cli", project / "toy.yaml", "--out", tmp_path / "out",
         PYTHONPATH=os.pathsep.join(map(str, (tmp_path / "watch", project))),
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]

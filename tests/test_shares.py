@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from refusals import refused
 
-from allo_lib import config, realdata, shares, tasks
+from allo_lib.data import realdata, shares, tasks
+from allo_lib.profiles import config
 
 SIZES = {"gsm8k": 6000, "math": 6000, "mawps": 1144, "tabmwp": 1000}
 

@@ -8,8 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from allo_lib import generation, miniature, models, static_decoding
-from allo_lib.runtime import plain_writes
+from allo_lib.data import miniature
+from allo_lib.engine import generation, models, static_decoding
+from allo_lib.machine.runtime import plain_writes
 
 WORDS = ("calc", "largest", "first", "second", "1", "3", "4", "12", "?")
 prompts_of_words = st.lists(

@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats as scipy_stats
 
-from allo_lib import stats
 from allo_lib.errors import AlloError
-from allo_lib.stats import Interval, mean_and_error
+from allo_lib.evaluation import stats
+from allo_lib.evaluation.stats import Interval, mean_and_error
 
 EXTRA = (1.0, -1.0)  # of differences of outcomes, as `comparisons` takes them
 

@@ -14,9 +14,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from allo_lib import store as store_module
+from allo_lib.engine import store as store_module
+from allo_lib.engine.store import MANIFEST, NotMade, Store, sha256, write_json
 from allo_lib.errors import AlloError
-from allo_lib.store import MANIFEST, NotMade, Store, sha256, write_json
 
 INPUTS = {"seed": 0, "rate": 1e-4}
 
@@ -169,7 +169,7 @@ def test_a_damaged_artifact_is_set_aside_and_made_anew(tmp_path, damage, capsys)
 
 KILLED = """
 import os, signal, sys
-from allo_lib.store import Store
+from allo_lib.engine.store import Store
 def make(folder):
     (folder / "half").write_text("half")
     print("in make", flush=True)

@@ -4,12 +4,14 @@ import pytest
 import torch
 from tiny_study import DOMAIN, PROFILE, open_study
 
-from allo_lib import importance, rewriter, weights
+from allo_lib.engine import rewriter
+from allo_lib.engine.forward import logps_of_rows
+from allo_lib.engine.store import write_json
 from allo_lib.errors import AlloError
-from allo_lib.forward import logps_of_rows
-from allo_lib.methods import stages_of
-from allo_lib.store import write_json
-from allo_lib.study import Study
+from allo_lib.machine import weights
+from allo_lib.method import importance
+from allo_lib.profiles.methods import stages_of
+from allo_lib.study.study import Study
 
 
 @pytest.mark.parametrize("seed", [-1, 1.0, "0", None, True])
@@ -201,7 +203,7 @@ def test_a_second_study_reads_what_the_first_made(begun, monkeypatch):
     def never(*args, **kwargs):
         raise AssertionError("it is there and is made again")
 
-    monkeypatch.setattr("allo_lib.store.Store._make", never)
+    monkeypatch.setattr("allo_lib.engine.store.Store._make", never)
     assert again.encoded(DOMAIN, "train") == study.encoded(DOMAIN, "train")
     assert again.scores(DOMAIN) == study.scores(DOMAIN)
     assert again.keep_probabilities(DOMAIN, "train") == study.keep_probabilities(DOMAIN, "train")

@@ -4,8 +4,9 @@ import csv
 
 import pytest
 
-from allo_lib import published, tables
-from allo_lib.comparisons import StudyResults
+from allo_lib.evaluation import published
+from allo_lib.evaluation.comparisons import StudyResults
+from allo_lib.report import tables
 from tests import synthetic_results
 
 

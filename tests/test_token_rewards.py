@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from allo_lib.errors import AlloError
-from allo_lib.token_rewards import RULES, key_tokens, unaligned_weights
+from allo_lib.method.token_rewards import RULES, key_tokens, unaligned_weights
 
 NAN, INF = float("nan"), float("inf")
 

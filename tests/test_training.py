@@ -6,16 +6,16 @@ import pytest
 import torch
 from tiny_models import VOCABULARY, tiny_llama, weights_of
 
-from allo_lib import weights
-from allo_lib.batches import Layout, collate, pair_batch
-from allo_lib.checkpoints import Checkpoints
+from allo_lib.engine.batches import Layout, collate, pair_batch
+from allo_lib.engine.checkpoints import Checkpoints
+from allo_lib.engine.forward import logps_of_rows
+from allo_lib.engine.stages import run_stage
+from allo_lib.engine.training import Diverged, Numbers, Schedule, train
 from allo_lib.errors import AlloError
-from allo_lib.forward import logps_of_rows
-from allo_lib.importance import select_neurons
-from allo_lib.objectives import objective
-from allo_lib.optim import MaskedAdamW
-from allo_lib.stages import run_stage
-from allo_lib.training import Diverged, Numbers, Schedule, train
+from allo_lib.machine import weights
+from allo_lib.method.importance import select_neurons
+from allo_lib.method.objectives import objective
+from allo_lib.method.optim import MaskedAdamW
 
 
 def draw(generator, length: int) -> list[int]:

@@ -9,10 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_study import DOMAIN, PROFILE, open_study
 
-from allo_lib import arms, cli, profile_files, tuning
+from allo_lib.cli import cli
 from allo_lib.errors import AlloError
-from allo_lib.methods import stages_of
-from allo_lib.profile_files import load_profile
+from allo_lib.profiles import profile_files
+from allo_lib.profiles.methods import stages_of
+from allo_lib.profiles.profile_files import load_profile
+from allo_lib.study import arms, tuning
 
 
 def search(centre, factor, budget, score, knob=False):

@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from allo_lib.stats import mean_interval
-from allo_lib.verdicts import (
+from allo_lib.evaluation.stats import mean_interval
+from allo_lib.evaluation.verdicts import (
     CONTRADICTED,
     NEGLIGIBLE,
     NO_DIFFERENCE,

@@ -5,8 +5,8 @@ import torch
 from test_training import pairs
 from tiny_models import tiny_llama, weights_of
 
-from allo_lib.losses import dpo_loss, token_logps
-from allo_lib.warmup import delta_of_dpo, gradient_scores, warmup_seed
+from allo_lib.engine.warmup import delta_of_dpo, gradient_scores, warmup_seed
+from allo_lib.method.losses import dpo_loss, token_logps
 
 COMMON = {"beta": 0.1, "batch_size": 3, "seed": 4, "pad_token_id": 0}
 RUN = COMMON | {"lr": 1e-3, "epochs": 1, "label": "warm-up", "clip": 1.0}

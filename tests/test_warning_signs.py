@@ -2,7 +2,7 @@
 
 import pytest
 
-from allo_lib.warning_signs import (
+from allo_lib.report.warning_signs import (
     arbitrary_mask,
     far_below,
     no_choice_of_tokens,

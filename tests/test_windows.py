@@ -19,28 +19,15 @@ from test_run_all import study as toy  # noqa: F401  (a fixture)
 from test_store import never
 from tiny_study import DOMAIN, open_study
 
-from allo_lib import (
-    analysis,
-    arms,
-    cli,
-    driver,
-    manifest,
-    missing,
-    notes,
-    overlaps,
-    parallel,
-    report,
-    results,
-    scoring,
-    stages,
-    status,
-    verify,
-    weights,
-)  # fmt: skip
-from allo_lib.environment import device_name
+from allo_lib.cli import cli, driver, status, verify
+from allo_lib.engine import notes, stages
+from allo_lib.engine.store import MANIFEST, NotMade, Store, sha256, write_json
 from allo_lib.errors import AlloError
-from allo_lib.store import MANIFEST, NotMade, Store, sha256, write_json
-from allo_lib.study import STORE
+from allo_lib.machine import weights
+from allo_lib.machine.environment import device_name
+from allo_lib.report import report
+from allo_lib.study import analysis, arms, manifest, missing, overlaps, parallel, results, scoring
+from allo_lib.study.study import STORE
 
 TENSORS = {"a": torch.arange(6.0)}
 INPUTS = {"seed": 0}
@@ -252,7 +239,7 @@ def test_what_methods_share_is_made_again_before_workers_ask_for_it(
     monkeypatch.setattr(type(study), "_make_sft", lambda self, name, to: shutil.copy(sft, to))
     parallel.prepare(study, DOMAIN)
     assert trained == [f"{DOMAIN}, importance (delta)"]
-    monkeypatch.setattr("allo_lib.store.Store._make", never)
+    monkeypatch.setattr("allo_lib.engine.store.Store._make", never)
     study.load_sft(DOMAIN), study.scores(DOMAIN).file("scores.safetensors")
     for split in ("train", "heldout"):
         opened(study.results_dir).encoded(DOMAIN, split)
@@ -286,9 +273,9 @@ def test_weights_with_other_bits_are_told(measured, tmp_path, monkeypatch, capsy
         weights.save_tensors(tensors, target / "model.safetensors")
         write_json(target / "record.json", {})
 
-    monkeypatch.setattr("allo_lib.study.Study._make_sft", elsewhere)
-    monkeypatch.setattr("allo_lib.study.device_name", lambda device: "Another GPU")
-    monkeypatch.setattr("allo_lib.arms.device_name", lambda device: "Another GPU")
+    monkeypatch.setattr("allo_lib.study.study.Study._make_sft", elsewhere)
+    monkeypatch.setattr("allo_lib.study.study.device_name", lambda device: "Another GPU")
+    monkeypatch.setattr("allo_lib.study.arms.device_name", lambda device: "Another GPU")
     study = opened(folder, METHODS)
     results.update(study, [0])
     assert re.search(r"^sft/\w+: made again with other bits$", capsys.readouterr().err, re.M)

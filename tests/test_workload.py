@@ -8,10 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_study import DOMAIN, open_study
 
-from allo_lib import miniature, workload
-from allo_lib.config import Timing
-from allo_lib.encoding import encode_pairs
+from allo_lib.data import miniature
+from allo_lib.engine.encoding import encode_pairs
 from allo_lib.errors import AlloError
+from allo_lib.profiles.config import Timing
+from allo_lib.study import workload
 
 
 def words(count: int) -> str:

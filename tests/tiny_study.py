@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from allo_lib.study import Study
+from allo_lib.study.study import Study
 
 PROFILE = Path(__file__).with_name("seconds.yaml")
 DOMAIN = "miniature"

@@ -1,0 +1,438 @@
+"""The commands behind `run_all.sh`: run, test, status, verify, figures, tune, grid, harness."""
+
+import argparse
+import dataclasses
+import os
+import re
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from allo_lib.cli import driver, marks, status, verify
+from allo_lib.errors import AlloError
+from allo_lib.machine.environment import ROOT
+from allo_lib.profiles.config import Profile
+from allo_lib.profiles.methods import stages_of
+from allo_lib.profiles.parts import part_of
+from allo_lib.profiles.profile_files import load_profile, parse_yaml
+from allo_lib.study import manifest
+
+DATA_VARIABLE = "ALLO_DATA"
+DEFAULT_PROFILE = "tiny"
+STARTED_VARIABLE = "ALLO_STARTED"  # run_all.sh puts there when it was typed, in Unix seconds
+BAD_INPUT, TIME_UP = 2, 3
+# Of --minutes, at most: to stop a notebook, write the manifest and tell what is missing.
+ENDING_SECONDS = 40
+USAGE = """\
+./run_all.sh [PROFILE] [--seeds 0,1,2] [--domains A,B] [--only 01,05] [--data DIR] [--out DIR]
+             [--minutes M] [-p NAME VALUE]... [--fresh]
+./run_all.sh test [PYTEST ARGS]
+./run_all.sh status [PROFILE] [--domains A,B] [--out DIR]
+./run_all.sh verify [PROFILE] [--out DIR] [--rerun] [--data DIR]
+./run_all.sh figures [PROFILE] [NAME] [--out DIR]
+./run_all.sh tune [PROFILE] [--seeds 100,101] [--out DIR] [--data DIR] [-p NAME VALUE]...
+./run_all.sh grid FILE.yaml [--task K] [--out DIR] [--data DIR]
+./run_all.sh harness [PROFILE] [--methods sft_base,dpo,allo] [--limit N] [--out DIR] [--data DIR]"""
+_EXPONENT = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)[eE][+-]?\d+")
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        raise AlloError(f"{message}; ./run_all.sh --help shows what there is")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command; returns the exit status: 0 done, 1 failed, 2 bad input, 3 stopped because
+    --minutes were over, 128 + signal."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    command = arguments[0] if arguments else ""
+    try:
+        if command == "test":
+            return test(arguments[1:])
+        if command == "status":
+            return show_status(arguments[1:])
+        if command == "verify":
+            return check(arguments[1:])
+        if command == "figures":
+            return redraw(arguments[1:])
+        if command == "tune":
+            return tune(arguments[1:])
+        if command == "grid":
+            return run_grid(arguments[1:])
+        if command == "harness":
+            return run_harness(arguments[1:])
+        return run(arguments)
+    except AlloError as error:
+        print(f"run_all: {' '.join(str(error).split())}", file=sys.stderr)
+        return BAD_INPUT
+    except driver.NotebookError as error:
+        print(f"run_all: {error}", file=sys.stderr)
+        return 1
+    except (driver.Stopped, KeyboardInterrupt) as stopped:
+        print(
+            "\nrun_all: stopped; finished work is kept, and the same command goes on from here",
+            file=sys.stderr,
+        )
+        return 128 + getattr(stopped, "number", signal.SIGINT)
+
+
+def test(arguments: list[str]) -> int:
+    """Replace this process by pytest, from the checkout's folder."""
+    os.chdir(ROOT)
+    sys.stdout.flush()
+    os.execv(sys.executable, [sys.executable, "-m", "pytest", *arguments])
+
+
+def run(arguments: list[str]) -> int:
+    parser = _parser("run the notebooks of a profile")
+    parser.add_argument("--seeds", metavar="0,1,2", help="seeds, default one for each of `models`")
+    parser.add_argument("--only", metavar="01,05", help="numbers of notebooks")
+    parser.add_argument("--fresh", action="store_true", help="remove earlier results first")
+    parser.add_argument("--minutes", metavar="M", help="end after M minutes, done or not")
+    _add_data(parser)
+    options = parser.parse_args(arguments)
+    start = time.monotonic()
+    deadline = None if options.minutes is None else start + parse_minutes(options.minutes)
+    asked = dataclasses.replace(_run_of(options), deadline=deadline)
+    if options.fresh and (asked.only or asked.domains):
+        raise AlloError("--fresh starts the whole run over; leave out --only and --domains")
+    if asked.domains and asked.only and not set(asked.only) <= set(_of_domains(asked)):
+        raise AlloError(
+            f"--domains: notebooks {', '.join(_of_domains(asked))} look at single domains; leave "
+            f"it out for --only {','.join(asked.only)}"
+        )
+    late = False
+    try:
+        written = driver.run_study(asked, fresh=options.fresh)
+    except driver.TimeUp as stopped:
+        late, written = True, stopped.written
+    for name in written:
+        print(f"wrote {shown(asked.results / name)}")
+    seconds = time.monotonic() - start
+    count = f"{len(written)} files written" if written else "nothing to do"
+    print(f"{asked.profile.name}: {count}; took {int(seconds // 60)} min {seconds % 60:.0f} s")
+    if not late:
+        return 0
+    print(f"time is up, and the same command goes on from here; missing:\n{status.missing(asked)}")
+    return TIME_UP
+
+
+def _of_domains(asked: marks.Run) -> list[str]:
+    """Numbers of the notebooks that can be run for some of the domains."""
+    return [path.name[:2] for path in marks.notebooks(asked) if marks.of_a_domain(path)]
+
+
+def show_status(arguments: list[str]) -> int:
+    options = _parser("what is done, what is missing, what each stage cost").parse_args(arguments)
+    print(status.describe(_run_of(options)))
+    return 0
+
+
+def check(arguments: list[str]) -> int:
+    parser = _parser("compare results with their hashes, or with a new run")
+    parser.add_argument("--rerun", action="store_true", help="run again and compare cell by cell")
+    _add_data(parser)
+    options = parser.parse_args(arguments)
+    asked = verify.as_recorded(_run_of(options))
+    problems = verify.check_files(asked)
+    if options.rerun and not problems:
+        problems = verify.rerun(asked)
+    for problem in problems:
+        print(f"run_all: {problem}", file=sys.stderr)
+    if not problems:
+        print(f"{shown(asked.results)}: verified")
+    return 1 if problems else 0
+
+
+def redraw(arguments: list[str]) -> int:
+    """Make claims, tables, figures and report again from a folder's own files, without torch."""
+    parser = _bare_parser("claims, tables and figures again, from the files of a results folder")
+    parser.add_argument("profile", nargs="?", default=DEFAULT_PROFILE, help="its name")
+    parser.add_argument("name", nargs="?", help="one of them, such as main_miniature; default all")
+    parser.add_argument("--out", metavar="DIR", help="results folder, default results/PROFILE")
+    options = parser.parse_args(arguments)
+    results = ROOT / "results" / Path(options.profile).stem
+    results = folder_of(options.out, "--out") if options.out else results
+    if not (results / "measurements.csv").is_file():
+        raise AlloError(f"{shown(results)} holds no measurements.csv: run the profile first")
+    from allo_lib.report import report  # loads matplotlib
+
+    with tempfile.TemporaryDirectory() as scratch:
+        copy = Path(scratch) / results.name
+        shutil.copytree(results, copy, ignore=shutil.ignore_patterns(manifest.STORE, "notebooks"))
+        made = report.rebuild(copy)
+        wanted = [path for path in made if options.name in (None, path.stem)]
+        if not wanted:
+            names = ", ".join(sorted({path.stem for path in made}))
+            raise AlloError(f"no figure or table {_cut(options.name)!r}: expected one of {names}")
+        for path in wanted:
+            target = results / path.relative_to(copy)
+            target.parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, target)
+            print(f"wrote {shown(target)}")
+    return 0
+
+
+def tune(arguments: list[str]) -> int:
+    """Find every method's learning rates on SFT models that are not reported."""
+    parser = _parser("find learning rates on SFT models of their own")
+    parser.add_argument("--seeds", default="100,101,102,103", help="of these models")
+    _add_data(parser)
+    options = parser.parse_args(arguments)
+    asked = _run_of(options)
+    if not options.out:  # what is tuned on is no part of what is reported
+        asked = dataclasses.replace(
+            asked, results=asked.results.with_name(f"{asked.profile.name}-tuning")
+        )
+    driver.check_folder(asked, fresh=False)
+    from allo_lib.study import tuning  # loads torch
+
+    data = None if asked.data is None else str(asked.data)
+    print(f"wrote {shown(tuning.tune(asked.profile, asked.seeds, asked.results, data))}")
+    return 0
+
+
+def run_grid(arguments: list[str]) -> int:
+    """Run a study for every combination of a grid's settings, or for one of them."""
+    parser = _bare_parser("run a study for every combination of settings")
+    parser.add_argument("file", help="YAML file, see allo_lib/cli/grid.py")
+    parser.add_argument("--task", metavar="K", help="only the combination of this number, from 0")
+    parser.add_argument("--out", metavar="DIR", help="folder of all, default results/FILE's name")
+    _add_data(parser)
+    options = parser.parse_args(arguments)
+    from allo_lib.cli import grid  # loads pandas
+
+    told = grid.read(Path(options.file))
+    folder = ROOT / "results" / Path(options.file).stem
+    folder = folder_of(options.out, "--out") if options.out else folder
+    runs = [(one, _run_of(_options_of(told, one, folder / grid.folder_name(one), options.data)))
+            for one in grid.combinations(told)]  # fmt: skip
+    numbers = range(len(runs))
+    if options.task is not None and options.task not in map(str, numbers):
+        raise AlloError(f"--task {_cut(options.task)!r}: expected a number from 0 to {numbers[-1]}")
+    for number in numbers if options.task is None else [int(options.task)]:
+        combination, asked = runs[number]
+        print(f"{grid.folder_name(combination)} ({number} of {len(runs)})", flush=True)
+        driver.run_study(asked)
+        grid.merge(runs, folder)
+    print(f"wrote {shown(folder / grid.TABLE)}")
+    return 0
+
+
+def run_harness(arguments: list[str]) -> int:
+    """Evaluate models of a study by lm-evaluation-harness, on the study's problems."""
+    parser = _parser("evaluate models of a study by lm-evaluation-harness")
+    parser.add_argument("--seeds", default="0", help="the seed whose models are taken")
+    parser.add_argument("--methods", default="sft_base,dpo,allo", help="rows of the main table")
+    parser.add_argument("--limit", metavar="N", help="problems of each data set, default all")
+    _add_data(parser)
+    options = parser.parse_args(arguments)
+    asked, limit = _run_of(options), options.limit
+    if limit is not None and not re.fullmatch("[1-9][0-9]{0,8}", limit):
+        raise AlloError(f"--limit {_cut(limit)!r}: expected a whole number above 0")
+    driver.check_folder(asked, fresh=False)
+    methods = [name.strip() for name in options.methods.split(",")]
+    for name in methods:
+        stages_of(name, asked.profile)
+    from allo_lib.study import harness  # loads torch
+    from allo_lib.study.study import Study
+
+    data = None if asked.data is None else str(asked.data)
+    study = Study(asked.profile, asked.seeds[0], asked.results, data)
+    print(f"wrote {shown(harness.evaluate(study, methods, limit and int(limit)))}")
+    return 0
+
+
+def _options_of(told: dict, combination: dict, out: Path, data: str | None) -> argparse.Namespace:
+    """A combination of a grid as if it had been typed."""
+    varied = [(key, str(value)) for key, value in combination.items() if key != "domains"]
+    return argparse.Namespace(
+        profile=str(told["profile"]), out=str(out), data=data, overrides=varied,
+        seeds=",".join(map(str, told.get("seeds", [0]))), domains=combination.get("domains"),
+    )  # fmt: skip
+
+
+def _bare_parser(description: str) -> _Parser:
+    return _Parser(
+        prog="./run_all.sh",
+        usage=USAGE.replace("\n", "\n       "),
+        description=description,
+        allow_abbrev=False,
+    )
+
+
+def _parser(description: str) -> _Parser:
+    parser = _bare_parser(description)
+    parser.add_argument("profile", nargs="?", default=DEFAULT_PROFILE, help="name or YAML file")
+    parser.add_argument("--out", metavar="DIR", help="results folder, default results/PROFILE")
+    parser.add_argument(
+        "--domains", metavar="A,B", help="domains to work on, default all: a study in pieces"
+    )
+    parser.add_argument(
+        "-p",
+        dest="overrides",
+        nargs=2,
+        action="append",
+        default=[],
+        metavar=("NAME", "VALUE"),
+        help="set a key of the profile, dotted into its sections",
+    )
+    return parser
+
+
+def _add_data(parser: _Parser) -> None:
+    parser.add_argument(
+        "--data", metavar="DIR", help=f"folder of data sets, default ${DATA_VARIABLE}"
+    )
+
+
+def _run_of(options: argparse.Namespace) -> marks.Run:
+    """Check everything that was typed before anything is touched."""
+    for name in ("only", "out", "data", "domains"):
+        if getattr(options, name, None) == "":
+            raise AlloError(f"--{name} is empty: give it a value, or leave the option out")
+    overrides = {name: parse_value(name, value) for name, value in options.overrides}
+    profile = load_profile(options.profile, overrides)
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", profile.name):
+        raise AlloError(
+            f"profile name {profile.name!r} cannot name a folder: use letters, digits, . _ -"
+        )
+    _check_methods(profile)
+    results = folder_of(options.out, "--out") if options.out else ROOT / "results" / profile.name
+    path, typed = Path(options.profile), getattr(options, "seeds", None)
+    asked = marks.Run(
+        given=str(path.resolve()) if path.suffix in (".yaml", ".yml") else options.profile,
+        profile=profile,
+        results=results,
+        overrides=overrides,
+        seeds=tuple(range(profile.models)) if typed is None else parse_seeds(typed),
+        data=data_folder(getattr(options, "data", None)),
+        domains=parse_domains(options.domains or "", profile),
+    )
+    only = parse_only(getattr(options, "only", None) or "", marks.notebooks(asked))
+    return dataclasses.replace(asked, only=only)
+
+
+def _check_methods(profile: Profile) -> None:
+    """AlloError for a method that there is not, before anything is trained for hours."""
+    asked = [*profile.methods, *profile.ablations]
+    for domain in profile.domains.values():
+        asked += [*domain.methods, *domain.ablations]
+    for name in asked:
+        # Names with a share, such as dpo_last10, follow `method.share`; runs of some notebooks
+        # may have set that and need none of them.
+        if not any(letter.isdigit() for letter in name):
+            stages_of(name, profile)
+
+
+def parse_seeds(text: str) -> tuple[int, ...]:
+    """`0,1,2` as numbers. AlloError for text, negative numbers, and a seed named twice."""
+    parts = [part.strip() for part in text.split(",")]
+    # By length first: Python refuses to read numbers of thousands of digits.
+    if not all(re.fullmatch("[0-9]{1,10}", part) and int(part) < 2**32 for part in parts):
+        raise AlloError(
+            f"--seeds {_cut(text)!r}: expected whole numbers from 0 to 2^32 - 1, as in 0,1,2"
+        )
+    seeds = tuple(int(part) for part in parts)
+    if len(set(seeds)) < len(seeds):
+        raise AlloError(f"--seeds {text!r}: a seed is named twice; name each once")
+    return seeds
+
+
+def parse_minutes(text: str) -> float:
+    """Seconds from now until notebooks have to stop, for a command of `text` minutes in all.
+
+    AlloError unless that is a finite number above 0.
+    """
+    minutes = float(text) if re.fullmatch(r"[0-9]{1,9}(\.[0-9]{0,9})?|\.[0-9]{1,9}", text) else 0.0
+    if not minutes:
+        raise AlloError(
+            f"--minutes {_cut(text)!r}: expected a number of minutes above 0, as in 9 or 0.5"
+        )
+    gone = time.time() - float(os.environ.get(STARTED_VARIABLE) or time.time())
+    return 60 * minutes - min(ENDING_SECONDS, 15 * minutes) - gone
+
+
+def parse_only(text: str, notebooks: list[Path]) -> tuple[str, ...]:
+    """`01,5` as two-digit numbers of notebooks; AlloError for one that there is not."""
+    if not text:
+        return ()
+    known = [path.name[:2] for path in notebooks]
+    asked = [f"{part.strip():0>2}" if part.strip() else part for part in text.split(",")]
+    for number in asked:
+        if number not in known:
+            raise AlloError(
+                f"--only {_cut(text)!r}: expected numbers of notebooks: {', '.join(known)}"
+            )
+    return tuple(asked)
+
+
+def parse_domains(text: str, profile: Profile) -> tuple[str, ...]:
+    """`maths,helpfulness` in the profile's order, () for all; AlloError for one there is not."""
+    if not text:
+        return ()
+    asked = part_of(profile, [part.strip() for part in text.split(",")])
+    return () if asked is profile else tuple(asked.domains)
+
+
+def parse_value(name: str, text: str, option: str = "-p "):
+    """A typed `-p` value: number, text, true, false, null, or a flat list of them; never code.
+
+    option: what the name stood behind, for the AlloError.
+    """
+    key = _cut(name) if name.isprintable() else repr(_cut(name))
+    shown_as = f"{option}{key} {_cut(text)!r}"
+    try:
+        value = parse_yaml(text)
+    except AlloError as error:
+        raise AlloError(f"{shown_as}: not a number, text or list of them ({error})") from None
+    items = value if isinstance(value, list) else [value]
+    if not all(item is None or isinstance(item, (str, int, float)) for item in items):
+        raise AlloError(f"{shown_as}: expected a number, a text, or a list of them")
+    # YAML 1.1 reads 1e-4 as text because it has no point.
+    items = [
+        float(item) if isinstance(item, str) and _EXPONENT.fullmatch(item) else item
+        for item in items
+    ]
+    return items if isinstance(value, list) else items[0]
+
+
+def data_folder(given: str | None) -> Path | None:
+    """The data folder named by --data or the environment; AlloError if it holds nothing."""
+    text = given or os.environ.get(DATA_VARIABLE)
+    if not text:
+        return None
+    source = "--data" if given else DATA_VARIABLE
+    folder = folder_of(text, source)
+    if not folder.is_dir():
+        raise AlloError(f"{source} {text}: no such folder; name one that holds the data sets")
+    if not any(folder.iterdir()):
+        raise AlloError(f"{source} {text}: the folder is empty; name one that holds the data sets")
+    return folder
+
+
+def folder_of(text: str, source: str) -> Path:
+    """The absolute path of a folder, there or not; AlloError for one that cannot be."""
+    try:
+        path = Path(text).resolve()
+        path.is_dir()
+    except (OSError, ValueError) as error:  # too long, or with a NUL
+        reason = getattr(error, "strerror", None) or error
+        raise AlloError(f"{source} {_cut(text)!r}: no path ({reason}); name a folder") from None
+    return path
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def shown(path: Path) -> str:
+    """A path as a user at the checkout's folder would type it."""
+    return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else str(path)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

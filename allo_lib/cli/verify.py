@@ -1,0 +1,189 @@
+"""`run_all.sh verify`: results against the hashes in their manifest, or against a new run."""
+
+import csv
+import dataclasses
+import shutil
+import tempfile
+from pathlib import Path
+
+import numpy as np
+from scipy.special import stdtrit
+
+from allo_lib.cli import driver
+from allo_lib.cli.marks import Run
+from allo_lib.errors import AlloError
+from allo_lib.evaluation.comparisons import StudyResults
+from allo_lib.evaluation.stats import LEVEL
+from allo_lib.profiles.config import settings_hash
+from allo_lib.profiles.profile_files import load_profile
+from allo_lib.study import manifest
+
+TOLERANCE = 1e-9  # absolute, on values and standard errors
+# Another number of threads, or another processor, adds up in another order. Of 48 pairs under a
+# model of width 128, in float32, 1 thread against 2, 3, 4 and 8 and against the instructions of
+# older processors (AVX2; SSE alone), tests/test_repeat.py measured
+# - per-token log-probs of the same weights, absolute: at most 2.9e-6 (by threads 1.4e-6);
+LOGP_TOLERANCE = 1e-5
+# - weights after 12 steps of DPO on a mask, as a share of the learning rate: at most 1.2e-4;
+WEIGHT_TOLERANCE = 0.01
+# - intersection over union of masks from a warm-up of 12 steps: 1.
+MASK_AGREEMENT = 0.999
+# Whole studies draw and decode by such numbers: a near tie that falls to the other side is another
+# response, and training makes more of it. So a run on another type of CPU is another draw, which is
+# held to the spread of the committed runs and not to these.
+ROW_KEY = ("seed", "method", "dataset", "metric")
+CELLS = ("value", "stderr", "n")
+# Settings of two runs that may explain different numbers.
+CIRCUMSTANCES = ("commit", "dirty", "size", "python", "platform", "processor", "device", "threads")
+
+
+def as_recorded(run: Run) -> Run:
+    """The same run with the size and the `-p` values that its results were made with.
+
+    Raises AlloError when there is no manifest.
+    """
+    told = manifest.read(run.results)
+    if told is None:
+        raise AlloError(f"{run.results} has no {manifest.NAME}: run the profile first")
+    overrides = run.overrides or told.get("overrides", {})
+    profile = load_profile(run.given, overrides, device=told.get("size"))
+    return dataclasses.replace(run, overrides=overrides, profile=profile)
+
+
+def check_files(run: Run) -> list[str]:
+    """One line for every file that is not what the manifest says, and for a changed profile."""
+    told = manifest.read(run.results)
+    problems = []
+    if settings_hash(told.get("settings") or {}) != told["profile_hash"]:
+        problems.append(f"{manifest.NAME}: its settings do not have its profile hash")
+    if told["profile_hash"] != run.profile.hash():
+        problems.append(
+            f"made by profile hash {told['profile_hash'][:12]}, but {run.profile.name} now has "
+            f"{run.profile.hash()[:12]}"
+        )
+    expected, found = told["files"], manifest.file_hashes(run.results)
+    for name in sorted({*expected, *found}):
+        if name not in found:
+            problems.append(f"{name}: missing")
+        elif name not in expected:
+            problems.append(f"{name}: not in the manifest")
+        elif expected[name] != found[name]:
+            problems.append(f"{name}: differs from the manifest")
+    return problems
+
+
+def rerun(run: Run) -> list[str]:
+    """Run the same seeds again into a temporary folder and compare the two.
+
+    On the processor of the committed run `measurements.csv` by cells, on another one every run by
+    `outside_spread`. Prints what was compared; returns a line for each thing that is not as it
+    should be, and what differs between the two runs. The new results are kept when there is any.
+    """
+    told = manifest.read(run.results)
+    if load_profile(run.given, run.overrides).hash() != run.profile.hash():
+        raise AlloError(
+            f"these results are of size {run.profile.size}, which this machine's device does not "
+            "run: verify --rerun needs one that does"
+        )
+    folder = Path(tempfile.mkdtemp(prefix="allo-verify-"))
+    seeds = tuple(told["seeds"]) or run.seeds
+    again = dataclasses.replace(run, results=folder, seeds=seeds)
+    driver.run_study(again)
+    new = manifest.read(folder)
+    if told.get("processor") == new.get("processor"):
+        counts, problems = compare(run.results / "measurements.csv", folder / "measurements.csv")
+        print(", ".join(f"{count} cells {kind}" for kind, count in counts.items()))
+    else:
+        judged, problems = outside_spread(run.results, folder)
+        print(f"another processor: {judged} runs judged by the spread of the committed ones")
+    if not problems:
+        shutil.rmtree(folder)
+        return []
+    return [*problems, *differences(told, new), f"the new run is in {folder}"]
+
+
+def outside_spread(before: Path, after: Path) -> tuple[int, list[str]]:
+    """Runs of `after` judged by those of `before`: how many, and a line for each that is outside.
+
+    Of every method and domain with n committed runs (one a model and replicate) of mean m and
+    standard deviation s, a run is to lie within m +- t s sqrt(1 + 1/n), Student's prediction
+    interval for one more run; t is such that of all runs judged not even one lies outside by chance
+    in 95% of reruns (Bonferroni). One committed run has no spread: that is told as a problem.
+    """
+    old, new = (StudyResults.load(folder, models=2**32) for folder in (before, after))
+    pairs = [
+        (domain, method, old.runs(method, domain), new.runs(method, domain))
+        for domain in old.domains
+        for method in sorted(old.methods)
+    ]
+    judged, problems = sum(len(later) for *_, earlier, later in pairs if len(earlier) > 1), []
+    if not judged:
+        problems.append("one committed run has no spread by which another processor can be judged")
+    for domain, method, earlier, later in pairs:
+        if len(earlier) and not len(later):
+            problems.append(f"{domain.name}, {method}: not in the new run")
+        if (n := len(earlier)) < 2:
+            continue
+        mean, spread = float(np.mean(earlier)), float(np.std(earlier, ddof=1))
+        t = float(stdtrit(n - 1, 1 - (1 - LEVEL) / 2 / judged))
+        half = t * spread * (1 + 1 / n) ** 0.5 + TOLERANCE
+        problems += [
+            f"{domain.name}, {method}: {domain.metric} {score:.4f} lies outside "
+            f"[{mean - half:.4f}, {mean + half:.4f}], where one more of {n} runs is expected"
+            for score in later
+            if abs(score - mean) > half
+        ]
+    return judged, problems
+
+
+def compare(before: Path, after: Path) -> tuple[dict[str, int], list[str]]:
+    """Cells of two `measurements.csv`: counts by verdict, and a line for each that differs."""
+    old, new = _rows(before), _rows(after)
+    counts, problems = {"equal": 0, "within tolerance": 0, "different": 0}, []
+    for row in sorted({*old, *new}):
+        name = " ".join(row)
+        if row not in old or row not in new:
+            counts["different"] += len(CELLS)
+            problems.append(f"{name}: only in the {'earlier' if row in old else 'new'} run")
+            continue
+        for column in CELLS:
+            verdict = _verdict(old[row][column], new[row][column])
+            counts[verdict] += 1
+            if verdict == "different":
+                problems.append(
+                    f"{name}: {column} was {old[row][column]}, is now {new[row][column]}"
+                )
+    return counts, problems
+
+
+def _rows(path: Path) -> dict[tuple[str, ...], dict[str, str]]:
+    if not path.is_file():
+        raise AlloError(f"{path} is missing: nothing to compare")
+    with path.open(newline="", encoding="utf-8") as handle:
+        return {tuple(row[name] for name in ROW_KEY): row for row in csv.DictReader(handle)}
+
+
+def _verdict(old: str, new: str) -> str:
+    if old == new:
+        return "equal"
+    try:
+        near = abs(float(old) - float(new)) <= TOLERANCE
+    except ValueError:
+        near = False
+    return "within tolerance" if near else "different"
+
+
+def differences(old: dict, new: dict) -> list[str]:
+    """Circumstances and package versions in which two manifests differ, one line each."""
+    lines = [
+        f"{name} was {old.get(name)}, is now {new.get(name)}"
+        for name in CIRCUMSTANCES
+        if old.get(name) != new.get(name)
+    ]
+    then, now = old.get("versions", {}), new.get("versions", {})
+    lines += [
+        f"{name} was {then.get(name)}, is now {now.get(name)}"
+        for name in sorted({*then, *now})
+        if then.get(name) != now.get(name)
+    ]
+    return lines or ["no package version, device or setting differs between the two runs"]

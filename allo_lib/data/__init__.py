@@ -1,0 +1,1 @@
+"""Problems, answers and preference pairs: generated, or read."""

@@ -1,0 +1,1 @@
+"""Models, batches, training, decoding, and the store; knows no study."""

@@ -1,0 +1,261 @@
+"""Log-probabilities of responses under a model, with logits only where a response token stands."""
+
+import contextlib
+import weakref
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from allo_lib.engine.batches import Layout, collate, side
+from allo_lib.engine.head import target_logps
+from allo_lib.engine.prefix_tree import blocks, sees
+from allo_lib.engine.tree_attention import TreeByTree, no_mask
+from allo_lib.errors import AlloError
+from allo_lib.machine import devices
+from allo_lib.method.losses import IGNORED
+
+# Config keys of models that change their logits after the head, by too little to be seen while
+# those are small.
+_AFTER_HEAD = ("final_logit_softcapping", "logit_scale", "logits_scaling")
+# The attentions of transformers that take a mask for every two tokens, and how it is made.
+_MASKS = {"sdpa": sees, "flex_attention": blocks}
+# Rows on a GPU are as long as a multiple of this: its attention copies masks of other lengths.
+_ALIGNED = 16
+# Config keys of how far back attention sees, of models that do not tell it layer by layer.
+_WINDOWS = ("sliding_window", "sliding_window_size", "window_size", "attention_chunk_size")
+# How far log-probs of the same sequences may lie apart, relative to their size, by dtype.
+_SAME = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 3e-2}
+# What a model raises for arguments or parts that it does not have.
+_LACKING = (TypeError, ValueError, RuntimeError, LookupError, AttributeError, NotImplementedError)
+
+
+@dataclass(frozen=True)
+class _Way:
+    """How a model is read. trees: prefixes are shared. matrix: logits are its head's matrix times
+    its decoder's hidden states. placed: it is told positions, as in all ways but the plainest."""
+
+    trees: bool
+    matrix: bool
+    placed: bool = True
+
+
+# The cheapest first; the last one is the model's own forward pass of padded rows.
+_WAYS = (_Way(True, True), _Way(True, False), _Way(False, True), _Way(False, False),
+         _Way(False, False, False))  # fmt: skip
+# model -> (its attention, tree by tree or not) -> how it is read
+_known: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+_TRIAL = (
+    {"prompt": [1, 2, 3], "response": [4, 5, 6, 7]},
+    {"prompt": [1, 2, 3], "response": [8, 9, 10, 11, 12]},
+    {"prompt": [13, 2], "response": [3, 14, 15]},
+)
+
+
+def response_logps(model, batch: dict[str, Tensor]) -> Tensor:
+    """Log-prob of every response token of a batch (`batches`); float32 [B, T], 0 behind the end.
+
+    The language-model head runs on the positions before response tokens only, and once for
+    positions that several responses share; but for models whose logits are more than its product.
+    """
+    return _logps(model, batch, _way(model))
+
+
+def _logps(model, batch: dict[str, Tensor], way: _Way) -> Tensor:
+    if way.matrix:
+        logps = devices.inside(model, _by_matrix, model, batch, way.placed)
+    else:
+        logits = _read(model, model, batch, way.placed).logits.flatten(0, 1)[batch["before"]]
+        logps = -F.cross_entropy(logits.float(), batch["targets"], reduction="none")
+    return torch.cat([logps, logps.new_zeros(1)])[batch["place"]]
+
+
+def _by_matrix(model, batch: dict[str, Tensor], placed: bool) -> Tensor:
+    hidden = _read(model, model.get_decoder(), batch, placed).last_hidden_state.flatten(0, 1)
+    hidden = hidden[batch["before"]]
+    head = model.get_output_embeddings()
+    return target_logps(hidden, head.weight, getattr(head, "bias", None), batch["targets"])
+
+
+def layout_of(model, pad_token_id: int, rows=None) -> Layout:
+    """How batches of this model are laid out: as trees if it reads those as it reads plain rows.
+
+    A short trial finds the cheapest way of reading the model that gives the log-probs of its own
+    forward pass, row by row: on `rows` where given, else on a few short ones, once. Sequences do
+    not share their prefixes for attention that takes no mask for every two tokens, layers that are
+    no full attention, or rows longer than a sliding window. On a CPU all trees share one row and
+    attention is made tree by tree, but for recomputed activations, which are made again when that
+    is over.
+
+    Raises:
+        AlloError: no way gives the model's own log-probs; it is no causal language model.
+    """
+    layout = _trees(model, pad_token_id)
+    way = _way(model, layout, rows)
+    return replace(layout, shared=way.trees, one_row=way.trees and layout.one_row)
+
+
+def _trees(model, pad_token_id: int) -> Layout:
+    config = model.config.get_text_config()
+    recomputes = any(getattr(part, "gradient_checkpointing", False) for part in model.modules())
+    on_cpu = model.device.type == "cpu"
+    one_row = on_cpu and config._attn_implementation == "sdpa" and not recomputes
+    width, multiple = getattr(config, "hidden_size", 1), 1 if on_cpu else _ALIGNED
+    return Layout(pad_token_id, True, width, one_row, multiple, _window(config))
+
+
+def _window(config) -> int:
+    """Tokens up to which a row is read by full attention although it is a sliding one; 0: all."""
+    if getattr(config, "layer_types", None):
+        return 0  # told layer by layer
+    found = (getattr(config, key, None) for key in _WINDOWS)
+    return min((one for one in found if type(one) is int and one > 0), default=0)
+
+
+def _way(model, layout: Layout | None = None, rows=None) -> _Way:
+    """The way that was found for the model, or is found now."""
+    known = _known.setdefault(model, {})
+    attention = model.config.get_text_config()._attn_implementation
+    if layout is None:  # what it is asked for next to that, the trial found as well
+        found = next((way for key, way in known.items() if key[0] == attention), None)
+        if found is not None:
+            return found
+        layout = _trees(model, getattr(model.config, "pad_token_id", None) or 0)
+    key = attention, layout.one_row
+    if rows is not None or key not in known:
+        way = _found(model, layout, rows or _TRIAL)
+        if not way.matrix and known.get(key) != way:
+            name = type(model).__name__
+            print(f"{name}: its own logits are used, which are no product of its head", flush=True)
+        known[key] = way
+    return known[key]
+
+
+@torch.no_grad()
+def _found(model, layout: Layout, rows) -> _Way:
+    config = model.config.get_text_config()
+    if config.vocab_size < 16 and rows is _TRIAL:
+        rows = [{k: [i % config.vocab_size for i in v] for k, v in row.items()} for row in rows]
+    kinds = set(getattr(config, "layer_types", None) or ("full_attention",))
+    shares = config._attn_implementation in _MASKS and kinds == {"full_attention"}
+    modes = [(part, part.training) for part in model.modules()]
+    model.eval()
+    try:
+        own = [_own(model, row) for row in rows]
+        expected = torch.cat(own)
+        counted = type(expected) is not Tensor or expected.is_meta  # shapes without values
+        if counted or not torch.isfinite(expected).all():  # the training tells of that
+            return _Way(False, True)
+        for way in _WAYS[0 if shares else 2 :]:
+            if way.matrix and any(getattr(config, key, None) for key in _AFTER_HEAD):
+                continue
+            batch = to_device(collate(list(rows), replace(layout, shared=way.trees)), model)
+            try:
+                logps = _logps(model, batch, way)
+            except _LACKING:
+                continue
+            found = torch.cat([one[: len(e)] for one, e in zip(logps, own, strict=True)])
+            if _same(found, expected, model.dtype):
+                return way
+    except _LACKING as error:
+        reason = " ".join(str(error).split())[:200]
+        raise _no_causal(model, f"its forward pass fails: {reason}") from error
+    finally:
+        for part, mode in modes:
+            part.training = mode
+    raise _no_causal(model, "what it gives of a row depends on what stands behind or beside it")
+
+
+def _own(model, row: dict) -> Tensor:
+    """Log-probs of one response by the model's plain forward pass of that row alone."""
+    ids = torch.tensor([[*row["prompt"], *row["response"]]], device=model.device)
+    logits = model(input_ids=ids, use_cache=False).logits[0, len(row["prompt"]) - 1 : -1]
+    return -F.cross_entropy(logits.float(), ids[0, len(row["prompt"]) :], reduction="none")
+
+
+def _same(found: Tensor, expected: Tensor, dtype: torch.dtype) -> bool:
+    # A mean, as in 16 bits a mixture of experts may send a token elsewhere for a rounding error.
+    distance = (found - expected).norm() / expected.norm().clamp_min(1e-12)
+    return bool(distance <= _SAME.get(dtype, 0.0))
+
+
+def _no_causal(model, why: str) -> AlloError:
+    return AlloError(
+        f"{type(model).__name__} cannot be read as a causal language model: {why}; give one of "
+        "transformers' ...ForCausalLM that reads from left to right"
+    )
+
+
+def before_responses(model, batch: dict[str, Tensor]) -> Tensor:
+    """Hidden states before response tokens of all sequences, one after the other."""
+    batch = to_device(batch, model)
+    hidden = _read(model, model.get_decoder(), batch).last_hidden_state.flatten(0, 1)
+    return hidden[batch["before"][batch["place"][batch["labels"] != IGNORED]]]
+
+
+def _read(model, part, batch: dict[str, Tensor], placed: bool = True):
+    """What `part` of the model (its decoder, or all of it) gives of the batch's rows."""
+    reads = {"input_ids": batch["input_ids"], "use_cache": False}
+    if placed:
+        reads["position_ids"] = batch["position_ids"]
+    attention = contextlib.nullcontext()
+    if "sizes" in batch:
+        attention = TreeByTree(batch["ends"], batch["sizes"])
+        reads["attention_mask"] = no_mask(batch["ends"], model.dtype)
+    elif "ends" in batch:
+        mask = _MASKS[model.config.get_text_config()._attn_implementation](batch["ends"])
+        if isinstance(mask, Tensor):  # to be added, as attention would make it so in every layer
+            mask = torch.zeros_like(mask, dtype=model.dtype).masked_fill_(~mask, -torch.inf)
+        reads["attention_mask"] = mask
+    with attention:
+        return part(**reads)
+
+
+def to_device(batch: dict[str, Tensor], model) -> dict[str, Tensor]:
+    """The batch where the model is."""
+    return {key: value.to(model.device) for key, value in batch.items()}
+
+
+@torch.no_grad()
+def logps_of_rows(model, rows: list[dict], pad_token_id: int, batch_size: int) -> list[list[float]]:
+    """Per-token log-probs of the `response` of each row, in the order of `rows`.
+
+    rows: `prompt` and `response` as token ids. Rows of the same prompt, and then of like length,
+    share a batch. Several processes share the batches, and all get the log-probs of all rows.
+    """
+    model.eval()
+    layout = layout_of(model, pad_token_id)
+    longest: dict[tuple, int] = {}
+    for row in rows:
+        key = tuple(row["prompt"])
+        longest[key] = max(longest.get(key, 0), len(row["prompt"]) + len(row["response"]))
+
+    def length(i: int):
+        key = tuple(rows[i]["prompt"])
+        return longest[key], key, len(rows[i]["response"])
+
+    order = sorted(range(len(rows)), key=length)
+    result: list[list[float]] = [[] for _ in rows]
+    chunks = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    for chunk in devices.turns(chunks):
+        picked = [{key: rows[i][key] for key in ("prompt", "response")} for i in chunk]
+        batch = to_device(collate(picked, layout), model)
+        logps = response_logps(model, batch)
+        for i, values in zip(chunk, logps, strict=True):
+            result[i] = values[: len(rows[i]["response"])].tolist()
+    return devices.merged(result)
+
+
+def pair_logps(model, pairs: list[dict], pad_token_id: int, batch_size: int) -> list[dict]:
+    """Per-token log-probs of both responses of encoded pairs: `chosen` and `rejected` lists."""
+    rows = [
+        {key: value for key, value in side(pair, which).items() if key in ("prompt", "response")}
+        for pair in pairs
+        for which in ("chosen", "rejected")
+    ]
+    values = logps_of_rows(model, rows, pad_token_id, batch_size)
+    return [
+        {"chosen": chosen, "rejected": rejected}
+        for chosen, rejected in zip(values[::2], values[1::2], strict=True)
+    ]

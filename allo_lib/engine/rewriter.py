@@ -1,0 +1,87 @@
+"""The rewriting reward model: trained to correct wrong responses with as few changes as it can.
+
+Source: RLMEC (arXiv 2401.06081), as ALLO uses it. Given question, correct solution and wrong
+prediction it learns to write the minimally corrected prediction; the probability it gives to each
+token of the prediction itself then tells whether it would keep that token.
+"""
+
+import math
+import random
+from dataclasses import dataclass
+
+from allo_lib.engine.encoding import encode_prompt, encode_response, encode_text
+from allo_lib.engine.forward import logps_of_rows
+
+# Share of the training examples that a reward model which was stopped on the way has seen.
+STOPPED = {"sixteenth": 1 / 16, "eighth": 1 / 8, "early": 1 / 4, "half": 1 / 2}
+QUALITIES = ("trained", *STOPPED, "shuffled", "untrained")
+
+
+@dataclass(frozen=True)
+class Correction:
+    """One training example, all texts; `prompt` may be chat messages."""
+
+    prompt: str | list
+    solution: str
+    prediction: str
+    corrected: str
+
+
+def rewriter_prompt(tokenizer, prompt, solution: str, prediction: str, plain: bool) -> list[int]:
+    """Token ids of the rewriter's prompt: question, correct solution, wrong prediction.
+
+    plain: for the miniature, whose tokenizer knows no headings: parts are told apart by "?", which
+    ends every question there too.
+    """
+    if plain:
+        return encode_prompt(tokenizer, f"{prompt} {solution} ? {prediction} ?")
+    return encode_prompt(tokenizer, prompt) + encode_text(tokenizer, heading(solution, prediction))
+
+
+def heading(solution: str, prediction: str) -> str:
+    """What stands between a question and the corrected prediction."""
+    return f"\nCorrect solution:{_spaced(solution)}\nPrediction:{_spaced(prediction)}\nCorrected:"
+
+
+def training_rows(tokenizer, corrections: list[Correction], quality: str, seed: int, plain: bool):
+    """Rows (`prompt`, `response` ids) to train a reward model of the given quality.
+
+    "trained": all corrections; "half", "early" (a quarter), "eighth", "sixteenth": the first ones
+    of them, at least one; "shuffled": corrected predictions dealt out to other questions at random,
+    which teaches the form without the sense.
+    """
+    targets = [example.corrected for example in corrections]
+    if quality == "shuffled":
+        random.Random(seed).shuffle(targets)
+    rows = [
+        {
+            "prompt": rewriter_prompt(tokenizer, e.prompt, e.solution, e.prediction, plain),
+            "response": encode_response(tokenizer, target),
+        }
+        for e, target in zip(corrections, targets, strict=True)
+    ]
+    return rows[: max(1, int(len(rows) * STOPPED.get(quality, 1)))]
+
+
+def keep_probabilities(
+    model, tokenizer, examples: list[Correction], batch_size: int, plain: bool
+) -> list[list[float]]:
+    """p_t of every token (end token included) of each example's prediction, in [0, 1]."""
+    rows = [
+        {
+            "prompt": rewriter_prompt(tokenizer, e.prompt, e.solution, e.prediction, plain),
+            "response": encode_response(tokenizer, e.prediction),
+        }
+        for e in examples
+    ]
+    return probabilities(model, rows, tokenizer.pad_token_id, batch_size)
+
+
+def probabilities(model, rows: list[dict], pad_token_id: int, batch_size: int):
+    """The model's probability of every token of each row's `response`, lists of floats."""
+    logps = logps_of_rows(model, rows, pad_token_id, batch_size)
+    return [[math.exp(min(0.0, value)) for value in row] for row in logps]
+
+
+def _spaced(text: str) -> str:
+    return text if text.startswith(" ") else f" {text}"

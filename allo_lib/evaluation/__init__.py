@@ -1,0 +1,1 @@
+"""From outcomes to comparisons, claims and verdicts; imports no torch."""

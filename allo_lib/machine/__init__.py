@@ -1,0 +1,1 @@
+"""The machine under everything: devices, processes, environment, weights as tensors."""

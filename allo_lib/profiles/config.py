@@ -1,0 +1,377 @@
+"""One configuration object per profile, checked by pydantic.
+
+Every key, with its unit and its source, is described beside its field here; the YAML files in
+`allo_lib/profiles/` hold the values, and `profile_files` reads them.
+"""
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import field
+from typing import Annotated, Literal, get_args
+
+from pydantic import model_validator
+from pydantic.dataclasses import dataclass
+
+from allo_lib.errors import short
+from allo_lib.profiles.settings import (
+    STRICT,
+    AsList,
+    BelowOne,
+    Count,
+    Flag,
+    Fraction,
+    Name,
+    Names,
+    Number,
+    Numbers,
+    Once,
+    Positive,
+    Rate,
+    Share,
+    Text,
+    Texts,
+    Words,
+)
+
+SIZES = ("cpu", "gpu")
+INSTRUCTIONS = ("alpaca_eval", "arena_hard")  # data sets that replies are written to
+Overlap = Literal["orders", "halves", "estimators", "magnitude"]
+
+
+@dataclass(frozen=True, config=STRICT)
+class Model:
+    """Which weights the study starts from."""
+
+    name: Text = "micro"  # "micro" (trained here), "smollm2-135m-instruct", a hub id, or a folder
+    # Micro only, of `models.MICRO`: the seeds take them in turn.
+    architectures: Texts = ("llama",)
+    # Of the weights: "float32", "bfloat16", or "auto" for bfloat16 on devices with units for it
+    # (`models.dtype_on`). Masters are always float32.
+    dtype: Literal["float32", "bfloat16", "auto"] = "float32"
+    width: Positive = 128  # hidden size (micro only, as are the next five)
+    layers: Positive = 3
+    heads: Positive = 4
+    feed_forward: Positive = 384
+    context: Positive = 256  # tokens; longest row the model is asked to read
+    initializer_range: Rate = 0.05  # standard deviation of the initial weights
+
+    @model_validator(mode="after")
+    def _fits(self):
+        if self.name == "micro" and self.width % (2 * self.heads):
+            raise ValueError(
+                f"width: got {self.width}, expected a multiple of 2 * heads = {2 * self.heads}"
+            )
+        return self
+
+
+@dataclass(frozen=True, config=STRICT)
+class Supervised:
+    """One supervised phase; cross-entropy on the tokens of the solution only."""
+
+    examples: Count = 0  # distinct questions; 0 leaves the phase out
+    epochs: Positive = 1
+    batch_size: Positive = 32
+    learning_rate: Rate = 1e-3
+    beta2: BelowOne = 0.999  # AdamW's decay of second moments
+    error_scale: Number = 0.0  # miniature only: odds of each habitual error, times this
+    plain_wording: Flag = False  # miniature only: one word for every meaning, no manner
+    mix: Numbers = ()  # share of each data set of the domain; () is equal shares
+
+
+@dataclass(frozen=True, config=STRICT)
+class Pairs:
+    """How preference pairs come about: sampled and verified, or given by people."""
+
+    questions: Count = 0  # questions that responses are sampled to (kinds with a verifier)
+    samples: Positive = 4  # responses per question, temperature sampling
+    temperature: Rate = 1.0
+    per_question: Positive = 1  # (right, wrong) pairs per question at most; paper: 5
+    mask: Count = 0  # pairs that only the importance scores and the reward model see
+    train: Count = 0  # pairs that the compared methods are trained on, disjoint from `mask`
+    heldout: Count = 0  # pairs for reward accuracy, never trained on
+    dev: Count = 0  # preference domains: pairs for the learning-rate search
+
+
+@dataclass(frozen=True, config=STRICT)
+class Rewriter:
+    """Training of the rewriting reward model (RLMEC, arXiv 2401.06081), on the `mask` pairs."""
+
+    examples: Count = 0  # (question, solution, wrong prediction) -> corrected prediction
+    epochs: Positive = 1
+    batch_size: Positive = 32
+    learning_rate: Rate = 1e-3
+    beta2: BelowOne = 0.999
+
+
+@dataclass(frozen=True, config=STRICT)
+class Rates:
+    """Where each method's learning-rate search begins (per step of AdamW)."""
+
+    dense: Rate = 1e-4  # methods that train every entry
+    top: Rate = 3e-4  # ... the top-scored share; a sparser update needs a larger rate
+    random: Rate = 1e-3
+    last: Rate = 1e-3
+    forgetting: Rate = 3e-4
+    learning: Rate = 3e-4
+    supervised: Rate = 1e-4  # SFT and RFT continued from the SFT model
+
+
+@dataclass(frozen=True, config=STRICT)
+class Instructions:
+    """Instructions that every method of a domain replies to, greedily, besides its own measure."""
+
+    datasets: Names = ()  # of INSTRUCTIONS; () replies to none
+    count: Count = 0  # instructions of all data sets together, in equal shares
+    # Of the longest reply; one that has not ended by then is judged as it is.
+    max_new_tokens: Positive = 200
+
+    @model_validator(mode="after")
+    def _fits(self):
+        known = ", ".join(INSTRUCTIONS)
+        for dataset in self.datasets:
+            if dataset not in INSTRUCTIONS:
+                raise ValueError(f"datasets: got {short(dataset)}, expected some of {known}")
+        if self.count and not self.datasets:
+            raise ValueError(f"datasets: empty, with a count; name some of {known}")
+        if self.count < len(self.datasets):
+            raise ValueError(
+                f"count: got {self.count}, expected at least one for each of the "
+                f"{len(self.datasets)} data sets"
+            )
+        return self
+
+
+@dataclass(frozen=True, config=STRICT)
+class Judge:
+    """Who compares replies to instructions with those of the SFT model (`judges`).
+
+    It is no part of Profile.hash: it changes no reply, and rows of measurements.csv name it.
+    """
+
+    # "reward_model", a model that runs here; "programs", AlpacaEval's and Arena-Hard's own, whose
+    # verdicts are read beside the replies; "" is nobody.
+    kind: Literal["", "reward_model", "programs"] = ""
+    model: Text = ""  # the reward model: a hub id or a folder
+    revision: Text = ""  # of a hub model; "" is its newest
+    # Of its weights, as for `Model`; "" is that of the study's own model.
+    dtype: Literal["", "float32", "bfloat16", "auto"] = ""
+    batch_size: Positive = 8  # texts that it reads at once
+
+    @model_validator(mode="after")
+    def _fits(self):
+        given = [key for key in ("model", "revision", "dtype") if getattr(self, key)]
+        if given and self.kind != "reward_model":
+            raise ValueError(f"{given[0]}: only the kind reward_model has one; leave it out")
+        if self.kind == "reward_model" and not self.model.strip():
+            raise ValueError("model: reward_model needs one; give a hub id or a folder")
+        return self
+
+
+@dataclass(frozen=True, config=STRICT)
+class Domain:
+    """One training domain: its questions, its SFT model, its pairs and its rates."""
+
+    # "miniature", "choice" (a gold option), "questions" (any gold answer: options, yes or no,
+    # numbers, formulas) or "preferences" (human pairs).
+    kind: Literal["miniature", "choice", "questions", "preferences"] = "miniature"
+    datasets: Names = ()  # folder names of the data, or families of the miniature
+    pretrain: Supervised = field(default_factory=Supervised)  # miniature: nearly right solutions
+    sft: Supervised = field(default_factory=Supervised)
+    pairs: Pairs = field(default_factory=Pairs)
+    rewriter: Rewriter = field(default_factory=Rewriter)
+    rates: Rates = field(default_factory=Rates)
+    # method -> a rate a stage, found on other SFT models (`tuning`), in place of a search on every
+    # seed; in a profile's file the name of a file in `profiles/rates` that holds them.
+    tuned: dict[Name, Numbers] = field(default_factory=dict)
+    dev: Count = 0  # problems for choosing learning rates (all data sets together)
+    test: Count = 0  # problems for the reported accuracy (all data sets together)
+    explain: Count = 0  # of questions without a worked solution: statements before the answer
+    max_new_tokens: Positive = 48  # longest response; one that has not ended by then has no answer
+    max_length: Positive = (
+        256  # tokens of prompt and response; longer rows are an error or left out
+    )
+    batch_size: Positive = 16  # pairs per optimizer step; official code: 128
+    epochs: Positive = 1  # of each ALLO stage; controls get the sum over both stages; paper: 1
+    methods: Words = ()  # rows of this domain in place of the profile's methods ...
+    ablations: Words = ()  # ... and ablations, where a domain cannot afford them all
+    instructions: Instructions = field(default_factory=Instructions)
+
+    @model_validator(mode="after")
+    def _fits(self):
+        if not self.datasets:
+            raise ValueError("datasets: empty; name at least one data set")
+        for phase in ("pretrain", "sft"):
+            mix = getattr(self, phase).mix
+            if mix and (len(mix) != len(self.datasets) or abs(sum(mix) - 1) > 1e-6):
+                raise ValueError(
+                    f"{phase}.mix: got {short(list(mix))}, expected a share for each of the "
+                    f"{len(self.datasets)} data sets, 1 together"
+                )
+        if self.instructions.datasets and self.kind == "miniature":
+            raise ValueError("instructions: the miniature has no words for them; leave them out")
+        return self
+
+
+@dataclass(frozen=True, config=STRICT)
+class Method:
+    """Constants of the method that every domain shares."""
+
+    beta: Rate = 0.1  # of DPO and NPO; official code
+    share: Share = 0.1  # of all neurons that are kept; paper: 10%
+    warmup_rate_factor: Rate = 0.1  # importance warm-up's rate over `rates.dense`: small as theirs
+    key_share: Share = 0.2  # epsilon: share of a rejected response's tokens that are key tokens
+    token_rule: Literal["threshold", "soft", "released"] = "threshold"  # see token_rewards
+    token_threshold: Fraction = 0.5
+    forgetting_warmup: Fraction = 0.03  # share of steps with rising rate; official code
+    learning_warmup: Fraction = 0.1  # likewise
+    weight_decay: Number = 0.0
+    max_grad_norm: Rate = 1.0  # over the kept entries
+    # The share sweep of 05_ablations.
+    shares: Annotated[tuple[Share, ...], AsList] = (0.01, 0.05, 0.1, 0.2, 0.4, 1.0)
+
+
+@dataclass(frozen=True, config=STRICT)
+class Search:
+    """The learning-rate search that every method gets, always on the development split."""
+
+    candidates: Count = 5  # trained models per method and domain
+    factor: Number = 2.0  # ratio of neighbouring rates
+
+
+@dataclass(frozen=True, config=STRICT)
+class Replicates:
+    """Runs of every method on one SFT model: each pair set in each order of its pairs.
+
+    One training run is a noisy draw; what a method does to an SFT model is the mean over these,
+    which all methods share. Learning rates are searched on the first run alone.
+    """
+
+    pair_sets: Positive = 1  # disjoint sets of `pairs.train` training pairs
+    orders: Positive = 1  # of the pairs of a set
+    once: Words = ()  # methods that are run on the first of these alone
+
+
+@dataclass(frozen=True, config=STRICT)
+class Compute:
+    """Batches, threads and repeats: they change cost, and results by rounding.
+
+    Training makes more of that: another number of threads or another type of CPU is another draw,
+    as another order of the pairs is; a study is a mean over such draws.
+    """
+
+    threads: Count = 0  # of torch for what methods share; 0 leaves torch's choice
+    method_threads: Count = 0  # ... and for training and measuring a method; 0 is the same as above
+    workers: Positive = 1  # processes that train methods side by side
+
+    generation_batch: Positive = 256  # rows decoded together
+    forward_batch: Positive = 64  # rows of a forward pass without gradients
+    # Of training, between two checkpoints that a stopped run goes on from; 0 makes none.
+    checkpoint_minutes: Number = 5.0
+
+
+@dataclass(frozen=True, config=STRICT)
+class Timing:
+    """The DPO steps that 07_efficiency measures."""
+
+    domain: Text = ""  # whose pairs; "" is the profile's first
+    pairs: Count = 0  # in one step; 0 is the domain's batch size
+    # Tokens of a prompt, and of both responses together, of the pairs that are taken: those of the
+    # domain that come nearest. 0 takes the domain's training pairs as they come.
+    prompt: Count = 0
+    responses: Count = 0
+    repeats: Positive = 5  # processes of each variant, in turn
+    warm_up: Positive = 2  # steps of each before its clock starts
+    steps: Positive = 3  # ... and those it times
+    peers: Flag = False  # also TRL's and PEFT's ways, as far as they are installed
+
+
+@dataclass(frozen=True, config=STRICT)
+class Profile:
+    """Everything a run depends on besides the seed, the data and the code."""
+
+    name: Text
+    size: Text = "cpu"
+    description: Text = ""
+    model: Model = field(default_factory=Model)
+    domains: dict[Name, Domain] = field(default_factory=dict)
+    method: Method = field(default_factory=Method)
+    search: Search = field(default_factory=Search)
+    replicates: Replicates = field(default_factory=Replicates)
+    # Independent SFT models, those of seeds 0 to models - 1: no verdict before all are there, and
+    # none that counts more. It changes no result, so it is no part of Profile.hash.
+    models: Positive = 1
+    compute: Compute = field(default_factory=Compute)
+    timing: Timing = field(default_factory=Timing)
+    judge: Judge = field(default_factory=Judge)
+    # Which mask overlaps 01_importance measures.
+    stability: Annotated[tuple[Overlap, ...], AsList, Once] = get_args(Overlap)
+    # Methods of the main table and rows of the ablation, by their names in measurements.csv.
+    methods: Words = ()
+    ablations: Words = ()
+
+    @model_validator(mode="after")
+    def _fits(self):
+        if not self.name or not self.size:
+            raise ValueError("name and size: expected a text in each")
+        if not self.domains:
+            raise ValueError("domains: names no domain; name at least one")
+        if self.timing.domain and self.timing.domain not in self.domains:
+            raise ValueError(
+                f"timing.domain: got {short(self.timing.domain)}, expected one of "
+                f"{', '.join(self.domains)}"
+            )
+        asked = [data for domain in self.domains.values() for data in domain.instructions.datasets]
+        twice = next((data for data in asked if asked.count(data) > 1), None)
+        if twice:
+            raise ValueError(
+                f"domains: the instructions of two name {twice}; measurements have one row a data "
+                "set, so name it in one domain"
+            )
+        if self.judge.kind and not asked:
+            raise ValueError(
+                f"judge.kind: {self.judge.kind} has nothing to judge; give a domain "
+                "`instructions`, or leave the judge out"
+            )
+        return self
+
+    def to_dict(self) -> dict:
+        """The profile as plain lists, dicts and scalars, ready for JSON or YAML."""
+        return json.loads(json.dumps(dataclasses.asdict(self)))
+
+    def hash(self) -> str:
+        """SHA-256 (hex) of every value that can change a result, but the judge's."""
+        return settings_hash(self.to_dict())
+
+
+def settings_hash(settings: dict) -> str:
+    """Profile.hash of `Profile.to_dict`: all of it but `models` and other keys that cannot change a
+    result, and the judge.
+
+    Settings that came later count only where they are used, so that older results keep their hash.
+    """
+    compute = dict(settings.get("compute", {}))
+    compute.pop("checkpoint_minutes", None)
+    hashed = {key: value for key, value in settings.items() if key not in ("judge", "models")}
+    if settings.get("replicates") == json.loads(json.dumps(dataclasses.asdict(Replicates()))):
+        del hashed["replicates"]
+    if settings.get("model", {}).get("architectures") == ["llama"]:
+        hashed["model"] = {k: v for k, v in settings["model"].items() if k != "architectures"}
+    if isinstance(settings.get("domains"), dict):
+        hashed["domains"] = {k: _without_unused(v) for k, v in settings["domains"].items()}
+    return fingerprint(hashed | {"compute": compute})
+
+
+def _without_unused(domain):
+    """Settings of a domain without `instructions` and `tuned` where it has none."""
+    unused = {"instructions": json.loads(json.dumps(dataclasses.asdict(Instructions())))}
+    unused["tuned"] = {}
+    if not isinstance(domain, dict):
+        return domain
+    return {k: v for k, v in domain.items() if k not in unused or v != unused[k]}
+
+
+def fingerprint(value) -> str:
+    """SHA-256 (hex) of `value` as canonical JSON: sorted keys, no spaces, no NaN."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()

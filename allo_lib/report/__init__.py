@@ -1,0 +1,1 @@
+"""Figures, tables, the report, and what notebooks show."""

@@ -1,0 +1,281 @@
+"""Figures of the method: what it does to neurons and tokens, and what one seed makes of it.
+
+`python -m allo_lib.report.method_figures FOLDER` writes the drawing of the method.
+"""
+
+import math
+import sys
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.figure import Figure
+from matplotlib.patches import FancyBboxPatch, Rectangle
+
+from allo_lib.evaluation.published import arm_label
+from allo_lib.report.figure_style import GREY, PALETTE, log_x, method_colour, save, subplots
+from allo_lib.report.figures import Z95
+
+BLUE, ORANGE, GREEN = PALETTE[0], PALETTE[1], PALETTE[2]
+# All light enough for black text: what is worked on is orange, what became less likely blue.
+_WARM = LinearSegmentedColormap.from_list("warm", ["#FFFFFF", "#FBD0A8", "#F28E2B"])
+_CHANGE = LinearSegmentedColormap.from_list("change", ["#5BA3D9", "#FFFFFF", "#F28E2B"])
+_COLUMN, _ROW, _LABEL = 0.35, 0.28, 2.1  # inches of a token, a row, and the labels before them
+_LINE, _MOST = 24, 72  # tokens a line of a panel, and in all
+
+
+def method_drawing() -> Figure:
+    """The method on one page: neurons above, tokens in the middle, the two stages below."""
+    figure, axis = subplots(size=(10.6, 4.9))
+    boxes = {
+        "pairs": (0, 2, "preference pairs\n$x,\\ y^+,\\ y^-$  (00)", GREY),
+        "warm-up": (1, 2, "warm-up: plain DPO,\none epoch, $\\theta \\to \\theta'$  (01)", BLUE),
+        "scores": (2, 2, "scores of neurons\n$|\\theta'_i - \\theta_i|\\,/\\,\\alpha$  (01)", BLUE),
+        "mask": (3, 2, "mask: the top 10%\nof all neurons  (01)", BLUE),
+        "rewriter": (0, 1, "rewriter reads $x$, a right\nsolution and $y^-$: $p_t$  (02)", GREEN),
+        "weights": (1, 1, "weights of tokens\n$w_t = 1[p_t < 0.5]$  (02)", GREEN),
+        "sft": (0, 0, "SFT model $\\theta$\n(00)", GREY),
+        "forget": (1, 0, "1  forgetting: NPO on the\ntokens of $y^-$ with $w_t = 1$  (03)", ORANGE),
+        "learn": (2, 0, "2  learning: DPO on $y^+$ and\nthe key tokens of $y^-$  (04)", ORANGE),
+        "allo": (3, 0, "ALLO\n(04 to 07)", ORANGE),
+    }  # fmt: skip
+    place = {name: (2.7 * column, 1.75 * row) for name, (column, row, *_) in boxes.items()}
+    for name, (_, _, text, colour) in boxes.items():
+        x, y = place[name]
+        axis.add_patch(FancyBboxPatch(
+            (x, y), 2.2, 0.85, "round,pad=0.05", fc="white", ec=colour, lw=1.8))  # fmt: skip
+        axis.text(x + 1.1, y + 0.42, text, ha="center", va="center", size=9.5)
+    style = {"arrowstyle": "-|>", "color": "#333333", "lw": 1.3}
+    rows = (("pairs", "warm-up", "scores", "mask"), ("rewriter", "weights"),
+            ("sft", "forget", "learn", "allo"))  # fmt: skip
+    for row in rows:
+        for start, end in zip(row, row[1:], strict=False):
+            (x, y), (to, _) = place[start], place[end]
+            axis.annotate("", (to - 0.05, y + 0.42), (x + 2.25, y + 0.42), arrowprops=style)
+    for start, end, shift in (("pairs", "rewriter", 1.1), ("weights", "forget", 0.8)):
+        (x, top), (_, low) = place[start], place[end]
+        axis.annotate("", (x + shift, low + 0.9), (x + shift, top - 0.05), arrowprops=style)
+    right, level = place["mask"][0] + 1.1, 1.35
+    ends = [place["forget"][0] + 1.6, place["learn"][0] + 1.1]
+    axis.plot([right, right, ends[0]], [3.45, level, level], color=BLUE, lw=1.3)
+    for x in ends:
+        axis.annotate("", (x, 0.9), (x, level + 0.02), arrowprops=style | {"color": BLUE})
+    axis.text(right - 0.1, level + 0.1, "only these neurons move", ha="right", color=BLUE, size=9.5)
+    axis.set(xlim=(-0.15, 10.45), ylim=(-0.15, 4.55))
+    axis.axis("off")
+    return figure
+
+
+def score_histogram(scores: np.ndarray, cut: float, title: str = "") -> Figure:
+    """How often each score occurs, on a logarithmic axis, and where the mask cuts.
+
+    scores: all entries, at least 0, one dimension; zeros cannot be drawn there and are told.
+    """
+    figure, axis = subplots(size=(6.4, 3.4))
+    moved = scores[scores > 0]
+    low, high = np.log10(moved.min() / cut), np.log10(moved.max() / cut)
+    step = (high - low) / 80  # the cut is an edge, and all bins are equally wide
+    edges = cut * 10 ** (step * np.arange(np.floor(low / step), np.ceil(high / step) + 1))
+    kept = scores >= cut
+    for part, colour, label in (
+        (moved[moved < cut], GREY, f"left as they are: {1 - kept.mean():.1%} of the neurons"),
+        (moved[moved >= cut], method_colour("dpo_top"), f"kept: {kept.mean():.1%}, which made "
+         f"{scores[kept].sum() / scores.sum():.0%} of the movement"),
+    ):  # fmt: skip
+        axis.hist(part, edges, color=colour, label=label)
+    axis.axvline(cut, color="black", lw=1.2, label=f"the cut, at a score of {cut:.3g}")
+    axis.set_xscale("log")
+    axis.set_xlim(left=np.quantile(moved, 0.002))  # a few moved a thousand times less
+    still = int((scores == 0).sum())
+    zeros = f"; {still:,} did not move" if still else ""
+    axis.set(xlabel=rf"score $|\theta'_i - \theta_i|\,/\,\alpha${zeros}", ylabel="neurons")
+    axis.set_title(title)
+    axis.legend(loc="upper left", bbox_to_anchor=(0, -0.2))
+    return figure
+
+
+def token_panel(tokens: Sequence[str], rows: Sequence[tuple[str, str, Sequence]]) -> Figure:
+    """One response, a column a token, and below it what each step says of every token.
+
+    rows: (label, kind, a value a token). Kinds: "words" (text), "marks" (true or false), "low" and
+    "high" (numbers in [0, 1], that end orange), "change" (log-ratios, blue below 0). Text is drawn
+    as it is. Only the first tokens are shown of a response that is very long.
+    """
+    for label, _, values in rows:
+        if len(values) != len(tokens):
+            raise ValueError(
+                f"{len(tokens)} tokens with {len(values)} values of {label!r}: give one each"
+            )
+    shown = min(len(tokens), _MOST)
+    columns = math.ceil(shown / math.ceil(shown / _LINE))  # lines of about equal length
+    words = [_printable(token) for token in tokens[:shown]]
+    heights = [
+        0.09 * max(map(len, words[i : i + columns])) + 0.12 for i in range(0, shown, columns)
+    ]
+    tall = [0.09 * max((len(_printable(v)) for v in values[:shown]), default=0) + 0.12
+            if kind == "words" else _ROW for _, kind, values in rows]  # fmt: skip
+    height = sum(heights) + len(heights) * (sum(tall) + 0.2)
+    figure, axis = subplots(size=(_LABEL + columns * _COLUMN + 0.1, height + 0.1))
+    top = 0.0
+    for block, first in enumerate(range(0, shown, columns)):
+        part = slice(first, min(first + columns, shown))
+        _words(axis, words[part], top + heights[block])
+        top += heights[block]
+        for (label, kind, values), room in zip(rows, tall, strict=True):
+            axis.text(_LABEL - 0.1, top + room / 2, label, ha="right", va="center", size=9.5)
+            if kind == "words":
+                _words(axis, [_printable(value) for value in values[part]], top + room)
+            else:
+                _cells(axis, kind, values[part], top)
+            top += room
+        top += 0.2
+    axis.set(xlim=(0, _LABEL + columns * _COLUMN + 0.03), ylim=(top, 0))
+    axis.axis("off")
+    return figure
+
+
+def _printable(token: str) -> str:
+    text = str(token).strip(" ").replace("\n", "\u21b5")
+    text = "".join(letter if letter.isprintable() else "\ufffd" for letter in text)
+    return text if len(text) <= 12 else text[:11] + "\u2026"
+
+
+def _words(axis, words: Sequence[str], bottom: float) -> None:
+    for i, word in enumerate(words):
+        axis.text(
+            _LABEL + (i + 0.5) * _COLUMN, bottom - 0.05, word, rotation=90, ha="center",
+            va="bottom", size=9, family="monospace", parse_math=False,
+        )  # fmt: skip
+
+
+def _cells(axis, kind: str, values: Sequence, top: float) -> None:
+    for i, value in enumerate(values):
+        left = _LABEL + i * _COLUMN
+        if kind == "marks":
+            colour, text = "white", "\u25cf" if value else "\u00b7"
+        elif kind == "change":
+            colour = _CHANGE((np.clip(value, -1, 1) + 1) / 2)
+            text = f"{value:+.1f}" if abs(value) >= 0.05 else "0"
+        else:
+            colour = _WARM(value if kind == "high" else 1 - value)
+            text = f"{value:.2f}".removeprefix("0") if 0.005 <= value < 0.995 else f"{value:.0f}"
+        axis.add_patch(Rectangle((left, top), _COLUMN, _ROW, fc=colour, ec="#DDDDDD", lw=0.5))
+        middle = (left + _COLUMN / 2, top + _ROW / 2)
+        axis.text(*middle, text, ha="center", va="center", size=9)
+
+
+def method_dots(
+    found: Mapping[str, tuple[float, float]], title: str = "", xlabel: str = "accuracy (%)"
+) -> Figure:
+    """Scores of methods, `found[method]` = (value, standard error) as fractions, a row a method."""
+    figure, axis = subplots(size=(6.4, 0.95 + 0.32 * len(found)))
+    for place, (method, (value, error)) in enumerate(found.items()):
+        colour = method_colour(method)
+        axis.errorbar(100 * value, place, xerr=100 * Z95 * error, fmt="o", color=colour, capsize=3)
+        axis.annotate(f"{100 * value:.1f}", (100 * value, place), (0, 5),
+                      textcoords="offset points", ha="center", size=9)  # fmt: skip
+    axis.set_yticks(range(len(found)), [arm_label(method) for method in found])
+    axis.set_ylim(len(found) - 0.5, -0.7)
+    axis.set_xlabel(f"{xlabel}, 95% interval over problems")
+    axis.set_title(title)
+    axis.grid(axis="x", color="#EEEEEE")
+    return figure
+
+
+def empirical_panels(
+    losses: Mapping[str, Sequence[float]],
+    fair: Mapping[str, tuple[float, float]],
+    paper: Mapping[str, tuple[float, float]],
+    xlabel: str = "accuracy (%)",
+) -> Figure:
+    """The empirical study of one seed: training loss by step at one rate, and scores.
+
+    losses: arm -> loss of every step; fair: arm -> (score, standard error) at the arm's own best
+    rate; paper: the same at the one rate that is best for all neurons. Fractions.
+    """
+    figure, (left, right) = subplots(1, 2, (9.6, 3.4), width_ratios=(1, 1.15))
+    for arm, values in losses.items():
+        window = max(1, len(values) // 6)
+        smooth = np.convolve(values, np.ones(window) / window, mode="valid")
+        steps = np.arange(window, len(values) + 1)
+        left.plot(steps, smooth, color=method_colour(arm), label=arm_label(arm))
+    left.set(xlabel="step (running mean)", ylabel="training loss of DPO")
+    left.set_title("all at one rate" if paper else "each at its own best rate")
+    arms = list(dict.fromkeys([*fair, *paper]))
+    for place, arm in enumerate(arms):
+        colour = method_colour(arm)
+        for scores, filled, shift in ((fair, colour, -0.12), (paper, "white", 0.12)):
+            if arm in scores:
+                value, error = scores[arm]
+                right.errorbar(100 * value, place + shift, xerr=100 * Z95 * error, fmt="o",
+                               color=colour, mfc=filled, capsize=3)  # fmt: skip
+    right.plot([], [], "o", color=GREY, label="own best rate")
+    right.plot([], [], "o", color=GREY, mfc="white", label="one rate for all")
+    right.set_yticks(range(len(arms)), [arm_label(arm) for arm in arms])
+    right.set_ylim(len(arms) - 0.5, -0.5)
+    right.set_xlabel(f"{xlabel}, 95% interval over problems")
+    right.grid(axis="x", color="#EEEEEE")
+    right.legend(loc="upper center", bbox_to_anchor=(0.4, 1.17), ncols=2)
+    return figure
+
+
+def sweep_panels(
+    tried: Mapping[str, Sequence[dict]], start: float | None = None, count: int | None = None
+) -> Figure:
+    """Every model of the search by rate, by displacement and by margin (records of `arms.result`).
+
+    start: the score before alignment; count: problems behind each score, for 95% intervals.
+    """
+    figure, axes = subplots(1, 3, (10.6, 3.3), sharey=True)
+    columns = (
+        ("learning rate", lambda one: one["rates"][0]),
+        (r"displacement $\|\theta' - \theta\|_2$", lambda one: one["displacement"]),
+        ("training reward margin (nats)", lambda one: one["train_margin"]),
+    )
+    for axis, (label, read) in zip(axes, columns, strict=True):
+        for number, (arm, records) in enumerate(tried.items()):
+            points = sorted((read(one), one["dev"]) for one in records)
+            where, values = np.array(points).T
+            error = 100 * Z95 * np.sqrt(values * (1 - values) / count) if count else None
+            axis.errorbar(where, 100 * values, error, color=method_colour(arm),
+                          label=arm_label(arm), marker="osD^"[number % 4], elinewidth=0.7,
+                          lw=1.4)  # fmt: skip
+        if start is not None:
+            axis.axhline(100 * start, color=GREY, ls=":", label="before alignment")
+        axis.set_xlabel(label)
+        if "margin" not in label:
+            log_x(axis)
+    interval = ", 95% interval" if count else ""
+    axes[0].set_ylabel(f"development score (%){interval}")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=5)
+    return figure
+
+
+def change_curve(steps: Sequence[int], changes: Mapping[str, Sequence[float]]) -> Figure:
+    """Mean change of the log-probability of groups of tokens over the steps of a training."""
+    figure, axis = subplots(size=(6.4, 3.2))
+    for (label, values), colour in zip(changes.items(), (ORANGE, GREY, BLUE), strict=False):
+        axis.plot(steps, values, "o-", ms=3, color=colour, label=label)
+    axis.axhline(0, color="black", lw=0.7)
+    axis.set(xlabel="optimizer step", ylabel="change of log-probability\n(nats a token)")
+    axis.legend(loc="upper left", bbox_to_anchor=(0, -0.2))
+    return figure
+
+
+def probability_histogram(groups: Mapping[str, Sequence[float]], threshold: float) -> Figure:
+    """Distribution of p_t in groups of tokens, each in per cent of its own, and the threshold."""
+    figure, axis = subplots(size=(6.4, 3.2))
+    edges = np.linspace(0, 1, 21)
+    for number, (label, values) in enumerate(groups.items()):
+        weights = np.full(len(values), 100 / max(1, len(values)))
+        axis.hist(values, edges, weights=weights, alpha=0.6, color=(ORANGE, BLUE)[number % 2],
+                  label=f"{label} ({len(values)})")  # fmt: skip
+    axis.axvline(threshold, color="black", lw=1.2, label=f"threshold {threshold:g}")
+    axis.set(xlabel="$p_t$, the rewriter's probability of keeping the token", xlim=(0, 1))
+    axis.set_ylabel("tokens of the group (%)")
+    axis.legend()
+    return figure
+
+
+if __name__ == "__main__":
+    print(save(method_drawing(), sys.argv[1], "method", "ALLO, step by step; (NN): notebook."))

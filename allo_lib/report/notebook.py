@@ -1,0 +1,47 @@
+"""What every notebook does beside the science: computed prose, tables, figures with captions."""
+
+import matplotlib.pyplot as plt
+from IPython.display import HTML, Markdown, display
+from transformers.utils import logging
+
+from allo_lib.report.figure_style import save
+from allo_lib.study.study import Study
+
+logging.disable_progress_bar()  # of weights that load; it would stand in a red box
+
+
+def say(text: str) -> None:
+    """Show a paragraph of Markdown, its numbers filled in from this run."""
+    display(Markdown(text))
+
+
+def table(rows: list[dict], caption: str = "") -> None:
+    """Show a list of equally keyed rows as a table; text is escaped."""
+    import pandas
+
+    frame = pandas.DataFrame(rows)
+    display(HTML(frame.to_html(index=False, escape=True, float_format=lambda x: f"{x:.4g}")))
+    if caption:
+        say(f"*{caption}*")
+
+
+def show(figure, study: Study, name: str, caption: str, every_seed: bool = False) -> None:
+    """`draw` a figure, and save it as PNG and PDF under `figures/`.
+
+    every_seed: the figure draws on all seeds of `measurements.csv`; else the seed joins its name.
+    """
+    file = name if every_seed else f"{name}_seed{study.seed}"
+    save(figure, study.results_dir / "figures", file, caption)
+    draw(figure, caption)
+
+
+def draw(figure, caption: str) -> None:
+    """Show a figure with its caption."""
+    display(figure)
+    say(f"*{caption}*")
+    plt.close(figure)
+
+
+def percent(value: float, digits: int = 1) -> str:
+    """0.4567 -> "45.7%"."""
+    return f"{100 * value:.{digits}f}%"

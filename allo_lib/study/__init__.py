@@ -1,0 +1,1 @@
+"""A study: what it makes and keeps, its methods, its results."""

@@ -1,0 +1,429 @@
+"""Training and measuring the methods: every candidate of a search, and the result of a method."""
+
+import itertools
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from allo_lib.engine import on_policy
+from allo_lib.engine.encoding import encode_demonstration
+from allo_lib.engine.stages import run_stage
+from allo_lib.engine.store import MANIFEST, Artifact, write_json
+from allo_lib.engine.training import Diverged, Log, Schedule
+from allo_lib.errors import AlloError
+from allo_lib.machine import weights
+from allo_lib.machine.environment import device_name
+from allo_lib.machine.workers import torch_threads
+from allo_lib.method.losses import GAMMA
+from allo_lib.method.objectives import ON_POLICY, ON_REJECTED, ON_SOLUTIONS
+from allo_lib.method.token_rewards import key_tokens
+from allo_lib.profiles.config import fingerprint
+from allo_lib.profiles.methods import (
+    PAPER_PROTOCOL,
+    Stage,
+    knob_of,
+    relative_rates,
+    stages_of,
+    tuned_as,
+)
+from allo_lib.seeds import derive
+from allo_lib.study import instructions, scoring
+from allo_lib.study.search import Rates, Tried, best, search
+from allo_lib.study.study import Study
+
+# Methods whose weights stay in the store after their result is known, those of the first
+# replicate: notebooks look into them.
+KEPT = ("dpo", "dpo_long", "allo", "allo_no_learning")
+WEIGHTS = "model.safetensors"
+DIVERGED = -1.0  # development score of a candidate whose training reached NaN; below every real one
+
+
+def result(study: Study, name: str, method: str) -> dict:
+    """Everything measured of a method on a domain, by its name in measurements.csv.
+
+    Keys: `method`, `rates` (one a stage), `knob` ("beta" or "gamma" -> value; empty for the
+    profile's), `tried` (rates, dev score, displacement, training margin of every candidate), `loss`
+    (a list per stage), `dev`, `displacement`, `answers` (id, dataset, answered, right per test
+    problem; absent without questions), `margins` (of the held-out pairs), `instructions` (rows of
+    `instructions.reply`; absent where none are asked); `device`, and `sft`: the first 12 hex digits
+    of the SHA-256 of the SFT weights that it started from.
+    """
+    inputs = _method_inputs(study, name, method)
+
+    def make(folder: Path) -> None:
+        with torch_threads(study.profile.compute.method_threads):
+            _make_result(study, name, method, folder)
+
+    return study.store.get("result", inputs, make).json()
+
+
+def why_not(study: Study, name: str, method: str) -> str | None:
+    """Why a method cannot be run on a domain, for the reader of an empty cell; None if it can."""
+    stages = stages_of(method, study.profile)
+    if study.task(name) is None and any(stage.objective in ON_POLICY for stage in stages):
+        return "no verifier: it is rewarded for right answers, and these prompts have none"
+    return None
+
+
+def is_done(study: Study, name: str, method: str) -> bool:
+    """Whether `result` can be read from the store."""
+    return study.store.has("result", _method_inputs(study, name, method))
+
+
+def trained_model(study: Study, name: str, method: str):
+    """The live model with the weights of a method's chosen candidate, and its artifact."""
+    rates = _point(result(study, name, method))
+    artifact = _candidate(study, name, stages_of(method, study.profile), rates)
+    return study.load(artifact), artifact
+
+
+def logps_by_stage(study: Study, name: str, method: str, split: str = "heldout"):
+    """Log-probs of a split's pairs (`Study.logps`) after each stage of a method, a list a stage.
+
+    The stages are trained again at the method's best rates: the store has the last one's weights.
+    """
+    stages, point = stages_of(method, study.profile), _point(result(study, name, method))
+    inputs = _stage_inputs(study, name, stages) | {"rates": list(point), "split": split}
+
+    def make(folder: Path) -> None:
+        model, found = study.load_sft(name), []
+
+        def look() -> None:
+            found.append(study.logps(model.eval(), study.encoded(name, split)))
+
+        with torch_threads(study.profile.compute.method_threads):
+            _train_stages(study, name, stages, point, folder, after_each=look)
+        write_json(folder / "logps.json", found)
+
+    return study.store.get("logps_by_stage", inputs, make).json("logps.json")
+
+
+def _method_inputs(study: Study, name: str, method: str) -> dict:
+    stages = stages_of(method, study.profile)
+    search_settings = study.profile.to_dict()["search"]
+    paper = method.endswith(PAPER_PROTOCOL)
+    relative = relative_rates(method)
+    inputs = _stage_inputs(study, name, stages) | {
+        "search": search_settings,
+        "rates": study.profile.to_dict()["domains"][name]["rates"],
+        "test": [study.domain(name).dev, study.domain(name).test],
+        "paper_protocol": paper,
+    }
+    inputs |= {"relative_to": relative} if relative else {}
+    if study.domain(name).tuned:
+        inputs["tuned"] = _fixed_rates(study, name, method)
+    return inputs | instructions.inputs(study, name)
+
+
+def _stage_inputs(study: Study, name: str, stages: tuple[Stage, ...]) -> dict:
+    """What the training of a candidate depends on, besides its rates."""
+    method = study.profile.to_dict()["method"]
+    used = ("beta", "forgetting_warmup", "learning_warmup", "weight_decay", "max_grad_norm",
+            "token_threshold", "warmup_rate_factor")  # fmt: skip
+    # The record of a candidate holds its score on the development split.
+    fields = ("batch_size", "epochs", "max_length", "max_new_tokens", "sft", "rewriter", "dev")
+    inputs = study.inputs(name, *fields) | {
+        "stages": [stage.settings() for stage in stages],
+        "pairs": study.pairs(name).key,
+        "method": {key: method[key] for key in used},
+        "warmup_rate": study.domain(name).rates.dense,
+    }
+    if any(stage.objective in ON_POLICY for stage in stages):
+        inputs["on_policy"] = asdict(on_policy.DEFAULT)
+    if study.replicate and stages:
+        inputs["replicate"] = [study.pair_set, study.order]
+    return inputs
+
+
+def _make_result(study: Study, name: str, method: str, folder: Path) -> None:
+    reason = why_not(study, name, method)
+    if reason:
+        raise AlloError(f"{name}, {method}: {reason}; leave the method out of this domain")
+    stages = stages_of(method, study.profile)
+    tried: list[Tried] = []
+    candidates, records = {}, {}
+
+    def evaluate(rates: Rates) -> float:
+        candidates[rates] = _candidate(study, name, stages, rates)
+        records[rates] = candidates[rates].json()
+        return records[rates]["dev"]
+
+    rates = _fixed_rates(study, name, method)
+    if rates is not None:
+        tried = [Tried(rates, evaluate(rates))]
+    else:
+        settings, start = study.profile.search, centre(study, name, stages)
+        tried = search(start, settings.candidates, settings.factor, evaluate)
+    chosen = best(tried)
+    ruined = chosen.score == DIVERGED
+    if ruined and rates is None:
+        raise AlloError(
+            f"{name}, {method}: every learning rate of the search diverged; lower `rates`"
+        )
+    if not ruined:
+        # Asked for anew: a method of the same stages may have run beside this one and dropped it.
+        best_one = _candidate(study, name, stages, chosen.rates)
+        model = study.load(best_one)
+        records[chosen.rates] = best_one.json()  # lost weights may just have been trained again
+    record = dict(records[chosen.rates])
+    if ruined:  # which is what a row of given rates is there to show
+        record |= {"dev": 0.0, "loss": []}
+    sft = study.sft(name).json(MANIFEST)["files"][WEIGHTS]
+    record |= {"device": device_name(study.device), "sft": sft[:12]}
+    told, knob = _rates_and_knob(stages, chosen.rates)
+    record |= {"method": method, "rates": list(told), "knob": knob, "tried": [
+        {"rates": list(one.rates)} | {
+            key: records[one.rates][key] for key in ("dev", "displacement", "train_margin")}
+        for one in tried]}  # fmt: skip
+    record |= scoring.of_a_ruin(study, name) if ruined else scoring.measure(study, name, model)
+    write_json(folder / "record.json", record)
+    kept = method.removesuffix(PAPER_PROTOCOL) in KEPT and not study.replicate
+    for rates, artifact in candidates.items():
+        diverged = records[rates]["dev"] == DIVERGED  # its batch may be wanted
+        if stages and not diverged and not (kept and rates == chosen.rates):
+            study.store.drop(artifact)
+
+
+def _fixed_rates(study: Study, name: str, method: str) -> Rates | None:
+    """The rates that follow from another row, or the first replicate; None to search for them."""
+    tuned = study.domain(name).tuned
+    if study.replicate and not tuned:
+        return _point(result(study.at(0), name, method))
+
+    def best_of(other: str) -> Rates:
+        return _tuned_rates(study, name, other) if tuned else _point(result(study, name, other))
+
+    if method.endswith(PAPER_PROTOCOL):
+        # The paper's protocol: every mask at the one rate that plain DPO likes best.
+        return best_of("dpo")
+    relative = relative_rates(method)
+    if relative is not None:
+        other, factors = relative
+        return tuple(rate * by for rate, by in zip(best_of(other), factors, strict=True))
+    return _tuned_rates(study, name, method) if tuned else None
+
+
+def _tuned_rates(study: Study, name: str, method: str) -> Rates | None:
+    """The tuned rates of a method; None where nothing is trained.
+
+    After the rate of a single stage may stand what else was searched (`methods.knob_of`).
+    """
+    tuned, stages = study.domain(name).tuned, stages_of(method, study.profile)
+    if not stages:
+        return None
+    found = tuned.get(method) or tuned.get(tuned_as(method), ())
+    if len(found) not in {len(stages), len(stages) + (knob_of(stages) is not None)}:
+        raise AlloError(
+            f"{name}, {method}: `tuned` has {len(found)} rates for its {len(stages)} stages; tune "
+            "it (./run_all.sh tune), or leave the method out"
+        )
+    return found
+
+
+def _rates_and_knob(stages: tuple[Stage, ...], point: Rates) -> tuple[Rates, dict[str, float]]:
+    """The rates of the stages, and what else was searched, by name."""
+    rates, beyond = point[: len(stages)], point[len(stages) :]
+    return rates, {knob_of(stages): value for value in beyond}
+
+
+def _point(found: dict) -> Rates:
+    """What was searched of a result: its rates and its knob."""
+    return (*found["rates"], *found["knob"].values())
+
+
+def centre(study: Study, name: str, stages: tuple[Stage, ...], knob: bool = False) -> Rates:
+    """Where a search begins: the profile's rates and, with `knob`, its beta or SimPO's gamma."""
+    rates = tuple(stage.centre(study.domain(name).rates) for stage in stages)
+    values = {"beta": study.profile.method.beta, "gamma": GAMMA}
+    return (*rates, values[knob_of(stages)]) if knob and knob_of(stages) else rates
+
+
+def score_at(study: Study, name: str, method: str, rates: Rates) -> float:
+    """The development score of a method at given rates; the store keeps it, but no weights."""
+    artifact = _candidate(study, name, stages_of(method, study.profile), rates)
+    (artifact.path / WEIGHTS).unlink(missing_ok=True)
+    return artifact.json()["dev"]
+
+
+def _candidate(study: Study, name: str, stages: tuple[Stage, ...], rates: Rates) -> Artifact:
+    """Weights and dev score of the stages trained at the given rates, one per stage.
+
+    For a single stage a further number is its knob (`methods.knob_of`).
+    """
+    inputs = _stage_inputs(study, name, stages) | {"rates": list(rates)}
+
+    def make(folder: Path) -> None:
+        with torch_threads(study.profile.compute.method_threads):
+            _make_candidate(study, name, stages, rates, folder)
+
+    return study.store.get("candidate", inputs, make)
+
+
+def _make_candidate(study, name, stages, rates, folder: Path) -> None:
+    model = study.load_sft(name)
+    start = weights.snapshot(model)
+    try:
+        logs = _train_stages(study, name, stages, rates, folder)
+    except Diverged as error:
+        # A rate that is too large is a result of the search, not a reason to stop the study.
+        print(error, flush=True)
+        if error.batch is not None:
+            shutil.copy(error.batch, folder)
+        write_json(folder / "record.json", {"dev": DIVERGED, "displacement": None,
+                                            "train_margin": None})  # fmt: skip
+        return
+    margins = logs[-1].metrics.get("reward_margin", []) if logs else []
+    record = {
+        "stages": [stage.settings() for stage in stages],
+        "loss": [log.loss for log in logs],
+        "watch": [log.metrics for log in logs],
+        "tokens": [log.tokens for log in logs],
+        "train_margin": _mean_of_last_quarter(margins) if margins else None,
+        "displacement": weights.displacement(model, start),
+        "dev": scoring.dev_score(study, name, model),
+    }
+    weights.save(model, folder / WEIGHTS)
+    write_json(folder / "record.json", record)
+
+
+def _mean_of_last_quarter(values: list[float]) -> float:
+    tail = values[-max(1, len(values) // 4) :]
+    return sum(tail) / len(tail)
+
+
+def _train_stages(
+    study: Study, name: str, stages, point: Rates, folder: Path, after_each=lambda: None
+) -> list[Log]:
+    """Train the live model through all stages; float32 masters pass from each to the next."""
+    masters, logs = {}, []
+    rates, knob = _rates_and_knob(stages, point)
+    for number, rate in enumerate(rates):
+        logs.append(_train_stage(study, name, stages, number, rate, knob, masters, folder))
+        after_each()
+    return logs
+
+
+def _train_stage(study, name, stages, number: int, rate, knob, masters: dict, folder: Path) -> Log:
+    """Train the live model, as it stands, through one stage."""
+    stage, domain, method = stages[number], study.domain(name), study.profile.method
+    schedule = Schedule(
+        rate,
+        domain.epochs * stage.epochs,
+        domain.batch_size,
+        derive(study.seed, "order", name, number, *([study.order] if study.order else [])),
+        method.forgetting_warmup if stage.objective in ON_REJECTED else method.learning_warmup,
+    )
+    if stage.objective in ON_POLICY:
+        return _train_on_policy(study, name, stage, schedule)
+    return run_stage(
+        study.model,
+        _rows(study, name, stage, first=number == 0),
+        stage.objective,
+        schedule,
+        pad_token_id=study.tokenizer.pad_token_id,
+        mask=mask_of(study, name, stage),
+        key_share=stage.key_share,
+        **({"beta": method.beta} | knob),
+        weight_decay=method.weight_decay,
+        max_grad_norm=method.max_grad_norm,
+        label=f"{name}, {stage.objective} at {rate:g}",
+        masters=masters,
+        checkpoints=study.checkpoints(folder, f"stage-{number}"),
+    )
+
+
+def _train_on_policy(study: Study, name: str, stage: Stage, schedule: Schedule) -> Log:
+    """The same for stages that sample their responses: to the questions of the training pairs."""
+    domain, method, task = study.domain(name), study.profile.method, study.task(name)
+    known = study.pair_questions(name)
+    questions = [known[row["id"]] for row in study.pairs(name).rows[study.train]]
+
+    def reward(number: int, response) -> float:
+        return float(response.ended and task.right(questions[number], response.text))
+
+    return on_policy.run_on_policy(
+        study.model,
+        study.tokenizer,
+        [question.prompt for question in questions],
+        reward,
+        stage.objective,
+        schedule,
+        max_new_tokens=domain.max_new_tokens,
+        generation_batch=study.profile.compute.generation_batch,
+        mask=mask_of(study, name, stage),
+        weight_decay=method.weight_decay,
+        max_grad_norm=method.max_grad_norm,
+        label=f"{name}, {stage.objective} at {schedule.learning_rate:g}",
+    )
+
+
+def mask_of(study: Study, name: str, stage: Stage):
+    """The neurons that a stage trains; None for all of them."""
+    if stage.neurons == "all":
+        return None
+    return study.mask(
+        name, stage.neurons, stage.share, stage.estimator, stage.granularity, stage.scope
+    )
+
+
+def _rows(study: Study, name: str, stage: Stage, first: bool) -> list[dict]:
+    """Training rows of a stage; its reference is the model that the stage starts from."""
+    if stage.objective in ON_SOLUTIONS:
+        return _solution_rows(study, name, stage.objective)
+    splits = {"train": [study.train], "all": [study.train, "mask"], "wrong": [study.wrong]}
+    rows = [dict(row) for split in splits[stage.pairs] for row in study.encoded(name, split)]
+    if not first:
+        for row, values in zip(rows, study.logps(study.model, rows), strict=True):
+            row |= {f"{side}_reference": values[side] for side in ("chosen", "rejected")}
+    if stage.objective in ("forgetting", "merged"):
+        for row, values in zip(rows, study.forgetting_weights(name, stage), strict=True):
+            row |= {"rejected_weights": values, "chosen_weights": [0.0] * len(row["chosen"])}
+    if stage.objective == "learning" and stage.key != "policy":
+        for row, values in zip(rows, _fixed_keys(study, name, stage), strict=True):
+            row |= {"rejected_key": values, "chosen_key": [0.0] * len(row["chosen"])}
+    return rows
+
+
+def _solution_rows(study: Study, name: str, objective_: str) -> list[dict]:
+    """RFT: the right sampled responses of the training pairs. SFT: as many gold solutions that fit.
+
+    Pairs fit as they are; gold solutions are of any length, and a few long ones among short ones
+    cost a step several times its memory.
+    """
+    pairs, domain = study.pairs(name).rows[study.train], study.domain(name)
+    if objective_ == "rft" or study.task(name) is None:
+        texts = [(row["prompt"], row["chosen"]) for row in pairs]
+    else:
+        questions = study.task(name).questions("sft", domain.sft.examples, domain.sft.mix)
+        texts = [(question.prompt, question.solution) for question in questions]
+    rows = (encode_demonstration(study.tokenizer, prompt, text) for prompt, text in texts)
+    fit = (r for r in rows if len(r["prompt"]) + len(r["response"]) <= domain.max_length)
+    return list(itertools.islice(fit, len(pairs)))
+
+
+def _fixed_keys(study: Study, name: str, stage: Stage) -> list[list[float]]:
+    """Key tokens chosen once, before training, instead of from the policy at every step."""
+    if stage.key == "oracle":
+        return study.oracle_tokens(name, study.train)
+    if stage.key == "random":
+        return study.random_keys(name, stage.key_share)
+    rows = study.encoded(name, study.train)
+    live = weights.snapshot(study.model)
+    reference_model, _ = trained_model(study, name, "dpo")
+    policy = study.logps(reference_model, rows)
+    weights.restore(study.model, live)
+    return [
+        key_tokens(
+            torch.tensor([ours["rejected"]]) - torch.tensor([row["rejected_reference"]]),
+            torch.ones(1, len(row["rejected"]), dtype=torch.bool),
+            stage.key_share,
+        )[0].float().tolist()
+        for ours, row in zip(policy, study.encoded(name, study.train), strict=True)
+    ]  # fmt: skip
+
+
+def shared_key(study: Study, name: str) -> str:
+    """A short name of what all methods of a domain share, to show in notebooks."""
+    return fingerprint(_stage_inputs(study, name, ()))[:12]
