@@ -19,7 +19,6 @@ from allo_lib.machine.workers import torch_threads
 from allo_lib.method.losses import GAMMA
 from allo_lib.method.objectives import ON_POLICY, ON_REJECTED, ON_SOLUTIONS
 from allo_lib.method.token_rewards import key_tokens
-from allo_lib.profiles.config import fingerprint
 from allo_lib.profiles.methods import (
     PAPER_PROTOCOL,
     Stage,
@@ -422,8 +421,3 @@ def _fixed_keys(study: Study, name: str, stage: Stage) -> list[list[float]]:
         )[0].float().tolist()
         for ours, row in zip(policy, study.encoded(name, study.train), strict=True)
     ]  # fmt: skip
-
-
-def shared_key(study: Study, name: str) -> str:
-    """A short name of what all methods of a domain share, to show in notebooks."""
-    return fingerprint(_stage_inputs(study, name, ()))[:12]
