@@ -175,7 +175,7 @@ def test_long_pairs_are_dropped_counted_and_listed(tmp_path, capsys):
         align(tiny_llama(), words(), pairs, config={"overlong": "raise"}, output_dir=tmp_path / "c")
     with refused("pair 0: 72 tokens"):
         align(tiny_llama(), words(), [LONG], output_dir=tmp_path / "c")
-    with refused("overlong is 'cut'; expected one of drop, raise"):
+    with refused("overlong: got 'cut', expected 'drop' or 'raise'"):
         align(tiny_llama(), words(), pairs, config={"overlong": "cut"}, output_dir=tmp_path / "c")
     assert not (tmp_path / "c").exists()
 
