@@ -15,7 +15,7 @@ from real_like import write_data, write_model
 from tiny_study import DOMAIN, PROFILE, open_study
 
 from allo_lib.evaluation import claims, measurements
-from allo_lib.study import results
+from allo_lib.study import parallel, results
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted(path.with_suffix("") for path in (ROOT / "notebooks").glob("*.py"))
@@ -227,7 +227,7 @@ def test_another_run_of_the_seed_measures_the_same_bytes(whole, tmp_path):
     """Made by the library alone, in another order: what a method gives hangs on nothing else."""
     study = open_study(tmp_path / "out")
     for method in reversed(results.methods_of(study, DOMAIN)):
-        results.run_methods(study, {DOMAIN: [method]})
+        parallel.run_methods(study, {DOMAIN: [method]})
     results.update(study, [0])
     first = (whole[0] / "measurements.csv").read_bytes()
     assert (study.results_dir / "measurements.csv").read_bytes() == first

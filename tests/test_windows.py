@@ -166,9 +166,9 @@ def trained(monkeypatch):
     """Labels of all trainings, in their order."""
     labels, real = [], stages.train
 
-    def train(model, rows, collator, loss, optimizer, schedule, label, checkpoints=None):
+    def train(model, rows, collator, loss, optimizer, schedule, label, *others):
         labels.append(label)
-        return real(model, rows, collator, loss, optimizer, schedule, label, checkpoints)
+        return real(model, rows, collator, loss, optimizer, schedule, label, *others)
 
     monkeypatch.setattr(stages, "train", train)
     return labels
@@ -216,7 +216,7 @@ def test_the_next_method_is_measured_to_the_same_bits(measured, tmp_path, traine
     found, models = {}, {}
     for folder in (here, there):
         study = opened(folder, METHODS)
-        found[folder] = results.run_methods(study, {DOMAIN: ["sft_base", *METHODS]})
+        found[folder] = parallel.run_methods(study, {DOMAIN: ["sft_base", *METHODS]})
         models[folder] = weights.snapshot(arms.trained_model(study, DOMAIN, "dpo")[0])
     assert found[here] == found[there]
     assert all(torch.equal(models[there][name], value) for name, value in models[here].items())

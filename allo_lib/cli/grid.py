@@ -71,7 +71,7 @@ def merge(runs: list[tuple[dict, Run]], folder: Path) -> None:
     for combination, one in runs:
         path = one.results / "measurements.csv"
         if path.is_file():
-            frame = measurements.to_frame(measurements.read(path))
+            frame = pd.DataFrame(measurements.read(path), columns=measurements.COLUMNS)
             for key, value in reversed(combination.items()):
                 frame.insert(0, key, value)
             frames.append(frame)
