@@ -94,7 +94,7 @@ def test_one_replicate_is_the_study_as_it_was():
     again = load_profile("tiny", {"replicates.pair_sets": 1, "replicates.orders": 1})
     more = load_profile("tiny", {"replicates.orders": 2})
     assert plain.hash() == again.hash() != more.hash()
-    with pytest.raises(AlloError, match="at least 1 each"):
+    with pytest.raises(AlloError, match="greater than or equal to 1"):
         load_profile("tiny", {"replicates.orders": 0})
 
 

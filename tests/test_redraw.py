@@ -27,7 +27,7 @@ def test_all_are_made_again_as_committed_without_torch(folder):
     gone += [folder / "claims.csv", folder / "report.html", *(folder / "tables").glob("*.md")]
     for path in gone:
         path.unlink()
-    code = "import sys; from allo_lib import cli; status = cli.main(sys.argv[1:]); "
+    code = "import sys; from allo_lib.cli import cli; status = cli.main(sys.argv[1:]); "
     code += "sys.exit(status or ('torch' in sys.modules and 'torch was loaded'))"
     command = [sys.executable, "-c", code, "figures", "tiny", "--out", str(folder)]
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
