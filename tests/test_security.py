@@ -285,7 +285,8 @@ domains:
 """
 RUN_PIECE = """
 import sys
-from allo_lib import models, results
+from allo_lib.engine import models
+from allo_lib.study import results
 from allo_lib.errors import AlloError
 from allo_lib.study.study import Study
 print(models.load("smollm2-135m-instruct")[2]["source"])

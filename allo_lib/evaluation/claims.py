@@ -317,7 +317,7 @@ def read(path: str | Path) -> list[Claim]:
     except (csv.Error, ValueError):
         raise AlloError(f"{path} is no CSV file: run notebook 06_evaluation again") from None
     if tuple(header) != COLUMNS:
-        found = ",".join(header)[:80]
+        found = repr(",".join(header)[:80])
         raise AlloError(f"{path} has columns {found}: expected {','.join(COLUMNS)}")
     return [_claim_of(cells, f"{path} line {line}") for line, cells in enumerate(lines, 2)]
 
