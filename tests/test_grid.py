@@ -59,6 +59,14 @@ def test_tasks_of_an_array_make_the_same_table_in_any_order(given, project):
     assert cli.main(["grid", str(path), "--task", "4"]) == cli.BAD_INPUT
 
 
+def test_without_seeds_a_grid_runs_those_of_the_profile(given, project):
+    path, ran = given
+    text = path.read_text().replace("seeds: [0, 3]\n", "")
+    path.write_text(text.replace("domains.toy.test: [7, 9]", "models: [2]"))
+    assert cli.main(["grid", str(path)]) == 0
+    assert [seeds for name, seeds in ran if name == "06_merge"] == [[0, 1], [0, 1]]
+
+
 def test_a_failed_combination_keeps_what_is_done(given, project, monkeypatch):
     path, ran = given
     real = driver.run_study

@@ -6,10 +6,12 @@ import pandas as pd
 import pytest
 from tiny_study import DOMAIN, open_study
 
+from allo_lib.cli import cli
 from allo_lib.data.pairs import train_split
 from allo_lib.engine.store import NotMade
 from allo_lib.errors import AlloError
 from allo_lib.evaluation import outcomes
+from allo_lib.evaluation.measurements import Measurement
 from allo_lib.profiles.config import Replicates
 from allo_lib.profiles.profile_files import load_profile
 from allo_lib.study import arms, results
@@ -86,6 +88,35 @@ def test_measurements_are_the_means_that_the_outcomes_give(replicated):
     answered = 1 - problems.groupby("method", observed=True)["answered"].mean()
     cut = {r.method: r.value for r in rows if r.metric == "no_answer" and r.dataset == "average"}
     assert cut == pytest.approx(dict(answered.items()), abs=1e-6)
+
+
+def test_methods_that_are_run_once_have_the_first_replicate_alone(tiny_study):
+    settings = Replicates(2, 2, ("npo",))
+    profile = dataclasses.replace(tiny_study.profile, replicates=settings)
+    study = Study(profile, 0, tiny_study.results_dir, None)
+    assert list(study.replicates_of("npo")) == [0] and list(study.replicates_of("dpo")) == [
+        0,
+        1,
+        2,
+        3,
+    ]
+    having = ["npo" in results.methods_of(study.at(r), DOMAIN) for r in study.replicates]
+    assert having == [True, False, False, False]
+    with pytest.raises(AlloError, match="'nop' is not known"):
+        cli._check_methods(dataclasses.replace(profile, replicates=Replicates(2, 2, ("nop",))))
+
+
+def test_a_mean_is_over_all_replicates_of_its_method_or_is_not_told():
+    def row(method, metric, value):
+        return Measurement(0, method, "toy", metric, value, 0.0, 1)
+
+    runs = [[row("dpo", "accuracy", 0.2 * r), row("dpo", "dev_score", 0.5)] for r in range(4)]
+    runs[0] += [row("dpo", "displacement", 1.0), row("npo", "accuracy", 0.7)]
+    told = {(r.method, r.metric): r.value for r in results.mean_rows(runs)}
+    # A displacement that three runs lack, as of weights that are NaN, is no mean of the four.
+    assert told == pytest.approx(
+        {("dpo", "accuracy"): 0.3, ("dpo", "dev_score"): 0.5, ("npo", "accuracy"): 0.7}
+    )
 
 
 def test_one_replicate_is_the_study_as_it_was():

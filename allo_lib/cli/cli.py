@@ -249,9 +249,10 @@ def run_harness(arguments: list[str]) -> int:
 def _options_of(told: dict, combination: dict, out: Path, data: str | None) -> argparse.Namespace:
     """A combination of a grid as if it had been typed."""
     varied = [(key, str(value)) for key, value in combination.items() if key != "domains"]
+    domains, seeds = combination.get("domains"), told.get("seeds")
     return argparse.Namespace(
         profile=str(told["profile"]), out=str(out), data=data, overrides=varied,
-        seeds=",".join(map(str, told.get("seeds", [0]))), domains=combination.get("domains"),
+        seeds=seeds and ",".join(map(str, seeds)), domains=domains and str(domains),
     )  # fmt: skip
 
 
@@ -318,7 +319,7 @@ def _run_of(options: argparse.Namespace) -> marks.Run:
 
 def _check_methods(profile: Profile) -> None:
     """AlloError for a method that there is not, before anything is trained for hours."""
-    asked = [*profile.methods, *profile.ablations]
+    asked = [*profile.methods, *profile.ablations, *profile.replicates.once]
     for domain in profile.domains.values():
         asked += [*domain.methods, *domain.ablations]
     for name in asked:

@@ -392,8 +392,9 @@ def _provenance(folder: Path, results: StudyResults) -> str:
     runs = settings.get("pair_sets", 1) * settings.get("orders", 1)
     seeds = ", ".join(map(str, results.seeds))
     cost = f"; {sum(seconds) / 60:.0f} minutes on {told['cores']} cores" if seconds else ""
+    several = "s" * (len(results.seeds) > 1)
     return (
-        f"`{folder.name}`: SFT models of seeds {seeds}, each with {runs} "
+        f"`{folder.name}`: SFT model{several} of seed{several} {seeds}, each with {runs} "
         f"run{'s' * (runs > 1)} of a method{cost} ({told.get('processor', 'unknown processor')})."
     )
 

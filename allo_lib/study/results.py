@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import statistics
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -98,17 +99,18 @@ def _result_rows(study: Study, name: str, results: dict[str, dict]) -> list[Meas
 
 
 def mean_rows(runs: list[list[Measurement]]) -> list[Measurement]:
-    """The mean of every row over replicates, of the rows that all of them have.
+    """The mean of every row over the replicates of its method, where all of these have it.
 
     The standard error is that of one replicate, as all answer the same problems; n is theirs.
     """
     if len(runs) == 1:
         return runs[0]
     by_run = [{(row.method, row.dataset, row.metric): row for row in rows} for rows in runs]
+    times = Counter(method for rows in by_run for method in {method for method, *_ in rows})
     means = []
     for key, row in by_run[0].items():
         same = [rows[key] for rows in by_run if key in rows]
-        if len(same) in (1, len(runs)):  # of a method that is run once
+        if len(same) == times[row.method]:
             value, stderr = (
                 statistics.fmean(getattr(one, part) for one in same) for part in ("value", "stderr")
             )
