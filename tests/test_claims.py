@@ -345,7 +345,7 @@ def test_bad_claims_files_are_named(tmp_path):
     with pytest.raises(AlloError, match="run notebook 06_evaluation first"):
         claims.read(tmp_path / "claims.csv")
     (tmp_path / "claims.csv").write_text("id,effect\nC1,2\n")
-    with pytest.raises(AlloError, match="has columns id,effect"):
+    with pytest.raises(AlloError, match="has columns .id,effect."):
         claims.read(tmp_path / "claims.csv")
 
 

@@ -23,7 +23,7 @@ TABLE = "tables/harness.csv"
 COLUMNS = ("method", "dataset", "problems", "accuracy_lm_eval", "accuracy_study")
 # What lm_eval imports to judge a response.
 _JUDGE = """\
-from allo_lib import harness
+from allo_lib.study import harness
 
 
 def judge(doc, results):
