@@ -1,7 +1,5 @@
 """Reading final answers and comparing them: numbers, formulas, and any string at all."""
 
-import math
-import sys
 import threading
 import time
 from fractions import Fraction
@@ -11,8 +9,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from refusals import refused
 
-from allo_lib.data import answers, formulas, numerals
-from allo_lib.data.numerals import number
+from allo_lib.data import answers
+from allo_lib.data.answers import number
 
 NUMBERS = {
     "18": 18, "-3": -3, "+3": 3, "1,234": 1234, "12,345,678": 12345678, "1234.0": 1234,
@@ -23,12 +21,20 @@ NUMBERS = {
     r"\dfrac34": Fraction(3, 4), "50%": 50, "50 %": 50, r"50\%": 50, "18 dollars": 18,
     "$18 per day": 18, "18 m/s": 18, "90°": 90, r"30^\circ": 30, r"7\text{ hours}": 7,
     r"1,\!000": 1000, "\u22123": -3, "  7 ": 7,
+    "**18**": 18, "**18.**": 18, "18**": 18, "** 18": 18, "**$18**.": 18,
+    "x = 5": 5, "$x=-5$": -5, r"\boxed{x = 1/2}": Fraction(1, 2), "n = 3 apples": 3,
+    "\u20ac5": 5, "-\u20ac5.50": Fraction(-11, 2), "5\u20ac": 5, "\u00a33": 3, "\u00a5100": 100,
+    "1e3": 1000, "-2.5E-3": Fraction(-1, 400), "1e3 dollars": 1000,
+    "5 m^2": 5, "5m^{2}": 5, r"5 \text{ cm}^2": 5, "1,200 ft^3": 1200,
 }  # fmt: skip
 
 
 @pytest.mark.parametrize(("text", "value"), NUMBERS.items())
 def test_numbers_are_read_exactly(text, value):
     assert number(text) == value
+    read = answers.read("number", f"So it is. The answer is: {text}")
+    assert read is not None and answers.is_same("number", read, str(Fraction(value)))
+    assert not answers.is_same("number", read, str(Fraction(value) + 1))
 
 
 @pytest.mark.parametrize(
@@ -36,12 +42,14 @@ def test_numbers_are_read_exactly(text, value):
     ["", " ", "-", "$", "%", "1,23", "1,2345", "12,34,567", "1.2.3", "0x10", "3 4", "3 or 4",
      "3 and a half", "3 million", "2 dozen", "12 squared", "x", "3 + 4", "1/0", "0/0",
      "1/2/3", "--3", "-$-3", "3:00", "5th", "12 (twelve)", "18 is it", "٣", "½", "nan", "inf",
-     "18 eggs left over today", "9" * 100, "1_000"],
+     "18 eggs left over today", "9" * 100, "1_000", "5 x^2", "3 y^2", "2**3", "**2** or **3**",
+     "x = y", "x =", "1e", "e3", "1e999", "x = 1, 2"],
 )  # fmt: skip
 def test_what_is_no_number_is_none(text):
     assert number(text) is None
 
 
+@settings(deadline=None)
 @given(st.integers(-(10**15), 10**15), st.sampled_from(["{}", "{:,}", "{}.0", "${}", "{} eggs."]))
 def test_integers_are_read_in_every_way_they_are_written(value, form):
     assert number(form.format(value)) == value
@@ -49,6 +57,7 @@ def test_integers_are_read_in_every_way_they_are_written(value, form):
     assert not answers.is_same("number", form.format(value + 1), str(value))
 
 
+@settings(deadline=None)
 @given(st.fractions(min_value=-1000, max_value=1000, max_denominator=999))
 def test_fractions_are_the_same_as_themselves_and_as_long_decimals(value):
     assert number(str(value)) == value
@@ -71,6 +80,9 @@ def test_fractions_are_the_same_as_themselves_and_as_long_decimals(value):
         ("3.33", "3.33333", False), ("0.666666", "0.666667", True), ("0.6666", "0.6667", True),
         ("54.5454", "54.545", True), ("-1/22", "-0.04545", True), ("1/22", "-0.04545", False),
         ("4,656", "4656", True), ("6/20", "3/10", True), ("0.3", "3/10", True),
+        # Another name is another answer.
+        ("x = 5", "5", True), ("5", "x = 5", True), ("x = 5", "x=5.0", True),
+        ("x = 5", "y = 5", False),
     ],
 )  # fmt: skip
 def test_numbers_are_compared_to_the_gold_ones_digits(given_, gold, same):
@@ -86,13 +98,20 @@ EQUAL = [
     ("5", "x=5"), ("2^{100} - 2", "-2 + 2^{100}"), ("164\\pi", r"164 \pi \mbox{ square feet}"),
     (r"\left( 3, \frac{\pi}{2} \right)", r"(3,\pi/2)"), (r"-\frac{5}{3}", r"-\frac{5}{3}."),
     (r"\begin{pmatrix}1\\2\end{pmatrix}", r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}"),
-    ("43_{5}", "43_5"), ("43", "43_5"),
+    ("43_{5}", "43_5"), ("43", "43_5"), (r"\frac{1}{2^{98}}", "2^{-98}"),
+    (r"\frac{2}{2^{99}}", r"\frac{1}{2^{98}}"), (r"\frac{x}{2^{98}}", r"x \cdot 2^{-98}"),
+    (r"\sqrt{2}\sqrt{3}", r"\sqrt{6}"),
 ]  # fmt: skip
 DIFFERENT = [
     ("(1,2)", "(2,1)"), ("[1,2]", "(1,2)"), ("0.5", r"50\%"), (r"\pi", "3.14"), ("x", "y"),
     ("x+1", "x-1"), ("", "1"), ("$$", "1"), (r"\frac", "2"), ("43_6", "43_5"),
     (r"\text{odd}", r"\text{even}"), ("2^{100}", "2^{101}"), ("(-\\infty,3)", "(-\\infty,3]"),
     (r"\begin{pmatrix}1\\3\end{pmatrix}", r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}"),
+    # Small ones are not the same for being small.
+    (r"\frac{1}{2^{98}}", "2^{99}"), (r"\frac{1}{2^{98}}", r"\frac{1}{2^{99}}"),
+    ("10^{-20}", "10^{-30}"), ("10^{-30}", "10^{-20}"),
+    (r"\frac{x}{2^{98}}", r"\frac{x}{2^{99}}"),
+    (r"\frac{1}{3^{80}}", r"-\frac{1}{3^{80}}"),
 ]  # fmt: skip
 
 
@@ -134,17 +153,6 @@ def test_formulas_are_compared_in_threads_too_but_for_what_only_a_clock_stops():
     assert found == [True, False, True]
 
 
-def test_a_missing_math_verify_is_told_only_where_it_is_needed(monkeypatch):
-    monkeypatch.setitem(sys.modules, "math_verify", None)
-    formulas._math_verify.cache_clear()
-    try:
-        assert answers.is_same("latex", r"\frac12", r"\frac{1}{2}") in (True, False)
-        with refused("needs math-verify, which is not installed; pip install math-verify"):
-            answers.is_same("latex", "z(z+1)", "z^2 + z")
-    finally:
-        formulas._math_verify.cache_clear()
-
-
 # --- any string ----------------------------------------------------------------------------------
 
 near_numbers = st.text("0123456789.,-+$%/\\ frac{}^x", max_size=30)
@@ -159,18 +167,17 @@ CHOICES = ["a marsh", "a tundra", "A marsh.", "the plains"]
 
 
 @settings(max_examples=300, deadline=None)
-@given(st.sampled_from(answers.KINDS), anything, st.sampled_from(answers.STYLES))
-@example("latex", "\x00", "text")
-@example("number", "1" * 10_000, "text")
-def test_any_response_is_read_or_has_no_answer(kind, text, style):
+@given(st.sampled_from(answers.KINDS), anything)
+@example("latex", "\x00")
+@example("number", "1" * 10_000)
+def test_any_response_is_read_or_has_no_answer(kind, text):
     for response in (text, f"So. {answers.MARKER}: {text}"):
-        found = answers.read(kind, response, CHOICES, style)
+        found = answers.read(kind, response, CHOICES)
         assert found is None or isinstance(found, str) and found
         if found is not None:
             assert answers.final_text(response) is not None
             # Reading it again from a response of its own changes nothing.
-            own = {"A": CHOICES[0], "B": CHOICES[1], "C": CHOICES[2], "D": CHOICES[3]}
-            said = own[found] if kind == "choice" else found
+            said = CHOICES["ABCD".index(found)] if kind == "choice" else found
             again = answers.read(kind, f"{answers.MARKER}: {said}", CHOICES)
             assert again == found
 
@@ -183,6 +190,7 @@ def test_any_two_strings_are_the_same_or_not(kind, one, other):
         assert answers.is_same(kind, one, one)
 
 
+@settings(deadline=None)
 @given(st.text(max_size=30), st.text(max_size=30))
 def test_only_what_follows_the_last_marker_counts(before, after):
     if answers.MARKER in after:
@@ -192,80 +200,18 @@ def test_only_what_follows_the_last_marker_counts(before, after):
     assert answers.final_text(f"{before.replace(answers.MARKER, '')} {after}") is None
 
 
-def test_unknown_kinds_and_styles_are_told():
+def test_unknown_kinds_are_told():
     for call in (lambda: answers.read("essay", ""), lambda: answers.is_same("essay", "", "")):
         with refused("kind of answer 'essay': expected one of choice, yes_no, number, latex"):
             call()
-    with refused("style 'number': expected 'text' or 'letter'"):
-        answers.read("choice", "", CHOICES, "number")
     with refused("a choice without options"):
         answers.read("choice", f"{answers.MARKER}: x")
 
 
-def test_numbers_are_finite():
-    assert all(math.isfinite(value) for value in NUMBERS.values())
-
-
-@pytest.mark.parametrize(
-    ("text", "meant"),
-    [
-        ("**18**", "18"), ("**18.**", "18"), ("18**", "18"), ("** 18", "18"), ("**$18**.", "18"),
-        ("x = 5", "5"), ("$x=-5$", "-5"), (r"\boxed{x = 1/2}", "1/2"), ("n = 3 apples", "3"),
-        ("\u20ac5", "5"), ("-\u20ac5.50", "-5.5"), ("5\u20ac", "5"),
-        ("\u00a33", "3"), ("\u00a5100", "100"),
-        ("1e3", "1000"), ("-2.5E-3", "-0.0025"), ("1e3 dollars", "1000"),
-        ("5 m^2", "5"), ("5m^{2}", "5"), (r"5 \text{ cm}^2", "5"), ("1,200 ft^3", "1200"),
-    ],
-)  # fmt: skip
-def test_usual_ways_of_writing_a_number_are_read(text, meant):
-    assert numerals.number(text) == Fraction(meant)
-    read = answers.read("number", f"So it is. The answer is: {text}")
-    assert read is not None and answers.is_same("number", read, meant)
-    assert not answers.is_same("number", read, str(Fraction(meant) + 1))
-
-
-@pytest.mark.parametrize(
-    "text",
-    ["5 x^2", "3 y^2", "2**3", "**2** or **3**", "x = y", "x =", "1e", "e3", "1e999", "x = 1, 2"],
-)
-def test_what_only_looks_like_a_number_is_none(text):
-    assert numerals.number(text) is None
-
-
-def test_other_names_are_other_answers_and_a_name_alone_is_none():
-    assert numerals.same_number("x = 5", "5") and numerals.same_number("5", "x = 5")
-    assert numerals.same_number("x = 5", "x=5.0") and not numerals.same_number("x = 5", "y = 5")
-
-
 @pytest.mark.parametrize(
     ("kind", "text", "found"),
-    [("yes_no", "**Yes.**", "yes"), ("choice", "**(B) tea**", "B"), ("latex", "**\\pi**", "\\pi")],
+    [("yes_no", "**Yes.**", "yes"), ("choice", "**tea**", "B"), ("latex", "**\\pi**", "\\pi")],
 )
 def test_markdown_around_an_answer_of_any_kind_is_none_of_it(kind, text, found):
     for whole in (f"The answer is: {text}", f"**The answer is:** {text.strip('*')}"):
-        assert answers.read(kind, whole, ["milk", "tea"], "letter") == found
-
-
-@pytest.mark.parametrize(
-    ("ours", "gold"),
-    [
-        (r"\frac{1}{2^{98}}", "2^{99}"), (r"\frac{1}{2^{98}}", r"\frac{1}{2^{99}}"),
-        ("10^{-20}", "10^{-30}"), (r"\frac{x}{2^{98}}", r"\frac{x}{2^{99}}"),
-        (r"\frac{1}{3^{80}}", r"-\frac{1}{3^{80}}"),
-    ],
-)  # fmt: skip
-def test_small_formulas_are_not_the_same_for_being_small(ours, gold):
-    assert not answers.is_same("latex", ours, gold) and not answers.is_same("latex", gold, ours)
-
-
-@pytest.mark.parametrize(
-    ("ours", "gold"),
-    [
-        (r"\frac{1}{2^{98}}", "2^{-98}"), (r"\frac{2}{2^{99}}", r"\frac{1}{2^{98}}"),
-        (r"\frac{x}{2^{98}}", r"x \cdot 2^{-98}"), (r"\sqrt{2}\sqrt{3}", r"\sqrt{6}"),
-        ("x + 2x^2", "2x^2 + x"),
-        ("0.5", r"\frac{1}{2}"),
-    ],
-)  # fmt: skip
-def test_equal_formulas_are_the_same_however_small(ours, gold):
-    assert answers.is_same("latex", ours, gold) and answers.is_same("latex", gold, ours)
+        assert answers.read(kind, whole, ["milk", "tea"]) == found

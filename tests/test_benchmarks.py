@@ -1,26 +1,19 @@
-"""Every question data set: its entry, and responses to real questions of it, right and wrong."""
-
-import dataclasses
-import os
-import re
+"""Every question data set: responses to real questions of it are read, right and wrong."""
 
 import pytest
+from refusals import refused
 
-from allo_lib.data import answers, questions, realdata, tasks
-from allo_lib.data.answers import LETTERS
-from allo_lib.data.benchmarks import BENCHMARKS
-from allo_lib.errors import AlloError
-from allo_lib.profiles import config
+from allo_lib.data import answers, tasks
+from allo_lib.data.benchmarks import BENCHMARKS, options
+from allo_lib.data.rows import check_row
 
 QUESTION_SETS = [name for name, entry in BENCHMARKS.items() if entry.answer]
-JUDGED = ["alpaca_eval", "arena_hard", "hh_helpful"]
 
 
 def row(name, stem, answer, choices=None, solution=None):
-    lines = [f"({letter}) {text}" for letter, text in zip(LETTERS, choices or (), strict=False)]
     return {
-        "id": f"{name}-test-1", "question": "\n".join([stem, *lines]), "solution": solution,
-        "answer": answer, "choices": choices,
+        "id": f"{name}-test-1", "question": "\n".join([stem, *options(choices)]),
+        "solution": solution, "answer": answer, "choices": choices,
     }  # fmt: skip
 
 
@@ -245,77 +238,52 @@ RESPONSES = [
 def test_every_data_set_has_at_least_twenty_responses_right_wrong_and_without_an_answer():
     assert sorted(CASES) == sorted(QUESTION_SETS) and len(QUESTION_SETS) == 8
     for name in QUESTION_SETS:
-        told = [(answered, right) for n, _, _, answered, right in RESPONSES if n == name]
-        assert len(told) >= 20
-        assert min(told.count(one) for one in [(True, True), (True, False), (False, False)]) >= 3
+        verdicts = [(answered, right) for n, _, _, answered, right in RESPONSES if n == name]
+        assert len(verdicts) >= 20
+        kinds = [(True, True), (True, False), (False, False)]
+        assert min(verdicts.count(one) for one in kinds) >= 3
 
 
 @pytest.mark.parametrize(("name", "one", "response", "answered", "right"), RESPONSES)
 def test_a_response_is_read_and_judged(name, one, response, answered, right):
-    realdata.check_row(one)
-    assert (questions.read(name, one, response) is not None) == answered
-    assert questions.is_right(name, one, response) == right
-    corrected = questions.correction(name, one, response)
-    assert questions.is_right(name, one, corrected)
+    check_row(one)
+    assert (tasks.read(name, one, response) is not None) == answered
+    assert tasks.is_right(name, one, response) == right
+    corrected = tasks.correction(name, one, response)
+    assert tasks.is_right(name, one, corrected)
     assert corrected == response if right else corrected != response
     # What the model said before its answer stays.
     assert corrected.startswith(response.rpartition(answers.MARKER)[0].rstrip())
 
 
-# --- the table -----------------------------------------------------------------------------------
-
-
-def test_the_table_holds_the_papers_data_sets_and_pins_are_commits():
-    assert sorted(BENCHMARKS) == sorted([*QUESTION_SETS, *JUDGED])
-    for name, entry in BENCHMARKS.items():
-        assert entry.answer in ("", *answers.KINDS), name
-        assert entry.revision is None or re.fullmatch("[0-9a-f]{40}", entry.revision), name
-        assert re.fullmatch(r"[\w.-]+/[\w.-]+", entry.hub), name
-        with pytest.raises(dataclasses.FrozenInstanceError):
-            entry.hub = "other/one"
-    unpinned = [name for name, entry in BENCHMARKS.items() if entry.revision is None]
-    assert unpinned == ["ecqa", "tabmwp"]  # a warning is all that a reader gets of these
-
-
-def test_prompts_and_targets_of_small_models():
-    assert questions.prompt("ecqa", TEACHER) == (
+def test_prompts_and_targets():
+    assert tasks.prompt("ecqa", TEACHER) == (
         "What helps someone be a good teacher?\nOptions: teaching to the test, vacation, "
         "interested students, students to learn, educate students\nAnswer:"
     )
-    assert questions.target("ecqa", TEACHER) == " The answer is: interested students"
-    assert questions.target("ecqa", TEACHER, explain=1) == (
+    assert tasks.target("ecqa", TEACHER) == " The answer is: interested students"
+    assert tasks.target("ecqa", TEACHER, explain=1) == (
         " If students are interested, one becomes a good teacher."
         " The answer is: interested students"
     )
-    assert questions.prompt("strategyqa", FUJI) == f"{FUJI['question']}\nOptions: yes, no\nAnswer:"
-    assert questions.target("strategyqa", FUJI, explain=9).endswith(
+    assert tasks.prompt("strategyqa", FUJI) == f"{FUJI['question']}\nOptions: yes, no\nAnswer:"
+    assert tasks.target("strategyqa", FUJI, explain=9).endswith(
         " (3,742 metres). Mount Fuji is 3,776.24 metres (12,389.2 ft) tall. The answer is: yes"
     )
-    assert questions.prompt("mawps", TREES) == f"{TREES['question']}\nAnswer:"
-    assert questions.target("mawps", TREES) == " X = 41 + 57. The answer is: 98"
-    assert questions.target("gsm8k", EGGS) == f" {EGGS['solution']} The answer is: 18"
-    assert questions.prompt("tabmwp", MARKET).endswith(
+    assert tasks.prompt("mawps", TREES) == f"{TREES['question']}\nAnswer:"
+    assert tasks.target("mawps", TREES) == " X = 41 + 57. The answer is: 98"
+    assert tasks.target("gsm8k", EGGS) == f" {EGGS['solution']} The answer is: 18"
+    assert tasks.prompt("tabmwp", MARKET).endswith(
         "is there a shortage or a surplus?\nOptions: shortage, surplus\nAnswer:"
     )
-    assert questions.target("tabmwp", MARKET) == " 80 is more than 30. The answer is: shortage"
-    assert questions.target("math", FRACTION) == r" The answer is: \frac{2}{3}"
-
-
-@pytest.mark.parametrize(("name", "one"), [(n, group[0][0]) for n, group in CASES.items()])
-def test_the_papers_form_holds_the_whole_question_and_letters(name, one):
-    prompt = questions.prompt(name, one, "letter")
-    assert one["question"] in prompt and prompt.endswith("### Response: Let's think step by step.")
-    target = questions.target(name, one, "letter")
-    gold = f"({one['answer']}) " if one["choices"] else one["answer"]
-    assert f"The answer is: {gold}" in target
-    assert questions.is_right(name, one, target, "letter")
-    assert questions.is_right(name, one, f"{A} {one['answer']}.", "letter")
+    assert tasks.target("tabmwp", MARKET) == " 80 is more than 30. The answer is: shortage"
+    assert tasks.target("math", FRACTION) == r" The answer is: \frac{2}{3}"
 
 
 def test_kinds_of_data_sets_that_are_not_in_the_table_come_from_the_row():
     for one, kind in [(TEACHER, "choice"), (FUJI, "yes_no"), (PIE, "number"), (RANGE, "latex")]:
-        assert questions.kind("my_own", one) == kind
-        questions.check("my_own", one)
+        assert tasks.kind("my_own", one) == kind
+        tasks.check("my_own", one)
 
 
 @pytest.mark.parametrize(
@@ -330,36 +298,5 @@ def test_kinds_of_data_sets_that_are_not_in_the_table_come_from_the_row():
     ],
 )
 def test_a_gold_answer_that_nobody_can_give_is_told(name, one, told):
-    with pytest.raises(AlloError, match=re.escape(told)) as caught:
-        questions.check(name, one)
-    assert "\n" not in str(caught.value)
-
-
-# --- the whole of the real data, where it is at hand ---------------------------------------------
-
-
-@pytest.mark.skipif("ALLO_DATA" not in os.environ, reason="needs the data folder ALLO_DATA")
-@pytest.mark.parametrize("name", QUESTION_SETS)
-def test_every_real_gold_answer_is_read_and_right(name):
-    for split in ("train", "test"):
-        for one in realdata.load_rows(name, split):
-            questions.check(name, one)
-            assert questions.prompt(name, one).endswith("\nAnswer:")
-            for style in answers.STYLES:
-                target = questions.target(name, one, style, explain=99)
-                assert questions.is_right(name, one, target, style), one["id"]
-
-
-@pytest.mark.skipif("ALLO_DATA" not in os.environ, reason="needs the data folder ALLO_DATA")
-@pytest.mark.parametrize("names", [QUESTION_SETS[:4], QUESTION_SETS[4:]], ids=["qa", "maths"])
-def test_real_data_sets_are_trained_on_jointly(names):
-    domain = config.Domain(
-        kind="questions", datasets=tuple(names), sft=config.Supervised(examples=3000),
-        pairs=config.Pairs(questions=2000), dev=400, test=800,
-    )  # fmt: skip
-    task = tasks.open_task(domain, 0)
-    counts = {"sft": 3000, "pairs": 2000, "dev": 400, "test": 800}
-    ids = [one.id for split, count in counts.items() for one in task.questions(split, count)]
-    assert len(ids) == len(set(ids)) == sum(counts.values())
-    for name in JUDGED:
-        assert realdata.load_rows(name, "test")
+    with refused(told):
+        tasks.check(name, one)

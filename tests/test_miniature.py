@@ -12,21 +12,17 @@ from allo_lib.errors import AlloError
 
 SEEDS = st.integers(0, 2**32 - 1)
 FAMILY = st.sampled_from(mini.FAMILIES)
+every_family = pytest.mark.parametrize("family", mini.FAMILIES)
 
 
-def one(family, seed, split="sft"):
-    return mini.problems(family, split, 1, seed)[0]
-
-
-def facts_of(prompt):
-    """An independent reading of a prompt: its numbers and the words before them."""
-    return re.findall(r"([a-z]+|[+-]) (\d+)", prompt)
+def one(family, seed):
+    return mini.problems(family, "sft", 1, seed)[0]
 
 
 def independent_answer(problem):
-    """The answer worked out from the prompt's text alone, in another way than the library's."""
+    """Work out the answer from the prompt's text alone, in another way than the library's."""
     words = problem.prompt.split()
-    numbers = [int(n) for _, n in facts_of(problem.prompt)]
+    numbers = [int(n) for n in re.findall(r"(?:[a-z]+|[+-]) (\d+)", problem.prompt)]
     if problem.family == "chain":
         signs = [1 if w == "+" else -1 for w in words if w in "+-"]
         return numbers[0] + sum(s * n for s, n in zip(signs, numbers[1:], strict=True))
@@ -40,61 +36,36 @@ def independent_answer(problem):
     return has[words[-2]]
 
 
-@pytest.mark.parametrize("family", mini.FAMILIES)
+@every_family
 def test_answers_agree_with_an_independent_reading_of_the_prompt(family):
     for problem in mini.problems(family, "dev", 300, 5):
         assert problem.answer == str(independent_answer(problem))
 
 
-@pytest.mark.parametrize("family", mini.FAMILIES)
-def test_splits_are_disjoint_for_all_seeds_and_big_enough(family):
-    splits = {
-        split: {p.prompt for seed in (0, 1) for p in mini.problems(family, split, 2000, seed)}
-        for split in mini.SPLITS
-    }
-    assert all(len(prompts) >= 2000 for prompts in splits.values())
-    assert len(set.union(*splits.values())) == sum(map(len, splits.values()))
-
-
-@pytest.mark.parametrize("family", mini.FAMILIES)
-def test_problems_are_distinct_repeatable_and_differ_between_seeds(family):
-    first = mini.problems(family, "test", 2000, 3)
-    assert len({p.prompt for p in first}) == len({p.id for p in first}) == 2000
-    assert first == mini.problems(family, "test", 2000, 3)
-    assert first[:50] == mini.problems(family, "test", 50, 3)
-    other = {p.prompt for p in mini.problems(family, "test", 2000, 4)}
-    assert len(other & {p.prompt for p in first}) < 500
-
-
-@pytest.mark.parametrize("family", mini.FAMILIES)
-def test_prompts_and_solutions_of_a_family_have_one_length(family):
-    rng = random.Random(0)
-    some = mini.problems(family, "sft", 200, 0)
-    assert len({len(p.prompt.split()) for p in some}) == 1
-    solutions = [mini.solution(p, rng, scale) for p in some for scale in (0.0, 1.0)]
-    assert len({len(s.split()) for s in solutions}) == 1
-    assert len(set(solutions)) > 0.99 * len(solutions)
-    assert len((some[0].prompt + " " + solutions[0]).split()) < mini.CONTEXT
+@every_family
+def test_problems_are_distinct_repeatable_and_in_one_split_whatever_the_seed(family):
+    found = {(split, seed): mini.problems(family, split, 1000, seed)
+             for split in mini.SPLITS for seed in (0, 1)}  # fmt: skip
+    prompts = {key: {problem.prompt for problem in some} for key, some in found.items()}
+    assert all(len(one_split) == 1000 for one_split in prompts.values())
+    splits = [prompts[split, 0] | prompts[split, 1] for split in mini.SPLITS]
+    assert len(set.union(*splits)) == sum(map(len, splits))
+    assert len({problem.id for problem in found["test", 0]}) == 1000
+    assert found["test", 0][:50] == mini.problems(family, "test", 50, 0)
+    assert len(prompts["test", 0] & prompts["test", 1]) < 250
 
 
 @given(FAMILY, SEEDS)
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_without_errors_a_solution_is_right_in_every_word(family, seed):
     problem = one(family, seed)
     response = mini.solution(problem, random.Random(seed), 0.0)
     assert mini.is_right(problem, response)
     assert not any(mini.wrong_tokens(problem, response))
     assert mini.correct(problem, response) == response
-
-
-@given(FAMILY, SEEDS)
-@settings(max_examples=200, deadline=None)
-def test_plain_wording_is_one_word_for_every_meaning(family, seed):
-    problem = one(family, seed)
-    texts = {mini.solution(problem, random.Random(i), plain=True) for i in range(5)}
-    assert len(texts) == 1 and mini.is_right(problem, texts.pop())
-    varied = {mini.solution(problem, random.Random(i)) for i in range(5)}
-    assert len(varied) > 1
+    plain = {mini.solution(problem, random.Random(i), plain=True) for i in range(5)}
+    assert len(plain) == 1 and mini.is_right(problem, plain.pop())
+    assert len({mini.solution(problem, random.Random(i)) for i in range(5)}) > 1
 
 
 @settings(max_examples=50, deadline=None)
@@ -106,26 +77,30 @@ def test_a_correction_is_right_keeps_length_and_starts_at_a_wrong_token(family, 
     assert mini.is_right(problem, corrected)
     assert not any(mini.wrong_tokens(problem, corrected))
     flags = mini.wrong_tokens(problem, response)
-    pairs = list(zip(response.split(), corrected.split(), strict=True))
+    pairs = zip(response.split(), corrected.split(), strict=True)
     changed = [a != b for a, b in pairs]
     assert any(changed) == any(flags)
     if any(flags):
         assert changed.index(True) == flags.index(True)
 
 
-@given(FAMILY, SEEDS)
-@settings(max_examples=100, deadline=None)
-def test_one_wrong_number_is_the_one_wrong_token(family, seed):
-    """A consequence of a wrong decision is not itself a wrong decision."""
-    problem = one(family, seed)
-    words = mini.solution(problem, random.Random(seed), 0.0).split()
-    words[-1] = str((int(words[-1]) + 1) % 20)
-    flags = mini.wrong_tokens(problem, " ".join(words))
-    assert flags == [False] * (len(words) - 1) + [True]
-    assert not mini.is_right(problem, " ".join(words))
+def test_a_correction_keeps_the_wording():
+    problem = mini.problems("chain", "sft", 1, 0)[0]
+    response = mini.solution(problem, random.Random(0), 0.0)
+    *words, answer = response.split()
+    wrong = " ".join([*words, str((int(answer) + 1) % 20)])
+    assert mini.wrong_tokens(problem, wrong) == [False] * len(words) + [True]
+    assert not mini.is_right(problem, wrong) and mini.correct(problem, wrong) == response
+    # "adding" and "plus" mean the same: what replaces the second careful word for - is "adding".
+    sign = next(p for p in mini.problems("chain", "sft", 50, 0) if p.facts[1][0] == "+")
+    words = mini.solution(sign, random.Random(0), plain=True).split()
+    assert words[3] == "plus"
+    for said, right in (("less", "adding"), ("minus", "plus"), ("off", "and"), ("down", "up")):
+        words[3] = said
+        assert mini.correct(sign, " ".join(words)).split()[3] == right
 
 
-def test_consequences_are_not_flagged():
+def test_consequences_of_a_wrong_decision_are_not_wrong():
     problem = next(p for p in mini.problems("chain", "sft", 500, 0) if p.facts[1] == ("+", 2))
     words = mini.solution(problem, random.Random(1), 0.0).split()
     value = problem.facts[0] + 1
@@ -138,43 +113,36 @@ def test_consequences_are_not_flagged():
     assert [i for i, f in enumerate(mini.wrong_tokens(problem, " ".join(words))) if f] == [6]
 
 
-@pytest.mark.parametrize("family", mini.FAMILIES)
+@every_family
 def test_the_habit_makes_a_good_part_of_the_solutions_wrong(family):
     rng = random.Random(0)
-    some = mini.problems(family, "sft", 1500, 1)
+    some = mini.problems(family, "sft", 800, 1)
+    texts = {scale: [mini.solution(p, rng, scale) for p in some] for scale in (0.0, 0.15, 1.0)}
     share = {
-        scale: sum(mini.is_right(p, mini.solution(p, rng, scale)) for p in some) / len(some)
-        for scale in (0.0, 0.15, 1.0)
+        scale: sum(map(mini.is_right, some, solutions)) / len(some)
+        for scale, solutions in texts.items()
     }
     assert share[0.0] == 1.0
     assert 0.65 < share[0.15] < 0.95
     assert 0.2 < share[1.0] < 0.65
+    # Prompts have one length, and so have solutions.
+    assert len({len(p.prompt.split()) for p in some}) == 1
+    assert len({len(text.split()) for solutions in texts.values() for text in solutions}) == 1
+    assert len((some[0].prompt + " " + texts[0.0][0]).split()) < mini.CONTEXT
 
 
 @pytest.mark.parametrize(
     ("response", "answer"),
-    [
-        ("answer 7", "7"),
-        ("first 3 guess 12", "12"),
-        ("", None),
-        ("7", None),
-        ("answer", None),
-        ("answer 7 ?", None),
-        ("answer 20", None),
-        ("answer 07", None),
-        ("answer \u0667", None),
-        ("makes 7", None),
-        ("so bob 7", "7"),
-        ("bob 7", None),
-        ("so ann bob 7", None),
-    ],
-)
+    [("answer 7", "7"), ("first 3 guess 12", "12"), ("", None), ("7", None), ("answer", None),
+     ("answer 7 ?", None), ("answer 20", None), ("answer 07", None), ("answer \u0667", None),
+     ("makes 7", None), ("so bob 7", "7"), ("bob 7", None), ("so ann bob 7", None)],
+)  # fmt: skip
 def test_the_final_answer_is_read_strictly(response, answer):
     assert mini.read_answer(response) == answer
 
 
 @given(FAMILY, st.text(max_size=60))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_any_text_is_judged_without_an_error(family, response):
     problem = one(family, 0)
     assert len(mini.wrong_tokens(problem, response)) == len(response.split())
@@ -196,7 +164,7 @@ def test_every_word_is_one_known_token():
     assert tok.pad_token_id != tok.eos_token_id
     assert tok.model_max_length == mini.CONTEXT
     for family in mini.FAMILIES:
-        for problem in mini.problems(family, "sft", 300, 0):
+        for problem in mini.problems(family, "sft", 200, 0):
             line = problem.prompt + " " + mini.solution(problem, rng, 1.0)
             ids = tok(line)["input_ids"]
             assert len(ids) == len(line.split())

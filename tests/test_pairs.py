@@ -1,25 +1,30 @@
-"""Questions and preference pairs: no question in two splits, every pair as the verifier says."""
+"""Preference pairs: no question in two splits, every pair as the verifier or people say."""
 
 import dataclasses
-import json
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from real_like import TEMPLATE
+from refusals import refused
 from tiny_study import DOMAIN, open_study
+from tokenizers import Tokenizer, pre_tokenizers
+from tokenizers import models as tokenizer_models
+from transformers import PreTrainedTokenizerFast
 
-from allo_lib.data import miniature
 from allo_lib.data import pairs as pairs_module
-from allo_lib.data.pairs import COLUMNS, SPLITS, Pairs, make_pairs
-from allo_lib.data.realdata import pair_tokens
-from allo_lib.data.tasks import Miniature, RealQuestions, open_task
+from allo_lib.data.pairs import (
+    COLUMNS,
+    SPLITS,
+    Pairs,
+    helpful_prompt,
+    make_pairs,
+    pair_tokens,
+    preference_pairs,
+)
 from allo_lib.engine.encoding import encode_pairs
 from allo_lib.engine.store import Artifact
 from allo_lib.errors import AlloError
-from allo_lib.profiles import config
-from allo_lib.profiles.config import Supervised
-
-FAMILIES = ("chain", "scan", "story")
 
 
 def rows(questions: int, each: int = 1) -> list[dict]:
@@ -31,13 +36,6 @@ def split(given, counts):
 
 
 # --- splits ------------------------------------------------------------------------------------
-
-
-def test_a_question_is_in_one_split_with_all_its_pairs():
-    parts = split(rows(10, each=3), {"train": 5, "heldout": 3, "mask": 2})
-    assert {name: len(part) for name, part in parts.items()} == {
-        "train": 15, "heldout": 9, "mask": 6
-    }  # fmt: skip
 
 
 @settings(max_examples=100, deadline=None)
@@ -76,11 +74,6 @@ def test_all_wrong_samples_go_where_the_pairs_of_their_question_go(tiny_study):
         assert not task.right(questions[row["id"]], row["rejected"])
     told = [(row["id"], row["rejected"]) for row in first + second]
     assert len(set(told)) == len(told)
-
-
-def test_no_pairs_at_all_is_told():
-    with pytest.raises(AlloError, match="toy: only 0 questions gave a pair, 4 were asked for"):
-        split([], {"train": 4})
 
 
 def test_the_study_s_splits_are_disjoint_by_question(tiny_study):
@@ -167,117 +160,78 @@ def test_a_prediction_that_cannot_be_corrected_is_kept_as_it_is():
     assert second.corrected == ""
 
 
-# --- tasks -------------------------------------------------------------------------------------
+# --- human pairs ---------------------------------------------------------------------------------
+
+PAIR = {"prompt": "\n\nHuman: Hi\n\nAssistant:", "chosen": "Hello!", "rejected": "Go."}
 
 
-def domain(**settings):
-    return config.Domain(datasets=FAMILIES, **settings)
+def tokenizer(template=None):
+    """One token a word; a message is its role and its words."""
+    core = Tokenizer(tokenizer_models.WordLevel({"<unk>": 0, "<eos>": 1}, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core, unk_token="<unk>", eos_token="<eos>", chat_template=template
+    )
 
 
-@pytest.mark.parametrize("split_name", ["sft", "pairs", "dev", "test"])
-def test_generated_questions_are_equally_many_of_each_family(split_name):
-    questions = Miniature(domain(), 0).questions(split_name, 30)
-    assert [q.dataset for q in questions[:6]] == [*FAMILIES, *FAMILIES]
-    assert len({q.id for q in questions}) == len({q.prompt for q in questions}) == 30
-    assert questions == Miniature(domain(), 0).questions(split_name, 30)
-    assert questions != Miniature(domain(), 1).questions(split_name, 30)
+def test_a_conversation_becomes_chat_messages():
+    text = "\n\nHuman: Hi\n\nthere\n\nAssistant: Hello! Human: me\n\nHuman: And?\n\nAssistant:"
+    assert helpful_prompt(text) == [
+        {"role": "user", "content": "Hi\n\nthere"},
+        {"role": "assistant", "content": "Hello! Human: me"},
+        {"role": "user", "content": "And?"},
+    ]
+    twice = "\n\nHuman: a\n\nAssistant: b\n\nAssistant: c\n\nHuman: d\n\nAssistant:"
+    assert [m["content"] for m in helpful_prompt(twice)] == ["a", "b\n\nc", "d"]
 
 
-def test_a_mix_changes_the_shares_of_the_families():
-    questions = Miniature(domain(), 0).questions("sft", 40, (0.5, 0.25, 0.25))
-    families = [q.dataset for q in questions]
-    assert [families.count(family) for family in FAMILIES] == [20, 10, 10]
-    assert [families[:20].count(family) for family in FAMILIES] == [10, 5, 5]
+ORDER = "': expected '\\n\\nHuman: ...' first, and the open turn '\\n\\nAssistant:' after a human"
 
 
-def test_generated_solutions_are_judged_right_and_their_parts_as_wrong_or_not():
-    task = Miniature(domain(), 0)
-    wrong = 0
-    for question in task.questions("sft", 30):
-        assert task.answered(question, question.solution)
-        assert task.right(question, question.solution)
-        assert task.correction(question, question.solution) == question.solution
-        assert not any(task.wrong_tokens(question, question.solution))
-        assert task.demonstration(question, Supervised()) == task.demonstration(
-            question, Supervised()
-        )
-        assert task.right(question, task.demonstration(question, Supervised()))
-        habit = task.demonstration(question, Supervised(error_scale=1.0))
-        flags = task.wrong_tokens(question, habit)
-        assert len(flags) == len(habit.split())
-        assert task.right(question, task.correction(question, habit))
-        if not task.right(question, habit):
-            wrong += 1
-            assert any(flags)
-    assert wrong > 5
-    assert miniature.read_answer("nothing here") is None
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("", ORDER),
+        ("hello", ORDER),
+        ("\n\nHuman: hi", ORDER),
+        ("x\n\nHuman: hi\n\nAssistant:", ORDER),
+        ("\n\nHuman: hi\n\nAssistant: ho", ORDER),
+        ("\n\nAssistant: hi\n\nHuman: ho\n\nAssistant:", ORDER),
+        ("\n\nHuman: hi\n\nAssistant: ho\n\nAssistant:", ORDER),
+        ("\n\nHuman: Hi\n\nAssistant:\n\nAssistant:", ORDER),
+        ("\n\nHuman: " + "a" * 10**6, "aaa': expected '"),
+        ("\n\nHuman:\n\nAssistant:", "': an empty turn; expected text in each"),
+    ],
+)
+def test_conversations_of_another_form_are_refused_in_one_line(text, told):
+    with refused("prompt '", told):
+        helpful_prompt(text)
 
 
-def choice_file(folder, name: str, split_name: str, count: int):
-    path = folder / name / f"{split_name}.jsonl"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lines = [
-        {"id": f"{name}-{split_name}-{i}", "question": f"Which?\n(A) tea {i}\n(B) milk {i}",
-         "solution": "", "answer": "AB"[i % 2], "choices": [f"tea {i}", f"milk {i}"]}
-        for i in range(count)
-    ]  # fmt: skip
-    path.write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+def test_human_pairs_have_trls_columns_as_messages_or_strings():
+    assert preference_pairs([PAIR], tokenizer(TEMPLATE), 99) == [
+        {
+            "prompt": [{"role": "user", "content": "Hi"}],
+            "chosen": [{"role": "assistant", "content": "Hello!"}],
+            "rejected": [{"role": "assistant", "content": "Go."}],
+        }
+    ]
+    spaced = PAIR | {"chosen": " Hello!", "rejected": " Go."}
+    assert preference_pairs([PAIR], tokenizer(), 99) == [spaced]
+    plain = PAIR | {"prompt": "Q:"}
+    assert preference_pairs([plain], tokenizer(TEMPLATE), 99) == [plain]
+    with refused("rows are no preferences; expected the keys prompt, chosen, rejected"):
+        preference_pairs([{"id": "a", "question": "Sing.", "outputs": {}}], tokenizer(), 99)
 
 
-@pytest.fixture
-def choices(tmp_path):
-    for name in ("one", "two", "three"):
-        choice_file(tmp_path, name, "train", 60)
-        choice_file(tmp_path, name, "test", 20)
-    return tmp_path
-
-
-def choice(folder, seed=0, names=("one", "two", "three"), sft=30, pairs=30, dev=30, **phases):
-    settings_ = config.Domain(
-        kind="choice", datasets=names, sft=config.Supervised(examples=sft, **phases),
-        pairs=config.Pairs(questions=pairs), dev=dev, test=30,
-    )  # fmt: skip
-    return open_task(settings_, seed, str(folder))
-
-
-def ids_of(task, split_name, count, *mix):
-    return {question.id for question in task.questions(split_name, count, *mix)}
-
-
-@pytest.mark.parametrize("sft, pairs", [(30, 30), (31, 29), (32, 34), (5, 7), (35, 50)])
-def test_real_questions_are_in_one_split_only(choices, sft, pairs):
-    task = choice(choices, sft=sft, pairs=pairs)
-    parts = [ids_of(task, "sft", sft), ids_of(task, "pairs", pairs), ids_of(task, "dev", 30)]
-    assert sum(map(len, parts)) == len(set().union(*parts))
-
-
-def test_a_mix_of_real_questions_keeps_the_splits_apart(choices):
-    mix = (0.8, 0.1, 0.1)
-    task = choice(choices, sft=40, mix=mix)
-    parts = [ids_of(task, "sft", 40, mix), ids_of(task, "pairs", 30), ids_of(task, "dev", 30)]
-    assert sum(map(len, parts)) == len(set().union(*parts)) == 100
-
-
-def test_seeds_share_the_test_questions_and_draw_others_apart(choices):
-    first, second = choice(choices, 0), choice(choices, 1)
-    assert first.questions("test", 30) == second.questions("test", 30)
-    assert first.questions("sft", 30) != second.questions("sft", 30)
-    assert isinstance(first, RealQuestions)
-
-
-def test_a_gold_option_is_right_and_another_is_not(choices):
-    task = choice(choices)
-    for question in task.questions("dev", 6):
-        assert task.right(question, question.solution)
-        assert task.answered(question, question.solution)
-        gold = question.source["choices"]["AB".index(question.source["answer"])]
-        other = next(c for c in question.source["choices"] if c != gold)
-        wrong = question.solution.replace(gold, other)
-        assert task.answered(question, wrong) and not task.right(question, wrong)
-        assert task.right(question, task.correction(question, wrong))
-        assert task.demonstration(question, Supervised(error_scale=1.0)) == question.solution
-
-
-def test_too_few_rows_are_told(choices):
-    with pytest.raises(AlloError, match="one/train has 60 rows, but dev needs rows 20 to 70"):
-        choice(choices, dev=150).questions("dev", 150)
+@pytest.mark.parametrize("template", [TEMPLATE, None])
+def test_pairs_over_the_limit_are_dropped_and_counted(caplog, template):
+    # `user Hi assistant` or `Human: Hi Assistant:`, then three words and the end token.
+    length = 7
+    long = PAIR | {"rejected": "one two three"}
+    assert len(preference_pairs([long, PAIR], tokenizer(template), length)) == 2
+    assert caplog.text == ""
+    assert len(preference_pairs([long, PAIR], tokenizer(template), length - 1)) == 1
+    assert f"1 of 2 pairs dropped: longer than {length - 1} tokens" in caplog.text
+    with refused("none of 2 pairs has at most 2 tokens"):
+        preference_pairs([long, PAIR], tokenizer(template), 2)

@@ -1,4 +1,4 @@
-"""The data sets of the paper: where the hub has each, at which revision, and how it is answered.
+r"""The data sets of the paper: where the hub has each, how it is answered, and its rows.
 
 A revision is the git commit of the hub's copy that other public projects pin too (named beside it),
 so that rows cannot change unseen. Where no such commit is known it is None, a line says so when the
@@ -6,9 +6,128 @@ rows are read, and the hash of the rows in manifest.json is what tells a change.
 
 Splits of the hub's copies differ from those of a data folder where there is no official one
 (MAWPS), or the official test labels are not public (QASC, StrategyQA).
+
+Each converter takes an entry of the hub and returns a row of a data folder (`rows`) without its id,
+or None for an entry that cannot be used.
 """
 
+import logging
+import re
+from collections.abc import Callable
 from dataclasses import dataclass
+
+from allo_lib.data.answers import LETTERS, group
+from allo_lib.errors import AlloError
+
+
+def options(choices: list[str] | None) -> list[str]:
+    """Return the options of a question as they stand at its end, a line each: `(A) first`."""
+    return [f"({letter}) {text}" for letter, text in zip(LETTERS, choices or (), strict=False)]
+
+
+def _question(question: str, solution: str | None, answer: str, choices=None) -> dict:
+    text = "\n".join([question, *options(choices)])
+    return {"question": text, "solution": solution, "answer": answer, "choices": choices}
+
+
+def _statements(text: str | None) -> str | None:
+    lines = [line.strip() for line in (text or "").split("\n")]
+    return "\n".join(filter(None, lines)) or None
+
+
+def ecqa_row(entry) -> dict | None:
+    """ECQA: q_text, q_op1 to q_op5, q_ans (an option's text), taskA_pos (statements for it)."""
+    choices = [entry[f"q_op{i}"] for i in range(1, 6)]
+    if choices.count(entry["q_ans"]) != 1:
+        return None
+    answer = LETTERS[choices.index(entry["q_ans"])]
+    return _question(entry["q_text"], _statements(entry["taskA_pos"]), answer, choices)
+
+
+def qasc_row(entry) -> dict | None:
+    """QASC: question, choices (text, label), answerKey, fact1, fact2, combinedfact."""
+    facts = [entry[key] for key in ("fact1", "fact2", "combinedfact")]
+    return _labelled(entry, "question", _statements("\n".join(filter(None, facts))))
+
+
+def openbookqa_row(entry) -> dict | None:
+    """OpenBookQA: question_stem, choices (text, label), answerKey; no explanation."""
+    return _labelled(entry, "question_stem", None)
+
+
+def _labelled(entry, stem: str, solution: str | None) -> dict | None:
+    choices, labels = list(entry["choices"]["text"]), list(entry["choices"]["label"])
+    if entry["answerKey"] not in labels:
+        return None  # the test questions of QASC have no label
+    return _question(entry[stem], solution, LETTERS[labels.index(entry["answerKey"])], choices)
+
+
+def strategyqa_row(entry) -> dict:
+    """StrategyQA: question, answer (true or false), facts (a text or a list)."""
+    facts = entry["facts"]
+    facts = facts if isinstance(facts, str) else "\n".join(facts or [])
+    if not isinstance(entry["answer"], bool):
+        raise TypeError(f"answer is {entry['answer']!r}")
+    return _question(entry["question"], _statements(facts), "yes" if entry["answer"] else "no")
+
+
+def gsm8k_row(entry) -> dict:
+    """GSM8k: question, answer (a solution with calculator marks `<<...>>`, then `#### N`)."""
+    solution, mark, answer = entry["answer"].rpartition("####")
+    if not mark:
+        raise ValueError("no #### in the answer")
+    solution = re.sub(r"<<[^<>]*>>", "", solution).strip()
+    return _question(entry["question"], solution, answer.strip().replace(",", ""))
+
+
+def math_row(entry) -> dict | None:
+    r"""MATH: problem, solution (with the answer in its last `\boxed{}`)."""
+    _, boxed, rest = entry["solution"].rpartition(r"\boxed{")
+    answer = (group("{" + rest) or "")[1:-1].strip() if boxed else ""
+    return _question(entry["problem"], entry["solution"], answer) if answer else None
+
+
+def mawps_row(entry) -> dict:
+    """MAWPS: question, equation, result (a number, thousands told by `_`)."""
+    answer = entry["result"].replace("_", "")
+    return _question(entry["question"], entry["equation"] or None, answer)
+
+
+def tabmwp_row(entry) -> dict:
+    """TabMWP: table_title, table, question, unit, choices or null, answer, solution."""
+    title = f" {entry['table_title']}" if entry["table_title"] else ""
+    unit = f" (Unit: {entry['unit']})" if entry["unit"] else ""
+    stem = f"Table:{title}\n{entry['table']}\n\nQuestion: {entry['question']}{unit}"
+    answer, choices = entry["answer"], list(entry["choices"] or ()) or None
+    if choices:
+        answer = LETTERS[choices.index(answer)]
+    return _question(stem, entry["solution"], answer, choices)
+
+
+def alpaca_row(entry) -> dict:
+    """AlpacaEval: instruction, output, generator, dataset (which of its five sources)."""
+    outputs = {entry["generator"]: entry["output"]}
+    return {"question": entry["instruction"], "subset": entry["dataset"], "outputs": outputs}
+
+
+def arena_row(entry) -> dict:
+    """Arena-Hard: question_id, cluster, turns (a list of one content)."""
+    instruction = {"question": entry["turns"][0]["content"], "cluster": entry["cluster"]}
+    return {"id": entry["question_id"], **instruction, "outputs": {}}
+
+
+def hh_row(entry) -> dict | None:
+    """HH-RLHF: chosen, rejected, two whole conversations.
+
+    None when they differ before the last reply, or when the last replies are empty or equal.
+    """
+    turn = "\n\nAssistant:"
+    halves = [entry[key].rpartition(turn) for key in ("chosen", "rejected")]
+    (before, _, chosen), (other, _, rejected) = halves
+    chosen, rejected = chosen.strip(), rejected.strip()
+    if not before or before != other or not chosen or not rejected or chosen == rejected:
+        return None
+    return {"prompt": before + turn, "chosen": chosen, "rejected": rejected}
 
 
 @dataclass(frozen=True)
@@ -19,6 +138,7 @@ class Benchmark:
         options are choices whatever stands here (a quarter of TabMWP).
     hub, config, folder, file, revision: what `datasets.load_dataset` is given, as the hub id, its
         name, data_dir, one JSON file of the repository, and the git commit.
+    row: the converter of its entries.
     train, test: the hub's names of our two splits; None where it has none.
     worked: whether the solution is a derivation, to be learned whole. Otherwise it is a list of
         statements, one a line, of which a profile's `explain` says how many to learn.
@@ -26,10 +146,11 @@ class Benchmark:
 
     answer: str
     hub: str
+    row: Callable[[dict], dict | None]
+    revision: str | None = None
     config: str | None = None
     folder: str | None = None
     file: str | None = None
-    revision: str | None = None
     train: str | None = "train"
     test: str | None = "test"
     worked: bool = False
@@ -37,73 +158,101 @@ class Benchmark:
 
 BENCHMARKS = {
     # ECQA (Aggarwal et al. 2021) on CommonsenseQA's questions.
-    "ecqa": Benchmark("choice", "yangdong/ecqa"),
+    "ecqa": Benchmark("choice", "yangdong/ecqa", ecqa_row),
     # QASC (arXiv 1910.11473); several projects' pin, among them training mixtures.
-    "qasc": Benchmark(
-        "choice",
-        "allenai/qasc",
-        revision="a34ba204eb9a33b919c10cc08f4f1c8dae5ec070",
-        test="validation",
-    ),
+    "qasc": Benchmark("choice", "allenai/qasc", qasc_row,
+        "a34ba204eb9a33b919c10cc08f4f1c8dae5ec070", test="validation"),
     # OpenBookQA (arXiv 1809.02789); pinned by lighteval's task lists.
-    "openbookqa": Benchmark(
-        "choice",
-        "allenai/openbookqa",
-        config="main",
-        revision="388097ea7776314e93a529163e0fea805b8a6454",
-    ),
+    "openbookqa": Benchmark("choice", "allenai/openbookqa", openbookqa_row,
+        "388097ea7776314e93a529163e0fea805b8a6454", config="main"),
     # StrategyQA (arXiv 2101.02235), a split of its labelled questions; the hub shows this commit.
-    "strategyqa": Benchmark(
-        "yes_no", "ChilleD/StrategyQA", revision="705562638fe1d8ca6bb98c66fc8f94d45fda8c83"
-    ),
+    "strategyqa": Benchmark("yes_no", "ChilleD/StrategyQA", strategyqa_row,
+        "705562638fe1d8ca6bb98c66fc8f94d45fda8c83"),
     # GSM8k (arXiv 2110.14168); pinned by inspect_evals.
-    "gsm8k": Benchmark(
-        "number",
-        "openai/gsm8k",
-        config="main",
-        revision="cc7b047b6e5bb11b4f1af84efc572db110a51b3c",
-        worked=True,
-    ),
+    "gsm8k": Benchmark("number", "openai/gsm8k", gsm8k_row,
+        "cc7b047b6e5bb11b4f1af84efc572db110a51b3c", config="main", worked=True),
     # MATH (arXiv 2103.03874); pinned by inspect_evals.
-    "math": Benchmark(
-        "latex",
-        "DigitalLearningGmbH/MATH-lighteval",
-        config="default",
-        revision="0530c78699ea5e8eb5530600900e1f328b48acad",
-        worked=True,
-    ),
+    "math": Benchmark("latex", "DigitalLearningGmbH/MATH-lighteval", math_row,
+        "0530c78699ea5e8eb5530600900e1f328b48acad", config="default", worked=True),
     # MAWPS (Koncel-Kedziorski et al. 2016), without training problems close to test ones.
-    "mawps": Benchmark(
-        "number",
-        "MU-NLPC/Calc-mawps",
-        config="default",
-        revision="38c10053efeafd20ab6ff4e08c3ec17de26c19b7",
-        worked=True,
-    ),
+    "mawps": Benchmark("number", "MU-NLPC/Calc-mawps", mawps_row,
+        "38c10053efeafd20ab6ff4e08c3ec17de26c19b7", config="default", worked=True),
     # TabMWP (arXiv 2209.14610); this copy holds test problems only.
-    "tabmwp": Benchmark("number", "Arietem/tabmwp", train=None, test="train", worked=True),
+    "tabmwp": Benchmark("number", "Arietem/tabmwp", tabmwp_row,
+        train=None, test="train", worked=True),
     # AlpacaEval 2.0 (arXiv 2404.04475) with the outputs of its reference model.
-    "alpaca_eval": Benchmark(
-        "",
-        "tatsu-lab/alpaca_eval",
-        file="alpaca_eval_gpt4_baseline.json",
-        revision="2edc6fad8be6b14ea7230aabfd08188da6b8b814",
-        train=None,
-        test="train",
-    ),
+    "alpaca_eval": Benchmark("", "tatsu-lab/alpaca_eval", alpaca_row,
+        "2edc6fad8be6b14ea7230aabfd08188da6b8b814", file="alpaca_eval_gpt4_baseline.json",
+        train=None, test="train"),
     # Arena-Hard 0.1 (arXiv 2406.11939), without outputs.
-    "arena_hard": Benchmark(
-        "",
-        "lmarena-ai/arena-hard-auto-v0.1",
-        revision="2a69efe86cff85c593cfd4c2b4491c128e52c6f1",
-        train=None,
-        test="train",
-    ),
+    "arena_hard": Benchmark("", "lmarena-ai/arena-hard-auto-v0.1", arena_row,
+        "2a69efe86cff85c593cfd4c2b4491c128e52c6f1", train=None, test="train"),
     # The helpful part of HH-RLHF (arXiv 2204.05862).
-    "hh_helpful": Benchmark(
-        "",
-        "Anthropic/hh-rlhf",
-        folder="helpful-base",
-        revision="09be8c5bbc57cb3887f3a9732ad6aa7ec602a1fa",
-    ),
-}
+    "hh_helpful": Benchmark("", "Anthropic/hh-rlhf", hh_row,
+        "09be8c5bbc57cb3887f3a9732ad6aa7ec602a1fa", folder="helpful-base"),
+}  # fmt: skip
+
+
+def load_from_hub(name: str, split: str) -> list[dict]:
+    """Return all rows of "train" or "test", unchecked; warn where the hub's copy is not pinned.
+
+    Raises:
+        AlloError: no such data set or split on the hub, no way to it, or columns of another form.
+    """
+    if name not in BENCHMARKS:
+        raise AlloError(f"data set {name!r} is not there: {both_ways(name)}")
+    benchmark = BENCHMARKS[name]
+    its_split = {"train": benchmark.train, "test": benchmark.test}.get(split)
+    if its_split is None:
+        raise AlloError(f"data set {name!r} has no split {split!r} on the hub; {both_ways(name)}")
+    if benchmark.revision is None:
+        logging.getLogger(__name__).warning(
+            "%s of %s is read without a pinned revision: its rows may change, and only the data's "
+            "hash in manifest.json would tell", name, benchmark.hub,
+        )  # fmt: skip
+    table = _table(name, benchmark, its_split)
+    try:
+        rows = [
+            new if new is None or "prompt" in new else {"id": f"{name}-{split}-{number}"} | new
+            for number, new in enumerate(map(benchmark.row, table))
+        ]
+    except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
+        raise AlloError(
+            f"data set {name!r} of the hub has columns of another form "
+            f"({' '.join(repr(error).split())[:60]}); {both_ways(name)}"
+        ) from error
+    rows = [row for row in rows if row is not None]
+    if not rows:
+        raise AlloError(f"data set {name!r} of the hub has no usable row; {both_ways(name)}")
+    return rows
+
+
+def _table(name: str, benchmark: Benchmark, split: str):
+    import datasets  # slow to load
+
+    path, settings = benchmark.hub, {"split": split}
+    if benchmark.file:
+        # The repository also holds a script, which `datasets` refuses; the file alone is JSON.
+        file = f"hf://datasets/{benchmark.hub}@{benchmark.revision}/{benchmark.file}"
+        path, settings["data_files"] = "json", file
+    else:
+        settings |= dict(
+            name=benchmark.config, data_dir=benchmark.folder, revision=benchmark.revision
+        )
+    try:
+        return datasets.load_dataset(path, **settings)
+    except Exception as error:
+        # Every layer below (http, cache, parquet) has exceptions of its own.
+        reason = " ".join(str(error).split())[:200]
+        raise AlloError(
+            f"data set {name!r} cannot be read from the hub ({reason}); {both_ways(name)}"
+        ) from error
+
+
+def both_ways(name: str) -> str:
+    """Say what to do about a data set that is not there, as the end of a message."""
+    hub = BENCHMARKS[name].hub if name in BENCHMARKS else f"it has {', '.join(BENCHMARKS)} here"
+    return (
+        "there are two ways: a data folder named with --data DIR or the environment variable "
+        f"ALLO_DATA, or, with neither, the hub through `datasets` ({hub})"
+    )

@@ -1,4 +1,4 @@
-"""Preference pairs: sampled from the SFT model and sorted by the verifier, or given by people.
+"""Preference pairs of a study: sampled and sorted by the verifier, or compared by people.
 
 Every question (or conversation) is in one split only: `train` for the compared methods (and
 `train1`, `train2`, ... for the further pair sets of a profile with replicates), `mask` for
@@ -7,6 +7,7 @@ domains without a verifier. `wrong` (`wrong1`, ...) holds every distinct wrong s
 set's questions, and of its share of those that gave no right one, beside the solution.
 """
 
+import logging
 import random
 import re
 from dataclasses import dataclass
@@ -14,18 +15,17 @@ from pathlib import Path
 
 from datasets import Dataset
 
-from allo_lib.data import realdata
+from allo_lib.data.rows import load_rows
 from allo_lib.engine.encoding import encode_prompt, encode_response
 from allo_lib.engine.generation import generate
 from allo_lib.engine.rewriter import Correction
 from allo_lib.engine.store import Artifact, write_json
-from allo_lib.errors import AlloError
+from allo_lib.errors import AlloError, short
 from allo_lib.profiles.config import fingerprint
 from allo_lib.seeds import derive
 
 SPLITS = ("train", "heldout", "dev", "mask")  # and `train_split`, `wrong_split`
 COLUMNS = ("prompt", "chosen", "rejected")
-_FURTHER = re.compile(r"train[1-9]\d*|wrong\d*")
 
 
 @dataclass
@@ -41,12 +41,12 @@ class Pairs:
     key: str = ""
 
     def dataset(self, split: str) -> Dataset:
-        """The split as a `datasets.Dataset` with the columns prompt, chosen, rejected."""
+        """Return the split as a `datasets.Dataset` with the columns prompt, chosen, rejected."""
         rows = self.rows[split]
         return Dataset.from_list([{name: row[name] for name in COLUMNS} for row in rows])
 
     def corrections(self, split: str) -> list[Correction]:
-        """Examples for the rewriter; rows without a correction keep their prediction."""
+        """Return examples for the rewriter; rows without a correction keep their prediction."""
         return [
             Correction(
                 row["prompt"],
@@ -66,28 +66,32 @@ class Pairs:
     @classmethod
     def load(cls, artifact: Artifact) -> "Pairs":
         """Read what `save` wrote."""
-        names = [path.stem for path in artifact.path.glob("*.json")]
-        splits = [name for name in names if name in SPLITS or _FURTHER.fullmatch(name)]
-        rows = {split: artifact.json(f"{split}.json") for split in (*SPLITS, *splits)}
+        names = {path.stem for path in artifact.path.glob("*.json")} - {"record", "manifest"}
+        splits = dict.fromkeys((*SPLITS, *sorted(names)))
+        rows = {split: artifact.json(f"{split}.json") for split in splits}
         return cls(rows, artifact.json(), artifact.key)
 
 
 def train_split(pair_set: int) -> str:
-    """The split that holds a pair set's training pairs: "train", "train1", ..."""
+    """Name the split that holds a pair set's training pairs: "train", "train1", ..."""
     return f"train{pair_set or ''}"
 
 
 def wrong_split(pair_set: int) -> str:
-    """The split of all wrong samples that goes with a pair set: "wrong", "wrong1", ..."""
+    """Name the split of all wrong samples that goes with a pair set: "wrong", "wrong1", ..."""
     return f"wrong{pair_set or ''}"
 
 
 def make_pairs(study, name: str) -> Pairs:
-    """The pairs of a domain of a study; see the module's text for the splits."""
+    """Make the pairs of a domain of a study, in the splits of the module's text.
+
+    Raises:
+        AlloError: fewer questions gave a pair than the smallest split needs.
+    """
     domain = study.domain(name)
     if domain.kind == "preferences":
-        rows, summary = _given_pairs(study, name)
-        heldout_rows, _ = _given_pairs(study, name, "test")
+        rows, summary = _human_pairs(study, name, "train")
+        heldout_rows, _ = _human_pairs(study, name, "test")
         split = _split(rows, _counts(study, domain, ("train", "dev", "mask")), name)
         return Pairs(split | {"heldout": heldout_rows[: domain.pairs.heldout]}, summary)
     rows, wrong, summary = _sampled_pairs(study, name)
@@ -97,7 +101,7 @@ def make_pairs(study, name: str) -> Pairs:
 
 
 def _counts(study, domain, splits: tuple[str, ...]) -> dict[str, int]:
-    """Pairs of each split; further pair sets come last, so that none of them changes another."""
+    """Count the pairs of each split; further pair sets come last, to change none before them."""
     counts = {split: getattr(domain.pairs, split) for split in splits}
     further = range(1, study.profile.replicates.pair_sets)
     return counts | {train_split(number): domain.pairs.train for number in further}
@@ -110,8 +114,8 @@ def _split(rows: list[dict], counts: dict[str, int], name: str) -> dict[str, lis
     shrink = min(1.0, len(ids) / wanted) if wanted else 0.0
     if not ids or min((int(n * shrink) for n in counts.values() if n), default=0) < 2:
         raise AlloError(
-            f"{name}: only {len(ids)} questions gave a pair, {wanted} were asked for; "
-            "sample more questions or ask for fewer pairs"
+            f"{name}: only {len(ids)} questions gave a pair, {wanted} are requested; "
+            "sample more questions or request fewer pairs"
         )
     result, start = {}, 0
     for split, count in counts.items():
@@ -122,20 +126,20 @@ def _split(rows: list[dict], counts: dict[str, int], name: str) -> dict[str, lis
 
 
 def _wrong_splits(splits: dict[str, list[dict]], rows, wrong: list[dict]) -> dict[str, list[dict]]:
-    """All wrong samples, dealt to the training sets as their questions are.
+    """Deal all wrong samples to the training sets as their questions are.
 
     Questions without a pair are dealt out in the same proportion.
     """
     paired = list(dict.fromkeys(row["id"] for row in rows))
     without = list(dict.fromkeys(r["id"] for r in wrong if r["id"] not in set(paired)))
-    found, start = {}, 0
+    result, start = {}, 0
     for split in [name for name in splits if name.startswith("train")]:
         ids = {row["id"] for row in splits[split]}
         share = round(len(without) * len(ids) / len(paired))
         ids |= set(without[start : start + share])
         start += share
-        found[split.replace("train", "wrong")] = [row for row in wrong if row["id"] in ids]
-    return found
+        result[split.replace("train", "wrong")] = [row for row in wrong if row["id"] in ids]
+    return result
 
 
 def _sampled_pairs(study, name: str) -> tuple[list[dict], list[dict], dict]:
@@ -179,7 +183,7 @@ def _sampled_pairs(study, name: str) -> tuple[list[dict], list[dict], dict]:
 
 
 def _that_fit(tokenizer, prompt, responses: list[str], max_length: int) -> list[str]:
-    """The responses that fit into `max_length` tokens together with the prompt.
+    """Return the responses that fit into `max_length` tokens together with the prompt.
 
     Sampling bounds the response only; training takes no longer row.
     """
@@ -188,7 +192,7 @@ def _that_fit(tokenizer, prompt, responses: list[str], max_length: int) -> list[
 
 
 def _pairs_of(study, task, question, right, wrong, most: int) -> list[dict]:
-    """At most `most` random (right, wrong) pairs of one question, without repeats."""
+    """Draw at most `most` random (right, wrong) pairs of one question, without repeats."""
     pairs = [(chosen, rejected) for chosen in right for rejected in wrong]
     random.Random(derive(study.seed, "pairs", question.id)).shuffle(pairs)
     return [_row(task, question, *pair) for pair in pairs[:most]]
@@ -206,15 +210,30 @@ def _row(task, question, chosen: str, rejected: str) -> dict:
     }
 
 
-def _given_pairs(study, name: str, split: str = "train") -> tuple[list[dict], dict]:
-    """Human pairs; the chosen reply stands in for the solution and for the correction."""
+def _human_pairs(study, name: str, split: str) -> tuple[list[dict], dict]:
+    """Return human pairs; the chosen reply stands in for the solution and for the correction."""
     domain = study.domain(name)
     rows, count = [], 0
     for dataset in domain.datasets:
-        given = realdata.load_rows(dataset, split, study.data_dir)
-        count += len(given)
-        pairs = realdata.preference_pairs(given, study.tokenizer, domain.max_length)
-        rows += [_given(dataset, pair) for pair in pairs]
+        loaded = load_rows(dataset, split, study.data_dir)
+        count += len(loaded)
+        for pair in preference_pairs(loaded, study.tokenizer, domain.max_length):
+            prompt, chosen, rejected = (pair[key] for key in COLUMNS)
+            if not isinstance(prompt, str):
+                chosen, rejected = chosen[-1]["content"], rejected[-1]["content"]
+            # Several pairs may continue the same conversation: its first turn tells it apart.
+            first_turn = prompt if isinstance(prompt, str) else prompt[0]["content"]
+            rows.append(
+                {
+                    "id": f"{dataset}-{fingerprint(first_turn)[:16]}",
+                    "dataset": dataset,
+                    "prompt": prompt,
+                    "chosen": chosen,
+                    "rejected": rejected,
+                    "solution": chosen,
+                    "corrected": chosen,
+                }
+            )
     if split == "train":
         random.Random(derive(study.seed, "rows", name)).shuffle(rows)
     first_of = {row["id"]: row for row in reversed(rows)}  # one pair a conversation
@@ -222,23 +241,75 @@ def _given_pairs(study, name: str, split: str = "train") -> tuple[list[dict], di
     return rows, {"given": count, "pairs": len(rows)}
 
 
-def _first_turn(prompt) -> str:
-    """What tells conversations apart: several pairs may continue the same one."""
-    return prompt if isinstance(prompt, str) else prompt[0]["content"]
+def preference_pairs(rows: list[dict], tokenizer, max_tokens: int) -> list[dict]:
+    r"""Bring preference rows of a data folder into TRL's columns prompt, chosen, rejected.
+
+    With a tokenizer that has a chat template, prompts in the `\n\nHuman: ... \n\nAssistant:`
+    form become chat messages and both replies one assistant message each; else all stay strings, a
+    reply to that form with a blank before it. Pairs of which prompt and longer reply, end token
+    included, exceed `max_tokens` are dropped, and a warning says how many.
+
+    Raises:
+        AlloError: no pair left, rows of another kind, or a malformed prompt.
+    """
+    if "chosen" not in rows[0]:  # a file holds one kind of rows
+        raise AlloError(f"rows are no preferences; expected the keys {', '.join(COLUMNS)}")
+    pairs = [_columns(row, bool(getattr(tokenizer, "chat_template", None))) for row in rows]
+    pairs = [pair for pair in pairs if pair_tokens(pair, tokenizer) <= max_tokens]
+    if not pairs:
+        raise AlloError(
+            f"none of {len(rows)} pairs has at most {max_tokens} tokens; raise the limit"
+        )
+    if len(pairs) < len(rows):
+        dropped = len(rows) - len(pairs)
+        logging.getLogger(__name__).warning(
+            "%d of %d pairs dropped: longer than %d tokens", dropped, len(rows), max_tokens
+        )
+    return pairs
 
 
-def _given(dataset: str, pair: dict) -> dict:
-    chosen, rejected = (_text(pair[side]) for side in ("chosen", "rejected"))
-    return {
-        "id": f"{dataset}-{fingerprint(_first_turn(pair['prompt']))[:16]}",
-        "dataset": dataset,
-        "prompt": pair["prompt"],
-        "chosen": chosen,
-        "rejected": rejected,
-        "solution": chosen,
-        "corrected": chosen,
-    }
+def pair_tokens(pair: dict, tokenizer) -> int:
+    """Count the tokens of a pair's prompt and longer reply, end token included."""
+    prompt = len(encode_prompt(tokenizer, pair["prompt"]))
+    return prompt + max(len(encode_response(tokenizer, pair[key])) for key in COLUMNS[1:])
 
 
-def _text(response) -> str:
-    return response if isinstance(response, str) else response[-1]["content"]
+def _columns(row: dict, chat: bool) -> dict:
+    prompt, *replies = (row[key] for key in COLUMNS)
+    if prompt.startswith("\n\nHuman:"):
+        if chat:
+            prompt = helpful_prompt(prompt)
+            replies = [[{"role": "assistant", "content": text.strip()}] for text in replies]
+        else:  # the prompt ends in "Assistant:"; the blank after it belongs to the reply
+            replies = [" " + text for text in replies]
+    return dict(zip(COLUMNS, (prompt, *replies), strict=True))
+
+
+def helpful_prompt(text: str) -> list[dict]:
+    r"""Read a conversation in the `\n\nHuman: ... \n\nAssistant:` form as chat messages.
+
+    The form ends in an open Assistant turn; the messages end with the human turn before it. Turns
+    of one speaker in a row, as a few prompts have them, become one message.
+
+    Raises:
+        AlloError: the text does not start with a human turn or not end in an open Assistant turn.
+    """
+    before, *parts = re.split(r"\n\n(Human|Assistant):", text)
+    speakers, turns = parts[::2], [turn.strip() for turn in parts[1::2]]
+    messages = []
+    for speaker, turn in zip(speakers[:-1], turns[:-1], strict=True):
+        role = "user" if speaker == "Human" else "assistant"
+        if messages and messages[-1]["role"] == role:
+            messages[-1]["content"] = f"{messages[-1]['content']}\n\n{turn}".strip()
+        else:
+            messages.append({"role": role, "content": turn})
+    is_open = speakers[-1:] == ["Assistant"] and not turns[-1]
+    roles = [message["role"] for message in messages]
+    if before.strip() or not is_open or roles[:1] != ["user"] or roles[-1:] != ["user"]:
+        raise AlloError(
+            f"prompt {short(text)}: expected '\\n\\nHuman: ...' first, and the open turn "
+            "'\\n\\nAssistant:' after a human one last"
+        )
+    if not all(message["content"] for message in messages):
+        raise AlloError(f"prompt {short(text)}: an empty turn; expected text in each")
+    return messages

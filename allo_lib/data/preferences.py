@@ -1,4 +1,4 @@
-"""Preference pairs as people have them, in all forms of TRL's columns, to token ids.
+"""Preference pairs for `align`, in all forms of TRL's columns, as token ids.
 
 The forms: strings or chat messages; the prompt in a column of its own or as what both replies begin
 with. Prompt and reply are encoded together and parted after what the prompt alone has in common
@@ -21,7 +21,6 @@ SIDES = ("chosen", "rejected")
 COLUMNS = ("prompt", *SIDES)
 # Of messages, beside their content: what templates write only if they know of it.
 _WRITTEN = ("tool_calls", "reasoning_content", "thinking")
-_OF_EACH = ("rows", "numbers", "corrections")
 _EXPECTED = (
     "expected one split of a datasets.Dataset, or a list of dicts, with the columns "
     + ", ".join(COLUMNS)
@@ -40,34 +39,15 @@ class Preference:
     merged: bool
 
 
-def read_rows(pairs) -> list[dict]:
-    """The pairs as dicts with both replies; AlloError for anything else."""
-    if not isinstance(pairs, Iterable):
-        raise AlloError(f"align: pairs is a {type(pairs).__name__}; {_EXPECTED}")
-    rows = list(pairs)
-    if not rows:
-        raise AlloError("align: no pairs were given; expected at least one")
-    for number, row in enumerate(rows):
-        if not isinstance(row, Mapping):
-            kind = type(row).__name__
-            raise AlloError(f"align: pair {number} is a {kind}, not a dict; {_EXPECTED}")
-        missing = [name for name in SIDES if name not in row]
-        if missing:
-            raise AlloError(
-                f"align: pairs lack the column {missing[0]!r} (pair {number}); expected "
-                f"{', '.join(COLUMNS)}"
-            )
-    return [dict(row) for row in rows]
-
-
 @dataclass
-class Given:
+class Encoded:
     """The pairs that are used, as token ids, and what becomes of the others.
 
-    longest: tokens of a row at most. numbers: of these pairs among those given. corrections: of
-    each the rows of the rewriting reward model, to train it and to ask it; None where they do not
-    fit. overlong: numbers of the pairs that are too long. merged: how many have a prompt that ends
-    otherwise before a reply than alone. count: of the pairs that were given.
+    longest: tokens of a row at most. rows: `prompt`, `chosen`, `rejected` of each pair as lists of
+    ids. numbers: places of these pairs among all. corrections: of each the rows of the rewriting
+    reward model, to train it and to read its probabilities; None where they do not fit. overlong:
+    places of the pairs that are too long. merged: how many have a prompt that ends otherwise before
+    a reply than alone. count: of all pairs.
     """
 
     longest: int
@@ -78,8 +58,8 @@ class Given:
     merged: int = 0
     count: int = 0
 
-    def split(self, share: float, seed: int) -> "tuple[Given, Given]":
-        """(the others, a share of the pairs), drawn by prompt: none stands on both sides."""
+    def split(self, share: float, seed: int) -> "tuple[Encoded, Encoded]":
+        """Return (the others, a share of the pairs), drawn by prompt: none stands on both sides."""
         of_prompt: dict[tuple, list[int]] = {}
         for place, row in enumerate(self.rows):
             of_prompt.setdefault(tuple(row["prompt"]), []).append(place)
@@ -90,62 +70,80 @@ class Given:
         others = [place for place in range(len(self.rows)) if place not in drawn]
         return self._only(others), self._only(sorted(drawn))
 
-    def _only(self, places: list[int]) -> "Given":
-        kept = {key: [getattr(self, key)[place] for place in places] for key in _OF_EACH}
-        return replace(self, **kept)
+    def _only(self, places: list[int]) -> "Encoded":
+        lists = {"rows": self.rows, "numbers": self.numbers, "corrections": self.corrections}
+        return replace(self, **{key: [one[i] for i in places] for key, one in lists.items()})
 
 
-def read_pairs(tokenizer, pairs, context: int | None, max_length: int | None, overlong: str):
-    """The pairs as `Given`.
+def read_pairs(
+    tokenizer, pairs, context: int | None, max_length: int | None, overlong: str
+) -> Encoded:
+    """Encode all pairs of a dataset, or of a list of dicts.
 
-    context: tokens that the model reads at most; max_length: of a row at most; None for no limit,
-    but not both. overlong: what becomes of longer pairs, "drop" or "raise".
+    Args:
+        tokenizer: of the model.
+        pairs: rows with `chosen`, `rejected` and mostly `prompt`, see `encode_preference`.
+        context: tokens that the model reads at most, None for no limit.
+        max_length: tokens of a row at most, None for no limit other than `context`.
+        overlong: what becomes of longer pairs, "drop" or "raise".
 
     Raises:
-        AlloError: what `read_rows` and `encode_preference` raise, a pair that is longer, if those
-            are to be raised, and none that fits.
+        AlloError: no pairs or something else, what `encode_preference` raises, a pair that is
+            longer, if those are to be raised, and none that fits.
     """
-    found = Given(min(length for length in (context, max_length) if length))
-    given, too_long = read_rows(pairs), []
-    for number, row in enumerate(given):
+    if not isinstance(pairs, Iterable):
+        raise AlloError(f"align: pairs is a {type(pairs).__name__}; {_EXPECTED}")
+    pairs, too_long = list(pairs), []
+    if not pairs:
+        raise AlloError("align: no pairs were given; expected at least one")
+    result = Encoded(min(n for n in (context, max_length) if n), count=len(pairs))
+    for number, row in enumerate(pairs):
         place = f"align: pair {number}"
-        pair = encode_preference(tokenizer, row, place)
+        if not isinstance(row, Mapping):
+            raise AlloError(f"{place} is a {type(row).__name__}, not a dict; {_EXPECTED}")
+        for name in SIDES:
+            if name not in row:
+                raise AlloError(f"align: pairs lack the column {name!r} (pair {number}); "
+                                f"expected {', '.join(COLUMNS)}")  # fmt: skip
+        pair = encode_preference(tokenizer, dict(row), place)
         length = len(pair.ids["prompt"]) + max(len(pair.ids[side]) for side in SIDES)
-        if length > found.longest:
-            told = f"{place}: {length} tokens, but the longest row is {found.longest}; shorten the "
-            too_long.append(AlloError(f"{told}prompt or leave the pair out"))
-            found.overlong.append(number)
+        if length > result.longest:
+            message = f"{place}: {length} tokens, but the longest row is {result.longest}; "
+            too_long.append(AlloError(f"{message}shorten the prompt or leave the pair out"))
+            result.overlong.append(number)
             continue
-        found.merged += pair.merged
-        found.rows.append(pair.ids)
-        found.numbers.append(number)
-        found.corrections.append(_correction(tokenizer, pair, context or found.longest))
-    if too_long and (overlong == "raise" or not found.rows):
+        result.merged += pair.merged
+        result.rows.append(pair.ids)
+        result.numbers.append(number)
+        result.corrections.append(_correction(tokenizer, pair, context or result.longest))
+    if too_long and (overlong == "raise" or not result.rows):
         raise too_long[0]
-    found.count = len(given)
-    return found
+    return result
 
 
-def _correction(tokenizer, pair: "Preference", longest: int) -> tuple[dict, dict] | None:
-    """The rows by which the reward model learns of this pair and is asked about it."""
+def _correction(tokenizer, pair: Preference, longest: int) -> tuple[dict, dict] | None:
+    """Return the rows that train the reward model on this pair, and that ask it about it."""
     heading = rewriter.heading(pair.texts["chosen"], pair.texts["rejected"])
-    asked = pair.ids["prompt"] + encode_text(tokenizer, heading)
-    if len(asked) + max(len(pair.ids[side]) for side in SIDES) > longest:
+    prompt = pair.ids["prompt"] + encode_text(tokenizer, heading)
+    if len(prompt) + max(len(pair.ids[side]) for side in SIDES) > longest:
         return None
-    learnt, read = ({"prompt": asked, "response": pair.ids[side]} for side in SIDES)
-    return learnt, read
+    right, wrong = ({"prompt": prompt, "response": pair.ids[side]} for side in SIDES)
+    return right, wrong
 
 
 def encode_preference(tokenizer, row: dict, place: str) -> Preference:
-    """One pair as token ids.
+    """Encode one pair.
 
-    row: `chosen` and `rejected`, and `prompt` unless both begin with it; for chat messages also
-    `tools` (a list, or its JSON) and `chat_template_kwargs`, as TRL has them.
+    Args:
+        tokenizer: of the model.
+        row: `chosen` and `rejected`, and `prompt` unless both begin with it; for chat messages also
+            `tools` (a list, or its JSON) and `chat_template_kwargs`, as TRL has them.
+        place: names the pair in errors.
 
     Raises:
         AlloError: what cannot be encoded, a special token's name in a string, replies that are
             equal or follow different conversations, a prompt without tokens, or something in the
-            messages that the chat template leaves out; `place` names the pair.
+            messages that the chat template leaves out.
     """
     if all(isinstance(row[key], str) for key in COLUMNS if key in row):
         preference = _of_strings(tokenizer, row, place)
@@ -174,10 +172,10 @@ def _of_strings(tokenizer, row: dict, place: str) -> Preference:
         begin, prompt = begin or [tokenizer.bos_token_id], prompt.removeprefix(bos)
     for key, text in {"prompt": prompt, **texts}.items():
         _refuse_special(tokenizer, text, f"{place}: the {key} string")
-    head = _told(f"{place}, prompt", encode_text, tokenizer, prompt)
+    head = _encoded(f"{place}, prompt", encode_text, tokenizer, prompt)
     joints = []
     for side, text in texts.items():
-        apart = head + _told(f"{place}, {side}", encode_text, tokenizer, text)
+        apart = head + _encoded(f"{place}, {side}", encode_text, tokenizer, text)
         joint = encode_text(tokenizer, prompt + text)
         # A vocabulary of words may know the last and the first word, but not both as one.
         unknown = tokenizer.unk_token_id
@@ -193,7 +191,7 @@ def _of_messages(tokenizer, row: dict, place: str) -> Preference:
         settings["tools"] = _tools(row["tools"], place)
     where = f"{place}, prompt"
     ask = settings | {"add_generation_prompt": True}
-    head = _told(where, encode_chat, tokenizer, prompt, **ask)
+    head = _encoded(where, encode_chat, tokenizer, prompt, **ask)
     if row.get("tools"):
         without = encode_chat(tokenizer, prompt, **ask | {"tools": None})
         _refuse_left_out(head == without, where, "tools")
@@ -201,29 +199,29 @@ def _of_messages(tokenizer, row: dict, place: str) -> Preference:
         if message["role"] not in ("user", "assistant"):
             other = [*prompt]
             other[number] = message | {"content": message["content"] + "x"}
-            same = head == _told(where, encode_chat, tokenizer, other, **ask)
+            same = head == _encoded(where, encode_chat, tokenizer, other, **ask)
             _refuse_left_out(same, where, f"messages of role {message['role']!r}")
     for message in (*prompt, *replies.values()):
         for key in _WRITTEN:
             if key in message:
                 asked = {"role": "user", "content": "x"}
                 with_it, without = (
-                    _told(place, encode_chat, tokenizer, [asked, one], **settings)
+                    _encoded(place, encode_chat, tokenizer, [asked, one], **settings)
                     for one in (message, {k: v for k, v in message.items() if k != key})
                 )
                 _refuse_left_out(with_it == without, place, key)
     joints = [
-        _told(f"{place}, {side}", encode_chat, tokenizer, [*prompt, reply], **settings)
+        _encoded(f"{place}, {side}", encode_chat, tokenizer, [*prompt, reply], **settings)
         for side, reply in replies.items()
     ]
-    found = _parted(head, joints, {})
+    pair = _parted(head, joints, {})
     for side, reply in replies.items():
-        ids = found.ids[side] = _ended(tokenizer, found.ids[side])
+        ids = pair.ids[side] = _ended(tokenizer, pair.ids[side])
         plain = not any(key in reply for key in _WRITTEN)
-        found.texts[side] = (
+        pair.texts[side] = (
             reply["content"] if plain else tokenizer.decode(ids, skip_special_tokens=True)
         )
-    return found
+    return pair
 
 
 def _parted(head: list[int], joints: list[list[int]], texts: dict[str, str]) -> Preference:
@@ -233,7 +231,7 @@ def _parted(head: list[int], joints: list[list[int]], texts: dict[str, str]) -> 
 
 
 def _ended(tokenizer, ids: list[int]) -> list[int]:
-    """A response up to the last token of the template's own; the end token if it writes none."""
+    """Cut a response after the template's own last token; add the end token if it writes none."""
     own = encoding.added_tokens(tokenizer)
     past = max((place + 1 for place, token in enumerate(ids) if token in own), default=0)
     if past and not tokenizer.decode(ids[past:]).strip():
@@ -242,19 +240,19 @@ def _ended(tokenizer, ids: list[int]) -> list[int]:
 
 
 def _conversation(tokenizer, row: dict, place: str) -> tuple[list[dict], dict[str, dict]]:
-    """The messages of the prompt, and the reply of each side as one message."""
+    """Return the messages of the prompt, and the reply of each side as one message."""
     prompt = row.get("prompt")
     for key in COLUMNS:
         if isinstance(row.get(key), str):
             _refuse_special(tokenizer, row[key], f"{place}: the {key} string")
     asked = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     if "prompt" in row:
-        asked = _told(f"{place}, prompt", _checked, asked, BEFORE_A_REPLY)
+        asked = _encoded(f"{place}, prompt", _checked, asked, BEFORE_A_REPLY)
     replies, inside = {}, {}
     for side in SIDES:
-        given = row[side]
-        given = [{"role": "assistant", "content": given}] if isinstance(given, str) else given
-        *before, replies[side] = _told(f"{place}, {side}", _checked, given, ("assistant",))
+        said = row[side]
+        said = [{"role": "assistant", "content": said}] if isinstance(said, str) else said
+        *before, replies[side] = _encoded(f"{place}, {side}", _checked, said, ("assistant",))
         inside[side] = before
         if not before or "prompt" not in row:
             continue
@@ -267,26 +265,26 @@ def _conversation(tokenizer, row: dict, place: str) -> tuple[list[dict], dict[st
                 "prompt; put them into the prompt"
             )
     before = inside["chosen"] or inside["rejected"]
-    if "prompt" not in row or all(inside.values()):
-        if _turns(inside["chosen"]) != _turns(inside["rejected"]) or not before:
-            raise AlloError(
-                f"{place}: chosen and rejected do not follow the same messages; put those before "
-                "the reply into the prompt"
-            )
+    differ = _turns(inside["chosen"]) != _turns(inside["rejected"])
+    if ("prompt" not in row or all(inside.values())) and (differ or not before):
+        raise AlloError(
+            f"{place}: chosen and rejected do not follow the same messages; put those before the "
+            "reply into the prompt"
+        )
     prompt = before if before and ("prompt" not in row or isinstance(prompt, str)) else asked
-    return _told(f"{place}, prompt", _checked, prompt, BEFORE_A_REPLY), replies
+    return _encoded(f"{place}, prompt", _checked, prompt, BEFORE_A_REPLY), replies
 
 
-def _tools(given, place: str) -> list:
+def _tools(tools, place: str) -> list:
     with contextlib.suppress(ValueError):
-        tools = json.loads(given) if isinstance(given, str) else given
+        tools = json.loads(tools) if isinstance(tools, str) else tools
         if isinstance(tools, list):
             return tools
     raise AlloError(f"{place}: tools is no list; expected a list of JSON schemas, or its JSON")
 
 
 def _checked(messages, last: tuple[str, ...]) -> list[dict]:
-    """Messages without what is None, as columns of data sets have it; a call needs no content."""
+    """Drop what is None, as columns of data sets have it; a call needs no content."""
     if isinstance(messages, (list, tuple)):
         messages = [_filled(message) for message in messages]
     check_messages(messages, last)
@@ -323,8 +321,8 @@ def _refuse_left_out(is_left_out: bool, place: str, what: str) -> None:
         )
 
 
-def _told(place: str, encode, *arguments, **settings):
-    """What `encode` gives; its AlloError with the place before it."""
+def _encoded(place: str, encode, *arguments, **settings):
+    """Return what `encode` does; put the place before its AlloError."""
     try:
         return encode(*arguments, **settings)
     except AlloError as error:

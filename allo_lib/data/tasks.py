@@ -1,16 +1,24 @@
-"""The questions of a domain behind one face: generated ones (miniature) and real ones.
+"""The questions of a domain: generated ones (miniature) and real ones, with one interface.
 
 A task gives questions of a split, a solution to learn from, the verdict on a response, and its
 minimally corrected form. Splits: "sft", "pairs", "dev" and "test"; no question is in two of them.
+
+Functions of a `name` and a `row` take the data set's name in `benchmarks` (for others the kind of
+answer is told from the row itself) and a question as `rows` describes it.
 """
 
 import random
 from dataclasses import dataclass
 
-from allo_lib.data import miniature, questions, realdata, shares
+from allo_lib.data import answers, miniature
+from allo_lib.data.answers import LETTERS, MARKER
+from allo_lib.data.benchmarks import BENCHMARKS
+from allo_lib.data.rows import load_rows
 from allo_lib.errors import AlloError
 from allo_lib.profiles.config import Domain, Supervised
 from allo_lib.seeds import derive
+
+ORDER = ("sft", "pairs", "dev")  # of the rows in a seed's order of a training file
 
 
 @dataclass(frozen=True)
@@ -31,20 +39,21 @@ class Miniature:
         self.datasets, self.seed = domain.datasets, seed
 
     def questions(self, split: str, count: int, mix: tuple[float, ...] = ()) -> list[Question]:
-        """`count` questions, families interleaved in equal shares, or in those of `mix`."""
-        found = []
-        for family, share in zip(self.datasets, mix or _equal(self.datasets), strict=True):
+        """Return `count` questions, families interleaved in equal shares, or in those of `mix`."""
+        shares = mix or (1 / len(self.datasets),) * len(self.datasets)
+        groups = []
+        for family, share in zip(self.datasets, shares, strict=True):
             problems = miniature.problems(family, split, round(count * share), self.seed)
-            found.append([self._question(problem) for problem in problems])
-        return _interleaved(found)
+            groups.append([self._question(problem) for problem in problems])
+        return _interleaved(groups)
 
-    def _question(self, problem) -> Question:
+    def _question(self, problem: miniature.Problem) -> Question:
         rng = random.Random(derive(self.seed, "solution", problem.id))
         text = miniature.solution(problem, rng)
         return Question(problem.id, problem.family, problem.prompt, text, problem)
 
     def demonstration(self, question: Question, phase: Supervised) -> str:
-        """A solution to imitate, in the wording and with the errors of a supervised phase."""
+        """Write a solution to imitate, in the wording and with the errors of a phase."""
         rng = random.Random(derive(self.seed, "demonstration", question.id, phase.error_scale))
         return miniature.solution(
             question.source, rng, phase.error_scale, plain=phase.plain_wording
@@ -59,11 +68,11 @@ class Miniature:
         return miniature.is_right(question.source, response)
 
     def correction(self, question: Question, response: str) -> str | None:
-        """The response with only its wrong words changed; None when it cannot be read."""
+        """Return the response with only its wrong words changed; None when it cannot be read."""
         return miniature.correct(question.source, response)
 
     def wrong_tokens(self, question: Question, response: str) -> list[bool]:
-        """Which words of the response are wrong decisions, known to the generator alone."""
+        """Return which words of the response are wrong decisions, as only the generator knows."""
         return miniature.wrong_tokens(question.source, response)
 
 
@@ -71,92 +80,98 @@ class RealQuestions:
     """Real questions with a gold answer, of one data set or of several trained on jointly.
 
     Seeds share the test set and draw everything else apart. A data set whose training rows do not
-    make up an equal share gives what it has, and the others give more; what a phase's `mix` asks
-    for is given as it is or refused.
+    make up an equal share gives what it has, and the others give more.
     """
 
     def __init__(self, domain: Domain, seed: int, data_dir=None):
+        if domain.pretrain.mix or domain.sft.mix:
+            raise AlloError("mix is of the miniature's families; leave it out of real data sets")
         self.domain, self.seed, self.data_dir = domain, seed, data_dir
         self._rows: dict[tuple[str, str], list[dict]] = {}
         self._planned: dict[str, dict[str, int]] = {}
 
     def questions(self, split: str, count: int, mix: tuple[float, ...] = ()) -> list[Question]:
-        """`count` questions, equally many of each data set as far as it has them, or by `mix`.
+        """Return `count` questions, equally many of each data set as far as it has them.
 
         Test questions come from the test file, in an order that no seed changes; the others from
-        consecutive parts of the seed's own order of the training file.
+        consecutive parts of the seed's own order of the training file. `mix` is always ().
 
         Raises:
             AlloError: more than there are, or rows that are no questions of the domain's kind.
         """
-        file = "test" if split == "test" else "train"
-        counts, starts = self._parts(split, count, mix)
-        groups = []
-        for name, number in counts.items():
-            rows = self._load(name, file)[starts[name] : starts[name] + number]
-            groups.append([self._question(name, row) for row in rows])
-        return _interleaved(groups)
+        names = self.domain.datasets
+        if split == "test":
+            sizes = {name: len(self._load(name, "test")) for name in names}
+            return self._take("test", counts_of_test(count, sizes), dict.fromkeys(names, 0))
+        if not self._planned:
+            sizes = {name: len(self._load(name, "train")) for name in names}
+            self._planned = plan(self.domain, sizes)
+        room = self._planned[split]
+        counts = spread(count, room)
+        if counts is None:
+            raise AlloError(
+                f"{count} questions of {split} are requested, but the profile sets "
+                f"{', '.join(f'{n} of {name}' for name, n in room.items())} aside"
+            )
+        before = ORDER[: ORDER.index(split)]
+        starts = {name: sum(self._planned[one][name] for one in before) for name in names}
+        return self._take("train", counts, starts)
+
+    def _take(self, file: str, counts: dict[str, int], starts: dict[str, int]) -> list[Question]:
+        return _interleaved(
+            [
+                [
+                    self._question(name, row)
+                    for row in self._load(name, file)[starts[name] :][:count]
+                ]
+                for name, count in counts.items()
+            ]
+        )
 
     def _load(self, name: str, file: str) -> list[dict]:
         if (name, file) not in self._rows:
-            rows = realdata.load_rows(name, file, self.data_dir)
+            rows = load_rows(name, file, self.data_dir)
             seed = 0 if file == "test" else self.seed
             random.Random(derive(seed, "rows", name, file)).shuffle(rows)
             self._rows[name, file] = rows
         return self._rows[name, file]
 
-    def _parts(self, split: str, count: int, mix) -> tuple[dict[str, int], dict[str, int]]:
-        """Number of questions of each data set, and the number of its first row."""
-        names = self.domain.datasets
-        if split == "test":
-            sizes = {name: len(self._load(name, "test")) for name in names}
-            return shares.of_test(count, sizes), dict.fromkeys(names, 0)
-        if not self._planned:
-            sizes = {name: len(self._load(name, "train")) for name in names}
-            self._planned = shares.plan(self.domain, sizes)
-        room = self._planned[split]
-        counts = shares.by_mix(count, names, mix) if mix else shares.spread(count, room)
-        if counts is None or any(counts[name] > room[name] for name in names):
-            raise AlloError(
-                f"{count} questions of {split} asked for, but the profile sets "
-                f"{', '.join(f'{n} of {name}' for name, n in room.items())} aside"
-            )
-        before = shares.ORDER[: shares.ORDER.index(split)]
-        return counts, {name: sum(self._planned[s][name] for s in before) for name in names}
-
     def _question(self, name: str, row: dict) -> Question:
         if self.domain.kind == "choice" and not row.get("choices"):
             raise AlloError(f"question {row['id']!r} has no options; expected multiple choice")
-        questions.check(name, row)
+        check(name, row)
         # Only a data set's own ids are known to differ.
         alone = len(self.domain.datasets) == 1 or row["id"].startswith(f"{name}-")
-        solution = questions.target(name, row, explain=self.domain.explain)
         row_id = row["id"] if alone else f"{name}/{row['id']}"
-        return Question(row_id, name, questions.prompt(name, row), solution, row)
+        solution = target(name, row, explain=self.domain.explain)
+        return Question(row_id, name, prompt(name, row), solution, row)
 
     def demonstration(self, question: Question, phase: Supervised) -> str:
-        """The gold response."""
+        """Return the gold response."""
         return question.solution
 
     def answered(self, question: Question, response: str) -> bool:
         """Whether the response ends in an answer of the question's kind."""
-        return questions.read(question.dataset, question.source, response) is not None
+        return read(question.dataset, question.source, response) is not None
 
     def right(self, question: Question, response: str) -> bool:
         """Whether it ends in the gold answer."""
-        return questions.is_right(question.dataset, question.source, response)
+        return is_right(question.dataset, question.source, response)
 
     def correction(self, question: Question, response: str) -> str:
-        """The response with its final answer replaced by the gold one."""
-        return questions.correction(question.dataset, question.source, response)
+        """Return the response with its final answer replaced by the gold one."""
+        return correction(question.dataset, question.source, response)
 
 
-def _equal(datasets) -> tuple[float, ...]:
-    return (1 / len(datasets),) * len(datasets)
+def open_task(domain: Domain, seed: int, data_dir=None) -> Miniature | RealQuestions:
+    """Return the task of a domain that has questions."""
+    if domain.kind == "miniature":
+        return Miniature(domain, seed)
+    return RealQuestions(domain, seed, data_dir)
 
 
 def _interleaved(groups: list[list[Question]]) -> list[Question]:
-    """All questions, each group spread evenly over the whole, so that any part has the same mix."""
+    """Spread each group evenly over the whole, so that any part has the same mix."""
     placed = [
         ((number + 0.5) / len(group), position, question)
         for position, group in enumerate(groups)
@@ -165,8 +180,152 @@ def _interleaved(groups: list[list[Question]]) -> list[Question]:
     return [question for _, _, question in sorted(placed, key=lambda item: item[:2])]
 
 
-def open_task(domain: Domain, seed: int, data_dir=None):
-    """The task of a domain that has questions."""
-    if domain.kind == "miniature":
-        return Miniature(domain, seed)
-    return RealQuestions(domain, seed, data_dir)
+# --- one real question ---------------------------------------------------------------------------
+
+
+def kind(name: str, row: dict) -> str:
+    """Kind of a row's answer: "choice" where there are options, else that of its data set."""
+    if row.get("choices"):
+        return "choice"
+    if name in BENCHMARKS:
+        return BENCHMARKS[name].answer
+    gold = row["answer"]
+    if answers.plain(gold) in ("yes", "no"):
+        return "yes_no"
+    return "number" if answers.number(gold) is not None else "latex"
+
+
+def check(name: str, row: dict) -> None:
+    """Raise AlloError unless the row is a question whose own gold answer is read and right."""
+    what = kind(name, row) if "answer" in row else ""
+    if what not in answers.KINDS:
+        raise AlloError(
+            f"question {row.get('id')!r} of {name} has no gold answer; a judge is needed"
+        )
+    if what == "choice" and not row.get("choices"):
+        raise AlloError(f"question {row['id']!r} has no options; expected multiple choice")
+    if not is_right(name, row, _final(row)):
+        raise AlloError(
+            f"question {row['id']!r}: answer is {row['answer'][:40]!r}, expected one that reads "
+            f"as {what}"
+        )
+
+
+def prompt(name: str, row: dict) -> str:
+    """Return what the model is asked: the stem, the options' texts on one line, and `Answer:`.
+
+    Small models tell texts apart but not letters. The response begins with a space.
+    """
+    lines, choices = row["question"].split("\n"), row["choices"] or ()
+    lines = lines[: len(lines) - len(choices)]  # the options are always the last lines
+    if kind(name, row) == "yes_no":
+        choices = ("yes", "no")
+    if choices:
+        lines.append(f"Options: {', '.join(choices)}")
+    return "\n".join([*lines, "Answer:"])
+
+
+def target(name: str, row: dict, explain: int = 0) -> str:
+    """Return the gold response, starting with a space, without the end token.
+
+    Before `The answer is: X` comes the whole derivation where the data set has such (for MAWPS the
+    equation), and else `explain` statements of the human explanation (at most what there is).
+    """
+    solution, before = row["solution"] or "", []
+    if name in BENCHMARKS and BENCHMARKS[name].worked:
+        before = [solution.strip()] if solution.strip() else []
+    else:
+        before = [" ".join(line.split()) for line in solution.split("\n") if line.strip()]
+        before = before[:explain]
+    ended = [text if text[-1] in ".!?" else text + "." for text in before]
+    return " " + " ".join([*ended, _final(row)])
+
+
+def read(name: str, row: dict, response: str) -> str | None:
+    """Return the response's final answer, read strictly (`answers.read`); None without one."""
+    return answers.read(kind(name, row), response, row["choices"])
+
+
+def is_right(name: str, row: dict, response: str) -> bool:
+    """Whether the response's final answer is the gold one."""
+    answer = read(name, row, response)
+    return answer is not None and answers.is_same(kind(name, row), answer, row["answer"])
+
+
+def correction(name: str, row: dict, response: str) -> str:
+    """Return the response with as little changed as makes its final answer right.
+
+    What follows the last `The answer is` is replaced by the gold answer; a response without one
+    gets it appended. Made from the gold answer alone, so what stands before it stays as it was.
+    """
+    if is_right(name, row, response):
+        return response
+    before, marker, _ = response.rpartition(MARKER)
+    return (before if marker else response.rstrip() + " ") + _final(row)
+
+
+def _final(row: dict) -> str:
+    gold, choices = row["answer"], row["choices"]
+    return f"{MARKER}: {choices[LETTERS.index(gold)] if choices else gold}"
+
+
+# --- how many rows each data set gives to each split ---------------------------------------------
+
+
+def spread(count: int, room: dict[str, int]) -> dict[str, int] | None:
+    """Deal `count` out in equal shares, none above its room; None if all rooms are too small."""
+    if count > sum(room.values()):
+        return None
+    counts, left = {}, count
+    for position, name in enumerate(sorted(room, key=room.get)):
+        counts[name] = min(room[name], round(left / (len(room) - position)))
+        left -= counts[name]
+    # Rounding up may have left the last ones short by one.
+    for name in counts:
+        more = min(left, room[name] - counts[name])
+        counts[name], left = counts[name] + more, left - more
+    return {name: counts[name] for name in room}
+
+
+def plan(domain: Domain, sizes: dict[str, int]) -> dict[str, dict[str, int]]:
+    """Deal training rows out to "sft", "pairs" and "dev", for each data set.
+
+    Once for a whole domain, so that no row is in two splits: first development and pairs, which
+    every data set should have; last the supervised rows, of which there are the most.
+
+    Args:
+        domain: its counts.
+        sizes: rows of each data set's training file.
+
+    Raises:
+        AlloError: more rows are requested than there are.
+    """
+    supervised = max(domain.pretrain.examples, domain.sft.examples)
+    counts = {"dev": domain.dev, "pairs": domain.pairs.questions, "sft": supervised}
+    left, planned = sizes, {}
+    for split, count in counts.items():
+        planned[split] = spread(count, left)
+        if planned[split] is None:
+            raise _too_few("train", sizes, counts)
+        left = {name: left[name] - planned[split][name] for name in left}
+    return planned
+
+
+def counts_of_test(count: int, sizes: dict[str, int]) -> dict[str, int]:
+    """Count the test questions (or instructions) of each data set.
+
+    Raises:
+        AlloError: there are fewer than `count`.
+    """
+    counts = spread(count, sizes)
+    if counts is None:
+        raise _too_few("test", sizes, {"test": count})
+    return counts
+
+
+def _too_few(file: str, sizes: dict[str, int], counts: dict[str, int]) -> AlloError:
+    present = ", ".join(f"{name}/{file} has {rows} rows" for name, rows in sizes.items())
+    requested = ", ".join(f"{count} of {split}" for split, count in counts.items() if count)
+    return AlloError(
+        f"{present}, but the profile requests {requested}: lower the counts of the profile"
+    )
