@@ -54,7 +54,7 @@ def _write(path: Path, rows: list[dict]) -> None:
 
 
 def write_model(folder: Path, data: Path) -> None:
-    """A model of a few thousand weights with a tokenizer of the words of the data."""
+    """Write a model of a few thousand weights with a tokenizer of the words of the data."""
     words = dict.fromkeys(["<pad>", "<eos>", "<unk>", *FRAME.split()])
     for path in sorted(data.rglob("*.jsonl")):
         for line in path.read_text(encoding="utf-8").splitlines():

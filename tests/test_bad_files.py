@@ -11,7 +11,7 @@ from refusals import read_or_refused, refused, tree
 from tiny_models import tiny_llama, weights_of
 
 from allo_lib.machine import weights
-from allo_lib.method.importance import NeuronMask, delta_scores, select_neurons
+from allo_lib.method.importance import NeuronMask, select_neurons
 
 WRITTEN = {"format": 1, "granularity": "scalar", "shapes": {"w": [2, 2]}}
 fuzzing = settings(
@@ -20,7 +20,7 @@ fuzzing = settings(
 
 
 def safetensors(header, data: bytes = b"", length=None) -> bytes:
-    """A file of the format, by hand: length of the header, header, data."""
+    """Write a file of the format by hand: length of the header, header, data."""
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     return struct.pack("<Q", len(text) if length is None else length) + text + data
 
@@ -29,9 +29,9 @@ def tensor(dtype="I32", shape=(2,), start=0, end=8) -> dict:
     return {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
 
 
-def mask_bytes(indices=(0, 3), told=WRITTEN, **change) -> bytes:
-    """A mask file; `told` is its header of this library, `change` is laid over the tensor's."""
-    header = {"w": tensor(shape=[len(indices)], end=4 * len(indices)) | change}
+def mask_bytes(indices=(0, 3), told=WRITTEN, name="w", **change) -> bytes:
+    """Make a mask file; `told` is the header of this library, `change` goes over the tensor's."""
+    header = {name: tensor(shape=[len(indices)], end=4 * len(indices)) | change}
     if told is not None:
         text = told if isinstance(told, str) else json.dumps(told)
         header["__metadata__"] = {"allo_neuron_mask": text}
@@ -107,15 +107,7 @@ MASKS = {
         "w keeps parts of rows; make it anew",
     ),
     "name with a line break": (
-        safetensors(
-            {
-                "__metadata__": {
-                    "allo_neuron_mask": json.dumps(told_with(shapes={"a\nb\x1b[31m": [1]}))
-                },
-                "a\nb\x1b[31m": tensor(),
-            },
-            struct.pack("<2i", 0, 3),
-        ),
+        mask_bytes((0, 3), WRITTEN | {"shapes": {"a\nb\x1b[31m": [1]}}, name="a\nb\x1b[31m"),
         "'a\\nb\\x1b[31m'",
     ),
 }  # fmt: skip
@@ -149,89 +141,31 @@ def test_the_masks_that_the_cases_depart_from_are_read(tmp_path):
 UP = "model.layers.0.mlp.up_proj.weight"
 
 
-def renamed(scores):
-    return {f"base_model.{name}": score for name, score in scores.items()}
-
-
-def with_another(name, value):
-    return lambda scores: scores | {name: value}
-
-
-OTHERS = {
-    "one name more": (with_another("extra", torch.ones(4)), "mask names 'extra', which the model"),
-    "a matrix turned": (with_another(UP, torch.ones(16, 24)), "mask expects shape (16, 24), the"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize(("change", "told"), OTHERS.values(), ids=OTHERS)
-def test_a_mask_from_scores_of_another_model_is_told(tmp_path, change, told):
-    model = tiny_llama()
-    weights.save_tensors(change(weights_of(model)), tmp_path / "scores.safetensors")
-    scores = weights.read_tensors(tmp_path / "scores.safetensors")
-    mask = select_neurons(scores, 0.1)
-    mask.save(tmp_path / "mask.safetensors")
-    with refused(told):
-        NeuronMask.load(tmp_path / "mask.safetensors").check(model)
-
-
 def test_a_mask_of_untied_embeddings_does_not_fit_tied_ones():
     mask = select_neurons(weights_of(tiny_llama(tied=False)), 0.1)
     with refused("mask names 'lm_head.weight', which the model lacks: use its own mask"):
         mask.check(tiny_llama(tied=True))
 
 
-def change_of(name, value):
-    """Weights for `restore` that differ from the model's in one place."""
-
-    def change(given):
-        if value is None:
-            given.pop(name)
-        else:
-            given[name] = value
-        return given
-
-    return change
-
-
 WEIGHTS = {
-    "a name missing": (change_of(UP, None), f"weights and model differ: '{UP}' is in only one"),
-    "turned": (change_of(UP, torch.ones(16, 24)), "up_proj.weight have shape (16, 24), the model"),
+    "a name missing": ({UP: None}, f"weights and model differ: '{UP}' is in only one"),
+    "turned": ({UP: torch.ones(16, 24)}, "up_proj.weight have shape (16, 24), the model"),
     "last one of another shape": (
-        change_of("lm_head.weight", torch.ones(34, 16)),
+        {"lm_head.weight": torch.ones(34, 16)},
         "weights of lm_head.weight have shape (34, 16), the model has (33, 16)",
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(("change", "told"), WEIGHTS.values(), ids=WEIGHTS)
 def test_weights_of_another_model_change_nothing(change, told):
     model = tiny_llama()
     before = weights_of(model)
-    given_ = change({name: value + 1 for name, value in before.items()})
+    other = {name: value + 1 for name, value in before.items()} | change
     with refused(told):
-        weights.restore(model, given_)
+        weights.restore(model, {name: value for name, value in other.items() if value is not None})
     for name, value in model.named_parameters():
         assert torch.equal(value, before[name])
-
-
-NAN, INF = float("nan"), float("inf")
-SCORES = {
-    "NaN": ([1.0, NAN], torch.float32, "scores of w hold NaN; check the run they are of"),
-    "none": ([], torch.float32, "no scores were given; expected at least one tensor"),
-}
-
-
-@pytest.mark.parametrize(("values", "dtype", "told"), SCORES.values(), ids=SCORES)
-def test_bad_scores_of_a_file_are_told(tmp_path, values, dtype, told):
-    weights.save_tensors({"w": torch.tensor(values, dtype=dtype)}, tmp_path / "s.safetensors")
-    with refused(told):
-        select_neurons(weights.read_tensors(tmp_path / "s.safetensors"), 0.5)
-
-
-def test_weights_that_overflowed_give_no_scores():
-    start, end = torch.tensor([6e4]).half(), torch.tensor([6e4]).half() * 2
-    with refused("delta_scores: w holds NaN or infinity; check the warm-up run"):
-        delta_scores({"w": start}, {"w": end})
 
 
 def test_no_file_a_folder_and_no_path_are_told(tmp_path):
@@ -245,7 +179,7 @@ def test_no_file_a_folder_and_no_path_are_told(tmp_path):
 
 
 def loaded(path, raw):
-    """What the two readers make of these bytes."""
+    """Return what the two readers make of these bytes."""
     path.write_bytes(raw)
     mask = read_or_refused(lambda: NeuronMask.load(path))
     tensors = read_or_refused(lambda: weights.read_tensors(path))

@@ -38,7 +38,7 @@ def says(role, content="Hi"):
 
 @pytest.fixture(scope="module")
 def letters():
-    """A tokenizer of single bytes with the special tokens and the template of chat models."""
+    """Make a tokenizer of single bytes with the special tokens and the template of chat models."""
     alphabet = {byte: i for i, byte in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     core = Tokenizer(tokenizer_models.BPE(vocab=alphabet, merges=[]))
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

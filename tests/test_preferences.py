@@ -130,13 +130,13 @@ def assistant(content, **more):
 
 
 def texts(tokenizer, row):
-    """A pair encoded and read back: prompt, chosen, rejected."""
+    """Encode a pair and read it back: prompt, chosen, rejected."""
     ids = encode_preference(tokenizer, row, "pair 0").ids
     return tuple(tokenizer.decode(ids[key]) for key in ("prompt", "chosen", "rejected"))
 
 
 def trl_ids(tokenizer, row) -> dict:
-    """What TRL's DPOTrainer makes of a row; it looks at nothing of itself but the tokenizer."""
+    """Encode a row as TRL's DPOTrainer does; it looks at nothing of itself but the tokenizer."""
     trainer = types.SimpleNamespace(_tokenizer=tokenizer)
     config = DPOConfig(output_dir="unused", max_length=None, report_to=[], use_cpu=True)
     (made,) = DPOTrainer._prepare_dataset(

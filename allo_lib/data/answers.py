@@ -135,10 +135,11 @@ def group(text: str) -> str | None:
 # --- numbers -------------------------------------------------------------------------------------
 
 # Words that change a number, or join it to something, and so are no unit behind it.
-_NOT_UNITS = frozenset(
-    "a and are dozen half hundred is less million billion minus more of or over per_cent plus pi "
-    "squared than thousand times to trillion was x".split()
-)
+_NOT_UNITS = {
+    "a", "and", "are", "dozen", "half", "hundred", "is", "less", "million", "billion", "minus",
+    "more", "of", "or", "over", "plus", "pi", "squared", "than", "thousand", "times", "to",
+    "trillion", "was", "x",
+}  # fmt: skip
 # What may be squared or cubed behind a number; of other letters a power is a formula.
 _MEASURES = "mm|cm|dm|m|km|in|ft|yd|mi|units?|inches|feet|meters|centimeters|miles|yards"
 _PLAIN = r"(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]*)?|\.[0-9]+"
