@@ -130,8 +130,8 @@ def _wrong_splits(splits: dict[str, list[dict]], rows, wrong: list[dict]) -> dic
 
     Questions without a pair are dealt out in the same proportion.
     """
-    paired = list(dict.fromkeys(row["id"] for row in rows))
-    without = list(dict.fromkeys(r["id"] for r in wrong if r["id"] not in set(paired)))
+    paired = {row["id"] for row in rows}
+    without = list(dict.fromkeys(row["id"] for row in wrong if row["id"] not in paired))
     result, start = {}, 0
     for split in [name for name in splits if name.startswith("train")]:
         ids = {row["id"] for row in splits[split]}
@@ -159,11 +159,11 @@ def _sampled_pairs(study, name: str) -> tuple[list[dict], list[dict], dict]:
     rows, all_wrong, right_share, both, too_long = [], [], 0.0, 0, 0
     for question, group in zip(questions, groups, strict=True):
         ended = list(dict.fromkeys(response.text for response in group if response.ended))
-        short = _that_fit(study.tokenizer, question.prompt, ended, domain.max_length)
-        too_long += len(ended) - len(short)
-        right = [text for text in short if task.right(question, text)]
+        fitting = _that_fit(study.tokenizer, question.prompt, ended, domain.max_length)
+        too_long += len(ended) - len(fitting)
+        right = [text for text in fitting if task.right(question, text)]
         # A response without an answer is no wrong answer: it would teach the form, not the matter.
-        wrong = [t for t in short if task.answered(question, t) and not task.right(question, t)]
+        wrong = [t for t in fitting if t not in right and task.answered(question, t)]
         share = [task.right(question, r.text) and r.ended for r in group]
         right_share += sum(share) / len(share)
         both += bool(right and wrong)

@@ -22,6 +22,7 @@ from pydantic import AfterValidator, BaseModel, Field, ValidationError, model_va
 from allo_lib.data.answers import LETTERS
 from allo_lib.data.benchmarks import both_ways, load_from_hub, options
 from allo_lib.errors import AlloError, short
+from allo_lib.profiles.settings import Text
 
 
 def _filled(text: str) -> str:
@@ -30,8 +31,7 @@ def _filled(text: str) -> str:
     return text
 
 
-# JSON can spell half of a surrogate pair, which no tokenizer takes: pydantic refuses it.
-Text = Annotated[str, Field(strict=True)]
+# JSON can spell half of a surrogate pair, which no tokenizer takes: `Text` refuses it.
 Filled = Annotated[Text, AfterValidator(_filled)]
 
 
