@@ -114,7 +114,7 @@ GOOD = line(ROW)
 FILES = {
     "empty": (b"", "holds no rows; expected one JSON object a line"),
     "blank": (b"\n \n", "holds no rows; expected one JSON object a line"),
-    "cut off": (GOOD + GOOD[:-20], "line 2: not JSON (Expecting value"),
+    "cut off": (GOOD + GOOD[:-20], "line 2: not JSON (Unterminated string"),
     "one array": (b"[" + GOOD.strip() + b"]", "line 1: list, expected a JSON object"),
     "Latin-1": (GOOD + "{'é'}".encode("latin-1"), "line 2: not UTF-8"),
     "very deep": (b"[" * 100_000, "line 1: not JSON"),
