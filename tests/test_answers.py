@@ -74,6 +74,7 @@ def test_fractions_are_the_same_as_themselves_and_as_long_decimals(value):
     [
         # Money and other short decimals are exact ...
         ("18.50", "18.5", True), ("18.46", "18.5", False), ("18.49", "18.50", False),
+        ("18.505", "18.50", False),
         ("0.87", "0.875", False), ("0.876", "0.875", False), ("7/8", "0.875", True),
         # ... long ones are rounded, or cut off.
         ("10/3", "3.33333", True), ("3.3333333", "3.33333", True), ("3.3333", "3.33333", False),

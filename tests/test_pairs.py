@@ -1,11 +1,12 @@
 """Preference pairs: no question in two splits, every pair as the verifier or people say."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from real_like import TEMPLATE
+from real_like import TEMPLATE, write_data
 from refusals import refused
 from tiny_study import DOMAIN, open_study
 from tokenizers import Tokenizer, pre_tokenizers
@@ -25,6 +26,7 @@ from allo_lib.data.pairs import (
 from allo_lib.engine.encoding import encode_pairs
 from allo_lib.engine.store import Artifact
 from allo_lib.errors import AlloError
+from allo_lib.profiles import config
 
 
 def rows(questions: int, each: int = 1) -> list[dict]:
@@ -235,3 +237,28 @@ def test_pairs_over_the_limit_are_dropped_and_counted(caplog, template):
     assert f"1 of 2 pairs dropped: longer than {length - 1} tokens" in caplog.text
     with refused("none of 2 pairs has at most 2 tokens"):
         preference_pairs([long, PAIR], tokenizer(template), 2)
+
+
+@pytest.mark.parametrize("template", [TEMPLATE, None])
+def test_human_pairs_are_one_a_conversation_and_split_by_it(tmp_path, template):
+    write_data(tmp_path, train=30, test=5)
+    file = tmp_path / "hh_helpful" / "train.jsonl"
+    lines = file.read_text().splitlines()
+    file.write_text("\n".join(lines + lines[:9]))  # nine conversations are compared twice
+    settings_ = config.Pairs(train=10, dev=4, mask=6, heldout=3)
+    domain = config.Domain(kind="preferences", datasets=("hh_helpful",), pairs=settings_)
+    study = SimpleNamespace(
+        domain=lambda name: domain, tokenizer=tokenizer(template), data_dir=tmp_path, seed=0,
+        profile=config.Profile(name="toy", domains={"toy": domain}),
+    )  # fmt: skip
+    found = make_pairs(study, "toy")
+    assert found.summary == {"given": 39, "pairs": 30}
+    counts = {"train": 10, "dev": 4, "mask": 6, "heldout": 3}
+    assert {split: len(rows) for split, rows in found.rows.items()} == counts
+    rows = [row for split in ("train", "dev", "mask") for row in found.rows[split]]
+    assert len({row["id"] for row in rows}) == len({str(row["prompt"]) for row in rows}) == 20
+    for row in rows + found.rows["heldout"]:
+        assert row["chosen"].strip().startswith("surely") and row["rejected"].strip()[:2] == "no"
+        assert row["solution"] == row["corrected"] == row["chosen"]
+        assert isinstance(row["prompt"], str) == (template is None)
+        assert row["dataset"] == "hh_helpful" and row["id"].startswith("hh_helpful-")

@@ -218,22 +218,13 @@ def _human_pairs(study, name: str, split: str) -> tuple[list[dict], dict]:
         loaded = load_rows(dataset, split, study.data_dir)
         count += len(loaded)
         for pair in preference_pairs(loaded, study.tokenizer, domain.max_length):
-            prompt, chosen, rejected = (pair[key] for key in COLUMNS)
-            if not isinstance(prompt, str):
-                chosen, rejected = chosen[-1]["content"], rejected[-1]["content"]
+            first_turn = pair["prompt"]
+            if not isinstance(first_turn, str):
+                first_turn = first_turn[0]["content"]
+                pair |= {side: pair[side][-1]["content"] for side in COLUMNS[1:]}
             # Several pairs may continue the same conversation: its first turn tells it apart.
-            first_turn = prompt if isinstance(prompt, str) else prompt[0]["content"]
-            rows.append(
-                {
-                    "id": f"{dataset}-{fingerprint(first_turn)[:16]}",
-                    "dataset": dataset,
-                    "prompt": prompt,
-                    "chosen": chosen,
-                    "rejected": rejected,
-                    "solution": chosen,
-                    "corrected": chosen,
-                }
-            )
+            own = {"id": f"{dataset}-{fingerprint(first_turn)[:16]}", "dataset": dataset}
+            rows.append(pair | own | {"solution": pair["chosen"], "corrected": pair["chosen"]})
     if split == "train":
         random.Random(derive(study.seed, "rows", name)).shuffle(rows)
     first_of = {row["id"]: row for row in reversed(rows)}  # one pair a conversation

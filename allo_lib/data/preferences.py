@@ -190,26 +190,26 @@ def _of_messages(tokenizer, row: dict, place: str) -> Preference:
     if row.get("tools"):
         settings["tools"] = _tools(row["tools"], place)
     where = f"{place}, prompt"
-    ask = settings | {"add_generation_prompt": True}
-    head = _encoded(where, encode_chat, tokenizer, prompt, **ask)
+    prompting = settings | {"add_generation_prompt": True}
+    head = _encoded(where, encode_chat, tokenizer, prompt, **prompting)
     if row.get("tools"):
-        without = encode_chat(tokenizer, prompt, **ask | {"tools": None})
+        without = encode_chat(tokenizer, prompt, **prompting | {"tools": None})
         _refuse_left_out(head == without, where, "tools")
     for number, message in enumerate(prompt):
         if message["role"] not in ("user", "assistant"):
             other = [*prompt]
             other[number] = message | {"content": message["content"] + "x"}
-            same = head == _encoded(where, encode_chat, tokenizer, other, **ask)
+            same = head == _encoded(where, encode_chat, tokenizer, other, **prompting)
             _refuse_left_out(same, where, f"messages of role {message['role']!r}")
     for message in (*prompt, *replies.values()):
         for key in _WRITTEN:
             if key in message:
-                asked = {"role": "user", "content": "x"}
-                with_it, without = (
-                    _encoded(place, encode_chat, tokenizer, [asked, one], **settings)
+                question = {"role": "user", "content": "x"}
+                written, without = (
+                    _encoded(place, encode_chat, tokenizer, [question, one], **settings)
                     for one in (message, {k: v for k, v in message.items() if k != key})
                 )
-                _refuse_left_out(with_it == without, place, key)
+                _refuse_left_out(written == without, place, key)
     joints = [
         _encoded(f"{place}, {side}", encode_chat, tokenizer, [*prompt, reply], **settings)
         for side, reply in replies.items()
@@ -245,9 +245,9 @@ def _conversation(tokenizer, row: dict, place: str) -> tuple[list[dict], dict[st
     for key in COLUMNS:
         if isinstance(row.get(key), str):
             _refuse_special(tokenizer, row[key], f"{place}: the {key} string")
-    asked = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     if "prompt" in row:
-        asked = _encoded(f"{place}, prompt", _checked, asked, BEFORE_A_REPLY)
+        turns = _encoded(f"{place}, prompt", _checked, turns, BEFORE_A_REPLY)
     replies, inside = {}, {}
     for side in SIDES:
         said = row[side]
@@ -256,7 +256,7 @@ def _conversation(tokenizer, row: dict, place: str) -> tuple[list[dict], dict[st
         inside[side] = before
         if not before or "prompt" not in row:
             continue
-        same = _turns(before) == _turns(asked)
+        same = _turns(before) == _turns(turns)
         if isinstance(prompt, str):  # beside what the messages say once more, with all before it
             same = prompt.strip() in [message["content"].strip() for message in before]
         if not same:
@@ -271,7 +271,7 @@ def _conversation(tokenizer, row: dict, place: str) -> tuple[list[dict], dict[st
             f"{place}: chosen and rejected do not follow the same messages; put those before the "
             "reply into the prompt"
         )
-    prompt = before if before and ("prompt" not in row or isinstance(prompt, str)) else asked
+    prompt = before if before and ("prompt" not in row or isinstance(prompt, str)) else turns
     return _encoded(f"{place}, prompt", _checked, prompt, BEFORE_A_REPLY), replies
 
 
