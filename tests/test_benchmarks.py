@@ -4,8 +4,7 @@ import pytest
 from refusals import refused
 
 from allo_lib.data import answers, tasks
-from allo_lib.data.benchmarks import BENCHMARKS, options
-from allo_lib.data.rows import check_row
+from allo_lib.data.benchmarks import BENCHMARKS, check_row, options
 
 QUESTION_SETS = [name for name, entry in BENCHMARKS.items() if entry.answer]
 

@@ -7,8 +7,7 @@ import pytest
 from refusals import refused
 
 from allo_lib.data import tasks
-from allo_lib.data.benchmarks import BENCHMARKS, load_from_hub, math_row
-from allo_lib.data.rows import load_rows
+from allo_lib.data.benchmarks import BENCHMARKS, load_from_hub, load_rows, math_row
 
 TALK = "\n\nHuman: Hi\n\nAssistant: Hello!\n\nHuman: And?\n\nAssistant:"
 ECQA = {f"q_op{i}": text for i, text in enumerate(["cake", "mess", "fun", "air", "sun"], 1)}

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from refusals import read_or_refused, refused, tree
 
 from allo_lib.data import tasks
-from allo_lib.data.rows import check_row, data_hash, load_rows
+from allo_lib.data.benchmarks import check_row, data_hash, load_rows
 
 ROW = {
     "id": "q-1",

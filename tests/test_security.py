@@ -26,7 +26,7 @@ from tokenizers import Tokenizer
 from tokenizers import models as tokenizer_models
 from transformers import PreTrainedTokenizerFast
 
-from allo_lib.data.rows import load_rows
+from allo_lib.data.benchmarks import load_rows
 from allo_lib.engine import checkpoints, models, packaged_weights, reference
 from allo_lib.engine.store import Store, write_json
 from allo_lib.evaluation import claims, measurements, published

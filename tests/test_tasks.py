@@ -8,8 +8,7 @@ from hypothesis import strategies as st
 from refusals import refused
 
 from allo_lib.data import answers, miniature, tasks
-from allo_lib.data.benchmarks import options
-from allo_lib.data.rows import check_row
+from allo_lib.data.benchmarks import check_row, options
 from allo_lib.profiles import config
 from allo_lib.profiles.config import Supervised
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from datasets import Dataset
 
-from allo_lib.data.rows import load_rows
+from allo_lib.data.benchmarks import load_rows
 from allo_lib.engine.encoding import encode_prompt, encode_response
 from allo_lib.engine.generation import generate
 from allo_lib.engine.rewriter import Correction

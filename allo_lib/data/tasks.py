@@ -4,7 +4,7 @@ A task gives questions of a split, a solution to learn from, the verdict on a re
 minimally corrected form. Splits: "sft", "pairs", "dev" and "test"; no question is in two of them.
 
 Functions of a `name` and a `row` take the data set's name in `benchmarks` (for others the kind of
-answer is told from the row itself) and a question as `rows` describes it.
+answer is told from the row itself) and a question as `benchmarks` describes it.
 """
 
 import random
@@ -12,8 +12,7 @@ from dataclasses import dataclass
 
 from allo_lib.data import answers, miniature
 from allo_lib.data.answers import LETTERS, MARKER
-from allo_lib.data.benchmarks import BENCHMARKS
-from allo_lib.data.rows import load_rows
+from allo_lib.data.benchmarks import BENCHMARKS, load_rows
 from allo_lib.errors import AlloError
 from allo_lib.profiles.config import Domain, Supervised
 from allo_lib.seeds import derive

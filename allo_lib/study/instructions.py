@@ -10,7 +10,7 @@ import random
 from functools import lru_cache
 from pathlib import Path
 
-from allo_lib.data.rows import data_hash, load_rows
+from allo_lib.data.benchmarks import data_hash, load_rows
 from allo_lib.data.tasks import counts_of_test
 from allo_lib.engine import notes
 from allo_lib.engine.encoding import encode_prompt, encode_response
@@ -37,7 +37,7 @@ def inputs(study, name: str) -> dict:
 
 @lru_cache
 def chosen(study, name: str) -> dict[str, list[dict]]:
-    """The instructions of each data set: rows of `rows.load_rows`, the same for every seed.
+    """The instructions of each data set: rows of `benchmarks.load_rows`, the same for every seed.
 
     They come in an order that no seed changes. What the model cannot read with a reply after it, or
     its tokenizer cannot encode, is skipped, and so is an instruction that was there before

@@ -244,7 +244,7 @@ class Study(KeyNeurons, KeyTokenWeights):
         domain = self.domain(name)
         if domain.kind == "miniature":
             return "generated"
-        from allo_lib.data.rows import data_hash, load_rows
+        from allo_lib.data.benchmarks import data_hash, load_rows
 
         parts = {(d, s): load_rows(d, s, self.data_dir) for d in domain.datasets
                  for s in ("train", "test")}  # fmt: skip

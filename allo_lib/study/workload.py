@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from allo_lib.data.benchmarks import load_rows
 from allo_lib.data.pairs import preference_pairs
-from allo_lib.data.rows import load_rows
 from allo_lib.engine import reference
 from allo_lib.engine.encoding import encode_pairs
 from allo_lib.engine.store import write_json
