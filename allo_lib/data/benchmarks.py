@@ -364,7 +364,7 @@ def _filled(text: str) -> str:
 Filled = Annotated[Text, AfterValidator(_filled)]
 
 
-class Instruction(BaseModel):
+class InstructionRow(BaseModel):
     """What a judge compares replies to; `outputs` are others' replies by model."""
 
     id: Filled
@@ -372,7 +372,7 @@ class Instruction(BaseModel):
     outputs: dict[Text, Text]
 
 
-class Preference(BaseModel):
+class PreferenceRow(BaseModel):
     """A human comparison of two replies."""
 
     prompt: Filled
@@ -386,7 +386,7 @@ class Preference(BaseModel):
         return self
 
 
-class Question(BaseModel):
+class QuestionRow(BaseModel):
     """A question with a gold answer."""
 
     id: Filled
@@ -418,11 +418,11 @@ def check_row(row, place: str = "row") -> None:
     """Raise AlloError, naming `place`, unless `row` is well-formed: one of the three kinds."""
     if not isinstance(row, dict):
         raise AlloError(f"{place}: {type(row).__name__}, expected a JSON object")
-    kind = Question
-    if "question" not in row and not row.keys().isdisjoint(Preference.model_fields):
-        kind = Preference
+    kind = QuestionRow
+    if "question" not in row and not row.keys().isdisjoint(PreferenceRow.model_fields):
+        kind = PreferenceRow
     elif "outputs" in row and "answer" not in row:
-        kind = Instruction
+        kind = InstructionRow
     missing = [key for key in kind.model_fields if key not in row]
     if missing:
         keys = ", ".join(kind.model_fields)
