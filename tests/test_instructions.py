@@ -16,7 +16,7 @@ from allo_lib.engine.encoding import encode_prompt
 from allo_lib.evaluation import comparisons, measurements, outcomes
 from allo_lib.profiles.config import fingerprint
 from allo_lib.profiles.profile_files import load_profile
-from allo_lib.report import main_table, row_comparisons, tables
+from allo_lib.report import row_comparisons, tables
 from allo_lib.study import arms, instructions, judges, win_rates
 from allo_lib.study.study import Study
 from tests import synthetic_results
@@ -203,7 +203,7 @@ def test_without_a_judge_win_rates_are_empty_and_say_why(study):
     assert cut.value == sum(not row[3] for row in replies) / 10 and cut.n == 10
     results = results_with(rows)
     (domain,) = results.domains
-    table = main_table.main_table(results, domain)
+    table = tables.main_table(results, domain)
     reasons = {(r["method"], r["dataset"]): r["reason"] for r in table.records}
     for method in ROWS:
         assert reasons[method, "alpaca_eval"] == "no judge was named"
@@ -247,7 +247,7 @@ def test_tables_name_the_judge_and_compare_win_rates(folder, tmp_path):
     results = results_with(rows)
     (domain,) = results.domains
     assert domain == INSTRUCTIONS
-    table = main_table.main_table(results, domain)
+    table = tables.main_table(results, domain)
     sha = judges.load_reward_model(folder / "longer").note["sha256"]
     assert f"Judge: reward model `longer` (weights {sha[:8]})." in table.caption
     assert table.body[0][0] == "SFT LLM"
