@@ -147,18 +147,17 @@ def _line(label: str, one: Interval | None, scale: float = 100, **options) -> Li
 def forest(axis, lines: Sequence[Line], digits: int = 1) -> None:
     """Draw the lines from top to bottom, their numbers at the right, around zero.
 
-    The axis ends at three times the median distance from zero: few lines far outside must not
-    flatten all others.
+    The axis ends at three times the median distance from zero, or at the paper's furthest value:
+    few lines far outside must not flatten all others.
     """
     known = [line for line in lines if line.effect is not None]
     ends = [x for line in known for x in (line.effect, line.low, line.high) if x is not None]
-    reach = max(3 * float(np.median(np.abs(ends))) if ends else 0, 1e-9)
+    papers = [value for line in lines for _, value in line.paper]
+    reach = max(3 * np.median(np.abs(ends)) if ends else 0, *map(abs, papers), 1e-9)
     for place, line in enumerate(lines):
         axis.axhline(place, color="#eeeeee", lw=0.8, zorder=0)
         for marker, value in line.paper:
-            if abs(value) <= reach:
-                axis.plot(value, place - 0.27, marker, mfc="white", mec="black", ms=4.5, zorder=4)
-            ends.append(value)
+            axis.plot(value, place - 0.27, marker, mfc="white", mec="black", ms=4.5, zorder=4)
         text, colour = line.why, GREY
         if line.effect is not None:
             _point(axis, place, line, reach)
@@ -167,11 +166,9 @@ def forest(axis, lines: Sequence[Line], digits: int = 1) -> None:
                 text += f" [{line.low:+z.{digits}f}, {line.high:+z.{digits}f}]"
         axis.text(1.02, place, text, size=9, va="center", color=colour,
                   transform=axis.get_yaxis_transform())  # fmt: skip
-    inside = [x for x in ends if abs(x) <= reach]
-    inside += [reach if x > 0 else -reach for x in ends if abs(x) > reach]
-    low, high = min([0.0, *inside]), max([0.0, *inside])
-    room = 0.06 * (high - low) or 1.0
-    axis.set_xlim(low - room, high + room)
+    shown = np.clip([0.0, *ends, *papers], -reach, reach)
+    room = 0.06 * np.ptp(shown) or 1.0
+    axis.set_xlim(shown.min() - room, shown.max() + room)
     axis.axvline(0, color="black", lw=0.8)
     row_names(axis, [line.label for line in lines])
 
@@ -186,9 +183,9 @@ def _point(axis, place: float, line: Line, reach: float) -> None:
     if abs(line.effect) <= reach:
         axis.plot(line.effect, place, line.marker, color=line.colour, ms=size, zorder=3,
                   fillstyle=line.fill, markerfacecoloralt="white")  # fmt: skip
-    for end in {x for x in (line.effect, line.low, line.high) if x is not None}:
-        if abs(end) > reach:
-            edge, arrow = (reach, ">") if end > 0 else (-reach, "<")
+    known = [x for x in (line.effect, line.low, line.high) if x is not None]
+    for edge, arrow, cut in ((-reach, "<", min(known) < -reach), (reach, ">", max(known) > reach)):
+        if cut:
             axis.plot(edge, place, arrow, color=line.colour, ms=6, clip_on=False, zorder=3)
 
 

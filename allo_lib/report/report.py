@@ -233,7 +233,7 @@ def build(results_dir: str | Path, models: int | None = None) -> Path:
     templates.filters["anchor"] = _anchor
     script = (Path(__file__).parent / "report.js").read_text(encoding="utf-8")
     page = templates.get_template("report.html.j2").render(
-        profiles=_with_pictures(profiles),
+        profiles=_within_size(profiles),
         broken=broken,
         rule=_inline(RULE),
         effect_text=effect_text,
@@ -256,16 +256,18 @@ def _profile(folder: Path, models: int | None) -> dict:
     """What the page shows of one results folder, pictures as paths."""
     models = models or models_of(folder)
     claims = claims_module.read(folder / "claims.csv")
+    ids = {claim.id for claim in claims}
     cards = [
         {"claim": claim, "parts": [c for c in claims if c.whole == claim.id != c.id]}
-        for claim in claims if claim.whole == claim.id and claim.effect is not None
-    ]  # fmt: skip
+        for claim in claims
+        if claim.effect is not None and (claim.whole == claim.id or claim.whole not in ids)
+    ]
     written = [_table(path) for path in sorted((folder / "tables").glob("*.md"))]
-    groups: dict[str, list[Path]] = {words: [] for words, _ in _GROUPS}
+    first, groups = _main_figure(folder), {words: [] for words, _ in _GROUPS}
     for path in sorted((folder / "figures").glob("*.png")):
-        if not _OF_A_NOTEBOOK.match(path.stem):
+        if not _OF_A_NOTEBOOK.match(path.stem) and path != first:
             words = next(words for words, begins in _GROUPS if path.stem.startswith(begins))
-            groups[words].append(path)
+            groups[words].append(_picture(path))
     told = manifest.read(folder) or {}
     return {
         "name": folder.name,
@@ -282,38 +284,35 @@ def _profile(folder: Path, models: int | None) -> dict:
         "files": [n for n in (outcomes.NAME, "measurements.csv", "claims.csv", manifest.NAME)
                   if (folder / n).exists()],
         "answers": answers(folder, claims),
-        "first": _main_figure(folder),
+        "first": first and _picture(first),
         "cards": cards,
         "missing": [c.id for c in claims if c.whole == c.id and c.effect is None],
         "disagreements": claims_module.protocol_disagreements(claims),
         "main": [table for table in written if table["name"].startswith("main_")],
         "tables": [table for table in written if not table["name"].startswith("main_")],
-        "groups": {words: paths for words, paths in groups.items() if paths},
+        "groups": {words: pictures for words, pictures in groups.items() if pictures},
     }  # fmt: skip
 
 
-def _with_pictures(profiles: list[dict]) -> list[dict]:
-    """The profiles with each path of a figure made its name, caption and, as far as the page's size
-    allows, its content; a picture that stands twice is the first time not folded."""
+def _picture(path: Path) -> dict:
+    try:
+        caption = caption_of(path)
+    except (OSError, ValueError) as error:
+        raise AlloError(f"{path} is not a readable picture: make it again") from error
+    content = base64.b64encode(path.read_bytes()).decode("ascii")
+    words = caption or path.stem.replace("_", " ")
+    return {"name": path.stem, "caption": words, "content": content}
+
+
+def _within_size(profiles: list[dict]) -> list[dict]:
+    """The profiles without the pictures for which the page has no room."""
     room = _MOST_BYTES
     for profile in profiles:
-        shown = {}
-        for path in [profile["first"], *sum(profile["groups"].values(), [])]:
-            if path is None or path in shown:
-                continue
-            try:
-                caption = caption_of(path)
-            except (OSError, ValueError) as error:
-                raise AlloError(f"{path} is not a readable picture: make it again") from error
-            content = base64.b64encode(path.read_bytes()).decode("ascii")
-            room -= len(content)
-            shown[path] = {"name": path.stem, "caption": caption or path.stem.replace("_", " "),
-                           "content": content if room > 0 else ""}  # fmt: skip
-        first = profile["first"]
-        profile["first"] = shown.get(first)
-        groups = {words: [shown[path] for path in paths if path != first]
-                  for words, paths in profile["groups"].items()}  # fmt: skip
-        profile["groups"] = {words: some for words, some in groups.items() if some}
+        folded = [picture for pictures in profile["groups"].values() for picture in pictures]
+        for picture in [profile["first"], *folded] if profile["first"] else folded:
+            room -= len(picture["content"])
+            if room < 0:
+                picture["content"] = ""
     return profiles
 
 
