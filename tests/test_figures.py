@@ -74,7 +74,8 @@ def drawn(results) -> dict[str, Figure]:
 
 
 def texts(figure: Figure) -> str:
-    figure.canvas.draw()  # tick labels have their text only then
+    if figure.stale:
+        figure.canvas.draw()  # tick labels have their text only then
     found = [text.get_text() for text in figure.findobj(lambda part: hasattr(part, "get_text"))]
     return "\n".join(found)
 
@@ -110,7 +111,7 @@ def test_figures_say_what_they_show(drawn, name):
 
 def test_every_axis_is_labelled_and_no_text_is_small(drawn):
     for name, figure in drawn.items():
-        figure.canvas.draw()
+        texts(figure)
         for text in figure.findobj(lambda part: hasattr(part, "get_fontsize")):
             assert text.get_fontsize() >= 9 or not text.get_text(), (name, text.get_text())
         for axis in figure.axes if name not in ("tokens", "method") else ():
