@@ -136,7 +136,7 @@ def test_what_lies_far_outside_is_cut_with_its_number():
     (axis,) = figure.axes
     assert -8 < axis.get_xlim()[0] < -2 and axis.get_xlim()[1] < 8
     assert "-33.0 [-35.0, -31.0]" in texts(figure)
-    arrows = {line.get_marker() for line in axis.lines if line.get_xdata()[0] < -5}
+    arrows = {line.get_marker() for line in axis.lines if min(line.get_xdata(), default=0) < -5}
     assert arrows == {"None", "<"}  # a line of no length, and the arrow
 
 
@@ -147,6 +147,19 @@ def test_claims_that_were_not_measured_are_left_out_and_the_papers_effects_marke
     accuracies = next(axis for axis in drawn["claims"].axes if "accuracy, p" in axis.get_xlabel())
     marked = [line.get_xdata()[0] for line in accuracies.lines if line.get_marker() == "D"]
     assert told and 100 * told[0].paper in marked
+
+
+def test_every_domain_has_a_figure_of_its_claims(tmp_path, monkeypatch):
+    parts = ("questions", ("ecqa",)), ("maths", ("gsm8k",))
+    results = synthetic_results.joined(*parts, models=(0, 1), n=50)
+    saved = {}
+    monkeypatch.setattr(figures, "save", lambda figure, folder, name, caption: (
+        saved.update({name: (figure, caption)}) or folder / name))  # fmt: skip
+    figures.draw(results, claims.compute(results), [], tmp_path)
+    assert {"claims", "claims_maths", "main_questions", "ablations_maths"} <= set(saved)
+    assert "Not measured: C10." in saved["claims"][1] and "C10" not in saved["claims_maths"][1]
+    assert "maths: right of zero" in texts(saved["claims_maths"][0])
+    assert all("Small dots: SFT models." in saved[f"main_{name}"][1] for name, _ in parts)
 
 
 def test_a_best_rate_at_the_edge_of_its_search_has_a_ring():

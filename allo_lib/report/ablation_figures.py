@@ -146,7 +146,7 @@ def quality_against_cost(
     """
     figure, axis = subplots(size=(6.4, 3.8))
     scores = [score for points in series.values() for _, score, *_ in points]
-    apart = 100 * max(0.055 * (max(scores) - min(scores)), 0.004)  # the height of a label
+    apart = 100 * max(0.085 * (max(scores) - min(scores)), 0.004)  # the height of a label
     for place, (label, points) in enumerate(series.items()):
         costs, values, errors, shares = np.asarray(sorted(points), float).T
         style = {"color": PALETTE[place], "marker": "osD^"[place], "lw": 1.5}

@@ -81,7 +81,11 @@ def draw(
     paper_dir: str | Path | None = None,
 ) -> list[Path]:
     """Write every figure that the results allow; returns the PNGs and PDFs."""
-    found = {"claims": claims_figure(claims)}
+    by_domain: dict[str, list[Claim]] = {}
+    for claim in claims:  # those of the first domain have plain ids
+        name = claim.id.partition(":")[2]
+        by_domain.setdefault(f"claims_{name}" if name else "claims", []).append(claim)
+    found = {name: claims_figure(group) for name, group in by_domain.items()}
     changes = changes_of(results, paper_dir)
     if any(change.interval for change in changes):
         found["relative_change"] = relative_change(changes)
@@ -98,11 +102,10 @@ def draw(
             found[f"ablations_{domain.name}"] = ablation_bars(gaps, unit=domain.unit)
     if efficiency:
         found["efficiency"] = efficiency_bars(efficiency)
-    missing = [claim.id for claim in claims if claim.effect is None and claim.whole == claim.id]
-    said = {
-        "claims": f" Not measured: {', '.join(missing)}." if missing else "",
-        **{f"main_{domain.name}": judged_by(results.index, domain) for domain in results.domains},
-    }
+    said = {f"main_{domain.name}": judged_by(results.index, domain) for domain in results.domains}
+    for name, group in by_domain.items():
+        missing = [claim.id for claim in group if claim.effect is None and claim.whole == claim.id]
+        said[name] = f" Not measured: {', '.join(missing)}." if missing else ""
     paths = []
     for name, figure in found.items():
         caption = CAPTIONS.get(name) or CAPTIONS[name.partition("_")[0]]
@@ -326,18 +329,20 @@ def claims_figure(claims: Sequence[Claim]) -> Figure:
     axes[0, 0].plot([], [], "D", mfc="white", mec="black", ms=4.5, label="paper")
     handles = axes[0, 0].get_legend_handles_labels()
     legend = figure.legend(*handles, loc="outside upper center", ncols=5)
-    legend.set_title("right of zero supports the claim; lines: 95% intervals over SFT models")
+    domains = {claim.id.partition(":")[2] for claim in claims} - {""}
+    about = "".join(f"{domain}: " for domain in sorted(domains))
+    legend.set_title(
+        f"{about}right of zero supports the claim; lines: 95% intervals over SFT models"
+    )
     return figure
 
 
 def _claim_line(claim: Claim, scale: float) -> Line:
-    name, _, domain = claim.id.partition(":")
-    name, _, part = name.partition(".")
+    name, _, part = claim.id.partition(":")[0].partition(".")
     words = f"\u00b7 {published.arm_label(part)}" if part else f"{SHORT.get(name, '')}  {name}"
     colour, marker = VERDICT_STYLE[claim.verdict]
     ends = [None if end is None else scale * end for end in (claim.ci_low, claim.ci_high)]
     paper = () if claim.paper is None or scale == 1 else (("D", scale * claim.paper),)
-    words += f" ({domain})" if domain else ""
     return Line(words, scale * claim.effect, *ends, colour, marker, paper=paper, small=bool(part))
 
 
