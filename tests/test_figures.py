@@ -165,7 +165,7 @@ def test_every_domain_has_a_figure_of_its_claims(tmp_path, monkeypatch):
 def test_a_best_rate_at_the_edge_of_its_search_has_a_ring():
     middle = [one | {"rates": [rate], "dev": dev} for one, rate, dev in
               zip(TRIED["dpo"] * 2, (1e-4, 2e-4, 4e-4), (0.5, 0.8, 0.6), strict=False)]  # fmt: skip
-    for records, rings in ((TRIED["dpo"], 1), (middle, 0)):
+    for records, rings in ((TRIED["dpo"], 1), (middle, 0), (middle[:2], 1)):
         axis = method_figures.sweep_panels({"dpo": records}).axes[0]
         drawn = [
             line for line in axis.lines if line.get_markersize() == 12 and len(line.get_xdata())
