@@ -26,7 +26,7 @@ from tokenizers import Tokenizer
 from tokenizers import models as tokenizer_models
 from transformers import PreTrainedTokenizerFast
 
-from allo_lib.data import realdata
+from allo_lib.data.benchmarks import load_rows
 from allo_lib.engine import checkpoints, models, packaged_weights, reference
 from allo_lib.engine.store import Store, write_json
 from allo_lib.evaluation import claims, measurements, published
@@ -125,11 +125,9 @@ READERS = {
     "folder's profile": in_folder(
         "manifest.json", lambda folder: results.check_folder(folder, load_profile("tiny"))
     ),
-    "questions": in_folder(
-        "ecqa/train.jsonl", lambda folder: realdata.load_rows("ecqa", "train", folder)
-    ),
+    "questions": in_folder("ecqa/train.jsonl", lambda folder: load_rows("ecqa", "train", folder)),
     "packed questions": in_folder(
-        "ecqa/train.jsonl.gz", lambda folder: realdata.load_rows("ecqa", "train", folder)
+        "ecqa/train.jsonl.gz", lambda folder: load_rows("ecqa", "train", folder)
     ),
     "table": in_folder("tables/x.md", _report_with),
     "figure": in_folder("figures/x.png", _report_with),
