@@ -1,13 +1,18 @@
-"""Figures: labelled, deterministic, and safe with text that looks like code."""
+"""Figures: labelled, deterministic, safe with text that looks like code, and with their numbers."""
 
 import numpy as np
+import pandas as pd
 import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
-from allo_lib.evaluation import claims, published
+from allo_lib.evaluation import claims
+from allo_lib.evaluation.comparisons import Domain, StudyResults
+from allo_lib.evaluation.measurements import Measurement
+from allo_lib.evaluation.published import QUESTIONS
+from allo_lib.evaluation.stats import mean_interval
 from allo_lib.report import ablation_figures, figures, method_figures
-from allo_lib.report.figure_style import caption_of, method_colour
+from allo_lib.report.figure_style import caption_of, method_colour, save
 from tests import synthetic_results
 from tests.test_claims import EFFICIENCY
 
@@ -16,128 +21,172 @@ TRIED = {"dpo": [
     {"rates": [1e-4], "dev": 0.8, "displacement": 1.0, "train_margin": -0.1},
     {"rates": [2e-4], "dev": 0.5, "displacement": 2.0, "train_margin": 0.3},
 ]}  # fmt: skip
-MEASURED = {"sft_base": (0.5, 0.49, 0.51), "dpo": (0.7, 0.69, 0.71), "allo": (0.72, 0.71, 0.73)}
+MINIATURE = Domain("miniature", ("chain",))
 
 
-def every_figure() -> dict[str, Figure]:
-    found = claims.compute(synthetic_results.results(), EFFICIENCY)
-    paper = {name: row["qa_avg"] for name, row in published.main_results().items()}
-    arms = {"dpo_top10": (0.76, 0.01), "dpo": (0.75, 0.01)}
-    return {
-        "empirical": figures.empirical_bars(arms, published.empirical_study()),
-        "heat": method_figures.importance_heatmap([[0.1, 0.2]], ["layer 0"], ["q", "k"], 0.1),
-        "overlap": method_figures.overlap_matrix(["a", "b"], [[1, 0.2], [0.2, 1]], 0.053),
-        "concentration": method_figures.concentration_curve(
-            {"rejected": ([0, 0.1, 1], [0, 0.7, 1])}
-        ),
-        "share": ablation_figures.share_sweep(
-            [0.1, 0.01, 1], [0.7, 0.6, 0.7], [0.01] * 3, ("DPO", 0.7)
-        ),
-        "ablation": figures.ablation_bars({"allo_no_forgetting": (-0.02, -0.03, -0.01)}),
-        "main": figures.main_table_figure(MEASURED, paper),
-        "claims": figures.claims_figure(found),
-        "efficiency": figures.efficiency_bars(EFFICIENCY),
-        "cost": ablation_figures.quality_against_cost(
-            {
-                "scalar": [(0.9, 0.7, 0.01, 0.1), (0.8, 0.6, 0.01, 0.01)],
-                "whole rows": [(0.7, 0.65, 0.01, 0.1)],
-            },
-            ("all neurons", 0.72),
-        ),
-        "method": method_figures.method_drawing(),
-        "scores": method_figures.score_histogram(np.arange(1, 101) / 10, 9.1, "x"),
-        "tokens": method_figures.token_panel(["a", "b"], [("p", "low", [0.1, 0.9])]),
-        "dots": method_figures.method_dots({"dpo": (0.7, 0.01), "allo": (0.72, 0.01)}),
-        "arms": method_figures.empirical_panels({"dpo": RUNS[0]}, arms, {"dpo": (0.7, 0.01)}),
-        "sweep": method_figures.sweep_panels(TRIED, start=0.5, count=100),
-        "change": method_figures.change_curve([0, 1], {"selected": [0, -1], "others": [0, 0]}),
-        "kept": method_figures.probability_histogram({"wrong": [0.1, 0.2], "others": [0.9]}, 0.5),
-    }
+def seeds(*values: float):
+    """An interval over models of these values."""
+    return mean_interval(dict(enumerate(values)))
 
 
-def test_development_scores_have_the_intervals_of_their_number():
-    figure = method_figures.sweep_panels({"dpo": TRIED["dpo"][:2]}, count=100)
-    axis = figure.axes[0]
-    lengths = [high - low for (_, low), (_, high) in axis.collections[0].get_segments()]
-    assert lengths == pytest.approx([2 * 1.959964 * 4, 2 * 1.959964 * 5], rel=1e-4)
-    assert "95% interval" in axis.get_ylabel()
-    assert not method_figures.sweep_panels(TRIED).axes[0].collections
+MEASURED = {"sft_base": seeds(0.5, 0.51), "dpo": seeds(0.7, 0.72), "allo": seeds(0.72, 0.73)}
+SERIES = {
+    "scalar": [(1.0, 0.70, 0.01, 0.4), (1.0, 0.699, 0.01, 0.1), (0.99, 0.6, 0.01, 0.01)],
+    "whole rows": [(0.7, 0.65, 0.01, 0.1)],
+}
+STUDY = {
+    "dpo_top10": seeds(0.76, 0.77),
+    "dpo_top10_paper": seeds(0.6, 0.61),
+    "dpo": seeds(0.75, 0.74),
+}
 
 
 @pytest.fixture(scope="module")
-def drawn():
-    return every_figure()
+def results():
+    return synthetic_results.results(n=200, pairs=50)
+
+
+@pytest.fixture(scope="module")
+def drawn(results) -> dict[str, Figure]:
+    method, ablation = method_figures, ablation_figures
+    arms = {"dpo_top10": (0.76, 0.01), "dpo": (0.75, 0.01)}
+    return {
+        "empirical": figures.empirical_dots(STUDY, "accuracy"),
+        "heat": method.importance_heatmap([[0.1, 0.2]], ["layer 0"], ["q", "k"], 0.1),
+        "overlap": method.overlap_matrix(["a", "b"], [[1, 0.2], [0.2, 1]], 0.053),
+        "concentration": method.concentration_curve({"rejected": ([0, 0.1, 1], [0, 0.7, 1])}),
+        "share": ablation.share_sweep([0.1, 0.01, 1], [0.7, 0.6, 0.7], [0.01] * 3, ("DPO", 0.7)),
+        "ablation": figures.ablation_bars({"allo_no_forgetting": (-0.02, -0.03, -0.01)}),
+        "main": figures.main_table_figure(MEASURED, MINIATURE),
+        "claims": figures.claims_figure(claims.compute(results, EFFICIENCY)),
+        "efficiency": figures.efficiency_bars(EFFICIENCY),
+        "relative": figures.relative_change(figures.changes_of(results)),
+        "cost": ablation.quality_against_cost(SERIES, ("all neurons", 0.72)),
+        "method": method.method_drawing(),
+        "scores": method.score_histogram(np.arange(1, 101) / 10, 9.1, "x"),
+        "tokens": method.token_panel(["a", "b"], [("p", "low", [0.1, 0.9])]),
+        "dots": method.method_dots({"dpo": (0.7, 0.01), "allo": (0.72, 0.01)}),
+        "arms": method.empirical_panels({"dpo": RUNS[0]}, arms, {"dpo": (0.7, 0.01)}),
+        "sweep": method.sweep_panels(TRIED, start=0.5, count=100),
+        "change": method.change_curve([0, 1], {"selected": [0, -1], "others": [0, 0]}),
+        "kept": method.probability_histogram({"wrong": [0.1, 0.2], "others": [0.9]}, 0.5),
+    }
 
 
 def texts(figure: Figure) -> str:
-    figure.canvas.draw()  # tick labels have their text only then
+    if figure.stale:
+        figure.canvas.draw()  # tick labels have their text only then
     found = [text.get_text() for text in figure.findobj(lambda part: hasattr(part, "get_text"))]
     return "\n".join(found)
 
 
-def test_every_axis_with_data_is_labelled(drawn):
-    for name, figure in drawn.items():
-        if name in ("tokens", "method"):
-            continue
-        assert any(axis.get_xlabel() or axis.get_title() for axis in figure.axes), name
-        for axis in figure.axes:
-            if axis.lines and not axis.images:
-                labelled = axis.get_xlabel() or [t.get_text() for t in axis.get_xticklabels()]
-                assert labelled or axis.get_ylabel(), name
+SAID = {
+    "scores": ["kept: 10.0%", "19% of the movement", "cut, at a score of 9.1"],
+    "arms": ["own best rate", "one rate for all", "running mean", "95% interval"],
+    "sweep": ["training reward margin", "before alignment", "development score", "unsettled"],
+    "dots": ["ALLO", "72.0", "95% interval over problems"],
+    "method": ["forgetting", "learning", "only these neurons move", "(03)"],
+    "empirical": ["95% interval", "no intervals", "own best rate", "one rate for all", "ecqa"],
+    "heat": ["chance: 10%", "20.0"],
+    "overlap": ["chance: 0.053", "0.20"],
+    "concentration": ["70% in the lowest 10%"],
+    "main": ["not run", "+ Vanilla PPO", "paper, mean of 4 question sets"],
+    "ablation": ["-2.0 [-3.0, -1.0]", "points above ALLO", "learning alone"],
+    "claims": ["supported", "contradicted", "no difference", "undecided", "C10", "paper",
+               "· DPO, last 10%", "accuracy, points"],
+    "relative": ["chain", "average", "miniature: accuracy", "paper, 2 instruction sets",
+                 "relative change from DPO to ALLO (%)"],
+    "share": ["share of neurons kept (%)", "DPO"],
+    "cost": ["operations of a step (all neurons: 1)", "10%", "whole rows", "all neurons"],
+    "efficiency": ["allo_scalar", "dense_masked", "(MB)", "seconds a pair"],
+}  # fmt: skip
 
 
-def test_no_text_is_smaller_than_nine_points(drawn):
-    for name, figure in drawn.items():
-        figure.canvas.draw()
-        for text in figure.findobj(lambda part: hasattr(part, "get_fontsize")):
-            assert text.get_fontsize() >= 9 or not text.get_text(), (name, text.get_text())
-
-
-@pytest.mark.parametrize(
-    ("name", "words"),
-    [
-        ("scores", ["kept: 10.0%", "19% of the movement", "cut, at a score of 9.1"]),
-        ("arms", ["own best rate", "one rate for all", "running mean", "95% interval"]),
-        ("sweep", ["training reward margin", "before alignment", "development score"]),
-        ("dots", ["ALLO", "72.0", "95% interval over problems"]),
-        ("method", ["forgetting", "learning", "only these neurons move", "(03)"]),
-        ("empirical", ["95% interval", "no intervals published", "cut axis"]),
-        ("heat", ["chance: 10%", "20.0"]),
-        ("overlap", ["chance: 0.053", "0.20"]),
-        ("concentration", ["70% in the lowest 10%"]),
-        ("main", ["not run", "+ Vanilla PPO"]),
-        (
-            "claims",
-            [
-                "supported",
-                "contradicted",
-                "no difference",
-                "undecided",
-                "C10",
-                "C2.dpo_last10",
-                "accuracy, points",
-            ],
-        ),
-        ("cost", ["operations of a step (all neurons: 1)", "10%", "whole rows", "all neurons"]),
-        ("efficiency", ["allo_scalar", "dense_masked", "(MB)", "seconds a pair"]),
-    ],
-)
-def test_figures_say_what_they_show(drawn, name, words):
+@pytest.mark.parametrize("name", SAID)
+def test_figures_say_what_they_show(drawn, name):
     shown = texts(drawn[name])
-    for word in words:
+    for word in SAID[name]:
         assert word in shown
 
 
-def test_bars_and_whiskers_have_the_values_given(drawn):
-    axis = drawn["empirical"].axes[0]
-    assert [bar.get_height() for bar in axis.patches] == pytest.approx([76, 75])
-    segments = axis.collections[0].get_segments()
-    assert segments[0][:, 1] == pytest.approx([76 - 1.96, 76 + 1.96], abs=0.01)
+def test_every_axis_is_labelled_and_no_text_is_small(drawn):
+    for name, figure in drawn.items():
+        texts(figure)
+        for text in figure.findobj(lambda part: hasattr(part, "get_fontsize")):
+            assert text.get_fontsize() >= 9 or not text.get_text(), (name, text.get_text())
+        for axis in figure.axes if name not in ("tokens", "method") else ():
+            assert axis.get_xlabel() or axis.get_title() or axis.get_ylabel(), name
+
+
+def test_the_main_figure_is_sorted_and_on_equal_scales_with_a_dot_a_seed(drawn):
+    left, right = drawn["main"].axes
+    names = [label.get_text() for label in left.get_yticklabels()]
+    assert names[:3] == ["+ ALLO", "+ DPO", "SFT LLM"] and len(names) == 12
+    assert np.ptp(left.get_xlim()) == pytest.approx(np.ptp(right.get_xlim()))
+    values = [list(line.get_xdata()) for line in left.lines if line.get_marker() == "."]
+    assert values[0] == pytest.approx([72, 73])
+    assert {line.get_color() for line in left.lines if line.get_marker() == "o"} == {
+        method_colour(name) for name in MEASURED
+    }
+
+
+def test_what_lies_far_outside_is_cut_with_its_number():
+    rows = {f"allo_{i}": (0.01 * i, 0.01 * i - 0.01, 0.01 * i + 0.01) for i in (-1, 1, 2)}
+    figure = figures.ablation_bars(rows | {"allo_no_learning": (-0.33, -0.35, -0.31)})
+    (axis,) = figure.axes
+    assert -8 < axis.get_xlim()[0] < -2 and axis.get_xlim()[1] < 8
+    assert "-33.0 [-35.0, -31.0]" in texts(figure)
+    arrows = {line.get_marker() for line in axis.lines if min(line.get_xdata(), default=0) < -5}
+    assert arrows == {"None", "<"}  # a line of no length, and the arrow
+
+
+def test_claims_that_were_not_measured_are_left_out_and_the_papers_effects_marked(results, drawn):
+    found = claims.compute(results)  # without costs
+    assert "C10" not in texts(figures.claims_figure(found))
+    told = [claim for claim in found if claim.paper is not None and claim.effect is not None]
+    accuracies = next(axis for axis in drawn["claims"].axes if "accuracy, p" in axis.get_xlabel())
+    marked = [line.get_xdata()[0] for line in accuracies.lines if line.get_marker() == "D"]
+    assert told and 100 * told[0].paper in marked
+
+
+def test_every_domain_has_a_figure_of_its_claims(tmp_path, monkeypatch):
+    parts = ("questions", ("ecqa",)), ("maths", ("gsm8k",))
+    results = synthetic_results.joined(*parts, models=(0, 1), n=50)
+    saved = {}
+    monkeypatch.setattr(figures, "save", lambda figure, folder, name, caption: (
+        saved.update({name: (figure, caption)}) or folder / name))  # fmt: skip
+    figures.draw(results, claims.compute(results), [], tmp_path)
+    assert {"claims", "claims_maths", "main_questions", "ablations_maths"} <= set(saved)
+    assert "Not measured: C10." in saved["claims"][1] and "C10" not in saved["claims_maths"][1]
+    assert "maths: right of zero" in texts(saved["claims_maths"][0])
+    assert all("Small dots: SFT models." in saved[f"main_{name}"][1] for name, _ in parts)
+
+
+def test_a_best_rate_at_the_edge_of_its_search_has_a_ring():
+    middle = [one | {"rates": [rate], "dev": dev} for one, rate, dev in
+              zip(TRIED["dpo"] * 2, (1e-4, 2e-4, 4e-4), (0.5, 0.8, 0.6), strict=False)]  # fmt: skip
+    for records, rings in ((TRIED["dpo"], 1), (middle, 0), (middle[:2], 1)):
+        axis = method_figures.sweep_panels({"dpo": records}).axes[0]
+        drawn = [
+            line for line in axis.lines if line.get_markersize() == 12 and len(line.get_xdata())
+        ]
+        assert len(drawn) == rings
+    figure = method_figures.sweep_panels(TRIED, count=100)
+    lengths = [high - low for (_, low), (_, high) in figure.axes[0].collections[0].get_segments()]
+    assert lengths == pytest.approx([2 * 1.959964 * 4, 2 * 1.959964 * 5], rel=1e-4)
+
+
+def test_labels_of_points_at_one_place_do_not_collide(drawn):
+    (axis,) = drawn["cost"].axes
+    places = sorted(note.xyann[1] for note in axis.texts if note.get_text() in ("40%", "10%", "1%")
+                    and note.xyann[0] > 1)  # fmt: skip
+    assert len(places) == 3 and min(np.diff(places)) > 0.5
 
 
 def test_saved_files_are_the_same_bytes_and_carry_the_caption(tmp_path):
     for folder in ("a", "b"):
-        figures.save(every_figure()["main"], tmp_path / folder, "main", "Über <all> methods.")
+        figure = figures.main_table_figure(MEASURED, MINIATURE)
+        save(figure, tmp_path / folder, "main", "Über <all> methods.")
     for suffix in ("png", "pdf"):
         first, second = (tmp_path / folder / f"main.{suffix}" for folder in ("a", "b"))
         assert first.read_bytes() == second.read_bytes() and first.stat().st_size > 1000
@@ -158,9 +207,6 @@ def test_a_token_panel_shows_text_as_it_is_and_every_number():
     assert not any(text.get_parse_math() for text in figure.axes[0].texts if "$" in text.get_text())
     colours = [patch.get_facecolor() for patch in figure.axes[0].patches]
     assert colours[0] != colours[-1] == (1, 1, 1, 1), "low ones are orange, high ones white"
-
-
-def test_tokens_and_values_must_match():
     with pytest.raises(ValueError, match="2 tokens with 1 values of 'p'"):
         method_figures.token_panel(["a", "b"], [("p", "low", [0.5])])
 
@@ -171,3 +217,52 @@ def test_a_method_has_one_colour_and_the_arms_of_the_study_have_different_ones()
     assert method_colour("dpo_top2p5_paper") == method_colour("dpo_top10")
     assert method_colour("dpo_long") == method_colour("dpo_paper") == method_colour("dpo")
     assert method_colour("allo_no_forgetting") == method_colour("allo")
+
+
+# --- relative to DPO -----------------------------------------------------------------------------
+
+
+def by_name(results):
+    return {(one.domain.name, one.dataset): one for one in figures.changes_of(results)}
+
+
+def planted(monkeypatch, **accuracy):
+    monkeypatch.setattr(synthetic_results, "ACCURACY", accuracy)
+    return synthetic_results.table((0,), ("ecqa",), 20, "questions", pairs=5)
+
+
+def test_changes_are_relative_to_dpo_and_stand_in_the_figure(results, drawn):
+    found, shown = by_name(results), texts(drawn["relative"])
+    accuracy = synthetic_results.ACCURACY
+    for change in found.values():
+        assert change.interval.effect == pytest.approx(accuracy["allo"] / accuracy["dpo"] - 1)
+        assert change.interval.low < change.interval.effect < change.interval.high
+        assert f"{100 * change.interval.effect:+.1f} [" in shown
+    assert list(found) == [("miniature", name) for name in ("chain", "scan", "story", "average")]
+
+
+def test_the_papers_changes_are_those_it_claims():
+    """Its text: +2.7% over the question sets, +1.2% over the maths sets, +9.7% on Arena-Hard."""
+    table = synthetic_results.table((0,), QUESTIONS, 50, "questions")
+    rows = [Measurement(0, m, "arena_hard", "win_rate", 0.5, 0.02, 500) for m in ("allo", "dpo")]
+    found = by_name(StudyResults(table, rows))
+    ((label, change),) = found["questions", "average"].paper
+    assert label == "paper, same data" and change == pytest.approx(0.027, abs=5e-4)
+    assert dict(found["instructions", "arena_hard"].paper)[label] == pytest.approx(0.097, abs=5e-4)
+    averages = dict(by_name(synthetic_results.results((0,), n=50))["miniature", "average"].paper)
+    assert averages["paper, 4 maths sets"] == pytest.approx(0.012, abs=5e-4)
+    assert len(averages) == 3
+
+
+def test_changes_that_cannot_be_given_are_said(monkeypatch):
+    both = [planted(monkeypatch, allo=0.5, dpo=0.05),
+            planted(monkeypatch, allo=0.5).assign(dataset="qasc")]  # fmt: skip
+    assert "not run" in texts(
+        figures.relative_change(figures.changes_of(StudyResults(pd.concat(both))))
+    )
+    nothing = planted(monkeypatch, allo=0.5, dpo=0.5)
+    nothing.loc[nothing["method"] == "dpo", "right"] = False
+    changes = figures.changes_of(StudyResults(nothing))
+    assert [change.interval for change in changes] == [None]
+    shown = texts(figures.relative_change(changes))
+    assert "DPO: none right" in shown and "not run" not in shown

@@ -24,7 +24,7 @@ def folder(tmp_path):
 @pytest.mark.slow
 def test_all_are_made_again_as_committed_without_torch(folder):
     gone = [folder / "figures" / f"{name}{end}" for name in FIGURES for end in (".png", ".pdf")]
-    gone += [folder / "claims.csv", folder / "report.html", *(folder / "tables").glob("*.md")]
+    gone += [folder / "claims.csv", *(folder / "tables").glob("*.md")]
     for path in gone:
         path.unlink()
     code = "import sys; from allo_lib.cli import cli; status = cli.main(sys.argv[1:]); "
@@ -35,21 +35,29 @@ def test_all_are_made_again_as_committed_without_torch(folder):
     for path in gone:
         assert f"wrote {path}\n" in ended.stdout
         assert path.read_bytes() == (COMMITTED / path.relative_to(folder)).read_bytes(), path
+    assert f"wrote {folder.parent / report.NAME}\n" in ended.stdout
+    kept = (folder / manifest.NAME).read_bytes()
+    assert kept == (COMMITTED / manifest.NAME).read_bytes()
 
 
 def test_one_is_made_again_and_nothing_else(folder, monkeypatch, capsys):
-    def rebuild(copy):
+    def remake(copy):
         made = [copy / "figures" / "a.png", copy / "tables" / "a.csv", copy / "tables" / "b.csv"]
         for path in made:
             path.write_text("new")
+        shutil.copy(COMMITTED / "figures" / "claims.png", copy / "figures" / "a.png")
         return made
 
-    monkeypatch.setattr(report, "rebuild", rebuild)
+    monkeypatch.setattr(report, "remake", remake)
     (folder / "tables" / "b.csv").write_text("old")
     assert cli.main(["figures", "tiny", "a", "--out", str(folder)]) == 0
-    assert (folder / "figures" / "a.png").read_text() == "new"
+    assert (folder / "figures" / "a.png").is_file()
     assert (folder / "tables" / "a.csv").read_text() == "new"
     assert (folder / "tables" / "b.csv").read_text() == "old"
+    told = manifest.read(folder)  # knows what was made again, and by which commit
+    files = manifest.file_hashes(folder)
+    assert told["files"]["tables/a.csv"] == files["tables/a.csv"] and "redrawn" in told
+    assert "tables/b.csv" not in told["files"]
     assert cli.main(["figures", "tiny", "c", "--out", str(folder)]) == 2
     assert capsys.readouterr().err == ("run_all: no figure or table 'c': expected one of a, b\n")
 

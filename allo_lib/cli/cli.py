@@ -111,6 +111,10 @@ def run(arguments: list[str]) -> int:
         late, written = True, stopped.written
     for name in written:
         print(f"wrote {shown(asked.results / name)}")
+    if written and (asked.results / "claims.csv").is_file():
+        from allo_lib.report import report  # loads matplotlib
+
+        print(f"wrote {shown(report.build(asked.results))}")  # now with what the manifest tells
     seconds = time.monotonic() - start
     count = f"{len(written)} files written" if written else "nothing to do"
     print(f"{asked.profile.name}: {count}; took {int(seconds // 60)} min {seconds % 60:.0f} s")
@@ -163,16 +167,18 @@ def redraw(arguments: list[str]) -> int:
     with tempfile.TemporaryDirectory() as scratch:
         copy = Path(scratch) / results.name
         shutil.copytree(results, copy, ignore=shutil.ignore_patterns(manifest.STORE, "notebooks"))
-        made = report.rebuild(copy)
+        made = report.remake(copy)
         wanted = [path for path in made if options.name in (None, path.stem)]
         if not wanted:
             names = ", ".join(sorted({path.stem for path in made}))
             raise AlloError(f"no figure or table {_cut(options.name)!r}: expected one of {names}")
-        for path in wanted:
-            target = results / path.relative_to(copy)
+        written = [results / path.relative_to(copy) for path in wanted]
+        for path, target in zip(wanted, written, strict=True):
             target.parent.mkdir(exist_ok=True)
             shutil.copyfile(path, target)
-            print(f"wrote {shown(target)}")
+    manifest.note_redrawn(results, written, ROOT)
+    for target in [*written, report.build(results)]:
+        print(f"wrote {shown(target)}")
     return 0
 
 

@@ -35,7 +35,6 @@ from allo_lib.study import manifest
 OUTPUTS = (
     "notebooks", "figures", "tables", "instructions", "outcomes.parquet", "measurements.csv",
     "claims.csv",
-    "report.html",
 )  # fmt: skip
 
 

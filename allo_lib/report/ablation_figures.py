@@ -1,37 +1,72 @@
-"""The figures of 05_ablations that no other notebook draws: functions from plain data to a Figure.
+"""The figures of 05_ablations, functions from plain data to a Figure, and the numbers behind them.
 
 Values are fractions, intervals 95%. A cell or point that was not run is told as such, never drawn.
 """
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
+from scipy.stats import norm
 
-from allo_lib.report.figure_style import GREY, PALETTE, side_style, subplots
+from allo_lib.evaluation.ablations import REWARD_MODELS
+from allo_lib.report.figure_style import GREY, PALETTE, Z95, row_names, subplots
+from allo_lib.study import analysis, results
 from allo_lib.study.overlaps import Overlap
+from allo_lib.study.study import Study
 
-Z95 = 1.959964  # half-width of a 95% interval in standard errors
 Effect = tuple[float, float, float]  # effect, low, high
 
 
-def effects_against(
-    effects: Mapping[str, Effect], reference: str, title: str = "", unit: str = "accuracy"
-) -> Figure:
-    """Change against `reference`, `effects[label]`; coloured where the interval leaves out 0."""
-    figure, axis = subplots(size=(6.4, 1.3 + 0.34 * len(effects)))
-    for place, (effect, low, high) in enumerate(effects.values()):
-        colour, marker = side_style(low, high)
-        axis.plot((100 * low, 100 * high), (place, place), color=colour, lw=2)
-        axis.plot(100 * effect, place, marker, color=colour, ms=7)
-    axis.axvline(0, color="black", lw=0.8)
-    axis.set_yticks(range(len(effects)), list(effects))
-    axis.set_ylim(len(effects) - 0.4, -0.6)
-    axis.grid(axis="y", color="#eeeeee")
-    axis.set_xlabel(f"{unit}, points above {reference}\n(95% interval; grey: includes 0)")
-    axis.set_title(title)
-    return figure
+def effects(found: dict[str, dict], rows: Mapping, reference: str) -> dict:
+    """Label -> (effect, low, high) of rows (method -> label) against a row, 95% intervals."""
+    differences = {
+        label: results.difference(found[row], found[reference]) for row, label in rows.items()
+    }
+    return {label: (one.effect, one.low, one.high) for label, one in differences.items()}
+
+
+def luck_of_the_best(scores: Collection[tuple[float, float]]) -> float:
+    """How far the best of these (score, standard error) would stand above the mean by luck alone.
+
+    The expected largest of as many normal errors of their mean size, as if they were independent;
+    rows of one seed are right on much the same problems, so that it is an upper bound.
+    """
+    errors = np.random.default_rng(0).standard_normal((10_000, len(scores)))
+    return float(np.mean([error for _, error in scores]) * errors.max(axis=1).mean())
+
+
+def reward_points(study: Study, name: str, found: dict[str, dict], rows) -> list[tuple]:
+    """(label, area under the ROC curve, score, standard error) of rows of REWARD_MODELS.
+
+    Empty where no generator knows the wrong tokens. The oracle's area is 1 by construction.
+    """
+    if not hasattr(study.task(name), "wrong_tokens"):
+        return []
+    points = []
+    for row in rows:
+        quality, label = REWARD_MODELS[row]
+        area = 1.0 if quality == "oracle" else analysis.separation(study, name, quality)["auc"]
+        points.append((label, area, *analysis.score_of(found[row])))
+    return points
+
+
+def slope_of(points: list[tuple]) -> tuple[float, float, float]:
+    """Points of score per unit of area of `reward_points`, with its 95% interval.
+
+    Weighted least squares, whose errors are those of the scores; NaN where all areas are equal.
+    """
+    areas, scores, errors = np.array([point[1:] for point in points], dtype=float).T
+    weights = 1 / np.maximum(errors, 1e-9) ** 2
+    centred = areas - np.average(areas, weights=weights)
+    spread = float((weights * centred**2).sum())
+    if spread == 0:
+        return (math.nan,) * 3
+    slope = float((weights * centred * scores).sum()) / spread
+    half = float(norm.ppf(0.975)) / spread**0.5
+    return 100 * slope, 100 * (slope - half), 100 * (slope + half)
 
 
 def neuron_shares(
@@ -52,34 +87,85 @@ def neuron_shares(
         "learning trains it": {b: one for (a, b), one in cells.items() if a == own},
         "both train it": {a: one for (a, b), one in cells.items() if a == b},
     }
-    return share_lines(lines, own, title, unit)
-
-
-def share_lines(
-    lines: Mapping[str, Mapping[float, tuple[float, float]]],
-    own: float,
-    title: str = "",
-    unit: str = "accuracy",
-) -> Figure:
-    """Score by a share of the neurons, `lines[label][share]` = (score, standard error).
-
-    own: the share of whatever a line does not vary. Lines of one point are left out.
-    """
-    figure, axis = subplots(size=(6.4, 3.6))
     lines = {label: points for label, points in lines.items() if len(points) > 1}
+    figure, axis = _share_lines(lines, f"{unit} (%)", title)
+    axis.set_xlabel(f"share of neurons (%); what is not varied trains {100 * own:g}%")
+    axis.legend()
+    return figure
+
+
+def share_sweep(
+    shares: Sequence[float],
+    values: Sequence[float],
+    errs: Sequence[float],
+    reference: tuple[str, float] | None = None,
+    title: str = "",
+    xlabel: str = "share of neurons kept (%)",
+    ylabel: str = "accuracy (%)",
+) -> Figure:
+    """Accuracy by the share kept, all fractions; `errs` are standard errors.
+
+    `reference` = (label, value) draws a level to compare with, such as DPO on all neurons.
+    """
+    points = dict(zip(shares, zip(values, errs, strict=True), strict=True))
+    figure, axis = _share_lines({"measured": points}, ylabel, title)
+    axis.set_xlabel(xlabel)
+    if reference:
+        axis.axhline(100 * reference[1], color=GREY, ls="--", label=reference[0])
+        axis.legend()
+    return figure
+
+
+def _share_lines(lines: Mapping[str, Mapping[float, tuple[float, float]]], ylabel: str, title: str):
+    """Score by a share, `lines[label][share]` = (score, standard error): figure and axis."""
+    figure, axis = subplots(size=(6.0, 3.6))
     ticks = sorted({share for points in lines.values() for share in points})
     for number, (label, points) in enumerate(lines.items()):
         # Side by side, so that their intervals can be told apart.
         shares = np.array(sorted(points)) * 1.06 ** (number - (len(lines) - 1) / 2)
         values, errors = np.array([points[share] for share in sorted(points)]).T
         axis.errorbar(100 * shares, 100 * values, 100 * Z95 * errors, capsize=4, lw=1.5,
-                      color=PALETTE[number], marker="osD"[number % 3], label=label)  # fmt: skip
+                      color=PALETTE[number], marker="osD"[number], label=label)  # fmt: skip
     axis.set_xscale("log")
     axis.set_xticks([100 * share for share in ticks], [f"{100 * share:g}" for share in ticks])
     axis.minorticks_off()
-    axis.legend()
-    axis.set(xlabel=f"share of neurons (%); what is not varied trains {100 * own:g}%",
-             ylabel=f"{unit} (%), 95% interval", title=title)  # fmt: skip
+    axis.set(ylabel=f"{ylabel}, 95% interval", title=title)
+    return figure, axis
+
+
+def quality_against_cost(
+    series: Mapping[str, Sequence[tuple[float, float, float, float]]],
+    reference: tuple[str, float] | None = None,
+    title: str = "",
+    ylabel: str = "accuracy (%)",
+) -> Figure:
+    """Score by what a training step costs: one line a series of (cost, score, error, share).
+
+    Costs are relative (1 is a step that trains all neurons), scores and standard errors fractions;
+    each point is labelled with its share, a fraction. `reference` = (label, score) draws a level.
+    """
+    figure, axis = subplots(size=(6.4, 3.8))
+    scores = [score for points in series.values() for _, score, *_ in points]
+    apart = 100 * max(0.085 * (max(scores) - min(scores)), 0.004)  # the height of a label
+    for place, (label, points) in enumerate(series.items()):
+        costs, values, errors, shares = np.asarray(sorted(points), float).T
+        style = {"color": PALETTE[place], "marker": "osD^"[place], "lw": 1.5}
+        axis.errorbar(costs, 100 * values, 100 * Z95 * errors, capsize=4, label=label, **style)
+        # Scalar masks all cost the same: a column of labels beside the points, pushed apart.
+        lowest = -np.inf
+        for i in np.argsort(values):
+            lowest = max(100 * values[i], lowest + apart)
+            axis.annotate(
+                f"{100 * shares[i]:g}%", (costs[i], 100 * values[i]), (max(costs) + 0.012, lowest),
+                va="center", size=9, color=PALETTE[place],
+                arrowprops={"arrowstyle": "-", "color": "#bbbbbb", "lw": 0.6},
+            )  # fmt: skip
+    if reference:
+        axis.axhline(100 * reference[1], color=GREY, ls="--", label=reference[0])
+    axis.legend(loc="upper left", bbox_to_anchor=(0, -0.2), ncols=3)
+    axis.margins(x=0.12)
+    axis.set_xlabel("operations of a step (all neurons: 1); labels: share of the neurons")
+    axis.set(ylabel=f"{ylabel}, 95% interval", title=title)
     return figure
 
 
@@ -92,22 +178,21 @@ def share_grid(
 
     cells: (share of forgetting, share of learning) -> (score, standard error).
     """
-    rows, columns = _axes_of(cells)
-    values = _matrix({place: 100 * value for place, (value, _) in cells.items()}, rows, columns)
     texts = {
         place: f"{100 * value:.1f}\n±{100 * Z95 * error:.1f}"
         for place, (value, error) in cells.items()
     }
+    rows, columns = _axes_of(cells)
     figure, axis = subplots(size=(2.4 + 0.8 * len(columns), 1.5 + 0.56 * len(rows)))
-    image = axis.imshow(np.ma.masked_invalid(values), cmap="cividis", aspect="auto", origin="lower")
+    scores = {place: 100 * value for place, (value, _) in cells.items()}
+    image, values = _grid(axis, scores, cmap="cividis")
     figure.colorbar(image, ax=axis).set_label(f"{unit} (%)")
     middle = (np.nanmin(values) + np.nanmax(values)) / 2
-    _write(axis, texts, rows, columns, lambda r, c: "black" if values[r, c] > middle else "white")
+    _write(axis, texts, rows, columns, np.where(values > middle, "black", "white"))
     axis.set_xticks(range(len(columns)), [f"{100 * share:g}" for share in columns])
     axis.set_yticks(range(len(rows)), [f"{100 * share:g}" for share in rows])
     axis.set(xlabel="neurons that learning trains (%)", ylabel="neurons that forgetting trains (%)")
     axis.set_title(f"{title} (±: half of the 95% interval)".strip())
-    axis.spines[:].set_visible(False)
     return figure
 
 
@@ -122,35 +207,30 @@ def rate_region(
     effects: (factor of forgetting, factor of learning) -> effect; the line is where it is 0,
     interpolated between the cells.
     """
-    rows, columns = _axes_of(effects)
-    values = _matrix({place: 100 * one[0] for place, one in effects.items()}, rows, columns)
     texts = {
         place: f"{100 * effect:+z.1f}\n[{100 * low:+z.1f}, {100 * high:+z.1f}]"
         for place, (effect, low, high) in effects.items()
     }
     # Ruined models are far below: beyond twice the best, colours say no more.
-    largest = float(np.clip(2 * np.nanmax(values), 3, 10))
+    largest = float(np.clip(200 * max(effect for effect, *_ in effects.values()), 3, 10))
+    rows, columns = _axes_of(effects)
     figure, axis = subplots(size=(2.5 + 1.12 * len(columns), 1.7 + 0.62 * len(rows)))
-    image = axis.imshow(
-        np.ma.masked_invalid(values), cmap="RdBu", aspect="auto", origin="lower",
-        norm=TwoSlopeNorm(0, -largest, largest),
-    )  # fmt: skip
+    differences = {place: 100 * one[0] for place, one in effects.items()}
+    image, values = _grid(axis, differences, cmap="RdBu", norm=TwoSlopeNorm(0, -largest, largest))
     figure.colorbar(image, ax=axis, extend="both").set_label(f"{unit}, points")
-    _write(axis, texts, rows, columns,
-           lambda r, c: "white" if abs(values[r, c]) > 0.6 * largest else "black")  # fmt: skip
+    _write(axis, texts, rows, columns, np.where(abs(values) > 0.6 * largest, "white", "black"))
     for text in axis.texts:  # the line must not run through numbers
         value = values[text.get_position()[::-1]]
         shade = image.to_rgba(value) if np.isfinite(value) else "white"
         text.set_bbox({"facecolor": shade, "edgecolor": "none", "pad": 1})
     if min(values.shape) > 1 and np.nanmin(values) < 0 < np.nanmax(values):
         axis.contour(np.ma.masked_invalid(values), levels=[0], colors="black", linewidths=2)
-    for ticks, factors in ((axis.set_xticks, columns), (axis.set_yticks, rows)):
-        ticks(range(len(factors)), [f"x{factor:g}" for factor in factors])
+    axis.set_xticks(range(len(columns)), [f"x{factor:g}" for factor in columns])
+    axis.set_yticks(range(len(rows)), [f"x{factor:g}" for factor in rows])
     axis.set(xlabel="learning: rate over its best", ylabel="forgetting: rate over its best")
     heading = f"{title}: " if title else ""
     told = "(line: no difference; brackets: 95% intervals)"
     axis.set_title(f"{heading}ALLO minus {reference}\n{told}")
-    axis.spines[:].set_visible(False)
     return figure
 
 
@@ -193,8 +273,7 @@ def overlap_dots(overlaps: Sequence[Overlap], title: str = "") -> Figure:
     axis.plot([], [], "o-", color=PALETTE[0], label="measured, 95% interval over tensors")
     axis.plot([], [], "D", mfc="white", mec=PALETTE[1], ls="", label="chance within each tensor")
     axis.plot([], [], "|", color=GREY, ms=12, mew=2, ls="", label="chance over all neurons")
-    axis.set_yticks(range(len(labels)), labels)
-    axis.set_ylim(len(labels) - 0.4, -0.6)
+    row_names(axis, labels)
     axis.grid(axis="y", color="#eeeeee")
     axis.set_xlim(0, None)
     axis.set(xlabel="intersection over union of the kept neurons", title=title)
@@ -207,15 +286,19 @@ def _axes_of(cells) -> tuple[list[float], list[float]]:
     return sorted({first for first, _ in cells}), sorted({second for _, second in cells})
 
 
-def _matrix(cells: Mapping, rows: Sequence[float], columns: Sequence[float]) -> np.ndarray:
-    """NaN where no cell is."""
-    return np.array([[cells.get((row, column), np.nan) for column in columns] for row in rows])
+def _grid(axis, cells: Mapping[tuple[float, float], float], **style):
+    """Draw the cells, the first stage upwards: the picture, and the values, NaN where none is."""
+    rows, columns = _axes_of(cells)
+    values = np.array([[cells.get((row, column), np.nan) for column in columns] for row in rows])
+    axis.spines[:].set_visible(False)
+    shown = np.ma.masked_invalid(values)
+    return axis.imshow(shown, aspect="auto", origin="lower", **style), values
 
 
-def _write(axis, texts: Mapping, rows, columns, colour) -> None:
+def _write(axis, texts: Mapping, rows, columns, colours: np.ndarray) -> None:
     """The text of every cell, and which were not run."""
     for r, row in enumerate(rows):
         for c, column in enumerate(columns):
             text = texts.get((row, column))
-            shade = colour(r, c) if text else GREY
+            shade = colours[r, c] if text else GREY
             axis.text(c, r, text or "not run", ha="center", va="center", size=9, color=shade)

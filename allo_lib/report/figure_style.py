@@ -13,6 +13,7 @@ from PIL import Image, PngImagePlugin
 
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 GREY = "#777777"
+Z95 = 1.959964  # half-width of a 95% interval in standard errors
 # One colour a kind of method, the same in every figure: the first beginning that fits counts.
 _METHODS = {
     "sft_base": GREY,
@@ -64,6 +65,12 @@ def method_colour(method: str) -> str:
 def side_style(low: float, high: float) -> tuple[str, str]:
     """Colour and marker by which side of zero an interval lies on; those of no verdict."""
     return _SIDES[0 if high < 0 else 1 if low > 0 else 2]
+
+
+def row_names(axis, names) -> None:
+    """Name the rows of a panel from top to bottom, at places 0, 1, ..."""
+    axis.set_yticks(range(len(names)), list(names))
+    axis.set_ylim(len(names) - 0.4, -0.6)
 
 
 def log_x(axis) -> None:

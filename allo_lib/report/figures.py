@@ -1,241 +1,442 @@
-"""Every figure of the study: functions from plain data to a matplotlib Figure, and `save`.
+"""The figures of a results folder, drawn from its outcomes, measurements and claims alone.
 
-Error bars and intervals are 95% unless a label says otherwise. Verdicts differ by colour and
-marker.
+Error bars and intervals are 95% unless a label says otherwise. What lies far outside is cut, with
+an arrow and its number at the right. A small dot is one SFT model, a diamond the paper's value.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
-from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 
-from allo_lib.evaluation.published import arm_label
-from allo_lib.report.figure_style import GREY, PALETTE, save, side_style, subplots
-from allo_lib.report.outcome_figures import claims_figure, efficiency_bars, main_table_figure
+from allo_lib.evaluation import published
+from allo_lib.evaluation.ablations import single_changes
+from allo_lib.evaluation.comparisons import Domain, StudyResults, columns_of, judged_by
+from allo_lib.evaluation.stats import Interval
+from allo_lib.evaluation.verdicts import MARGIN, POINTS, Claim
+from allo_lib.report.figure_style import (
+    GREY,
+    VERDICT_STYLE,
+    method_colour,
+    row_names,
+    save,
+    side_style,
+    subplots,
+)
+from allo_lib.report.tables import PAPER_AVERAGES, published_columns
 
-__all__ = [
-    "ablation_bars",
-    "claims_figure",
-    "concentration_curve",
-    "efficiency_bars",
-    "empirical_bars",
-    "importance_heatmap",
-    "main_table_figure",
-    "overlap_matrix",
-    "quality_against_cost",
-    "save",
-    "share_sweep",
-]
-
-Z95 = 1.959964  # half-width of a 95% interval in standard errors
-
-
-def empirical_bars(
-    measured: Mapping[str, tuple[float, float]],
-    paper: Mapping[str, Mapping[str, float]],
-    title: str = "measured",
-    ylabel: str = "accuracy (%)",
-) -> Figure:
-    """The empirical study: our arms, `measured[method]` = (value, standard error), beside the
-    paper's, `paper[method][dataset]` (both fractions). The axes do not start at zero."""
-    figure, (ours, theirs) = subplots(1, 2, (9.2, 3.8), width_ratios=(1, 1.1))
-    arms = [name.removesuffix("_paper") for name in measured]
-    colours = dict(zip(dict.fromkeys([*arms, *paper]), _colours(), strict=False))
-    values = np.array([measured[name] for name in measured]) * 100
-    places = np.arange(len(measured))
-    ours.bar(places, values[:, 0], 0.7, color=[colours[name] for name in arms])
-    ours.errorbar(places, values[:, 0], Z95 * values[:, 1], fmt="none", ecolor="black", capsize=4)
-    labels = [arm_label(name).replace(", ", ",\n").replace(" (", "\n(") for name in measured]
-    ours.set_xticks(places, labels)
-    _cut(ours, values[:, 0] - Z95 * values[:, 1], values[:, 0] + Z95 * values[:, 1])
-    ours.set(ylabel=ylabel, title=f"{title} (cut axis, whiskers: 95% interval)")
-    datasets = list(next(iter(paper.values())))
-    width = 0.8 / len(paper)
-    for i, (name, row) in enumerate(paper.items()):
-        heights = [100 * row[dataset] for dataset in datasets]
-        offset = np.arange(len(datasets)) + (i - (len(paper) - 1) / 2) * width
-        theirs.bar(offset, heights, width * 0.92, color=colours[name], label=arm_label(name))
-    every = np.array([100 * row[dataset] for row in paper.values() for dataset in datasets])
-    _cut(theirs, every, every * 1.03)
-    theirs.set_xticks(np.arange(len(datasets)), datasets)
-    theirs.set(ylabel="accuracy (%)", title="paper (cut axis, no intervals published)")
-    theirs.legend(ncols=1, loc="upper right")
-    return figure
+# Claims in a few words; `claims.csv` has them in full.
+SHORT = {
+    "C1": "top 10%: lower loss",
+    "C1p": "same, one rate",
+    "C2": "top 10%: more accurate",
+    "C2p": "same, one rate",
+    "C2s": "same, twice the updates",
+    "C3": "last 10%: no worse (bar: margin)",
+    "C3p": "same, one rate",
+    "C3s": "same, twice the updates",
+    "C4": "ALLO above DPO",
+    "C4s": "ALLO above DPO, equal steps",
+    "C5": "ALLO above all baselines",
+    "C6": "forgetting first helps",
+    "C7": "choosing tokens helps",
+    "C8": "masks overlap above chance",
+    "C9": "better rewards help",
+    "C10": "ALLO is faster",
+}
+# The arms of the empirical study, and its protocols: ending of the method, words, marker's inside.
+_ARMS = ("dpo_top10", "dpo_random10", "dpo_last10", "dpo")
+_PROTOCOLS = (("", "own best rate", "full"), ("_paper", "one rate for all", "none"),
+              ("_long", "own best rate, as many updates as ALLO", "left"))  # fmt: skip
+_OWN = "paper, same data"
+_PAPER_MARKERS = dict(zip((_OWN, *PAPER_AVERAGES.values()), "DDs^", strict=True))
+# Of the paper's averages those of the same kind, where there is one.
+_LIKE = {"helpfulness": ("instructions_avg",), "instructions": ("instructions_avg",)}
+# By the figure's name, or what stands before the domain's.
+CAPTIONS = {
+    "claims": "Every claim and, below it, its parts with 95% intervals over SFT models, those of "
+    "one claim's parts held together; right of zero supports it. Diamonds: the paper's effects.",
+    "relative_change": "ALLO relative to DPO on every data set: score of ALLO over that of DPO, "
+    "minus 1, with its 95% interval over SFT models (of one model, over its problems), beside the "
+    "paper's own change. The paper publishes no intervals.",
+    "main": "All methods: measured, with 95% intervals, and the paper's own numbers on its models "
+    "and data; a point is equally long on both scales.",
+    "empirical": "DPO on a tenth of the neurons and on all, with 95% intervals, beside the paper, "
+    "which trained all at one rate and publishes no intervals.",
+    "ablations": "ALLO with one thing changed: paired differences to ALLO on the same problems, "
+    "with 95% intervals; left: removing this part hurts.",
+    "efficiency": "Cost of one pair: time (line: the floor of its operations), peak memory above "
+    "the loaded model, optimizer state.",
+}
+_MOST_DOTS = 10  # SFT models; of more, their spread is in the interval
 
 
-def importance_heatmap(
-    matrix, layers: Sequence[str], modules: Sequence[str], share: float, title: str = ""
-) -> Figure:
-    """Share of each tensor's entries that are key neurons, `matrix[layer][module]` in [0, 1].
+def draw(
+    results: StudyResults,
+    claims: Sequence[Claim],
+    efficiency: Sequence[Mapping[str, str]],
+    folder: Path,
+    paper_dir: str | Path | None = None,
+) -> list[Path]:
+    """Write every figure that the results allow; returns the PNGs and PDFs."""
+    by_domain: dict[str, list[Claim]] = {}
+    for claim in claims:  # those of the first domain have plain ids
+        name = claim.id.partition(":")[2]
+        by_domain.setdefault(f"claims_{name}" if name else "claims", []).append(claim)
+    found = {name: claims_figure(group) for name, group in by_domain.items()}
+    changes = changes_of(results, paper_dir)
+    if any(change.interval for change in changes):
+        found["relative_change"] = relative_change(changes)
+    for domain in results.domains:
+        own = {method: results.score(method, domain) for method in published.LABELS}
+        if any(own.values()):
+            found[f"main_{domain.name}"] = main_table_figure(own, domain, paper_dir)
+        arms = [arm + end for arm in _ARMS for end, *_ in _PROTOCOLS]
+        study = {arm: one for arm in arms if (one := results.score(arm, domain))}
+        if len(study) > 1:
+            found[f"empirical_{domain.name}"] = empirical_dots(study, domain.unit, paper_dir)
+        names = ["dpo", "dpo_long", *sorted(single_changes(results.methods))]
+        if gaps := {n: gap for n in names if (gap := results.compare(n, "allo", domain))}:
+            found[f"ablations_{domain.name}"] = ablation_bars(gaps, unit=domain.unit)
+    if efficiency:
+        found["efficiency"] = efficiency_bars(efficiency)
+    said = {f"main_{domain.name}": judged_by(results.index, domain) for domain in results.domains}
+    for name, group in by_domain.items():
+        missing = [claim.id for claim in group if claim.effect is None and claim.whole == claim.id]
+        said[name] = f" Not measured: {', '.join(missing)}." if missing else ""
+    paths = []
+    for name, figure in found.items():
+        caption = CAPTIONS.get(name) or CAPTIONS[name.partition("_")[0]]
+        if 1 < len(results.seeds) <= _MOST_DOTS and name.startswith(("main", "emp", "abl", "rel")):
+            caption += " Small dots: SFT models."
+        paths.append(save(figure, folder, name, caption + said.get(name, "")))
+    return [path.with_suffix(suffix) for path in paths for suffix in (".png", ".pdf")]
 
-    NaN marks tensors that do not exist. `share` is the overall share, what chance would give.
+
+# --- lines with intervals, one below the other ---------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line of a panel, in the unit of its axis: effect, interval, what stands beside it.
+
+    dots: SFT models; paper: (marker, value) each; small: a part of what stands above. Without an
+    effect `why` is shown.
     """
-    values = 100 * np.asarray(matrix, dtype=float)
-    size = (1.6 + 0.72 * len(modules), 1.4 + 0.36 * len(layers))
-    figure, axis = subplots(size=(max(5.2, size[0]), max(2.6, size[1])))
-    image = axis.imshow(np.ma.masked_invalid(values), cmap="cividis", aspect="auto", vmin=0)
-    bar = figure.colorbar(image, ax=axis)
-    bar.set_label("kept entries (%)")
-    axis.set_xticks(range(len(modules)), modules, rotation=35, ha="right", rotation_mode="anchor")
-    axis.set_yticks(range(len(layers)), layers)
-    middle = np.nanmax(values) * 0.55
-    for (row, column), value in np.ndenumerate(values):
-        if np.isfinite(value):
-            colour = "black" if value > middle else "white"
-            axis.text(column, row, f"{value:.1f}", ha="center", va="center", color=colour, size=9)
-    axis.set_title(f"{title or 'where key neurons sit'} (chance: {100 * share:g}%)")
-    axis.spines[:].set_visible(False)
-    return figure
+
+    label: str
+    effect: float | None
+    low: float | None = None
+    high: float | None = None
+    colour: str = GREY
+    marker: str = "o"
+    dots: tuple[float, ...] = ()
+    paper: tuple[tuple[str, float], ...] = ()
+    small: bool = False
+    fill: str = "full"
+    why: str = "not run"
 
 
-def overlap_matrix(labels: Sequence[str], matrix, chance: float, title: str = "") -> Figure:
-    """Intersection over union of masks, `matrix[i][j]` in [0, 1], beside what chance would give."""
-    values = np.asarray(matrix, dtype=float)
-    side = 2.6 + 0.62 * len(labels)
-    figure, axis = subplots(size=(side + 0.9, side * 0.86))
-    image = axis.imshow(values, cmap="cividis", norm=PowerNorm(0.5, 0, 1))
-    bar = figure.colorbar(image, ax=axis, shrink=0.85)
-    bar.set_label("intersection over union")
-    bar.ax.axhline(chance, color="white", lw=2)
-    axis.set_xticks(range(len(labels)), labels, rotation=35, ha="right", rotation_mode="anchor")
-    axis.set_yticks(range(len(labels)), labels)
-    for (row, column), value in np.ndenumerate(values):
-        colour = "black" if value > 0.3 else "white"
-        axis.text(column, row, f"{value:.2f}", ha="center", va="center", color=colour, size=9)
-    axis.set_title(f"{title or 'overlap of masks'} (chance: {chance:.3f})")
-    axis.spines[:].set_visible(False)
-    return figure
+def _line(label: str, one: Interval | None, scale: float = 100, **options) -> Line:
+    if one is None:
+        return Line(label, None, **options)
+    ends = (scale * one.low, scale * one.high) if one.defined else (None, None)
+    seeds = one.by_seed if 1 < len(one.by_seed) <= _MOST_DOTS else ()
+    return Line(label, scale * one.effect, *ends, dots=tuple(scale * x for x in seeds), **options)
 
 
-def concentration_curve(
-    curves: Mapping[str, tuple[Sequence[float], Sequence[float]]], mark: float = 0.1
-) -> Figure:
-    """Share of negative log-ratio held by the lowest share of tokens; see `stats.concentration`.
+def forest(axis, lines: Sequence[Line], digits: int = 1) -> None:
+    """Draw the lines from top to bottom, their numbers at the right, around zero.
 
-    The legend tells each curve's value at the share `mark`.
+    The axis ends at three times the median distance from zero, or at the paper's furthest value:
+    few lines far outside must not flatten all others.
     """
-    figure, axis = subplots(size=(5.6, 3.8))
-    for (label, (shares, held)), colour in zip(curves.items(), _colours(), strict=False):
-        at_mark = float(np.interp(mark, shares, held))
-        text = f"{label}: {100 * at_mark:.0f}% in the lowest {100 * mark:g}%"
-        axis.plot(100 * np.asarray(shares), 100 * np.asarray(held), color=colour, label=text)
-        axis.plot([100 * mark], [100 * at_mark], "o", color=colour)
-    axis.plot([0, 100], [0, 100], color=GREY, ls=":", label="spread evenly")
-    axis.set(xlabel="rejected tokens, lowest log-ratio first (%)", xlim=(0, 100), ylim=(0, 102))
-    axis.set_ylabel("share of negative log-ratio (%)")
-    axis.legend(loc="lower right")
+    known = [line for line in lines if line.effect is not None]
+    ends = [x for line in known for x in (line.effect, line.low, line.high) if x is not None]
+    papers = [value for line in lines for _, value in line.paper]
+    reach = max(3 * np.median(np.abs(ends)) if ends else 0, *map(abs, papers), 1e-9)
+    for place, line in enumerate(lines):
+        axis.axhline(place, color="#eeeeee", lw=0.8, zorder=0)
+        for marker, value in line.paper:
+            axis.plot(value, place - 0.27, marker, mfc="white", mec="black", ms=4.5, zorder=4)
+        text, colour = line.why, GREY
+        if line.effect is not None:
+            _point(axis, place, line, reach)
+            text, colour = f"{line.effect:+z.{digits}f}", "black"
+            if line.low is not None:
+                text += f" [{line.low:+z.{digits}f}, {line.high:+z.{digits}f}]"
+        axis.text(1.02, place, text, size=9, va="center", color=colour,
+                  transform=axis.get_yaxis_transform())  # fmt: skip
+    shown = np.clip([0.0, *ends, *papers], -reach, reach)
+    room = 0.06 * np.ptp(shown) or 1.0
+    axis.set_xlim(shown.min() - room, shown.max() + room)
+    axis.axvline(0, color="black", lw=0.8)
+    row_names(axis, [line.label for line in lines])
+
+
+def _point(axis, place: float, line: Line, reach: float) -> None:
+    size, width = (4.5, 1.0) if line.small else (7.0, 2.0)
+    if line.low is not None:
+        ends = np.clip((line.low, line.high), -reach, reach)
+        axis.plot(ends, (place, place), color=line.colour, lw=width)
+    dots = [dot for dot in line.dots if abs(dot) <= reach]
+    axis.plot(dots, [place + 0.22] * len(dots), ".", color=line.colour, ms=3.5, mew=0)
+    if abs(line.effect) <= reach:
+        axis.plot(line.effect, place, line.marker, color=line.colour, ms=size, zorder=3,
+                  fillstyle=line.fill, markerfacecoloralt="white")  # fmt: skip
+    known = [x for x in (line.effect, line.low, line.high) if x is not None]
+    for edge, arrow, cut in ((-reach, "<", min(known) < -reach), (reach, ">", max(known) > reach)):
+        if cut:
+            axis.plot(edge, place, arrow, color=line.colour, ms=6, clip_on=False, zorder=3)
+
+
+# --- what the study comes to ---------------------------------------------------------------------
+
+
+def main_table_figure(
+    measured: Mapping[str, Interval | None], domain: Domain, paper_dir: str | Path | None = None
+) -> Figure:
+    """Every method's score, best first, beside the paper's number; the dashed line is DPO."""
+    paper, title = paper_beside(domain, paper_dir)
+    known = {name: one for name, one in measured.items() if one}
+    names = sorted(known, key=lambda name: -known[name].effect)
+    names += [name for name in published.LABELS if name not in known]
+    figure, axes = subplots(1, 2, (9, 1.4 + 0.3 * len(names)), sharey=True)
+    spans = []
+    for place, name in enumerate(names):
+        colour = method_colour(name)
+        if name in known:
+            line = _line(name, known[name], colour=colour)
+            _point(axes[0], place, line, 100)
+        else:
+            axes[0].text(0.02, place, "not run", color=GREY, size=9, va="center",
+                         transform=axes[0].get_yaxis_transform())  # fmt: skip
+        axes[1].plot(100 * paper[name], place, "D", color=colour)
+    for axis, scores in zip(
+        axes, ({n: one.effect for n, one in known.items()}, paper), strict=True
+    ):
+        if "dpo" in scores:
+            axis.axvline(100 * scores["dpo"], color=GREY, ls="--", lw=1)
+        axis.grid(axis="y", color="#e5e5e5")
+        spans.append(axis.get_xlim())
+    longest = max(high - low for low, high in spans)
+    for axis, (low, high) in zip(axes, spans, strict=True):
+        start = min(max((low + high - longest) / 2, 0), max(low, 0))
+        axis.set_xlim(start, start + longest)
+    row_names(axes[0], [published.LABELS[name] for name in names])
+    axes[0].set_title(f"{domain.name}: {', '.join(domain.datasets)}")
+    axes[0].set_xlabel(f"{domain.unit} (%), 95% interval; dashed: {published.arm_label('dpo')}")
+    axes[1].set(title=title, xlabel="published (%), no intervals")
     return figure
 
 
-def share_sweep(
-    shares: Sequence[float],
-    values: Sequence[float],
-    errs: Sequence[float],
-    reference: tuple[str, float] | None = None,
-    title: str = "",
-    xlabel: str = "share of neurons kept (%)",
-    ylabel: str = "accuracy (%)",
+def paper_beside(domain: Domain, paper_dir: str | Path | None) -> tuple[dict[str, float], str]:
+    """The paper's number of each method on the domain's own data sets, as far as it has them, else
+    an average of its own; and which it is."""
+    table = published.main_results(paper_dir)
+    if own := [name for name in domain.datasets if name in table["dpo"]]:
+        mean = {method: sum(row[n] for n in own) / len(own) for method, row in table.items()}
+        return mean, f"paper, {', '.join(own)}"
+    column = _LIKE.get(domain.name, ("qa_avg",))[0]
+    titles = {"qa_avg": "paper, mean of 4 question sets"}
+    title = titles.get(column, "paper, instruction following (win rate)")
+    return {method: row[column] for method, row in table.items()}, title
+
+
+def empirical_dots(
+    measured: Mapping[str, Interval], unit: str, paper_dir: str | Path | None = None
 ) -> Figure:
-    """Accuracy by the share kept, all fractions; `errs` are standard errors.
-
-    `reference` = (label, value) draws a level to compare with, such as DPO on all neurons.
-    """
-    figure, axis = subplots(size=(5.6, 3.6))
-    order = np.argsort(shares)
-    where, heights, errors = (
-        100 * np.asarray(cells, float)[order] for cells in (shares, values, errs)
-    )
-    axis.errorbar(
-        where, heights, Z95 * errors, fmt="o-", color=PALETTE[0], capsize=4, label="measured"
-    )
-    if reference:
-        axis.axhline(100 * reference[1], color=PALETTE[1], ls="--", label=reference[0])
-        axis.legend()
-    axis.set_xscale("log")
-    axis.set_xticks(where, [f"{share:g}" for share in where])
-    axis.minorticks_off()
-    axis.set(xlabel=xlabel, ylabel=f"{ylabel}, 95% interval", title=title)
-    return figure
-
-
-def quality_against_cost(
-    series: Mapping[str, Sequence[tuple[float, float, float, float]]],
-    reference: tuple[str, float] | None = None,
-    title: str = "",
-    ylabel: str = "accuracy (%)",
-) -> Figure:
-    """Score by what a training step costs: one line a series of (cost, score, error, share).
-
-    Costs are relative (1 is a step that trains all neurons), scores and standard errors fractions;
-    each point is labelled with its share, a fraction. `reference` = (label, score) draws a level.
-    """
-    figure, axis = subplots(size=(6.0, 3.8))
-    for place, (label, points) in enumerate(series.items()):
-        costs, values, errors, shares = np.asarray(sorted(points), float).T
-        axis.errorbar(
-            costs, 100 * values, yerr=100 * Z95 * errors, capsize=4, label=label, **_series(place)
-        )
-        for number, (cost, value, share) in enumerate(zip(costs, values, shares, strict=True)):
-            # Scalar masks all cost the same: labels on alternate sides stay apart.
-            axis.annotate(
-                f"{100 * share:g}%",
-                (cost, 100 * value),
-                xytext=(-6 if number % 2 else 6, -12 if place else 6),
-                textcoords="offset points",
-                ha="right" if number % 2 else "left",
-                size=9,
-            )
-    if reference:
-        axis.axhline(100 * reference[1], color=GREY, ls="--", label=reference[0])
-    axis.legend()
-    axis.margins(x=0.12)
-    axis.set(
-        xlabel="operations of a step (all neurons: 1)",
-        ylabel=f"{ylabel}, 95% interval",
-        title=title,
-    )
+    """DPO on the top, random and last 10% and on all neurons, a row an arm, beside the paper's."""
+    figure, (ours, theirs) = subplots(1, 2, (9.2, 3.6), sharey=True, width_ratios=(1.4, 1))
+    row_names(ours, [published.arm_label(arm) for arm in _ARMS])
+    shown = [one for one in _PROTOCOLS if any(arm + one[0] in measured for arm in _ARMS)]
+    for number, (end, label, fill) in enumerate(shown):
+        for place, arm in enumerate(_ARMS):
+            if arm + end in measured:
+                y = place + 0.22 * (number - (len(shown) - 1) / 2)
+                line = _line("", measured[arm + end], colour=method_colour(arm), fill=fill)
+                _point(ours, y, line, 100)
+        ours.plot([], [], "o", color=GREY, fillstyle=fill, markerfacecoloralt="white", label=label)
+    ours.set(xlabel=f"{unit} (%), 95% interval", title="measured")
+    paper = published.empirical_study(paper_dir)
+    for dataset, marker in zip(paper["dpo"], "D^s", strict=False):
+        for place, arm in enumerate(_ARMS):
+            if arm in paper:
+                gap = 100 * (paper[arm][dataset] - paper["dpo"][dataset])
+                theirs.plot(gap, place, marker, mfc="none", mec=method_colour(arm), mew=1.5)
+        theirs.plot([], [], marker, mfc="none", mec=GREY, label=dataset)
+    theirs.axvline(0, color="black", lw=0.8)
+    theirs.set(xlabel="accuracy, points above all neurons", title="paper (one rate, no intervals)")
+    for axis in (ours, theirs):
+        axis.grid(axis="y", color="#e5e5e5")
+    handles = [a.get_legend_handles_labels() for a in (ours, theirs)]
+    figure.legend(*(sum(parts, []) for parts in zip(*handles, strict=True)),
+                  loc="outside lower center", ncols=3)  # fmt: skip
     return figure
 
 
 def ablation_bars(
-    effects: Mapping[str, tuple[float, float, float]],
+    effects: Mapping[str, Interval | tuple[float, float, float]],
     reference: str = "allo",
     title: str = "",
     unit: str = "accuracy",
 ) -> Figure:
-    """Change against `reference`, `effects[method]` = (effect, low, high) as fractions."""
-    figure, axis = subplots(size=(6.8, 1.3 + 0.36 * len(effects)))
-    places = np.arange(len(effects))
-    for place, (effect, low, high) in zip(places, effects.values(), strict=True):
-        axis.barh(place, 100 * effect, 0.6, color=side_style(low, high)[0], alpha=0.75)
-        ends = [[100 * (effect - low)], [100 * (high - effect)]]
-        axis.errorbar(100 * effect, place, xerr=ends, fmt="none", ecolor="black", capsize=4)
-    axis.axvline(0, color="black", lw=0.8)
-    axis.set_yticks(places, [arm_label(name) for name in effects])
-    axis.invert_yaxis()
-    effect = f"{unit}, points above {arm_label(reference)}"
-    axis.set_xlabel(f"{effect}\n(95% interval; grey: includes 0)")
+    """Change against `reference`, a fraction: an interval or (effect, low, high) a method."""
+    lines = []
+    for name, one in effects.items():
+        if not isinstance(one, Interval):
+            one = Interval(*one, kind="", seeds=(), n=0)
+        colour, marker = side_style(one.low, one.high)
+        lines.append(_line(published.arm_label(name), one, colour=colour, marker=marker))
+    figure, axis = subplots(size=(8.0, 1.3 + 0.34 * len(lines)))
+    forest(axis, lines)
+    axis.set_xlabel(
+        f"{unit}, points above {published.arm_label(reference)}\n(95% interval; grey: includes 0)"
+    )
     axis.set_title(title)
     return figure
 
 
-def _colours():
-    while True:
-        yield from PALETTE
+def claims_figure(claims: Sequence[Claim]) -> Figure:
+    """One panel a unit, right of zero supports the claim; what was not measured is left out.
+
+    Without an interval over SFT models only the effect is drawn.
+    """
+    groups: dict[str, list[Claim]] = {}
+    for claim in claims:
+        if claim.effect is not None:
+            groups.setdefault(claim.unit, []).append(claim)
+    heights = [len(group) + 1.2 for group in groups.values()] or [1]
+    figure, axes = subplots(
+        len(heights), 1, (8.4, 1.0 + 0.3 * sum(heights)), height_ratios=heights, squeeze=False
+    )
+    for axis, (unit, group) in zip(axes[:, 0], groups.items(), strict=False):
+        points = unit in POINTS
+        forest(
+            axis,
+            [_claim_line(claim, 100 if points else 1) for claim in group],
+            1 + 2 * (not points),
+        )
+        for place, claim in enumerate(group):
+            if claim.id.startswith("C3"):
+                axis.plot(-100 * MARGIN, place, "|", color="black", ms=14)
+        axis.set_xlabel(f"{unit}, points" if points else unit)
+        axis.locator_params(axis="x", nbins=7)  # more of them, in small units, run into each other
+    for verdict, (colour, marker) in VERDICT_STYLE.items():
+        axes[0, 0].plot([], [], marker, color=colour, label=verdict)
+    axes[0, 0].plot([], [], "D", mfc="white", mec="black", ms=4.5, label="paper")
+    handles = axes[0, 0].get_legend_handles_labels()
+    legend = figure.legend(*handles, loc="outside upper center", ncols=5)
+    domains = {claim.id.partition(":")[2] for claim in claims} - {""}
+    about = "".join(f"{domain}: " for domain in sorted(domains))
+    legend.set_title(
+        f"{about}right of zero supports the claim; lines: 95% intervals over SFT models"
+    )
+    return figure
 
 
-def _series(position: int) -> dict[str, str]:
-    """Colour and marker of a line, so that neighbours differ in both."""
-    markers = "osD^vPX"
-    return {
-        "color": PALETTE[position % len(PALETTE)],
-        "marker": markers[position % len(markers)],
-        "lw": 1.5,
-    }
+def _claim_line(claim: Claim, scale: float) -> Line:
+    name, _, part = claim.id.partition(":")[0].partition(".")
+    words = f"\u00b7 {published.arm_label(part)}" if part else f"{SHORT.get(name, '')}  {name}"
+    colour, marker = VERDICT_STYLE[claim.verdict]
+    ends = [None if end is None else scale * end for end in (claim.ci_low, claim.ci_high)]
+    paper = () if claim.paper is None or scale == 1 else (("D", scale * claim.paper),)
+    return Line(words, scale * claim.effect, *ends, colour, marker, paper=paper, small=bool(part))
 
 
-def _cut(axis, lows: np.ndarray, highs: np.ndarray) -> None:
-    """Start the bars a little below the lowest interval, where the differences can be seen."""
-    room = max(1.0, 0.35 * (highs.max() - lows.min()))
-    axis.set_ylim(max(0, lows.min() - 2 * room), highs.max() + room)
+def efficiency_bars(rows: Sequence[Mapping[str, str]], title: str = "") -> Figure:
+    """Rows of `tables/efficiency.csv`: time a pair (the line is the floor of its operations), peak
+    memory and bytes of optimizer state."""
+    peaks = [float(row["peak_bytes_above_model"] or 0) for row in rows]
+    unit, name = (1e9, "GB") if max(peaks) >= 1e9 else (1e6, "MB")
+    panels = (
+        ("seconds_per_pair", "seconds a pair", 1.0),
+        ("peak_bytes_above_model", f"peak memory\nabove the model ({name})", unit),
+        ("state_bytes_per_parameter", "optimizer state\n(bytes a model parameter)", 1.0),
+    )
+    figure, axes = subplots(1, 3, (9.6, 1.6 + 0.42 * len(rows)), sharey=True)
+    several = len({row["device"] for row in rows}) > 1
+    names = [row["variant"] + f" ({row['device']})" * several for row in rows]
+    ours = ["allo" if row["variant"].startswith("allo") else "dpo" for row in rows]
+    for axis, (column, label, scale) in zip(axes, panels, strict=True):
+        values = [float(row[column]) / scale if row.get(column) else np.nan for row in rows]
+        bars = axis.barh(range(len(names)), values, color=[method_colour(one) for one in ours])
+        texts = [f"{value:.3g}" if np.isfinite(value) else "not measured" for value in values]
+        axis.bar_label(bars, texts, padding=3, size=9)
+        axis.set_xlabel(label)
+        axis.margins(x=0.22)
+    for place, row in enumerate(rows):
+        if row.get("floor_seconds_per_pair"):
+            floor = float(row["floor_seconds_per_pair"])
+            axes[0].plot((floor, floor), (place - 0.4, place + 0.4), color="black", lw=2)
+    row_names(axes[0], names)
+    figure.suptitle(title or None)
+    return figure
+
+
+# --- relative to DPO -----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Change:
+    """ALLO over DPO, minus 1, on one data set; `paper` holds (label, relative change), fractions.
+
+    `why_none` says in words why there is no interval.
+    """
+
+    domain: Domain
+    dataset: str
+    interval: Interval | None
+    paper: tuple[tuple[str, float], ...]
+    why_none: str = "not run"
+
+
+def changes_of(results: StudyResults, paper_dir: str | Path | None = None) -> list[Change]:
+    """The relative change on each data set of each domain and on their averages.
+
+    Data sets that the paper does not have stand alone, and their average beside the paper's
+    averages.
+    """
+    table, found = published.main_results(paper_dir), []
+    for domain in results.domains:
+        columns, beside = columns_of(domain), published_columns(table, domain)
+        for name in columns:
+            part = domain.only(name)
+            points = {_OWN: beside[name]} if name in beside else {}
+            if name == columns[-1] and not set(columns) & set(beside):
+                like = _LIKE.get(domain.name, beside)
+                points = {PAPER_AVERAGES[key]: beside[key] for key in like}
+            told = tuple((label, row["allo"] / row["dpo"] - 1) for label, row in points.items())
+            both = results.compare("allo", "dpo", part) is not None
+            why = "DPO: none right" if both else "not run"
+            interval = results.compare("allo", "dpo", part, relative=True)
+            found.append(Change(domain, name, interval, told, why))
+    return found
+
+
+def relative_change(changes: Iterable[Change]) -> Figure:
+    """A panel a domain, a line a data set: the measured change, its interval, the paper's."""
+    groups: dict[Domain, list[Change]] = {}
+    for change in changes:
+        groups.setdefault(change.domain, []).append(change)
+    heights = [len(group) + 0.8 for group in groups.values()]
+    size = 8.6, 1.2 + 0.36 * sum(heights) + 0.3 * len(groups)
+    figure, axes = subplots(len(groups), 1, size, height_ratios=heights, squeeze=False)
+    for axis, (domain, group) in zip(axes[:, 0], groups.items(), strict=True):
+        forest(axis, [_line(
+            change.dataset, change.interval, colour=method_colour("allo"), why=change.why_none,
+            paper=tuple((_PAPER_MARKERS[label], 100 * value) for label, value in change.paper),
+            small=change.dataset != columns_of(domain)[-1],
+        ) for change in group])  # fmt: skip
+        axis.set_title(f"{domain.name}: {domain.unit}", loc="left")
+    axes[-1, 0].set_xlabel("relative change from DPO to ALLO (%), 95% interval")
+    axes[0, 0].plot([], [], "o-", color=method_colour("allo"), label="measured")
+    shown = {label for group in groups.values() for change in group for label, _ in change.paper}
+    for label in [label for label in _PAPER_MARKERS if label in shown]:
+        style = {"mfc": "white", "mec": "black", "ms": 5.5}
+        axes[0, 0].plot([], [], _PAPER_MARKERS[label], **style, label=label)
+    handles = axes[0, 0].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside upper center", ncols=4)
+    return figure

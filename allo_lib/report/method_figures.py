@@ -8,13 +8,21 @@ import sys
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.colors import LinearSegmentedColormap, PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch, Rectangle
 
 from allo_lib.evaluation.published import arm_label
-from allo_lib.report.figure_style import GREY, PALETTE, log_x, method_colour, save, subplots
-from allo_lib.report.figures import Z95
+from allo_lib.report.figure_style import (
+    GREY,
+    PALETTE,
+    Z95,
+    log_x,
+    method_colour,
+    row_names,
+    save,
+    subplots,
+)
 
 BLUE, ORANGE, GREEN = PALETTE[0], PALETTE[1], PALETTE[2]
 # All light enough for black text: what is worked on is orange, what became less likely blue.
@@ -174,8 +182,7 @@ def method_dots(
         axis.errorbar(100 * value, place, xerr=100 * Z95 * error, fmt="o", color=colour, capsize=3)
         axis.annotate(f"{100 * value:.1f}", (100 * value, place), (0, 5),
                       textcoords="offset points", ha="center", size=9)  # fmt: skip
-    axis.set_yticks(range(len(found)), [arm_label(method) for method in found])
-    axis.set_ylim(len(found) - 0.5, -0.7)
+    row_names(axis, [arm_label(method) for method in found])
     axis.set_xlabel(f"{xlabel}, 95% interval over problems")
     axis.set_title(title)
     axis.grid(axis="x", color="#EEEEEE")
@@ -211,11 +218,75 @@ def empirical_panels(
                                color=colour, mfc=filled, capsize=3)  # fmt: skip
     right.plot([], [], "o", color=GREY, label="own best rate")
     right.plot([], [], "o", color=GREY, mfc="white", label="one rate for all")
-    right.set_yticks(range(len(arms)), [arm_label(arm) for arm in arms])
-    right.set_ylim(len(arms) - 0.5, -0.5)
+    row_names(right, [arm_label(arm) for arm in arms])
     right.set_xlabel(f"{xlabel}, 95% interval over problems")
     right.grid(axis="x", color="#EEEEEE")
     right.legend(loc="upper center", bbox_to_anchor=(0.4, 1.17), ncols=2)
+    return figure
+
+
+def importance_heatmap(
+    matrix, layers: Sequence[str], modules: Sequence[str], share: float, title: str = ""
+) -> Figure:
+    """Share of each tensor's entries that are key neurons, `matrix[layer][module]` in [0, 1].
+
+    NaN marks tensors that do not exist. `share` is the overall share, what chance would give.
+    """
+    values = 100 * np.asarray(matrix, dtype=float)
+    size = (1.6 + 0.72 * len(modules), 1.4 + 0.36 * len(layers))
+    figure, axis = subplots(size=(max(5.2, size[0]), max(2.6, size[1])))
+    image = axis.imshow(np.ma.masked_invalid(values), cmap="cividis", aspect="auto", vmin=0)
+    bar = figure.colorbar(image, ax=axis)
+    bar.set_label("kept entries (%)")
+    axis.set_xticks(range(len(modules)), modules, rotation=35, ha="right", rotation_mode="anchor")
+    axis.set_yticks(range(len(layers)), layers)
+    middle = np.nanmax(values) * 0.55
+    for (row, column), value in np.ndenumerate(values):
+        if np.isfinite(value):
+            colour = "black" if value > middle else "white"
+            axis.text(column, row, f"{value:.1f}", ha="center", va="center", color=colour, size=9)
+    axis.set_title(f"{title or 'where key neurons sit'} (chance: {100 * share:g}%)")
+    axis.spines[:].set_visible(False)
+    return figure
+
+
+def overlap_matrix(labels: Sequence[str], matrix, chance: float, title: str = "") -> Figure:
+    """Intersection over union of masks, `matrix[i][j]` in [0, 1], beside what chance would give."""
+    values = np.asarray(matrix, dtype=float)
+    side = 2.6 + 0.62 * len(labels)
+    figure, axis = subplots(size=(side + 0.9, side * 0.86))
+    image = axis.imshow(values, cmap="cividis", norm=PowerNorm(0.5, 0, 1))
+    bar = figure.colorbar(image, ax=axis, shrink=0.85)
+    bar.set_label("intersection over union")
+    bar.ax.axhline(chance, color="white", lw=2)
+    axis.set_xticks(range(len(labels)), labels, rotation=35, ha="right", rotation_mode="anchor")
+    axis.set_yticks(range(len(labels)), labels)
+    for (row, column), value in np.ndenumerate(values):
+        colour = "black" if value > 0.3 else "white"
+        axis.text(column, row, f"{value:.2f}", ha="center", va="center", color=colour, size=9)
+    axis.set_title(f"{title or 'overlap of masks'} (chance: {chance:.3f})")
+    axis.spines[:].set_visible(False)
+    return figure
+
+
+def concentration_curve(
+    curves: Mapping[str, tuple[Sequence[float], Sequence[float]]], mark: float = 0.1
+) -> Figure:
+    """Share of negative log-ratio held by the lowest share of tokens; see `stats.concentration`.
+
+    The legend tells each curve's value at the share `mark`.
+    """
+    figure, axis = subplots(size=(5.6, 3.8))
+    for number, (label, (shares, held)) in enumerate(curves.items()):
+        colour = PALETTE[number % len(PALETTE)]
+        at_mark = float(np.interp(mark, shares, held))
+        text = f"{label}: {100 * at_mark:.0f}% in the lowest {100 * mark:g}%"
+        axis.plot(100 * np.asarray(shares), 100 * np.asarray(held), color=colour, label=text)
+        axis.plot([100 * mark], [100 * at_mark], "o", color=colour)
+    axis.plot([0, 100], [0, 100], color=GREY, ls=":", label="spread evenly")
+    axis.set(xlabel="rejected tokens, lowest log-ratio first (%)", xlim=(0, 100), ylim=(0, 102))
+    axis.set_ylabel("share of negative log-ratio (%)")
+    axis.legend(loc="lower right")
     return figure
 
 
@@ -224,6 +295,7 @@ def sweep_panels(
 ) -> Figure:
     """Every model of the search by rate, by displacement and by margin (records of `arms.result`).
 
+    A ring marks a best rate at the edge of its search: a better one may lie beyond.
     start: the score before alignment; count: problems behind each score, for 95% intervals.
     """
     figure, axes = subplots(1, 3, (10.6, 3.3), sharey=True)
@@ -240,6 +312,9 @@ def sweep_panels(
             axis.errorbar(where, 100 * values, error, color=method_colour(arm),
                           label=arm_label(arm), marker="osD^"[number % 4], elinewidth=0.7,
                           lw=1.4)  # fmt: skip
+            best = int(np.argmax(values))
+            if axis is axes[0] and len(values) > 1 and best in (0, len(values) - 1):
+                axis.plot(where[best], 100 * values[best], "o", mfc="none", mec="black", ms=12)
         if start is not None:
             axis.axhline(100 * start, color=GREY, ls=":", label="before alignment")
         axis.set_xlabel(label)
@@ -247,6 +322,7 @@ def sweep_panels(
             log_x(axis)
     interval = ", 95% interval" if count else ""
     axes[0].set_ylabel(f"development score (%){interval}")
+    axes[0].plot([], [], "o", mfc="none", mec="black", ms=12, label="best at the edge: unsettled")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=5)
     return figure
 

@@ -26,12 +26,13 @@ def table(rows: list[dict], caption: str = "") -> None:
 
 
 def show(figure, study: Study, name: str, caption: str, every_seed: bool = False) -> None:
-    """`draw` a figure, and save it as PNG and PDF under `figures/`.
+    """`draw` a figure, and save one on all seeds as PNG and PDF under `figures/`.
 
-    every_seed: the figure draws on all seeds of `measurements.csv`; else the seed joins its name.
+    every_seed: the figure draws on all seeds of `measurements.csv`; one of a single seed stands in
+    its notebook alone.
     """
-    file = name if every_seed else f"{name}_seed{study.seed}"
-    save(figure, study.results_dir / "figures", file, caption)
+    if every_seed:
+        save(figure, study.results_dir / "figures", name, caption)
     draw(figure, caption)
 
 

@@ -8,10 +8,8 @@ from allo_lib.evaluation import published
 from allo_lib.evaluation.comparisons import Domain, StudyResults, columns_of, paper_effect
 from allo_lib.evaluation.stats import Interval, holm
 from allo_lib.evaluation.verdicts import RULE, UNDECIDED, Claim, PValues, decide, p_values, tags_of
-from allo_lib.report.main_table import reason
-from allo_lib.report.table_cells import Table, change_text, how
+from allo_lib.report.tables import METHOD, Table, change_text, how, reason, seeds_of
 
-METHOD = "allo"
 # The two families of comparisons: what a reader takes home, and what stands behind it.
 AVERAGES, SINGLE = "averages", "single data sets"
 
@@ -31,9 +29,9 @@ class Comparison:
     interval: Interval | None
     paper: float | None
     p: PValues | None = None
+    missing: str = ""
     sign: float | None = None
     small: float | None = None
-    missing: str = ""
 
     @property
     def verdict(self) -> str:
@@ -44,15 +42,14 @@ class Comparison:
     def tags(self) -> list[str]:
         if self.p is None:
             return []
-        ends = self.interval.low, self.interval.high
-        return tags_of(self.verdict, self.small, self.paper, *ends)
+        return tags_of(self.verdict, self.small, self.paper, self.interval.low, self.interval.high)
 
 
 def compare_rows(results: StudyResults, paper_dir: str | Path | None = None) -> list[Comparison]:
     """Every comparison of METHOD with a row of the main tables, each family corrected by Holm."""
     paper = published.main_results(paper_dir), published.empirical_study(paper_dir)
     found = [
-        _one(results, paper, domain, dataset, baseline)
+        _compared(results, paper, domain, dataset, baseline)
         for domain in results.domains
         for dataset in columns_of(domain)
         for baseline in published.LABELS
@@ -67,102 +64,84 @@ def compare_rows(results: StudyResults, paper_dir: str | Path | None = None) -> 
     return found
 
 
-def _one(results: StudyResults, paper, domain: Domain, dataset: str, baseline: str) -> Comparison:
-    part = domain.only(dataset)
-    family = AVERAGES if dataset == columns_of(domain)[-1] else SINGLE
-    effect = paper_effect(paper, METHOD, baseline, part)
+def _compared(
+    results: StudyResults, paper, domain: Domain, dataset: str, baseline: str
+) -> Comparison:
+    part, missing = domain.only(dataset), ""
     interval = results.compare(METHOD, baseline, part)
-    p = p_values(interval, domain.unit, models=results.models)
-    one = Comparison(domain.name, dataset, baseline, family, interval, effect, p)
     if interval is None:
         whole = results.datasets_of(METHOD, part) == list(part.datasets)
         lacking = baseline if whole else METHOD
-        return replace(one, missing=f"{lacking}: {reason(results, lacking, dataset, domain)}")
-    return one
+        missing = f"{lacking}: {reason(results, lacking, dataset, domain)}"
+    return Comparison(
+        domain.name,
+        dataset,
+        baseline,
+        AVERAGES if dataset == columns_of(domain)[-1] else SINGLE,
+        interval,
+        paper_effect(paper, METHOD, baseline, part),
+        p_values(interval, domain.unit, models=results.models),
+        missing,
+    )
 
 
 def row_comparisons(results: StudyResults, paper_dir: str | Path | None = None) -> Table:
     """`comparisons.csv` and `.md`: effects in fractions and points, verdicts before and after."""
     found = compare_rows(results, paper_dir)
-    measured = [one for one in found if one.interval is not None]
-    sizes = {
-        family: sum(one.family == family and one.p is not None for one in found)
-        for family in (AVERAGES, SINGLE)
-    }
+    sizes = [sum(one.family == family and one.p is not None for one in found)
+             for family in (AVERAGES, SINGLE)]  # fmt: skip
+    records, body = [], []
+    for one in found:
+        interval = one.interval
+        records.append(
+            {
+                "domain": one.domain,
+                "dataset": one.dataset,
+                "method": METHOD,
+                "baseline": one.baseline,
+                "effect": interval and interval.effect,
+                "ci_low": interval and interval.low,
+                "ci_high": interval and interval.high,
+                "published": one.paper,
+                "family": one.family,
+                **_ps(one),
+                "verdict": one.verdict if interval else "",
+                "tags": "; ".join(one.tags),
+                "interval": interval.kind if interval else "",
+                "seeds": seeds_of(interval),
+                "n": interval.n if interval else "",
+                "reason": one.missing,
+            }
+        )
+        if interval:
+            paper = "" if one.paper is None else f"{100 * one.paper:+z.2f}"
+            body.append([one.domain, one.dataset, published.LABELS[one.baseline],
+                         *change_text(interval), paper, _p_text(one.sign), _p_text(one.small),
+                         with_tags(one.verdict, one.tags)])  # fmt: skip
     return Table(
         "comparisons",
         "ALLO against every other row of the main tables, points",
-        f"{how(results)} Difference: ALLO minus the row, with its 95% interval over SFT models (of "
-        "one model, over its problems). p: two-sided, that it is none; p size: that it is a point "
-        "or more. Verdict: on ALLO being above the row, by the rule of the claims, corrected "
-        f"by Holm's method in two families over all domains: the {sizes[AVERAGES]} comparisons on "
-        f"averages (or on a domain's only data set), and the {sizes[SINGLE]} on single data sets. "
+        f"{how(results)} Difference: ALLO minus the row, with its 95% interval over SFT models "
+        "(of one model, over its problems). p: two-sided, that it is none; p size: that it is a "
+        "point or more. Verdict: on ALLO being above the row, by the rule of the claims, corrected "
+        f"by Holm's method in two families over all domains: the {sizes[0]} comparisons on "
+        f"averages (or on a domain's only data set), and the {sizes[1]} on single data sets. "
         "Beside data sets that the paper does not have stands its mean over its eight question and "
         "maths sets. Rows that were not run: comparisons.csv says why.",
-        [_record(one) for one in found],
+        records,
         ["domain", "data set", "against", "difference", "95% interval", "paper", "p, Holm",
          "p size, Holm", "verdict"],
-        [_line(one) for one in measured],
+        body,
     )  # fmt: skip
 
 
-def _record(one: Comparison) -> dict:
-    interval = one.interval
-    return {
-        "domain": one.domain,
-        "dataset": one.dataset,
-        "method": METHOD,
-        "baseline": one.baseline,
-        "effect": interval and interval.effect,
-        "ci_low": interval and interval.low,
-        "ci_high": interval and interval.high,
-        "published": one.paper,
-        "family": one.family,
-        "p": one.p and one.p.sign,
-        "p_holm": one.sign,
-        "p_size": one.p and one.p.small,
-        "p_size_holm": one.small,
-        "verdict": one.verdict if interval else "",
-        "tags": "; ".join(one.tags),
-        "interval": interval.kind if interval else "",
-        "seeds": " ".join(map(str, interval.seeds)) if interval else "",
-        "n": interval.n if interval else "",
-        "reason": one.missing,
-    }
-
-
-def _line(one: Comparison) -> list[str]:
-    paper = "" if one.paper is None else f"{100 * one.paper:+z.2f}"
-    words = with_tags(one.verdict, one.tags)
-    return [one.domain, one.dataset, published.LABELS[one.baseline], *change_text(one.interval),
-            paper, p_text(one.sign), p_text(one.small), words]  # fmt: skip
-
-
-def p_text(p: float | None) -> str:
-    """A p-value with three decimals; those below a thousandth as such."""
-    if p is None:
-        return ""
-    return "< 0.001" if p < 0.001 else f"{p:.3f}"
-
-
-def with_tags(verdict: str, tags: Sequence[str]) -> str:
-    """A verdict and its tags in words."""
-    return f"{verdict} ({'; '.join(tags)})" if tags else verdict
+def _ps(one: Comparison | Claim) -> dict[str, float | None]:
+    return {"p": one.p and one.p.sign, "p_holm": one.sign,
+            "p_size": one.p and one.p.small, "p_size_holm": one.small}  # fmt: skip
 
 
 def claims_table(claims: Sequence[Claim]) -> Table:
     """`verdicts.csv` and `.md`: the p-values behind the verdicts, before and after correction."""
-    records, body = [], []
-    for claim in claims:
-        p = claim.p
-        records.append({"id": claim.id, "family": claim.family, "p": p and p.sign,
-                        "p_holm": claim.sign, "p_size": p and p.small,
-                        "p_size_holm": claim.small, "published": claim.paper,
-                        "verdict": claim.verdict, "tags": "; ".join(claim.tags)})  # fmt: skip
-        if p is not None:
-            numbers = (p.sign, claim.sign, p.small, claim.small)
-            body.append([claim.id, claim.family, *map(p_text, numbers),
-                         with_tags(claim.verdict, claim.tags)])  # fmt: skip
     return Table(
         "verdicts",
         "The verdicts and the p-values behind them",
@@ -170,7 +149,25 @@ def claims_table(claims: Sequence[Claim]) -> Table:
         "that it is a point or more; each before and after Holm's method. Claims that were not "
         "measured, or on fewer SFT models than were fixed beforehand, are left out, and so are "
         "verdicts that rest on no p.",
-        records,
+        [
+            {"id": c.id, "family": c.family, **_ps(c), "published": c.paper, "verdict": c.verdict,
+             "tags": "; ".join(c.tags)} for c in claims
+        ],
         ["id", "family", "p", "p, Holm", "p size", "p size, Holm", "verdict"],
-        body,
-    )
+        [
+            [c.id, c.family, *map(_p_text, _ps(c).values()), with_tags(c.verdict, c.tags)]
+            for c in claims if c.p is not None
+        ],
+    )  # fmt: skip
+
+
+def with_tags(verdict: str, tags: Sequence[str]) -> str:
+    """A verdict and its tags in words."""
+    return f"{verdict} ({'; '.join(tags)})" if tags else verdict
+
+
+def _p_text(p: float | None) -> str:
+    """A p-value with three decimals; those below a thousandth as such."""
+    if p is None:
+        return ""
+    return "< 0.001" if p < 0.001 else f"{p:.3f}"

@@ -111,6 +111,18 @@ def build(
     }
 
 
+def note_redrawn(results: Path, written: list[Path], root: Path) -> None:
+    """Take files that were made again into the manifest, and by which commit, if any changed."""
+    told = read(results)
+    if told is None:
+        return
+    files = {path.relative_to(results).as_posix() for path in written}
+    new = {name: sha for name, sha in file_hashes(results).items() if name in files}
+    if any(told["files"].get(name) != sha for name, sha in new.items()):
+        told["files"] = dict(sorted((told["files"] | new).items()))
+        write_json(results / NAME, told | {"redrawn": commit_of(root)})
+
+
 def measured_seeds(results: Path) -> list[int]:
     """Seeds that `measurements.csv` holds, sorted; without that file those with notebooks."""
     path = results / "measurements.csv"
