@@ -14,7 +14,7 @@ from scipy.stats import norm
 from allo_lib.evaluation.ablations import REWARD_MODELS
 from allo_lib.report.figure_style import GREY, PALETTE, Z95, row_names, subplots
 from allo_lib.study import analysis, results
-from allo_lib.study.overlaps import Overlap
+from allo_lib.study.key_neurons import Overlap
 from allo_lib.study.study import Study
 
 Effect = tuple[float, float, float]  # effect, low, high
