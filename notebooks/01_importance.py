@@ -58,7 +58,7 @@ from allo_lib.method.losses import dpo_loss
 from allo_lib.method.optim import MaskedAdamW
 from allo_lib.report import figures, method_figures, warning_signs
 from allo_lib.report.notebook import draw, percent, say, table
-from allo_lib.study import analysis, arms, parallel, results, scoring
+from allo_lib.study import analysis, arms, results, runs, scoring
 from allo_lib.study.study import Study
 
 study = Study.open(profile, seed, results_dir, overrides)
@@ -261,9 +261,9 @@ if "estimators" in weak:
 # %%
 percentage = f"{share * 100:g}".replace(".", "p")
 arms_of_study = [a for a in ("dpo", *(f"dpo_{kind}{percentage}" for kind in ("top", "random", "last")))
-                 if a in results.methods_of(study, domain)]
-paper_arms = [f"{a}_paper" for a in arms_of_study if f"{a}_paper" in results.methods_of(study, domain)]
-found = parallel.run_methods(study, {domain: [*arms_of_study, *paper_arms]})[domain]
+                 if a in runs.methods_of(study, domain)]
+paper_arms = [f"{a}_paper" for a in arms_of_study if f"{a}_paper" in runs.methods_of(study, domain)]
+found = runs.run_methods(study, {domain: [*arms_of_study, *paper_arms]})[domain]
 fair = {a: analysis.score_of(found[a]) for a in arms_of_study}
 paper = {a.removesuffix("_paper"): analysis.score_of(found[a]) for a in paper_arms}
 curves = {a.removesuffix("_paper"): found[a]["loss"][-1] for a in paper_arms} or {a: found[a]["loss"][-1] for a in arms_of_study}

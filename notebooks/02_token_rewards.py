@@ -56,7 +56,7 @@ from allo_lib.method.token_rewards import unaligned_weights
 from allo_lib.profiles import methods
 from allo_lib.report import figures, method_figures, warning_signs
 from allo_lib.report.notebook import draw, percent, say, table
-from allo_lib.study import analysis, parallel
+from allo_lib.study import analysis, runs
 from allo_lib.study.study import Study
 
 study = Study.open(profile, seed, results_dir, overrides)
@@ -207,7 +207,7 @@ if nothing:
 # all. The learning stage (04) keeps the tokens with the lowest $\Delta_t$.
 
 # %%
-parallel.run_methods(study, {domain: ["dpo_long"]})
+runs.run_methods(study, {domain: ["dpo_long"]})
 ratios = analysis.log_ratios(study, domain, "dpo_long", "heldout")
 held = analysis.concentration_of(ratios)
 curve = stats.concentration([value for one in ratios for value in one])

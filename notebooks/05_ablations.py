@@ -43,12 +43,12 @@ from allo_lib.profiles.methods import ROWS, share_name
 from allo_lib.report import ablation_figures, figures
 from allo_lib.report import ablation_numbers as numbers
 from allo_lib.report.notebook import percent, say, show, table
-from allo_lib.study import analysis, arms, overlaps, parallel, results
+from allo_lib.study import analysis, arms, key_neurons, results, runs
 from allo_lib.study.study import Study
 
 study = Study.open(profile, seed, results_dir, overrides)
-asked = {name: results.methods_of(study, name) for name in study.profile.domains}
-found = parallel.run_methods(study, asked)
+asked = {name: runs.methods_of(study, name) for name in study.profile.domains}
+found = runs.run_methods(study, asked)
 
 
 # %%
@@ -138,7 +138,7 @@ effects_figure("masks", "ALLO on other neurons than the top ones of all tensors 
 
 # %%
 for name, _ in ablations.wanted("scores", study.profile, asked):
-    rows = overlaps.compare(study, name)
+    rows = key_neurons.compare(study, name)
     title = f"{name}, seed {seed}: top {percent(study.profile.method.share, 0)} of the neurons"
     show(ablation_figures.overlap_dots(rows, title), study, f"05_overlaps_{name}",
          "Overlap of masks of other data, tasks, warm-ups and estimators (and seeds before this one), beside chance.")

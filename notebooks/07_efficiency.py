@@ -67,9 +67,9 @@ from allo_lib.evaluation import claims
 from allo_lib.evaluation.verdicts import RULE
 from allo_lib.report import figures, report
 from allo_lib.report.notebook import percent, say, show, table
-from allo_lib.study import analysis, efficiency, footprint
+from allo_lib.study import analysis, efficiency, footprint, runs
+from allo_lib.study.efficiency import domain_of, workload
 from allo_lib.study.study import Study
-from allo_lib.study.workload import domain_of, workload
 
 study = Study.open(profile, seed, results_dir, overrides)
 name = domain_of(study)
@@ -110,7 +110,7 @@ for row in rows:
 # %%
 measured = study.results_dir / "measurements.csv"
 for name in study.profile.domains if measured.is_file() else ():
-    series = analysis.quality_and_cost(study, name, analysis.trained_before(study, name))
+    series = analysis.quality_and_cost(study, name, runs.trained_before(study, name))
     if len(series) < 2:
         say(f"{name}: no curve, as rows and scalars were not both trained.")
         continue

@@ -21,7 +21,7 @@ from test_notebooks import environment
 from test_run_all import until
 from tiny_study import DOMAIN, PROFILE, open_study
 
-from allo_lib.study import parallel, results
+from allo_lib.study import results, runs
 
 METHODS = ["dpo", "allo"]
 REST = ("--", "--only", "00,01,02,03,04,05,06")  # of the study; 07 is a phase of its own
@@ -99,7 +99,7 @@ def test_windows_that_are_cut_off_add_up_to_one_run(tmp_path):
     check_study(third.results, "cpu")
 
     whole = open_study(tmp_path / "whole", **SETTINGS)
-    parallel.run_methods(whole, {DOMAIN: METHODS})
+    runs.run_methods(whole, {DOMAIN: METHODS})
     results.update(whole, [0])
     expected = (whole.results_dir / "measurements.csv").read_bytes()
     assert (third.results / "measurements.csv").read_bytes() == expected

@@ -17,7 +17,7 @@ from allo_lib.evaluation import comparisons, measurements, outcomes
 from allo_lib.profiles.config import fingerprint
 from allo_lib.profiles.profile_files import load_profile
 from allo_lib.report import main_table, row_comparisons, tables
-from allo_lib.study import arms, instructions, judges, win_rates
+from allo_lib.study import arms, instructions, judges, scoring, win_rates
 from allo_lib.study.study import Study
 from tests import synthetic_results
 
@@ -137,10 +137,10 @@ def test_a_result_keeps_its_replies_which_are_those_of_its_weights(study):
         kept = found[method]["instructions"]
         assert [row[:2] for row in kept] == order
         model, _ = arms.trained_model(study, DOMAIN, method)
-        assert instructions.reply(study, DOMAIN, model) == kept  # no draft: the same
+        assert scoring.reply(study, DOMAIN, model) == kept  # no draft: the same
     assert found["dpo"]["instructions"] != study.replies(DOMAIN)
     model = study.load_sft(DOMAIN)
-    assert instructions.reply(study, DOMAIN, model, found["dpo"]["instructions"]) == study.replies(
+    assert scoring.reply(study, DOMAIN, model, found["dpo"]["instructions"]) == study.replies(
         DOMAIN
     )
 
@@ -319,7 +319,7 @@ def test_a_judge_is_asked_once_and_another_one_trains_nothing_again(folder, monk
 def test_a_study_without_instructions_has_no_rows_and_no_files(tiny_study):
     assert win_rates.rows(tiny_study, "miniature", {}) == []
     assert instructions.write_outputs(tiny_study, "miniature", {}) == []
-    assert instructions.inputs(tiny_study, "miniature") == {}
+    assert scoring.instruction_inputs(tiny_study, "miniature") == {}
     assert not (tiny_study.results_dir / "instructions").exists()
 
 

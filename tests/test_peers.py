@@ -12,7 +12,7 @@ from allo_lib.data import miniature
 from allo_lib.engine.models import micro_llama
 from allo_lib.study import efficiency, peers
 from allo_lib.study.timed_steps import OwnSteps
-from allo_lib.study.workload import workload
+from allo_lib.study.efficiency import workload
 
 HAVE = {name: importlib.util.find_spec(name) is not None for name in ("trl", "peft")}
 

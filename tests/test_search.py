@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from allo_lib.errors import AlloError
-from allo_lib.study.search import Tried, best, search
+from allo_lib.study.search import Trial, best, search
 
 
 def peak(*where):
@@ -65,12 +65,12 @@ def test_two_rates_follow_a_better_first_stage():
 
 
 def test_no_rate_is_one_model():
-    assert search((), 5, 2.0, lambda rates: 0.25) == [Tried((), 0.25)]
+    assert search((), 5, 2.0, lambda rates: 0.25) == [Trial((), 0.25)]
 
 
 def test_equal_scores_take_the_smaller_rates():
-    tried = [Tried((2.0, 1.0), 0.5), Tried((1.0, 3.0), 0.5), Tried((1.0, 2.0), 0.5)]
-    assert best(tried) == tried[2] and best(tried + [Tried((9.0, 9.0), 0.6)]).rates == (9.0, 9.0)
+    tried = [Trial((2.0, 1.0), 0.5), Trial((1.0, 3.0), 0.5), Trial((1.0, 2.0), 0.5)]
+    assert best(tried) == tried[2] and best(tried + [Trial((9.0, 9.0), 0.6)]).rates == (9.0, 9.0)
     assert best(search((1.0,), 5, 2.0, lambda rates: 0.5)).rates[0] == 0.125
 
 

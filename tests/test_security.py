@@ -124,7 +124,7 @@ READERS = {
     "profile": in_folder("own.yaml", lambda folder: load_profile(str(folder / "own.yaml"))),
     "manifest": in_folder(manifest.NAME, manifest.read),
     "folder's profile": in_folder(
-        "manifest.json", lambda folder: results.check_folder(folder, load_profile("tiny"))
+        "manifest.json", lambda folder: manifest.check_folder(folder, load_profile("tiny"))
     ),
     "questions": in_folder(
         "ecqa/train.jsonl", lambda folder: realdata.load_rows("ecqa", "train", folder)

@@ -10,7 +10,7 @@ from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
 
 from allo_lib.report.figure_style import GREY, PALETTE, side_style, subplots
-from allo_lib.study.overlaps import Overlap
+from allo_lib.study.key_neurons import Overlap
 
 Z95 = 1.959964  # half-width of a 95% interval in standard errors
 Effect = tuple[float, float, float]  # effect, low, high

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from allo_lib.engine import notes
 from allo_lib.errors import AlloError
+from allo_lib.evaluation import measurements
 from allo_lib.machine import runtime
 
 NAME = "manifest.json"
@@ -64,20 +65,20 @@ def read(results: Path) -> dict | None:
     return told
 
 
+def check_folder(folder: Path, profile) -> None:
+    """AlloError when `folder` holds the results of another profile."""
+    found = read(folder)
+    if found and found["profile_hash"] != profile.hash():
+        raise AlloError(
+            f"{folder} holds results of profile hash {found['profile_hash'][:12]}, this run is "
+            f"{profile.hash()[:12]}: choose another --out, or start over with --fresh"
+        )
+
+
 def write_json(path: Path, value) -> None:
     """Write `value` as JSON so that `path` is at any moment the old file or the new one, whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with temporary.open("w", encoding="utf-8") as handle:
-            json.dump(value, handle, indent=1, ensure_ascii=False)
-            handle.write("\n")
-            handle.flush()
-            os.fsync(handle.fileno())
-        os.replace(temporary, path)
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
+    text = json.dumps(value, indent=1, ensure_ascii=False) + "\n"
+    measurements.replace_file(path, text.encode("utf-8"))
 
 
 def build(
