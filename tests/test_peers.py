@@ -11,8 +11,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from allo_lib.data import miniature
 from allo_lib.engine.models import micro_llama
 from allo_lib.study import efficiency, peers
-from allo_lib.study.timed_steps import OwnSteps
 from allo_lib.study.efficiency import workload
+from allo_lib.study.timed_steps import OwnSteps
 
 HAVE = {name: importlib.util.find_spec(name) is not None for name in ("trl", "peft")}
 

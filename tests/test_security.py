@@ -35,7 +35,7 @@ from allo_lib.method.importance import NeuronMask
 from allo_lib.profiles.profile_files import load_profile
 from allo_lib.report import figures, notebook, report
 from allo_lib.report.figure_style import save
-from allo_lib.study import manifest, results
+from allo_lib.study import manifest
 
 # --- what the sources may not do ---------------------------------------------------------------
 

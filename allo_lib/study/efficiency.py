@@ -1,9 +1,9 @@
 """What a training step costs: time, peak memory and optimizer state of each way of updating (C10).
 
-All take the same batch of pairs (`workload`). Every block of steps runs in a process of its own, one
-after the other and the variants in turn, so that neither a slow moment of the machine nor memory
-left over by another variant decides the comparison, and the machine has to hold one training at a
-time.
+All take the same batch of pairs (`workload`). Every block of steps runs in a process of its own,
+one after the other and the variants in turn, so that neither a slow moment of the machine nor
+memory left over by another variant decides the comparison, and the machine has to hold one training
+at a time.
 """
 
 import csv

@@ -16,7 +16,10 @@ import sys
 from functools import cache
 from pathlib import Path
 
+from allo_lib.engine.encoding import encode_text
 from allo_lib.errors import AlloError
+from allo_lib.study import arms
+from allo_lib.study.study import Study
 
 FOLDER = "harness"  # in the store: models, tasks and what lm_eval writes
 TABLE = "tables/harness.csv"
@@ -82,9 +85,6 @@ def judged(opened: list, doc: dict, response: str) -> float:
 
 @cache
 def _problems(opened: str):
-    from allo_lib.engine.encoding import encode_text
-    from allo_lib.study.study import Study
-
     profile, seed, results_dir, name = json.loads(opened)
     study = Study.open(profile, seed, results_dir)
     questions = study.task(name).questions("test", study.domain(name).test)
@@ -110,8 +110,6 @@ def _write_task(study, name: str, dataset: str, folder: Path, limit: int | None)
 
 
 def _save_model(study, name: str, method: str, folder: Path) -> Path:
-    from allo_lib.study import arms
-
     model, _ = arms.trained_model(study, name, method)
     model.save_pretrained(folder / method)
     study.tokenizer.save_pretrained(folder / method)
@@ -133,8 +131,6 @@ def _run(study, model: Path, folder: Path, tasks: list[str]) -> dict:
 
 
 def _row(study, name: str, method: str, dataset: str, told: dict) -> tuple:
-    from allo_lib.study import arms
-
     count = told["n-samples"][f"allo_{dataset}"]["effective"]
     answers = arms.result(study, name, method)["answers"]
     right = [right for _, place, _, right in answers if place == dataset][:count]

@@ -15,7 +15,6 @@ from contextlib import AbstractContextManager
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import TrainerCallback
 
 from allo_lib.engine.batches import pair_batch
 from allo_lib.engine.forward import layout_of, response_logps, to_device
@@ -170,10 +169,11 @@ class TrlSteps:
         from trl import DPOTrainer
 
         with tempfile.TemporaryDirectory() as folder:
-            clock = _Clock(warm_up, self.model.device, begun)
+            clock = _clock(warm_up, self.model.device, begun)
             self.trainer = DPOTrainer(
                 model=self.model,
-                ref_model=self._second_copy(),
+                # TRL's default is a second copy, which it would load by a name not every model has.
+                ref_model=copy.deepcopy(self.model) if self.variant == "trl_default" else None,
                 args=self._arguments(folder, warm_up + steps),
                 train_dataset=Dataset.from_list(self.texts),
                 processing_class=self.tokenizer,
@@ -203,10 +203,6 @@ class TrlSteps:
             logging_strategy="no",
             disable_tqdm=True,
         )
-
-    def _second_copy(self):
-        """TRL's default reference, which it would load by a name that not every model has."""
-        return copy.deepcopy(self.model) if self.variant == "trl_default" else None
 
     def _adapter(self):
         if not self.variant.startswith("peft"):
@@ -255,25 +251,27 @@ def _all_messages(pair: dict) -> dict:
     return pair | replies
 
 
-class _Clock(TrainerCallback):
-    """Times the steps after `warm_up` of them, and counts the operations of the first."""
+def _clock(warm_up: int, device, begun):
+    """A callback that times the steps after `warm_up` of them, and counts the first one's
+    operations; its class is made here, as transformers' trainer is slow to import."""
+    from transformers import TrainerCallback
 
-    def __init__(self, warm_up: int, device, begun):
-        self.warm_up, self.device, self.begun = warm_up, device, begun
-        self.counted = counter()
-        self.seconds = 0.0
+    class Clock(TrainerCallback):
+        seconds, counted = 0.0, counter()
 
-    def on_step_begin(self, args, state, control, **_):
-        if state.global_step == 0:
-            self.counted.__enter__()
+        def on_step_begin(self, args, state, control, **_):
+            if state.global_step == 0:
+                self.counted.__enter__()
 
-    def on_step_end(self, args, state, control, **_):
-        wait_for(self.device)
-        now = time.perf_counter()
-        if state.global_step == 1:
-            self.counted.__exit__(None, None, None)
-        if state.global_step == self.warm_up:
-            self.begun()
-            self.start = time.perf_counter()
-        elif state.global_step > self.warm_up:
-            self.seconds = now - self.start
+        def on_step_end(self, args, state, control, **_):
+            wait_for(device)
+            now = time.perf_counter()
+            if state.global_step == 1:
+                self.counted.__exit__(None, None, None)
+            if state.global_step == warm_up:
+                begun()
+                self.start = time.perf_counter()
+            elif state.global_step > warm_up:
+                self.seconds = now - self.start
+
+    return Clock()
