@@ -284,7 +284,9 @@ def test_random_masks_overlap_by_chance():
 def test_masks_that_only_agree_on_tensors_are_at_the_second_chance():
     uneven = {"a": 0.4, "b": 0.01, "c": 0.5}
     found = [
-        key_neurons.overlap("x", "a", "b", random_mask(2 * i, uneven), random_mask(2 * i + 1, uneven))
+        key_neurons.overlap(
+            "x", "a", "b", random_mask(2 * i, uneven), random_mask(2 * i + 1, uneven)
+        )
         for i in range(20)
     ]
     mean = np.mean([one.value for one in found])

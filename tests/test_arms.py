@@ -528,7 +528,7 @@ def groups(tiny_study, monkeypatch):
     """What `parallel` makes of rows (domain, method, replicate): groups of the same."""
     domain = tiny_study.domain(DOMAIN)
     monkeypatch.setattr(tiny_study, "domain", lambda name: domain)
-    monkeypatch.setattr(parallel, "_longest_first", list)
+    monkeypatch.setattr(runs, "_longest_first", list)
 
     def grouped(*rows):
         found = runs._groups([(tiny_study, *row) for row in rows])
