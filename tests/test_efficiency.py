@@ -13,6 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from peft import get_peft_model
+from refusals import refused
 from test_training import pairs
 from tiny_models import tiny_llama, weights_of
 from tiny_study import DOMAIN, open_study
@@ -29,6 +30,7 @@ from allo_lib.method.importance import select_neurons
 from allo_lib.method.objectives import objective
 from allo_lib.method.optim import MaskedAdamW
 from allo_lib.profiles.config import Timing
+from allo_lib.profiles.profile_files import load_profile
 from allo_lib.report import notebook
 from allo_lib.report.notebook import percent
 from allo_lib.study import efficiency, timed_steps
@@ -93,32 +95,33 @@ MEASURED = {
 }  # fmt: skip
 
 
-def _works_but_in_peers(*arguments):
-    if arguments[-1] == "trl_default":
-        raise RuntimeError("no kernel for this\nand much more")
-    if arguments[-1] == "trl_best":
-        os._exit(3)
-    return MEASURED
-
-
-def _refuses(*arguments):
-    raise AlloError("a mask of another model")
-
-
 @pytest.mark.slow
+@pytest.mark.parametrize("work, argument, told", [
+    (os._exit, 3, "a process that measures the cost of a step ended before its time"),
+    (int, "two\nlines", "ValueError: invalid literal"),  # in one line
+    (load_profile, "nothing.yaml", "no profile 'nothing.yaml'"),  # an AlloError as it is
+])  # fmt: skip
+def test_what_fails_in_a_process_of_its_own_is_said_in_one_line(work, argument, told):
+    with refused(told):
+        efficiency.in_own_process(work, argument)
+
+
 def test_a_peer_that_fails_is_left_out_and_said(tiny_study, monkeypatch, capsys):
-    monkeypatch.setattr(efficiency, "_worker", _works_but_in_peers)
-    wanted = ["trl_default", "trl_best", "peft", "dense"]
+    def run(work, *arguments):
+        if arguments[-1] == "trl_default":
+            raise AlloError("no kernel for this")
+        return MEASURED
+
+    monkeypatch.setattr(efficiency, "in_own_process", run)
+    wanted = ["trl_default", "peft", "dense"]
     monkeypatch.setattr(efficiency, "variants", lambda study: wanted)
     assert [row["variant"] for row in efficiency.measure(tiny_study)] == ["peft", "dense"]
     told = capsys.readouterr().out
-    assert "trl_default is left out: RuntimeError: no kernel for this\n" in told
-    assert "trl_best is left out: a process that measures" in told
+    assert "trl_default is left out: no kernel for this\n" in told
     assert "dense, repeat 1: 1 s a pair, 4 values trained" in told
     # Of this project's own variants any failure ends the comparison.
-    monkeypatch.setattr(efficiency, "variants", lambda study: ["dense"])
-    monkeypatch.setattr(efficiency, "_worker", _refuses)
-    with pytest.raises(AlloError, match="a mask of another model"):
+    monkeypatch.setattr(timed_steps, "PEERS", ())
+    with refused("no kernel for this"):
         efficiency.measure(tiny_study)
 
 

@@ -79,11 +79,11 @@ def judgement(
     Raises AlloError where no row has a verdict.
     """
     most = max((len(found) for found in verdicts.values()), default=1)
-    given = {row["id"]: verdicts.get(row["id"]) for row in rows}
+    by_id = {row["id"]: verdicts.get(row["id"]) for row in rows}
     for row, our, their in zip(rows, ours, theirs, strict=True):
         if our == their:
-            given[row["id"]] = [0.5] * min(most, 2)  # Arena-Hard asks twice
-    judged = {key: found for key, found in given.items() if found}
+            by_id[row["id"]] = [0.5] * min(most, 2)  # Arena-Hard asks twice
+    judged = {key: found for key, found in by_id.items() if found}
     if not judged:
         raise AlloError(f"the judge gave no verdict on any of {len(rows)} replies; see its log")
     outcomes = tuple(math.fsum(found) / len(found) for found in judged.values())
@@ -108,7 +108,7 @@ def write_outputs(
         texts: method -> replies in the order of the rows; the first is what others are compared to.
     """
     if dataset == "alpaca_eval":
-        made = {f"{m}.json": _alpaca_outputs(rows, given, m) for m, given in texts.items()}
+        made = {f"{m}.json": _alpaca_outputs(rows, replies, m) for m, replies in texts.items()}
     else:
         made = {"question.jsonl": _lines(map(_arena_question, rows))}
         for place, method in [*zip(texts, texts, strict=True), (ARENA_BASELINE, next(iter(texts)))]:
@@ -135,9 +135,9 @@ def _arena_question(row: dict) -> dict:
 
 def _arena_answer(row: dict, text: str, model: str) -> dict:
     name = hashlib.sha256(json.dumps([row["id"], model, text]).encode()).hexdigest()[:22]
-    said = [{"role": "user", "content": row["question"]}]
-    said.append({"role": "assistant", "content": {"answer": text}})
-    return {"uid": row["id"], "ans_id": name, "model": model, "messages": said, "tstamp": 0}
+    messages = [{"role": "user", "content": row["question"]}]
+    messages.append({"role": "assistant", "content": {"answer": text}})
+    return {"uid": row["id"], "ans_id": name, "model": model, "messages": messages, "tstamp": 0}
 
 
 def _lines(values) -> str:
@@ -147,7 +147,7 @@ def _lines(values) -> str:
 def read_verdicts(
     dataset: str, folder: Path, rows: Sequence[dict], texts: Sequence[str], method: str
 ) -> tuple[dict[str, list[float]], str]:
-    """What a benchmark's program said of a method's replies; (verdicts by row id, judge's name).
+    """A benchmark's verdicts on a method's replies; (verdicts by row id, judge's name).
 
     A verdict is 1 where ours won. AlpacaEval gives one, Arena-Hard 2 to 6: it asks in both orders
     and counts A>>B three times. Rows without them are left out.
@@ -162,14 +162,14 @@ def read_verdicts(
             f"{len(found)} files {folder / pattern}, expected one judge's: have these replies "
             "judged by the benchmark's program, as docs/run.md says"
         )
-    said = {row["id"]: text for row, text in zip(rows, texts, strict=True)}
+    by_id = {row["id"]: text for row, text in zip(rows, texts, strict=True)}
     try:
         lines = found[0].read_bytes().decode("utf-8").split("\n")
         if alpaca:
             ids = {row["question"]: row["id"] for row in rows}
-            verdicts = _alpaca_verdicts(json.loads("\n".join(lines)), ids, said)
+            verdicts = _alpaca_verdicts(json.loads("\n".join(lines)), ids, by_id)
         else:
-            verdicts = _arena_verdicts([json.loads(x) for x in lines if x.strip()], said)
+            verdicts = _arena_verdicts([json.loads(x) for x in lines if x.strip()], by_id)
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise AlloError(
@@ -178,13 +178,13 @@ def read_verdicts(
     return verdicts, found[0].parent.name
 
 
-def _alpaca_verdicts(entries: list, ids: dict[str, str], said: dict[str, str]) -> dict:
+def _alpaca_verdicts(entries: list, ids: dict[str, str], by_id: dict[str, str]) -> dict:
     verdicts = {}
     for entry in entries:
         key, preference = ids.get(entry["instruction"]), entry["preference"]
         if key is None or preference is None:
             continue
-        if entry.get("output_2", said[key]) != said[key]:
+        if entry.get("output_2", by_id[key]) != by_id[key]:
             raise ValueError(f"another reply to {key}")
         preference = 1.5 if preference == 0 else preference  # 0 is a draw
         if not 1 <= preference <= 2:
@@ -193,12 +193,12 @@ def _alpaca_verdicts(entries: list, ids: dict[str, str], said: dict[str, str]) -
     return verdicts
 
 
-def _arena_verdicts(entries: list, said: dict[str, str]) -> dict:
+def _arena_verdicts(entries: list, by_id: dict[str, str]) -> dict:
     verdicts = {}
     for entry in entries:
         key, games = entry["uid"], [game or {} for game in entry["games"]]
         for message in (games[0].get("prompt") or [])[-1:]:
-            if key in said and said[key] not in message["content"]:
+            if key in by_id and by_id[key] not in message["content"]:
                 raise ValueError(f"another reply to {key}")
         first, second = (_for_a(game.get("score")) for game in games)
         if first and second:  # ours is B in the first game and A in the second
@@ -392,28 +392,28 @@ def reply_rows(study, name: str, results: dict[str, dict]) -> list[Measurement]:
 
 
 def _win_rates(study, name: str, dataset: str, texts, dtype: str, load) -> list[Measurement]:
-    asked, theirs = scoring.chosen(study, name)[dataset], texts[REFERENCE]
-    judged = {REFERENCE: judgement(asked, theirs, theirs, {})}
+    rows, theirs = scoring.chosen(study, name)[dataset], texts[REFERENCE]
+    judged = {REFERENCE: judgement(rows, theirs, theirs, {})}
     judge = _judge_name(study, dataset, "")
     for method, ours in texts.items():
         if method == REFERENCE:
             continue
         if study.profile.judge.kind == "programs":
             place = folder_of(study, name) / dataset
-            verdicts, judge = read_verdicts(dataset, place, asked, ours, method)
+            verdicts, judge = read_verdicts(dataset, place, rows, ours, method)
             judge = _judge_name(study, dataset, judge)
         else:
-            record = _rewards_compared(study, asked, ours, theirs, dtype, load)
+            record = _rewards_compared(study, rows, ours, theirs, dtype, load)
             verdicts = record["verdicts"]
             judge = f"{_judge_name(study, dataset, '')}+{record['sha256'][:8]}"
-        judged[method] = judgement(asked, ours, theirs, verdicts)
+        judged[method] = judgement(rows, ours, theirs, verdicts)
     found = [
         Measurement(study.seed, method, dataset, "win_rate", one.win_rate, one.stderr, len(one.ids))
         for method, one in judged.items()
     ]
     # Who judged, and the share of comparisons that had a verdict.
     count = sum(len(one.ids) for method, one in judged.items() if method != REFERENCE)
-    total = len(asked) * (len(judged) - 1)
+    total = len(rows) * (len(judged) - 1)
     share, metric = count / total if total else 1.0, f"{JUDGED_BY}{judge}"
     return [*found, Measurement(study.seed, REFERENCE, dataset, metric, share, 0.0, total)]
 
@@ -426,17 +426,17 @@ def _judge_name(study, dataset: str, name: str) -> str:
     return f"{kind}:{re.sub(r'[^A-Za-z0-9_.-]', '_', name) or '_'}"
 
 
-def _rewards_compared(study, asked, ours, theirs, dtype: str, load) -> dict:
+def _rewards_compared(study, rows, ours, theirs, dtype: str, load) -> dict:
     """The reward model's verdicts by row id and the SHA-256 of its weights, kept in the store."""
     settings = study.profile.judge
     inputs = {"kind": settings.kind, "model": settings.model, "revision": settings.revision}
     inputs |= {"version": VERSION, "dtype": dtype, "device": study.device}
-    inputs |= {"read": fingerprint([asked, ours, theirs])}
+    inputs |= {"read": fingerprint([rows, ours, theirs])}
 
     def make(folder: Path) -> None:
-        judge, questions = load(), [row["question"] for row in asked]
+        judge, questions = load(), [row["question"] for row in rows]
         sides = (scores(judge, questions, x, settings.batch_size) for x in (ours, theirs))
-        rewards = zip(asked, *sides, strict=True)
+        rewards = zip(rows, *sides, strict=True)
         verdicts = {row["id"]: [0.5 if a == b else float(a > b)] for row, a, b in rewards}
         write_json(folder / "record.json", {"verdicts": verdicts, "sha256": judge.sha256})
 

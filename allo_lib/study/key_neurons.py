@@ -213,8 +213,8 @@ def _by_tensor(one: NeuronMask, other: NeuronMask) -> tuple[np.ndarray, np.ndarr
 
 def comparisons(study, name: str) -> list[tuple[str, str, str]]:
     """(label, variant, variant) of every two score variants that are compared on a domain."""
-    given = {row["dataset"] for row in study.pairs(name).rows["mask"]}
-    families = [family for family in study.domain(name).datasets if family in given]
+    present = {row["dataset"] for row in study.pairs(name).rows["mask"]}
+    families = [family for family in study.domain(name).datasets if family in present]
     thirds = combinations(("third_a", "third_b", "third_c"), 2)
     return [
         ("order of the data", "delta", "order"),

@@ -159,8 +159,8 @@ def overlap_rows(study: Study, name: str) -> list[Measurement]:
     for comparison in study.profile.stability:
         found = _overlap(study, name, *OVERLAPS[comparison])
         for metric in ("mask_overlap", "mask_overlap_chance", measurements.CHANCE_IN_TENSORS):
-            told = found[metric], 0.0, found["kept"]
-            rows.append(Measurement(study.seed, comparison, name, metric, *told))
+            value, n = found[metric], found["kept"]
+            rows.append(Measurement(study.seed, comparison, name, metric, value, 0.0, n))
     return rows
 
 

@@ -106,8 +106,8 @@ def _score(result: dict) -> float:
 def print_missing() -> None:
     """`missing` for the study named in the first argument, as JSON: profile, overrides, seeds,
     results folder and data folder. `status.missing` runs it in a process of its own."""
-    given, overrides, seeds, folder, data = json.loads(sys.argv[1])
-    profile = load_profile(given, overrides)
+    profile_name, overrides, seeds, folder, data = json.loads(sys.argv[1])
+    profile = load_profile(profile_name, overrides)
     for seed in seeds:
         print("\n".join(missing(Study(profile, seed, folder, data))))
 

@@ -67,8 +67,8 @@ def measure(study, name: str, model) -> dict:
         drafts = study.replies(name) if study.device == "cpu" else None
         measured["instructions"] = reply(study, name, model, drafts)
     if study.task(name) is not None:
-        given = answers(study, name, model, "test")
-        rows = zip(_test_questions(study, name), given.answered, given.right, strict=True)
+        test = answers(study, name, model, "test")
+        rows = zip(_test_questions(study, name), test.answered, test.right, strict=True)
         measured["answers"] = [[q.id, q.dataset, int(read), int(right)] for q, read, right in rows]
     return measured
 
@@ -97,7 +97,7 @@ def _test_questions(study, name: str) -> list:
 
 @lru_cache
 def instruction_inputs(study, name: str) -> dict:
-    """What the replies of a domain depend on besides the model's weights; {} where none are asked.
+    """What the replies of a domain depend on besides the model's weights; {} without instructions.
 
     Without instructions a result is known by the same key as before there were any.
     """
@@ -117,10 +117,12 @@ def chosen(study, name: str) -> dict[str, list[dict]]:
     (AlpacaEval knows outputs by their instructions).
 
     Raises:
-        AlloError: more are asked for than can be read.
+        AlloError: more are requested than the model can read.
     """
-    loaded, asked = _loaded(study, name), study.domain(name).instructions
-    counts = shares.of_test(asked.count, {dataset: len(rows) for dataset, rows in loaded.items()})
+    loaded, settings = _loaded(study, name), study.domain(name).instructions
+    counts = shares.of_test(
+        settings.count, {dataset: len(rows) for dataset, rows in loaded.items()}
+    )
     found = {}
     for dataset, rows in loaded.items():
         rows = list({row["question"]: row for row in reversed(rows)}.values())
@@ -130,14 +132,14 @@ def chosen(study, name: str) -> dict[str, list[dict]]:
         for row in rows:
             if len(found[dataset]) == counts[dataset]:
                 break
-            if _tokens(study.tokenizer, row["question"]) + asked.max_new_tokens <= study.context:
+            if _tokens(study.tokenizer, row["question"]) + settings.max_new_tokens <= study.context:
                 found[dataset].append(row)
             else:
                 skipped += 1
         if len(found[dataset]) < counts[dataset]:
             raise AlloError(
                 f"{name}: {counts[dataset]} instructions of {dataset} are asked for, but the model "
-                f"can read {len(found[dataset])} with {asked.max_new_tokens} tokens after them; "
+                f"can read {len(found[dataset])} with {settings.max_new_tokens} tokens after them; "
                 "lower instructions.count or instructions.max_new_tokens"
             )
         if skipped:
@@ -149,17 +151,17 @@ def chosen(study, name: str) -> dict[str, list[dict]]:
 
 @lru_cache
 def _loaded(study, name: str) -> dict[str, list[dict]]:
-    """All instructions of the domain's data sets; the manifest is told which they were."""
+    """All instructions of the domain's data sets; the manifest names them."""
     datasets = study.domain(name).instructions.datasets
     loaded = {dataset: realdata.load_rows(dataset, "test", study.data_dir) for dataset in datasets}
     for dataset, rows in loaded.items():
         if "outputs" not in rows[0]:
             raise AlloError(f"{dataset} holds no instructions; expected {{id, question, outputs}}")
-    told = {
+    summary = {
         f"{dataset}/test": {"rows": len(rows), "sha256": realdata.data_hash(rows)}
         for dataset, rows in loaded.items()
     }
-    notes.leave(study.store.folder, f"{notes.DATA}{name}.instructions", told)
+    notes.leave(study.store.folder, f"{notes.DATA}{name}.instructions", summary)
     return loaded
 
 
@@ -170,7 +172,7 @@ def _tokens(tokenizer, question: str) -> float:
 
 
 def prompt_of(tokenizer, question: str):
-    """What the model is asked: a chat message, or a turn in the form of the preference pairs."""
+    """An instruction as a chat message, or as a turn in the form of the preference pairs."""
     if getattr(tokenizer, "chat_template", None):
         return [{"role": "user", "content": question}]
     return f"\n\nHuman: {question}\n\nAssistant:"
@@ -184,10 +186,10 @@ def reply(study, name: str, model, drafts: list[list] | None = None) -> list[lis
     Returns:
         Rows [id, data set, text, 1 if it ended or 0 if it was cut off].
     """
-    asked = [(dataset, row) for dataset, rows in chosen(study, name).items() for row in rows]
-    prompts = [prompt_of(study.tokenizer, row["question"]) for _, row in asked]
+    requested = [(dataset, row) for dataset, rows in chosen(study, name).items() for row in rows]
+    prompts = [prompt_of(study.tokenizer, row["question"]) for _, row in requested]
     guesses = drafts and [_draft(study.tokenizer, text, ended) for _, _, text, ended in drafts]
-    limit, given = study.domain(name).instructions.max_new_tokens, {}
+    limit, responses = study.domain(name).instructions.max_new_tokens, {}
     for places in _batches(study, name, prompts, limit):
         groups = generate(
             model,
@@ -197,10 +199,10 @@ def reply(study, name: str, model, drafts: list[list] | None = None) -> list[lis
             batch_size=len(places),
             drafts=guesses and [guesses[i] for i in places],
         )
-        given |= {i: one for i, (one,) in zip(places, groups, strict=True)}
+        responses |= {i: one for i, (one,) in zip(places, groups, strict=True)}
     return [
-        [row["id"], dataset, given[i].text, int(given[i].ended)]
-        for i, (dataset, row) in enumerate(asked)
+        [row["id"], dataset, responses[i].text, int(responses[i].ended)]
+        for i, (dataset, row) in enumerate(requested)
     ]
 
 
