@@ -56,7 +56,7 @@ from allo_lib.machine import weights
 from allo_lib.method import importance
 from allo_lib.method.losses import dpo_loss
 from allo_lib.method.optim import MaskedAdamW
-from allo_lib.report import figures, method_figures, warning_signs
+from allo_lib.report import method_figures, warning_signs
 from allo_lib.report.notebook import draw, percent, say, table
 from allo_lib.study import analysis, arms, results, runs, scoring
 from allo_lib.study.study import Study
@@ -223,7 +223,7 @@ say(f"The mask is partly arbitrary: {arbitrary}." if arbitrary else f"{ties['zer
 
 # %%
 matrix, layers, modules = analysis.where_kept(mask)
-draw(figures.importance_heatmap(matrix, layers, modules, share, title=f"key neurons, {domain}"),
+draw(method_figures.importance_heatmap(matrix, layers, modules, share, title=f"key neurons, {domain}"),
      f"Share of each tensor that is kept; neurons spread evenly would give {percent(share, 0)} everywhere.")
 
 # %% [markdown]
@@ -237,7 +237,7 @@ draw(figures.importance_heatmap(matrix, layers, modules, share, title=f"key neur
 masks, chance = results.top_masks(study, domain), importance.chance_overlap(share)
 meant = {"delta": "the warm-up's |delta|", "order": "the same with the pairs in another order", "half_a": "on the first half of the pairs",
          "half_b": "on the second half", "gradient": "accumulated |gradient|", "magnitude": "|weight|"}
-draw(figures.overlap_matrix(list(masks), analysis.overlaps(masks), chance, title=domain),
+draw(method_figures.overlap_matrix(list(masks), analysis.overlaps(masks), chance, title=domain),
      "Masks of one model by several scores: " + "; ".join(f"{key}: {meant.get(key, '')}" for key in masks) + ".")
 compared = {row.method: row.value for row in results.overlap_rows(study, domain) if row.metric == "mask_overlap"}
 say("**Overlap, chance being " + f"{chance:.3f}: " + ", ".join(f"{key} {value:.3f}" for key, value in compared.items()) + ".**")

@@ -54,7 +54,7 @@ from allo_lib.engine.encoding import encode_response
 from allo_lib.evaluation import stats
 from allo_lib.method.token_rewards import unaligned_weights
 from allo_lib.profiles import methods
-from allo_lib.report import figures, method_figures, warning_signs
+from allo_lib.report import method_figures, warning_signs
 from allo_lib.report.notebook import draw, percent, say, table
 from allo_lib.study import analysis, runs
 from allo_lib.study.study import Study
@@ -211,7 +211,7 @@ runs.run_methods(study, {domain: ["dpo_long"]})
 ratios = analysis.log_ratios(study, domain, "dpo_long", "heldout")
 held = analysis.concentration_of(ratios)
 curve = stats.concentration([value for one in ratios for value in one])
-draw(figures.concentration_curve({domain: curve}, mark=analysis.LOWEST),
+draw(method_figures.concentration_curve({domain: curve}, mark=analysis.LOWEST),
      "Share of the negative log-ratio of held-out rejected responses that the lowest tokens hold, after plain DPO.")
 say(f"**After plain DPO the lowest {percent(analysis.LOWEST, 0)} of the rejected tokens hold {percent(held['pooled'])} "
     f"of the negative log-ratio** (counted within each response: {percent(held['per_response'])}).")

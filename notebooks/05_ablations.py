@@ -41,7 +41,6 @@ from allo_lib.evaluation import ablations
 from allo_lib.evaluation.published import arm_label
 from allo_lib.profiles.methods import ROWS, share_name
 from allo_lib.report import ablation_figures, figures
-from allo_lib.report import ablation_numbers as numbers
 from allo_lib.report.notebook import percent, say, show, table
 from allo_lib.study import analysis, arms, key_neurons, results, runs
 from allo_lib.study.study import Study
@@ -55,8 +54,8 @@ found = runs.run_methods(study, asked)
 def effects_figure(figure: str, caption: str) -> None:
     """The rows of a figure against ALLO, on every domain that has them."""
     for name, labels in ablations.wanted(figure, study.profile, asked):
-        bars = numbers.effects(found[name], labels, "allo")
-        drawn = ablation_figures.effects_against(bars, "ALLO", f"{name}, seed {seed}", results.unit(found[name]["allo"]))
+        bars = ablation_figures.effects(found[name], labels, "allo")
+        drawn = figures.ablation_bars(bars, "ALLO", f"{name}, seed {seed}", results.unit(found[name]["allo"]))
         show(drawn, study, f"05_{figure}_{name}", caption)
         say(f"**{name}**, points above ALLO: " + "; ".join(
             f"{label} {100 * effect:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
@@ -98,7 +97,7 @@ for name in study.profile.domains:
         continue
     scores = [analysis.score_of(found[name][share_name(s)]) for s in shares]
     start = ("SFT model", analysis.score_of(arms.result(study, name, "sft_base"))[0])
-    figure = figures.share_sweep(shares, [v for v, _ in scores], [e for _, e in scores], start, title=name)
+    figure = ablation_figures.share_sweep(shares, [v for v, _ in scores], [e for _, e in scores], start, title=name)
     show(figure, study, f"05_shares_{name}",
          "Accuracy after DPO on the top share of neurons; bars are standard errors over problems.")
     say(f"**{name}**: " + ", ".join(f"{percent(s, 1)} of the neurons {percent(v)}"
@@ -118,7 +117,7 @@ for name, labels in ablations.wanted("neurons", study.profile, asked):
     worst, best = (f"{percent(v)} (forgetting {percent(a)}, learning {percent(b)})"
                    for a, b, v in ((*place, cells[place][0]) for place in (places[0], places[-1])))
     say(f"**{name}**: between {worst} and {best}. The best of {len(cells)} is high by luck too: with no "
-        f"difference at all it would stand up to {100 * numbers.luck_of_the_best(cells.values()):.1f} points above the mean.")
+        f"difference at all it would stand up to {100 * ablation_figures.luck_of_the_best(cells.values()):.1f} points above the mean.")
 
 # %% [markdown]
 # ## Which neurons?
@@ -162,7 +161,7 @@ for name in study.profile.domains:
     if not series:
         continue
     level = ("all neurons", analysis.score_of(found[name]["dpo"])[0])
-    figure = figures.quality_against_cost(series, level, title=name)
+    figure = ablation_figures.quality_against_cost(series, level, title=name)
     show(figure, study, f"05_rows_{name}", "Score after DPO on the top share of neurons against the "
          "counted operations of a training step, scalar entries and whole rows; bars are 95% intervals.")
     for label, points in series.items():
@@ -195,7 +194,7 @@ for name, labels in ablations.wanted("key_tokens", study.profile, asked):
     scores = [analysis.score_of(found[name][row]) for row in points.values()]
     control = "dpo_long" if "dpo_long" in found[name] else "dpo"
     level = (arm_label(control), analysis.score_of(found[name][control])[0])
-    figure = figures.share_sweep(list(points), [v for v, _ in scores], [e for _, e in scores], level, title=name,
+    figure = ablation_figures.share_sweep(list(points), [v for v, _ in scores], [e for _, e in scores], level, title=name,
                                  xlabel=r"share $\varepsilon$ of rejected tokens that are key tokens (%)")
     show(figure, study, f"05_key_tokens_{name}", "ALLO by the share of key tokens; bars are 95% intervals.")
     say(f"**{name}**: " + ", ".join(f"{percent(s, 0)} key tokens {percent(v)}"
@@ -224,14 +223,14 @@ for name in study.profile.domains:
 
 # %%
 for name, labels in ablations.wanted("reward_models", study.profile, asked):
-    points = numbers.reward_points(study, name, found[name], labels)
+    points = ablation_figures.reward_points(study, name, found[name], labels)
     if len(points) < 2:
         continue  # only the miniature's generator knows which tokens are wrong
     controls = {"allo_all_tokens_forgetting": "forgetting all tokens", "allo_no_forgetting": "learning alone"}
     levels = {text: analysis.score_of(found[name][m])[0] for m, text in controls.items() if m in found[name]}
     figure = ablation_figures.reward_quality(points, levels, f"{name}, seed {seed}")
     show(figure, study, f"05_reward_models_{name}", "ALLO by how well its reward model finds wrong tokens.")
-    slope, low, high = numbers.slope_of(points)
+    slope, low, high = ablation_figures.slope_of(points)
     say(f"**{name}**: a reward model that is better by 0.1 of the area under the curve gives {10 * slope:+.1f} points "
         f"[{10 * low:+.1f}, {10 * high:+.1f}] (line through the rows, as if their errors were independent).")
 
@@ -245,7 +244,7 @@ for name, labels in ablations.wanted("reward_models", study.profile, asked):
 for name, labels in ablations.wanted("rates", study.profile, asked):
     control = "dpo_long" if "dpo_long" in found[name] else "dpo"
     cells = ablations.rate_cells(labels)
-    effects = numbers.effects(found[name], {row: place for place, row in cells.items()}, control)
+    effects = ablation_figures.effects(found[name], {row: place for place, row in cells.items()}, control)
     figure = ablation_figures.rate_region(effects, arm_label(control), f"{name}, seed {seed}",
                                           results.unit(found[name]["allo"]))
     show(figure, study, f"05_rates_{name}", "ALLO at multiples of its best learning rates, minus DPO at its best.")

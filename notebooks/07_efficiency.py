@@ -65,7 +65,7 @@ import math
 
 from allo_lib.evaluation import claims
 from allo_lib.evaluation.verdicts import RULE
-from allo_lib.report import figures, report
+from allo_lib.report import ablation_figures, figures, report
 from allo_lib.report.notebook import percent, say, show, table
 from allo_lib.study import analysis, efficiency, footprint, runs
 from allo_lib.study.efficiency import domain_of, workload
@@ -114,7 +114,7 @@ for name in study.profile.domains if measured.is_file() else ():
     if len(series) < 2:
         say(f"{name}: no curve, as rows and scalars were not both trained.")
         continue
-    show(figures.quality_against_cost(series, title=name), study, f"07_quality_{name}",
+    show(ablation_figures.quality_against_cost(series, title=name), study, f"07_quality_{name}",
          f"Score after DPO on the top share of neurons of {name}, scalar entries and whole rows, against the "
          f"counted operations of a step; bars are 95% intervals over problems, seed {study.seed}.")
 

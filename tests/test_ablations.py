@@ -28,7 +28,7 @@ from allo_lib.profiles.methods import (
 )
 from allo_lib.profiles.profile_files import load_profile
 from allo_lib.report import ablation_figures as drawing
-from allo_lib.report import ablation_numbers as numbers
+from allo_lib.report import ablation_figures as numbers
 from allo_lib.study import key_neurons
 
 
@@ -377,7 +377,6 @@ def without(cells: dict, place) -> dict:
 
 
 FIGURES = {
-    "effects": lambda: drawing.effects_against({"soft": (0.01, 0.002, 0.02)}, "ALLO", "mini"),
     "grid": lambda: drawing.neuron_shares(GRID, 0.1, "mini"),
     "grid with a hole": lambda: drawing.neuron_shares(without(GRID, (1.0, 0.01)), 0.1),
     "cross": lambda: drawing.neuron_shares(CROSS, 0.1),

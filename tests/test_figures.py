@@ -6,7 +6,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from allo_lib.evaluation import claims, published
-from allo_lib.report import figures, method_figures
+from allo_lib.report import ablation_figures, figures, method_figures
 from allo_lib.report.figure_style import caption_of, method_colour
 from tests import synthetic_results
 from tests.test_claims import EFFICIENCY
@@ -25,15 +25,19 @@ def every_figure() -> dict[str, Figure]:
     arms = {"dpo_top10": (0.76, 0.01), "dpo": (0.75, 0.01)}
     return {
         "empirical": figures.empirical_bars(arms, published.empirical_study()),
-        "heat": figures.importance_heatmap([[0.1, 0.2]], ["layer 0"], ["q", "k"], 0.1),
-        "overlap": figures.overlap_matrix(["a", "b"], [[1, 0.2], [0.2, 1]], 0.053),
-        "concentration": figures.concentration_curve({"rejected": ([0, 0.1, 1], [0, 0.7, 1])}),
-        "share": figures.share_sweep([0.1, 0.01, 1], [0.7, 0.6, 0.7], [0.01] * 3, ("DPO", 0.7)),
+        "heat": method_figures.importance_heatmap([[0.1, 0.2]], ["layer 0"], ["q", "k"], 0.1),
+        "overlap": method_figures.overlap_matrix(["a", "b"], [[1, 0.2], [0.2, 1]], 0.053),
+        "concentration": method_figures.concentration_curve(
+            {"rejected": ([0, 0.1, 1], [0, 0.7, 1])}
+        ),
+        "share": ablation_figures.share_sweep(
+            [0.1, 0.01, 1], [0.7, 0.6, 0.7], [0.01] * 3, ("DPO", 0.7)
+        ),
         "ablation": figures.ablation_bars({"allo_no_forgetting": (-0.02, -0.03, -0.01)}),
         "main": figures.main_table_figure(MEASURED, paper),
         "claims": figures.claims_figure(found),
         "efficiency": figures.efficiency_bars(EFFICIENCY),
-        "cost": figures.quality_against_cost(
+        "cost": ablation_figures.quality_against_cost(
             {
                 "scalar": [(0.9, 0.7, 0.01, 0.1), (0.8, 0.6, 0.01, 0.01)],
                 "whole rows": [(0.7, 0.65, 0.01, 0.1)],

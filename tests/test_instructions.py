@@ -19,7 +19,7 @@ from allo_lib.engine.encoding import encode_prompt, encode_response
 from allo_lib.evaluation import comparisons, measurements, outcomes
 from allo_lib.profiles.config import fingerprint
 from allo_lib.profiles.profile_files import load_profile
-from allo_lib.report import main_table, row_comparisons, tables
+from allo_lib.report import row_comparisons, tables
 from allo_lib.study import arms, judges, results, scoring
 from allo_lib.study.study import Study
 from tests import synthetic_results
@@ -331,7 +331,7 @@ def test_tables_name_the_judge_and_compare_win_rates(folder, tmp_path):
     found = results_with(rows)
     (domain,) = found.domains
     assert domain == INSTRUCTIONS
-    table = main_table.main_table(found, domain)
+    table = tables.main_table(found, domain)
     sha = judges.load_reward_model(folder / "longer").sha256
     assert f"Judge: reward model `longer` (weights {sha[:8]})." in table.caption
     assert table.body[0][0] == "SFT LLM"
@@ -389,7 +389,7 @@ def test_a_judge_named_later_judges_what_was_written_and_is_asked_once(folder, m
     def measured(study):
         """All rows and the table of win rates, as 06 makes them."""
         rows = results.update(study, [0])
-        return rows, main_table.main_table(comparisons.StudyResults.load(out, 1), INSTRUCTIONS)
+        return rows, tables.main_table(comparisons.StudyResults.load(out, 1), INSTRUCTIONS)
 
     first, table = measured(open_instructed(folder))
     assert "no judge was named" in table.caption and len(table.body) == 12

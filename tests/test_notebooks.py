@@ -157,7 +157,7 @@ def test_everything_that_was_promised_is_there(whole):
     for pattern in ("tables/*.csv", "tables/*.md", "figures/*.png", "figures/*.pdf"):
         files = list(folder.glob(pattern))
         assert files and all(path.stat().st_size for path in files), pattern
-    for name in ("measurements.csv", "claims.csv", "manifest.json", "report.html"):
+    for name in ("measurements.csv", "claims.csv", "manifest.json", "../report.html"):
         assert (folder / name).stat().st_size, name
     for name in NAMES:
         place = "" if name[:2] in ("06", "07") else "seed0"

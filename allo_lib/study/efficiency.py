@@ -19,7 +19,8 @@ from pathlib import Path
 
 import torch
 
-from allo_lib.data import realdata
+from allo_lib.data.benchmarks import load_rows
+from allo_lib.data.pairs import preference_pairs
 from allo_lib.engine import reference
 from allo_lib.engine.encoding import encode_pairs
 from allo_lib.engine.store import write_json
@@ -302,8 +303,8 @@ def _candidates(study, name: str) -> list[dict]:
     return [
         pair
         for dataset in domain.datasets
-        for pair in realdata.preference_pairs(
-            realdata.load_rows(dataset, "train", study.data_dir), study.tokenizer, study.context
+        for pair in preference_pairs(
+            load_rows(dataset, "train", study.data_dir), study.tokenizer, study.context
         )
     ]
 

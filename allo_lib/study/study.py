@@ -244,15 +244,15 @@ class Study(KeyNeurons, KeyTokenWeights):
         domain = self.domain(name)
         if domain.kind == "miniature":
             return "generated"
-        from allo_lib.data import realdata
+        from allo_lib.data.benchmarks import data_hash, load_rows
 
-        parts = {(d, s): realdata.load_rows(d, s, self.data_dir) for d in domain.datasets
+        parts = {(d, s): load_rows(d, s, self.data_dir) for d in domain.datasets
                  for s in ("train", "test")}  # fmt: skip
         notes.leave(self.store.folder, f"{notes.DATA}{name}", {
-            f"{dataset}/{split}": {"rows": len(rows), "sha256": realdata.data_hash(rows)}
+            f"{dataset}/{split}": {"rows": len(rows), "sha256": data_hash(rows)}
             for (dataset, split), rows in parts.items()
         })  # fmt: skip
-        return realdata.data_hash([row for rows in parts.values() for row in rows])
+        return data_hash([row for rows in parts.values() for row in rows])
 
     # --- supervised start --------------------------------------------------------------------
 
