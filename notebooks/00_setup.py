@@ -54,7 +54,7 @@ from allo_lib.engine.encoding import encode_prompt, encode_response
 from allo_lib.method import losses
 from allo_lib.report import method_figures
 from allo_lib.report.notebook import draw, percent, say, table
-from allo_lib.study import analysis, parallel, results
+from allo_lib.study import analysis, results, runs
 from allo_lib.study.study import Study
 
 study = Study.open(profile, seed, results_dir, overrides)
@@ -212,8 +212,8 @@ table([{"": "prompt", "text": str(shown["prompt"])}, *({"": side, "text": text} 
 
 # %%
 wanted = ("dpo", "dpo_long", "rft", "sft")
-run = [method for method in wanted if method in results.methods_of(study, domain)]
-found = parallel.run_methods(study, {domain: ["sft_base", *run]})[domain]
+run = [method for method in wanted if method in runs.methods_of(study, domain)]
+found = runs.run_methods(study, {domain: ["sft_base", *run]})[domain]
 scores = {method: analysis.score_of(one) for method, one in found.items()}
 draw(method_figures.method_dots(scores, xlabel=f"{results.unit(found[run[0]])} (%)"),
      f"The SFT model and what simple methods make of it; {domain}, seed {seed}.")

@@ -48,7 +48,7 @@ sys.path[:0] = [str(p) for p in (Path.cwd(), *Path.cwd().parents) if (p / "allo_
 
 from IPython.display import Image, Markdown, display
 
-from allo_lib.evaluation import claims
+from allo_lib.evaluation import claims, measurements
 from allo_lib.evaluation.verdicts import RULE
 from allo_lib.report import report
 from allo_lib.report.notebook import say, table
@@ -58,7 +58,7 @@ from allo_lib.study.study import Study
 
 study = Study.open(profile, seed, results_dir, overrides)
 measured = results.update(study, [seed] if seeds is None else seeds)
-say(f"{len(measured)} measurements of seeds {', '.join(map(str, results.seeds_of(measured)))}.")
+say(f"{len(measured)} measurements of seeds {', '.join(map(str, measurements.seeds_of(measured)))}.")
 
 # %% [markdown]
 # ## Tables, claims, figures

@@ -1,25 +1,40 @@
-"""The cost of a step: what is compared does the same arithmetic, and sizes are counted right."""
+"""The cost of a step: what is compared does the same arithmetic on the same pairs, and sizes are
+counted right."""
 
 import csv
+import importlib.util
 import math
 import mmap
+import os
+from types import SimpleNamespace
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from peft import get_peft_model
+from refusals import refused
 from test_training import pairs
 from tiny_models import tiny_llama, weights_of
+from tiny_study import DOMAIN, open_study
+from transformers import LlamaConfig, LlamaForCausalLM
 
+from allo_lib.data import miniature
 from allo_lib.engine.batches import Layout, pair_batch
+from allo_lib.engine.encoding import encode_pairs
 from allo_lib.engine.forward import response_logps
+from allo_lib.engine.models import micro_llama
 from allo_lib.errors import AlloError
 from allo_lib.method.dense_masked import DenseMaskedAdamW
 from allo_lib.method.importance import select_neurons
 from allo_lib.method.objectives import objective
 from allo_lib.method.optim import MaskedAdamW
+from allo_lib.profiles.config import Timing
+from allo_lib.profiles.profile_files import load_profile
 from allo_lib.report import notebook
 from allo_lib.report.notebook import percent
-from allo_lib.study import efficiency
-from allo_lib.study.timed_steps import OwnSteps
+from allo_lib.study import efficiency, timed_steps
+from allo_lib.study.timed_steps import PEERS, OwnSteps, TrlSteps
 
 
 def mask_of(model, share: float):
@@ -71,16 +86,7 @@ def test_a_ratio_of_columns_and_the_file(tmp_path):
     assert tuple(read[0]) == efficiency.COLUMNS
 
 
-def _dies(*arguments):
-    raise SystemExit(3)
-
-
-@pytest.mark.slow
-def test_a_process_that_ends_early_is_told_and_not_waited_for(tiny_study, monkeypatch):
-    monkeypatch.setattr(efficiency, "_worker", _dies)
-    monkeypatch.setattr(efficiency, "VARIANTS", ("dense",))
-    with pytest.raises(AlloError, match="ended before its time"):
-        efficiency.measure(tiny_study)
+# --- processes -----------------------------------------------------------------------------------
 
 
 MEASURED = {
@@ -89,34 +95,33 @@ MEASURED = {
 }  # fmt: skip
 
 
-def _works_but_in_peers(*arguments):
-    if arguments[-1] == "trl_default":
-        raise RuntimeError("no kernel for this\nand much more")
-    if arguments[-1] == "trl_best":
-        raise SystemExit(3)
-    return MEASURED
-
-
 @pytest.mark.slow
-def test_a_peer_that_fails_is_told_and_left_out(tiny_study, monkeypatch, capsys):
-    monkeypatch.setattr(efficiency, "_worker", _works_but_in_peers)
-    asked = ["trl_default", "trl_best", "peft", "dense"]
-    monkeypatch.setattr(efficiency, "variants", lambda study: asked)
+@pytest.mark.parametrize("work, argument, told", [
+    (os._exit, 3, "a process that measures the cost of a step ended before its time"),
+    (int, "two\nlines", "ValueError: invalid literal"),  # in one line
+    (load_profile, "nothing.yaml", "no profile 'nothing.yaml'"),  # an AlloError as it is
+])  # fmt: skip
+def test_what_fails_in_a_process_of_its_own_is_said_in_one_line(work, argument, told):
+    with refused(told):
+        efficiency.in_own_process(work, argument)
+
+
+def test_a_peer_that_fails_is_left_out_and_said(tiny_study, monkeypatch, capsys):
+    def run(work, *arguments):
+        if arguments[-1] == "trl_default":
+            raise AlloError("no kernel for this")
+        return MEASURED
+
+    monkeypatch.setattr(efficiency, "in_own_process", run)
+    wanted = ["trl_default", "peft", "dense"]
+    monkeypatch.setattr(efficiency, "variants", lambda study: wanted)
     assert [row["variant"] for row in efficiency.measure(tiny_study)] == ["peft", "dense"]
     told = capsys.readouterr().out
-    assert "trl_default is left out: RuntimeError: no kernel for this\n" in told
-    assert "trl_best is left out: a process that measures" in told
+    assert "trl_default is left out: no kernel for this\n" in told
     assert "dense, repeat 1: 1 s a pair, 4 values trained" in told
-
-
-def _fails(*arguments):
-    raise RuntimeError("no kernel for this")
-
-
-@pytest.mark.slow
-def test_a_variant_of_our_own_that_fails_ends_the_comparison(tiny_study, monkeypatch):
-    monkeypatch.setattr(efficiency, "_worker", _fails)
-    with pytest.raises(AlloError, match="RuntimeError: no kernel for this"):
+    # Of this project's own variants any failure ends the comparison.
+    monkeypatch.setattr(timed_steps, "PEERS", ())
+    with refused("no kernel for this"):
         efficiency.measure(tiny_study)
 
 
@@ -135,14 +140,6 @@ def test_a_peak_is_of_what_comes_after_its_reset():
     efficiency.reset_peak("cpu")
     touch(block).close()
     assert 0.9 * block < efficiency.peak("cpu") - base < 3 * block
-
-
-def test_the_peak_of_a_gpu_is_that_of_its_tensors(monkeypatch):
-    calls = []
-    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: calls.append("reset"))
-    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 5)
-    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 9)
-    assert (efficiency.reset_peak("cuda"), efficiency.peak("cuda"), calls) == (5, 9, ["reset"])
 
 
 @pytest.mark.parametrize("variant", ["dense", "dense_masked", "allo_scalar"])
@@ -170,6 +167,168 @@ def test_every_variant_is_measured(tiny_study):
         assert len(each) == tiny_study.profile.timing.repeats
         assert 0 < low <= middle <= high and float(row["tokens_per_second"]) > 0
         assert row["peak_bytes_above_model"] >= 0
+
+
+# --- the pairs -----------------------------------------------------------------------------------
+
+
+def words(count: int) -> str:
+    return " ".join(["1"] * count)
+
+
+@given(
+    st.lists(st.tuples(*[st.integers(1, 12)] * 3), min_size=1, max_size=12),
+    st.integers(0, 12),
+    st.integers(1, 24),
+    st.integers(1, 4),
+)
+def test_the_nearest_pairs_are_taken(lengths, prompt, responses, count):
+    pairs = [
+        {"prompt": words(p), "chosen": words(c), "rejected": words(r) + " 2"} for p, c, r in lengths
+    ]
+    timing = Timing(prompt=prompt, responses=responses, pairs=count)
+    study = SimpleNamespace(
+        profile=SimpleNamespace(timing=timing), tokenizer=miniature.tokenizer(), context=99
+    )
+    taken = efficiency.nearest(study, pairs, count)
+    # An end token follows every response, and the rejected one has one word more.
+    distance = [abs(p - prompt) + abs(c + r + 3 - responses) for p, c, r in lengths]
+    assert len(taken) == min(count, len(pairs))
+    found = [distance[next(i for i, p in enumerate(pairs) if p is one)] for one in taken]
+    assert found == sorted(distance)[: len(taken)]
+
+
+@pytest.mark.slow
+def test_the_batch_is_the_training_pairs_with_their_reference(tiny_study):
+    study, load = tiny_study, efficiency.workload(tiny_study)
+    expected = study.encoded(DOMAIN, "train")[: study.domain(DOMAIN).batch_size]
+    ids = [{key: row[key] for key in efficiency.PAIR} for row in load.rows]
+    assert ids == [{key: row[key] for key in efficiency.PAIR} for row in expected]
+    assert ids == encode_pairs(study.tokenizer, load.texts, study.context)
+    for ours, theirs in zip(load.rows, expected, strict=True):
+        assert ours["chosen_reference"] == pytest.approx(theirs["chosen_reference"], abs=1e-5)
+    assert load.tokens == sum(len(row[key]) for row in load.rows for key in efficiency.PAIR)
+    other = open_study(study.results_dir, timing__prompt=9, timing__pairs=2)  # another artifact
+    assert len(efficiency.workload(other).texts) == 2
+    assert efficiency.workload(study).texts == load.texts
+
+
+def test_bad_timings_are_refused(tmp_path):
+    with pytest.raises(AlloError, match="timing.domain: got 'nowhere', expected one of miniature"):
+        open_study(tmp_path, timing__domain="nowhere")
+    with pytest.raises(AlloError, match="greater than or equal to 1"):
+        open_study(tmp_path, timing__steps=0)
+
+
+# --- other projects ------------------------------------------------------------------------------
+
+
+def steps_of(study, variant: str):
+    load = efficiency.workload(study)
+    model = study.load_sft("miniature").train()
+    if variant in PEERS:
+        return TrlSteps(model, study.tokenizer, load.texts, variant, beta=0.1, share=0.1, lr=1e-3)
+    return OwnSteps(model, None, load.rows, variant, study.tokenizer.pad_token_id, beta=0.1, lr=0.0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", PEERS)
+def test_every_peer_trains_and_is_timed(tiny_study, variant):
+    study = open_study(tiny_study.results_dir, timing__pairs=4)
+    assert timed_steps.missing(variant) is None  # the tests' requirements hold both
+    dense = steps_of(study, "dense")
+    own = dense.count()
+    dense.close()
+    before = {name: p.detach().clone() for name, p in study.model.named_parameters()}
+    steps = steps_of(study, variant)
+    begun = []
+    assert steps.run(1, 2, lambda: begun.append(steps.trainer.state.global_step)) > 0
+    assert begun == [1]
+    # Prompts read twice, a padded batch, and the whole head: more than this project's own step.
+    # LoRA alone makes no gradient of whole weights.
+    assert steps.flops > (own * 2 / 3 if variant == "peft" else own)
+    after = dict(study.model.named_parameters())
+    moved = any(n in after and not torch.equal(p, after[n]) for n, p in before.items())
+    assert moved == (not variant.startswith("peft"))
+    total = sum(p.numel() for p in before.values())
+    # Two moments and the gradient, in float32; of an adapter its values, and indices if it has any.
+    each = {"peft": 16, "peft_supertuning": 20}.get(variant, 12)
+    assert steps.state_bytes() == each * steps.trained()
+    assert steps.trained() == pytest.approx(0.1 * total if each > 12 else total, rel=0.2)
+    # A second model, or none: each way of TRL's has its reference, before training or beside it.
+    assert (steps.trainer.ref_model is not None) == (variant == "trl_default")
+    assert steps.trainer.precompute_ref_logps == (variant != "trl_default")
+
+
+@pytest.mark.parametrize("share", [0.05, 0.1])
+@pytest.mark.parametrize("variant", [v for v in PEERS if v.startswith("peft")])
+def test_adapters_train_as_many_values_as_the_scalar_neurons(variant, share):
+    """At the shape of SmolLM2-135M, within 1%."""
+    config = LlamaConfig(
+        vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30,
+        num_attention_heads=9, num_key_value_heads=3, tie_word_embeddings=True,
+    )  # fmt: skip
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config)
+    total = sum(p.numel() for p in model.parameters())
+    steps = TrlSteps(model, None, [], variant, beta=0.1, share=share, lr=1e-3)
+    adapted = get_peft_model(model, steps._adapter())
+    trained = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+    assert trained == pytest.approx(round(share * total), rel=0.01)
+
+
+def micro(layers: int):
+    return micro_llama(
+        len(miniature.tokenizer()), width=32, layers=layers, heads=2, feed_forward=64, context=64,
+        initializer_range=0.05, seed=0, pad_token_id=0, eos_token_id=1,
+    )  # fmt: skip
+
+
+def test_supertuning_trains_the_largest_entries_of_linear_layers():
+    model = micro(1)
+    weights = {name: p.detach().abs() for name, p in model.named_parameters()}
+    steps = TrlSteps(model, None, [], "peft_supertuning", beta=0.1, share=0.1, lr=1e-3)
+    get_peft_model(model, steps._adapter())
+    found = {name: b.long() for name, b in model.named_buffers() if "supertuning_indices" in name}
+    assert len(found) == 7
+    for name, index in found.items():
+        weight = weights[name.replace("supertuning_indices.default", "weight")].flatten()
+        assert weight[index].min() >= weight.kthvalue(weight.numel() - len(index)).values
+
+
+def test_the_rank_is_the_nearest_to_the_share():
+    model = micro(2)
+    rank = TrlSteps(model, None, [], "peft", beta=0.1, share=0.1, lr=1e-3).rank()
+    # Four square projections of 32 and three of 32 x 64 a layer: A has rank * in, B rank * out.
+    per_rank = 2 * (4 * (32 + 32) + 3 * (32 + 64))
+    total = sum(p.numel() for p in model.parameters())
+    assert min(range(1, 40), key=lambda r: abs(r * per_rank - 0.1 * total)) == rank
+
+
+def test_replies_become_messages_where_the_prompt_is_messages():
+    chat = [{"role": "user", "content": "hi"}]
+    pair = {"prompt": chat, "chosen": "yes", "rejected": [{"role": "assistant", "content": "no"}]}
+    found = timed_steps._all_messages(pair)
+    assert found["chosen"] == [{"role": "assistant", "content": "yes"}]
+    assert found["rejected"] == pair["rejected"] and found["prompt"] == chat
+    plain = {"prompt": "hi", "chosen": "yes", "rejected": "no"}
+    assert timed_steps._all_messages(plain) == plain
+
+
+@pytest.mark.parametrize("lacking", ["peft.tuners.supertuning", "peft", "trl"])
+def test_what_is_not_installed_is_left_out_and_said(monkeypatch, capsys, tmp_path, lacking):
+    real = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == lacking else real(name)
+    )
+    kept = {"peft.tuners.supertuning": ["trl_default", "trl_best", "peft"],
+            "peft": ["trl_default", "trl_best"], "trl": []}[lacking]  # fmt: skip
+    assert timed_steps.installed() == kept
+    assert f"peft_supertuning is left out: {lacking} is not installed" in capsys.readouterr().out
+    study = open_study(tmp_path)
+    assert efficiency.variants(study) == list(efficiency.VARIANTS)
+    wanting = open_study(tmp_path, timing__peers=True)
+    assert efficiency.variants(wanting) == [*kept, *efficiency.VARIANTS]
 
 
 def test_notebooks_show_text_as_text(monkeypatch):

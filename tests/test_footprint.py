@@ -14,7 +14,6 @@ from transformers import LlamaConfig
 from allo_lib.engine.batches import Layout, pair_batch
 from allo_lib.engine.forward import response_logps
 from allo_lib.errors import AlloError
-from allo_lib.method.importance import select_neurons
 from allo_lib.method.optim import MaskedAdamW
 from allo_lib.study import efficiency
 from allo_lib.study import footprint as module
@@ -66,9 +65,7 @@ def peak_of_a_step(config, share, prompt, response, pairs, dtype) -> int:
         (small(False), 0.1, 40, 60, 2, FP32),
         (small(False), 0.5, 4, 4, 1, BF16),  # at the end, with all gradients of kept entries
         pytest.param((smollm(30), 0.1, 115, 165, 4, FP32), marks=pytest.mark.slow),
-        pytest.param((SEVEN, 0.05, 128, 192, 1, BF16), marks=pytest.mark.slow),
         pytest.param((SEVEN, 0.1, 128, 192, 1, BF16), marks=pytest.mark.slow),
-        pytest.param((THIRTEEN, 0.1, 128, 192, 1, BF16), marks=pytest.mark.slow),
     ],
 )
 def test_the_estimate_is_the_peak_of_a_step_that_only_counts(asked):
@@ -117,10 +114,10 @@ def test_a_random_mask_keeps_one_of_every_so_many(outputs, inputs, share):
         assert (index // every).tolist() == list(range(parameter.numel() // every))
 
 
-def test_random_masks_differ_and_reach_every_entry():
+def test_random_masks_reach_every_entry():
     model = nn.Linear(10, 10, bias=False)
     drawn = [set(random_mask(model, 0.1).indices["weight"].tolist()) for _ in range(200)]
-    assert set().union(*drawn) == set(range(100)) and len(set(map(frozenset, drawn))) > 150
+    assert set().union(*drawn) == set(range(100))
 
 
 @pytest.fixture
@@ -156,21 +153,20 @@ def test_measured_beside_estimated_where_there_is_a_gpu(card, tmp_path):
     assert shown["all"] == round(row["estimated_bytes"] / 1e9, 2)
 
 
-def test_what_does_not_fit_is_told_and_left_empty(card, monkeypatch, capsys):
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (10**6, 10**9))
-    (row,) = module.of_known_models([0.1], 6, 5, "cuda")
-    assert row["measured_peak_bytes"] == row["ratio"] == row["seconds_per_pair"] == ""
-    told = "small, 10% kept: not measured on a card: of its 0.0 GB 0.0 are free"
-    assert told in capsys.readouterr().out
-
+@pytest.mark.parametrize("free, error, told", [
+    (10**6, "", "of its 0.0 GB 0.0 are free"),
+    (10**9, "OutOfMemoryError: CUDA out of memory", "OutOfMemoryError: CUDA out of memory"),
+])  # fmt: skip
+def test_what_does_not_fit_is_said_and_left_empty(card, monkeypatch, capsys, free, error, told):
     def full(*_):
-        raise AlloError("OutOfMemoryError: CUDA out of memory")
+        raise AlloError(error)
 
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (10**9, 10**9))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (free, 10**9))
     monkeypatch.setattr(efficiency, "in_own_process", full)
     (row,) = module.of_known_models([0.1], 6, 5, "cuda")
-    assert row["measured_peak_bytes"] == "" and row["estimated_bytes"] > 0
-    assert "not measured on a card: OutOfMemoryError" in capsys.readouterr().out
+    assert row["measured_peak_bytes"] == row["ratio"] == row["seconds_per_pair"] == ""
+    assert row["estimated_bytes"] > 0
+    assert f"small, 10% kept: not measured on a card: {told}" in capsys.readouterr().out
 
 
 def test_nothing_is_measured_on_a_cpu():
@@ -187,24 +183,13 @@ def test_a_size_is_trained_in_a_process_of_its_own():
 
 
 def test_weights_and_state_of_a_known_shape():
-    found = footprint(llama(4096, 11008, 32, 32), 0.1, 16, 8, 1)
+    found = footprint(SEVEN, 0.1, 16, 8, 1)
     count = 6_738_415_616  # of LLaMA 2 7B, as its model card and every loader counts them
     assert found.weights == 2 * count
-    assert found.state == round(
-        1.6 * count
-    )  # 16 bytes of a tenth, and 4 when its gradient is there
+    # 16 bytes of a tenth, and 4 when its gradient is there
+    assert found.state == round(1.6 * count)
     assert found.gradient == round(0.4 * count) + 2 * 32000 * 4096
     assert found.total == found.weights + found.state + found.gradient
-
-
-def test_activations_grow_with_layers_and_pairs():
-    shapes = [(2, 1), (4, 1), (4, 2)]
-    two, four, pairs = (
-        footprint(llama(64, 96, layers, 4), 0.1, 160, 80, count).activations
-        for layers, count in shapes
-    )
-    assert two < four < 2 * two
-    assert 1.8 * four < pairs < 2.2 * four
 
 
 def test_saved_bytes_are_those_that_a_forward_pass_leaves_in_use():
@@ -220,18 +205,3 @@ def test_saved_bytes_are_those_that_a_forward_pass_leaves_in_use():
     in_use = sum(event.cpu_memory_usage for event in outermost)
     assert logps.requires_grad
     assert counted == pytest.approx(in_use, rel=0.15)
-
-
-def test_state_is_what_the_optimizer_holds():
-    model = tiny_llama(dtype=torch.bfloat16)
-    count = sum(p.numel() for p in model.parameters())
-    mask = select_neurons({n: p.detach().float() for n, p in model.named_parameters()}, 0.1)
-    held = MaskedAdamW(model, mask, lr=1e-3).state_bytes()
-    step = 8 * mask.kept  # moments come with the first step
-    assert footprint(model.config, 0.1, 4, 4, 1).state == pytest.approx(16 * 0.1 * count, abs=1)
-    whole = sum(i.numel() for n, i in mask.indices.items() if i.numel() == count_of(model, n))
-    assert held + step == 20 * mask.kept - 4 * whole  # a tensor kept whole needs no index
-
-
-def count_of(model, name: str) -> int:
-    return model.get_parameter(name).numel()

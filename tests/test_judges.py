@@ -2,12 +2,20 @@
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
-from instructed import WORDS, classifier, saved, tokenizer
+from real_like import TEMPLATE, THINGS
 from refusals import refused
 from tiny_models import tiny_llama
+from tokenizers import Tokenizer, pre_tokenizers
+from tokenizers import models as tokenizer_models
+from transformers import (
+    LlamaConfig,
+    LlamaForSequenceClassification,
+    PreTrainedTokenizerFast,
+)
 
 from allo_lib.study import judges
 from allo_lib.study.judges import RewardModel, judgement, load_reward_model, read_verdicts, scores
@@ -155,12 +163,42 @@ def test_arena_hard_questions_without_two_scores_or_of_other_replies(tmp_path):
 # --- a reward model ------------------------------------------------------------------------------
 
 
+SPECIAL = {"pad_token": "<pad>", "eos_token": "<eos>", "unk_token": "<unk>"}
+WORDS = [*SPECIAL.values(), "user", "assistant", *(f"w{i}" for i in range(26)), *THINGS]
+
+
+def tokenizer(
+    template: str | None = TEMPLATE.replace("{{ m.content }} ", "{{ m.content }} <eos> "),
+):
+    ids = {word: i for i, word in enumerate(WORDS)}
+    core = Tokenizer(tokenizer_models.WordLevel(ids, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=core, chat_template=template, **SPECIAL)
+
+
+def classifier(labels: int = 1, pad: int | None = 0, context: int = 64, layers: int = 2):
+    torch.manual_seed(0)
+    return LlamaForSequenceClassification(
+        LlamaConfig(
+            vocab_size=len(WORDS), hidden_size=16, intermediate_size=24, num_hidden_layers=layers,
+            num_attention_heads=2, max_position_embeddings=context, initializer_range=0.3,
+            num_labels=labels, pad_token_id=pad, eos_token_id=1,
+        )
+    ).eval()  # fmt: skip
+
+
+def saved(model, folder: Path, words=None) -> Path:
+    model.save_pretrained(folder)
+    (words or tokenizer()).save_pretrained(folder)
+    return folder
+
+
 QUESTIONS = [f"w{i} w{i + 1}" for i in range(4)]
 REPLIES = ["w7 w8", "w9", "w10 w11 w12", "w13 w9"]
 
 
 def reward(**settings):
-    return RewardModel(classifier(**settings), tokenizer(), {"name": "tiny"})
+    return RewardModel(classifier(**settings), tokenizer(), "hash")
 
 
 def score_alone(model, question, text):
@@ -175,7 +213,7 @@ def score_alone(model, question, text):
 def test_a_reward_model_scores_replies_in_batches_as_alone(tmp_path, pad):
     saved(classifier(pad=pad), tmp_path)
     judge = load_reward_model(tmp_path)
-    assert len(judge.note["sha256"]) == 64
+    assert len(judge.sha256) == 64
     alone = [score_alone(judge.model, *pair) for pair in zip(QUESTIONS, REPLIES, strict=True)]
     assert len(set(alone)) == 4
     for size in (1, 3, 64):

@@ -14,7 +14,7 @@ from allo_lib.evaluation import outcomes
 from allo_lib.evaluation.measurements import Measurement
 from allo_lib.profiles.config import Replicates
 from allo_lib.profiles.profile_files import load_profile
-from allo_lib.study import arms, results
+from allo_lib.study import arms, results, runs
 from allo_lib.study.study import Study
 
 METHODS = ["dpo", "dpo_top10"]
@@ -100,7 +100,7 @@ def test_methods_that_are_run_once_have_the_first_replicate_alone(tiny_study):
         2,
         3,
     ]
-    having = ["npo" in results.methods_of(study.at(r), DOMAIN) for r in study.replicates]
+    having = ["npo" in runs.methods_of(study.at(r), DOMAIN) for r in study.replicates]
     assert having == [True, False, False, False]
     with pytest.raises(AlloError, match="'nop' is not known"):
         cli._check_methods(dataclasses.replace(profile, replicates=Replicates(2, 2, ("nop",))))

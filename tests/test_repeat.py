@@ -22,8 +22,8 @@ from allo_lib.method.importance import NeuronMask, delta_scores, select_neurons
 from allo_lib.study import manifest
 from allo_lib.study.study import Study
 
-# Wide enough, and of enough tokens (some 5,000), for torch to split the work among threads.
-WORDS, WIDTH, PAIRS = 512, 128, 48
+# Wide enough, and of enough tokens (some 2,500), for torch to split the work among threads.
+WORDS, WIDTH, PAIRS = 512, 128, 24
 RATE = 1e-3
 
 
@@ -78,14 +78,14 @@ sys.path.insert(0, sys.argv[1])
 import test_repeat
 test_repeat.run_through(Path(sys.argv[2]), 1)
 """
-OTHERS = ("2 threads", "3 threads", "another machine")
+OTHERS = ("3 threads", "another machine")
 
 
 @pytest.fixture(scope="module")
 def ends(tmp_path_factory):
     """Folders of the same stages, by what was different."""
     base = tmp_path_factory.mktemp("repeat")
-    for name in ("1 thread", "2 threads", "3 threads", "3 threads again"):
+    for name in ("1 thread", "3 threads", "3 threads again"):
         run_through(base / name, int(name[0]))
     command = [sys.executable, "-c", IN_A_CHILD, Path(__file__).parent, base / "another machine"]
     subprocess.run(command, env=child_environment() | OTHER_MACHINE, check=True)
@@ -104,22 +104,14 @@ def test_the_same_seed_and_threads_give_the_same_bytes(ends, name):
 
 
 @pytest.mark.parametrize("other", OTHERS)
-def test_elsewhere_log_probs_of_the_same_weights_agree(ends, other):
+def test_elsewhere_numbers_agree_within_the_tolerances_of_verify(ends, other):
     here, there = (tensors(ends / name, "reference") for name in ("1 thread", other))
-    assert len(here) > 3000 and (here - there).abs().max() <= verify.LOGP_TOLERANCE
-
-
-@pytest.mark.parametrize("other", OTHERS)
-def test_elsewhere_trained_weights_agree(ends, other):
+    assert len(here) > 1500 and (here - there).abs().max() <= verify.LOGP_TOLERANCE
     here, there = (tensors(ends / name, "model") for name in ("1 thread", other))
     assert (here - there).abs().max() <= verify.WEIGHT_TOLERANCE * RATE
     begin = weights.snapshot(new_model())
     begin = torch.cat([begin[key].flatten() for key in sorted(begin)])
     assert (here - begin).abs().max() > RATE  # so far did they go
-
-
-@pytest.mark.parametrize("other", OTHERS)
-def test_elsewhere_masks_agree(ends, other):
     here, there = (NeuronMask.load(ends / n / "mask.safetensors") for n in ("1 thread", other))
     assert here.kept == there.kept and here.overlap(there) >= verify.MASK_AGREEMENT
 
@@ -149,23 +141,17 @@ def of_size(size: str, folder) -> Study:
     return Study(profile, 0, folder)
 
 
-def test_a_study_on_a_gpu_takes_deterministic_algorithms(switched, tmp_path):
+def test_a_study_on_a_gpu_takes_deterministic_algorithms(switched, tmp_path, monkeypatch):
+    of_size("cpu", tmp_path)
+    assert switched == {} and "CUBLAS_WORKSPACE_CONFIG" not in os.environ
+    assert torch.backends.cudnn.benchmark
     assert of_size("gpu", tmp_path).device == "cuda"
     assert switched == {"mode": True, "warn_only": True}
     assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
     assert not torch.backends.cudnn.benchmark
-
-
-def test_what_the_user_has_set_for_cublas_stays(switched, tmp_path, monkeypatch):
-    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")  # what the user has set stays
     of_size("gpu", tmp_path)
     assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":16:8"
-
-
-def test_a_study_on_a_cpu_switches_nothing(switched, tmp_path):
-    of_size("cpu", tmp_path)
-    assert switched == {} and "CUBLAS_WORKSPACE_CONFIG" not in os.environ
-    assert torch.backends.cudnn.benchmark
 
 
 @pytest.mark.parametrize(("size", "stated"), [("cpu", runtime.ON_CPU), ("gpu", runtime.ON_GPU)])

@@ -1,18 +1,18 @@
 """Rows of measurements follow from the records they are made of."""
 
-import json
 import math
 import statistics
 
 import numpy as np
 import pytest
+import torch
+from refusals import refused
 from tiny_study import DOMAIN, open_study
 
 from allo_lib.errors import AlloError
 from allo_lib.evaluation import measurements
-from allo_lib.method import importance
 from allo_lib.method.importance import NeuronMask
-from allo_lib.study import analysis, arms, results
+from allo_lib.study import analysis, arms, manifest, results, runs
 
 METHODS = ["sft_base", "dpo", "dpo_top10", "npo", "allo"]
 
@@ -42,76 +42,57 @@ def value(rows, method, dataset, metric):
 # --- whose folder ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '"text"'])
-def test_a_manifest_that_cannot_be_read_is_told(study, tmp_path, text):
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '"text"', '{"profile_hash": "f"}'])
+def test_a_manifest_that_cannot_be_read_is_refused(study, tmp_path, text):
     (tmp_path / "manifest.json").write_text(text)
-    with pytest.raises(AlloError, match="manifest.json is not a readable manifest"):
-        results.check_folder(tmp_path, study.profile)
+    with refused("manifest.json", "restore it, or start over with --fresh"):
+        manifest.check_folder(tmp_path, study.profile)
 
 
-def test_the_folder_s_own_profile_and_a_new_folder_pass(study, tmp_path):
-    results.check_folder(tmp_path / "absent", study.profile)
-    manifest = {"profile_hash": study.profile.hash()}
-    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
-    results.check_folder(tmp_path, study.profile)
-    manifest["profile_hash"] = "f" * 64
-    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(AlloError, match="profile hash ffffffffffff.*--fresh"):
-        results.check_folder(tmp_path, study.profile)
-
-
-# --- which methods -----------------------------------------------------------------------------
-
-
-def test_methods_of_a_domain_are_asked_once_and_in_order(tiny_study):
-    changes = {"methods": ["dpo", "rft"], "ablations": ["dpo", "allo_rm_oracle"]}
-    both = open_study(tiny_study.results_dir, **changes)
-    assert results.methods_of(both, DOMAIN) == ["sft_base", "dpo", "rft", "allo_rm_oracle"]
-    real = open_study(tiny_study.results_dir, **changes, domains__miniature__kind="choice")
-    assert results.methods_of(real, DOMAIN) == ["sft_base", "dpo", "rft"]
-    own = open_study(tiny_study.results_dir, **changes, domains__miniature__methods=["npo"])
-    assert results.methods_of(own, DOMAIN) == ["sft_base", "npo"]
+def test_a_new_folder_and_the_profile_s_own_pass_and_another_one_s_is_refused(study, tmp_path):
+    manifest.check_folder(tmp_path / "absent", study.profile)
+    found = {"profile": "x", "profile_hash": study.profile.hash(), "seeds": [], "files": {}}
+    manifest.write_json(tmp_path / "manifest.json", found)
+    manifest.check_folder(tmp_path, study.profile)
+    manifest.write_json(tmp_path / "manifest.json", found | {"profile_hash": "f" * 64})
+    with refused("profile hash ffffffffffff", "--fresh"):
+        manifest.check_folder(tmp_path, study.profile)
 
 
 # --- rows of a seed ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_accuracies_are_those_of_the_answers(study, rows, found, method):
-    answers = found[method]["answers"]
+def test_rows_of_a_method_are_those_of_its_result(study, rows, found, method):
+    record, margins = found[method], found[method]["margins"]
     shares = []
     for dataset in study.domain(DOMAIN).datasets:
-        own = [row for row in answers if row[1] == dataset]
-        right, unread = sum(row[3] for row in own), sum(1 - row[2] for row in own)
-        n = len(own)
+        own = [row for row in record["answers"] if row[1] == dataset]
+        right, unread, n = sum(row[3] for row in own), sum(1 - row[2] for row in own), len(own)
         accuracy = value(rows, method, dataset, "accuracy")
         assert (accuracy.value, accuracy.n) == (right / n, n)
         assert accuracy.stderr == pytest.approx((right / n * (1 - right / n) / n) ** 0.5)
         assert value(rows, method, dataset, "no_answer").value == unread / n
         shares.append(right / n)
     average = value(rows, method, "average", "accuracy")
-    assert average.value == pytest.approx(statistics.fmean(shares)) and average.n == len(answers)
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_other_rows_of_a_method(study, rows, found, method):
-    record, margins = found[method], found[method]["margins"]
+    assert average.value == pytest.approx(statistics.fmean(shares))
+    assert average.n == len(record["answers"])
     assert len(margins) == len(study.pairs(DOMAIN).rows["heldout"])
-    if method == "sft_base":  # the reference itself ranks nothing
-        named = {r.metric for r in rows if r.method == method}
-        assert not any(margins) and not named & {"reward_accuracy", "reward_margin"}
+    named = {row.metric for row in rows if row.method == method}
+    if method == "sft_base":  # the reference itself ranks nothing, and nothing was trained
+        assert not any(margins)
+        assert not named & {"reward_accuracy", "reward_margin", "train_loss"}
     else:
         accuracy = value(rows, method, DOMAIN, "reward_accuracy")
         assert accuracy.value == sum(m > 0 for m in margins) / len(margins)
-        assert accuracy.n == len(margins)
         margin = value(rows, method, DOMAIN, "reward_margin")
         assert margin.value == pytest.approx(statistics.fmean(margins))
+        assert margin.stderr == pytest.approx(statistics.stdev(margins) / len(margins) ** 0.5)
+        assert accuracy.n == margin.n == len(margins) and "train_loss" in named
     assert value(rows, method, DOMAIN, "displacement").value == record["displacement"]
     assert value(rows, method, DOMAIN, "dev_score").value == record["dev"]
     rates = [r.value for r in rows if r.method == method and r.metric.startswith("learning_rate_")]
     assert rates == record["rates"]
-    losses = [r for r in rows if r.method == method and r.metric == "train_loss"]
-    assert len(losses) == (method != "sft_base")
 
 
 def test_the_training_loss_is_that_of_the_last_quarter():
@@ -147,28 +128,22 @@ def test_overlap_rows_stand_beside_chance(study, rows):
         assert within.value == pytest.approx(common / (2 * masks[0].kept - common))
 
 
-def test_a_mask_overlaps_itself_and_only_the_asked_comparisons_are_made(tiny_study, rows):
+def test_only_the_profile_s_comparisons_are_made(tiny_study, rows):
     few = open_study(tiny_study.results_dir, stability=["halves"])
     assert set(results.top_masks(few, DOMAIN)) == {"delta", "half_a", "half_b"}
-    table = analysis.overlaps(results.top_masks(few, DOMAIN))
-    assert [table[i][i] for i in range(3)] == [1, 1, 1] and table[0][1] == table[1][0] < 1
     assert {r.method for r in results.overlap_rows(few, DOMAIN)} == {"halves"}
 
 
-def test_rows_can_be_written_and_read_and_come_again(study, rows, tmp_path):
-    measurements.write(tmp_path / "a.csv", rows)
-    measurements.write(tmp_path / "b.csv", results.seed_rows(study))
-    assert (tmp_path / "a.csv").read_bytes() == (tmp_path / "b.csv").read_bytes()
-    assert len(measurements.read(tmp_path / "a.csv")) == len(rows)
-
-
-def test_other_seeds_stay_when_a_seed_is_written(study, rows):
+def test_a_seed_is_written_beside_others_and_comes_again_to_the_byte(study, rows):
     path = study.results_dir / "measurements.csv"
     other = [measurements.Measurement(7, "dpo", "chain", "accuracy", 0.5, 0.1, 4)]
     measurements.write(path, other)
     written = results.update(study, [0])
-    assert measurements.read(path) == measurements.read(path)
-    assert results.seeds_of(written) == [0, 7] and len(written) == len(rows) + 1
+    assert measurements.seeds_of(written) == [0, 7] and len(written) == len(rows) + 1
+    first = path.read_bytes()
+    assert len(measurements.read(path)) == len(written)
+    results.update(study, [0])
+    assert path.read_bytes() == first
     path.unlink()
 
 
@@ -182,23 +157,21 @@ def test_differences_are_paired(found):
     assert itself.effect == 0 and itself.low < 0 < itself.high
 
 
-def pairs_result(method, margins):
-    return {"method": method, "margins": margins}
-
-
 def test_results_without_answers_are_compared_on_held_out_pairs():
-    ours = pairs_result("allo", [1.0, 2.0, -1.0, 0.5])
-    theirs = pairs_result("dpo", [1.0, -1.0, -1.0, -1.0])
+    def pairs_result(method, *margins):
+        return {"method": method, "margins": list(margins)}
+
+    ours, theirs = (
+        pairs_result("allo", 1.0, 2.0, -1.0, 0.5),
+        pairs_result("dpo", 1.0, -1.0, -1.0, -1.0),
+    )
     assert results.difference(ours, theirs).effect == pytest.approx(0.5)
     assert results.unit(ours) == "held-out reward accuracy"
     assert analysis.score_of(ours)[0] == analysis.reward_accuracy(ours) == 0.75
-    assert analysis.score_of(pairs_result("sft_base", [0.0, 0.0])) == (0.5, 0.0)
-
-
-def test_a_ruin_ranks_no_pair_right_wherever_it_is_counted():
-    ruin, theirs = pairs_result("allo_rates_x", [0.0] * 4), pairs_result("dpo", [1.0] * 3 + [-1.0])
-    assert analysis.score_of(ruin)[0] == 0
-    assert results.difference(ruin, theirs).effect == pytest.approx(0 - 0.75)
+    assert analysis.score_of(pairs_result("sft_base", 0.0, 0.0)) == (0.5, 0.0)
+    diverged = pairs_result("allo_rates_x", *[0.0] * 4)  # ranks no pair right
+    assert analysis.score_of(diverged)[0] == 0
+    assert results.difference(diverged, ours).effect == pytest.approx(0 - 0.75)
 
 
 # --- what notebooks look at --------------------------------------------------------------------
@@ -214,14 +187,17 @@ def test_the_score_of_a_result_is_its_accuracy(found):
 
 
 def test_where_kept_counts_by_layer_and_module():
-    import torch
-
-    shapes = {"model.embed_tokens.weight": (4, 5), "model.layers.0.self_attn.q_proj.weight": (2, 5),
-              "model.layers.1.mlp.up_proj.weight": (5, 2), "model.norm.weight": (5,)}  # fmt: skip
-    kept = {"model.embed_tokens.weight": 5, "model.layers.0.self_attn.q_proj.weight": 1,
-            "model.layers.1.mlp.up_proj.weight": 10, "model.norm.weight": 0}  # fmt: skip
+    shapes = {
+        "model.embed_tokens.weight": (4, 5),
+        "model.layers.0.self_attn.q_proj.weight": (2, 5),
+        "model.layers.10.mlp.up_proj.weight": (5, 2),  # safetensors lists 10 before 2
+        "model.layers.2.mlp.up_proj.weight": (5, 2),
+        "model.norm.weight": (5,),
+    }
+    kept = dict(zip(shapes, (5, 1, 10, 0, 0), strict=True))
     mask = NeuronMask({name: torch.arange(n) for name, n in kept.items()}, shapes, "scalar")
     matrix, layers, modules = analysis.where_kept(mask)
+    assert layers == ["model", "layer 0", "layer 2", "layer 10"]
     cells = {
         (layer, module): matrix[i, j]
         for i, layer in enumerate(layers)
@@ -229,27 +205,9 @@ def test_where_kept_counts_by_layer_and_module():
         if not np.isnan(matrix[i, j])
     }
     assert cells == {
-        ("model", "embed_tokens"): 0.25, ("layer 0", "q_proj"): 0.1,
-        ("layer 1", "up_proj"): 1.0, ("model", "norm"): 0.0,
+        ("model", "embed_tokens"): 0.25, ("layer 0", "q_proj"): 0.1, ("layer 10", "up_proj"): 1.0,
+        ("layer 2", "up_proj"): 0.0, ("model", "norm"): 0.0,
     }  # fmt: skip
-
-
-def test_layers_are_in_the_order_of_the_model():
-    import torch
-
-    names = ["model.norm.weight", *(f"model.layers.{i}.mlp.up_proj.weight" for i in range(12))]
-    shapes = {name: (2,) for name in sorted(names)}  # as safetensors lists them: 10 before 2
-    mask = NeuronMask({name: torch.arange(1) for name in shapes}, shapes, "scalar")
-    layers = analysis.where_kept(mask)[1]
-    assert layers == ["model", *(f"layer {i}" for i in range(12))]
-
-
-def test_the_map_of_a_real_mask_adds_up(study):
-    mask = study.mask(DOMAIN, "top", 0.1)
-    matrix, layers, modules = analysis.where_kept(mask)
-    assert layers == ["model", "layer 0", "layer 1"] and "q_proj" in modules
-    assert np.nanmin(matrix) >= 0 and np.nanmax(matrix) <= 1
-    assert importance.chance_overlap(0.1) == pytest.approx(0.1 / 1.9)
 
 
 def test_log_ratios_are_of_the_trained_model(study):
@@ -313,10 +271,10 @@ def test_test_questions_are_no_training_questions(study, monkeypatch):
 
 def test_asking_what_was_trained_before_trains_nothing(study, rows, tmp_path):
     """07_efficiency alone, on an empty store, once trained the SFT model of every domain."""
-    before = analysis.trained_before(study, DOMAIN)
+    before = runs.trained_before(study, DOMAIN)
     assert before == {m: arms.result(study, DOMAIN, m) for m in METHODS}
     fresh = open_study(tmp_path / "fresh", methods=METHODS[1:], ablations=[])
-    assert analysis.trained_before(fresh, DOMAIN) == {}
+    assert runs.trained_before(fresh, DOMAIN) == {}
     assert analysis.quality_and_cost(fresh, DOMAIN, {}) == {}
     assert not list(fresh.store.folder.rglob("manifest.json"))
     assert list(analysis.quality_and_cost(study, DOMAIN, before)) == ["scalar"]

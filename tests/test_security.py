@@ -34,7 +34,7 @@ from allo_lib.machine import weights
 from allo_lib.method.importance import NeuronMask
 from allo_lib.profiles.profile_files import load_profile
 from allo_lib.report import figure_style, notebook, report
-from allo_lib.study import manifest, results
+from allo_lib.study import manifest
 
 # --- what the sources may not do ---------------------------------------------------------------
 

@@ -1,8 +1,9 @@
 """What a training step costs: time, peak memory and optimizer state of each way of updating (C10).
 
-Every block of steps runs in a process of its own, one after the other and the variants in turn, so
-that neither a slow moment of the machine nor memory left over by another variant decides the
-comparison, and the machine has to hold one training at a time.
+All take the same batch of pairs (`workload`). Every block of steps runs in a process of its own,
+one after the other and the variants in turn, so that neither a slow moment of the machine nor
+memory left over by another variant decides the comparison, and the machine has to hold one training
+at a time.
 """
 
 import csv
@@ -11,18 +12,24 @@ import statistics
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from allo_lib.data.benchmarks import load_rows
+from allo_lib.data.pairs import preference_pairs
+from allo_lib.engine import reference
+from allo_lib.engine.encoding import encode_pairs
+from allo_lib.engine.store import write_json
 from allo_lib.errors import AlloError
 from allo_lib.machine.runtime import give_back_freed_memory
 from allo_lib.machine.workers import fork_server, leave_with_parent
 from allo_lib.profiles.config import Profile
-from allo_lib.study import arithmetic, peers
+from allo_lib.study import timed_steps
 from allo_lib.study.study import Study
-from allo_lib.study.timed_steps import OwnSteps
-from allo_lib.study.workload import domain_of, workload
 
 VARIANTS = ("dense", "dense_masked", "allo_scalar", "allo_row")
 COLUMNS = (
@@ -38,13 +45,14 @@ COLUMNS = (
     "flops_per_pair",
     "floor_seconds_per_pair",
 )
+PAIR = ("prompt", "chosen", "rejected")  # TRL's columns
 _RATE = 1e-6  # small enough that the weights, and so the arithmetic, stay the same
 
 
 def variants(study: Study) -> list[str]:
     """What is measured: this project's ways, after the other projects' if the profile wants them
     and they are installed."""
-    return [*(peers.installed() if study.profile.timing.peers else []), *VARIANTS]
+    return [*(timed_steps.installed() if study.profile.timing.peers else []), *VARIANTS]
 
 
 def measure(study: Study) -> list[dict]:
@@ -73,7 +81,7 @@ def measure(study: Study) -> list[dict]:
             try:
                 run = in_own_process(_worker, *settings, variant)
             except AlloError as error:
-                if variant not in peers.PEERS:
+                if variant not in timed_steps.PEERS:
                     raise
                 del runs[variant]
                 print(f"{variant} is left out: {error}", flush=True)
@@ -102,37 +110,21 @@ def in_own_process(work: Callable, *arguments):
     Raises:
         AlloError: what it raised, or that the process ended before it returned.
     """
-    context = fork_server()
-    ours, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=_send, args=(theirs, work, *arguments), daemon=True)
-    process.start()
-    theirs.close()  # so that the end of the process ends a wait for it
+    settings = {"mp_context": fork_server(), "initializer": leave_with_parent}
     try:
-        found = ours.recv()
-    except EOFError:
+        with ProcessPoolExecutor(1, **settings) as pool:
+            return pool.submit(work, *arguments).result()
+    except AlloError:
+        raise
+    except BrokenProcessPool:
         raise AlloError(
             "a process that measures the cost of a step ended before its time; free memory or see "
             "what it printed, and run again"
         ) from None
-    finally:
-        process.terminate()
-        process.join()
-    if isinstance(found, AlloError):
-        raise found
-    return found
-
-
-def _send(pipe, work: Callable, *arguments) -> None:
-    leave_with_parent()
-    try:
-        found = work(*arguments)
-    except AlloError as error:
-        found = error
     except Exception as error:
         traceback.print_exc()
         words = str(error).strip().splitlines() or [""]
-        found = AlloError(f"{type(error).__name__}: {words[0][:300]}")
-    pipe.send(found)
+        raise AlloError(f"{type(error).__name__}: {words[0][:300]}") from error
 
 
 def _row(variant: str, runs: list[dict]) -> dict:
@@ -159,7 +151,9 @@ def _row(variant: str, runs: list[dict]) -> dict:
 def _worker(profile: Profile, seed: int, results_dir: str, data_dir, variant: str) -> dict:
     """Load, warm up, run one block of steps; its time and the sizes."""
     study = Study(profile, seed, results_dir, data_dir)
-    if variant in peers.PEERS:  # their users are not held to the deterministic kernels of a study
+    if (
+        variant in timed_steps.PEERS
+    ):  # their users are not held to the deterministic kernels of a study
         torch.use_deterministic_algorithms(False)
     timing, name = profile.timing, domain_of(study)
     model, load = study.load_sft(name).train(), workload(study)
@@ -178,25 +172,24 @@ def _worker(profile: Profile, seed: int, results_dir: str, data_dir, variant: st
         "trained": steps.trained(),
         "state": steps.state_bytes() / parameters,
         "flops_per_step": steps.flops,
-        "rate": arithmetic.matrix_rate(model.dtype, study.device),
+        "rate": timed_steps.matrix_rate(model.dtype, study.device),
         "device": device_name(study.device),
     }
 
 
-def _steps(study: Study, model, load, mask, variant: str):
-    method = study.profile.method
-    if variant in peers.PEERS:
-        return peers.TrlSteps(
-            model, study.tokenizer, load.texts, variant, beta=method.beta, share=method.share,
-            lr=_RATE,
-        )  # fmt: skip
+def _steps(study: Study, model, load: "Workload", mask, variant: str):
+    beta, share = study.profile.method.beta, study.profile.method.share
+    if variant in timed_steps.PEERS:
+        return timed_steps.TrlSteps(
+            model, study.tokenizer, load.texts, variant, beta=beta, share=share, lr=_RATE
+        )
     pad = study.tokenizer.pad_token_id
-    return OwnSteps(model, mask, load.rows, variant, pad, beta=method.beta, lr=_RATE)
+    return timed_steps.OwnSteps(model, mask, load.rows, variant, pad, beta=beta, lr=_RATE)
 
 
 def _mask(study: Study, variant: str):
     """The variant's mask, read from the store; None where every entry is trained."""
-    if variant == "dense" or variant in peers.PEERS:
+    if variant == "dense" or variant in timed_steps.PEERS:
         return None
     granularity = "row" if variant == "allo_row" else "scalar"
     share = study.profile.method.share
@@ -247,3 +240,83 @@ def ratio(rows: list[dict], first: str, second: str, column: str) -> float:
     if first not in by_name or not by_name.get(second):
         return math.nan
     return by_name[first] / by_name[second]
+
+
+# --- the pairs -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One batch of pairs.
+
+    texts: TRL's columns prompt, chosen, rejected, for trainers that encode by themselves. rows: the
+    same as token ids with the log-probs of the model they start from (`encoding`, `reference`).
+    """
+
+    texts: list[dict]
+    rows: list[dict]
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the prompts and of both responses, each once: the same for every variant,
+        whatever it repeats or pads."""
+        return sum(len(row[key]) for row in self.rows for key in PAIR)
+
+
+def domain_of(study) -> str:
+    """The domain whose pairs are measured."""
+    return study.profile.timing.domain or next(iter(study.profile.domains))
+
+
+def workload(study) -> Workload:
+    """The batch that the profile's `timing` asks for; made at the first call, read afterwards."""
+    name, timing = domain_of(study), study.profile.timing
+    count = timing.pairs or study.domain(name).batch_size
+    inputs = {
+        "pairs": study.pairs(name).key,
+        "timing": [timing.prompt, timing.responses, count],
+    }
+
+    def make(folder: Path) -> None:
+        if timing.prompt or timing.responses:
+            texts = nearest(study, _candidates(study, name), count)
+        else:
+            texts = study.pairs(name).rows["train"][:count]
+        texts = [{key: pair[key] for key in PAIR} for pair in texts]
+        rows = encode_pairs(study.tokenizer, texts, study.context)
+        write_json(folder / "pairs.json", texts)
+        reference.write(study.logps(study.load_sft(name), rows), folder / "logps.safetensors")
+        lengths = {key: sum(len(row[key]) for row in rows) / len(rows) for key in PAIR}
+        write_json(folder / "record.json", {"pairs": len(rows), "mean_tokens": lengths})
+
+    artifact = study.store.get("timed_pairs", inputs, make)
+    texts = artifact.json("pairs.json")
+    rows = encode_pairs(study.tokenizer, texts, study.context)
+    return Workload(texts, reference.attach(rows, artifact.file("logps.safetensors")))
+
+
+def _candidates(study, name: str) -> list[dict]:
+    """Human pairs of any length that the model can read; sampled ones are what they are."""
+    domain = study.domain(name)
+    if domain.kind != "preferences":
+        return study.pairs(name).rows["train"]
+    return [
+        pair
+        for dataset in domain.datasets
+        for pair in preference_pairs(
+            load_rows(dataset, "train", study.data_dir), study.tokenizer, study.context
+        )
+    ]
+
+
+def nearest(study, pairs: list[dict], count: int) -> list[dict]:
+    """The `count` pairs whose prompt and responses come nearest to the tokens of `timing`."""
+    timing = study.profile.timing
+
+    def distance(row: dict) -> int:
+        responses = len(row["chosen"]) + len(row["rejected"])
+        return abs(len(row["prompt"]) - timing.prompt) + abs(responses - timing.responses)
+
+    distances = [distance(row) for row in encode_pairs(study.tokenizer, pairs, study.context)]
+    order = sorted(range(len(pairs)), key=lambda i: (distances[i], i))
+    return [pairs[i] for i in order[:count]]

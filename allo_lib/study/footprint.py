@@ -165,8 +165,8 @@ def of_known_models(shares, prompt: int, response: int, device: str = "cpu") -> 
             row = dict.fromkeys(COLUMNS, "") | asdict(found)
             row |= {"model": name, "kept": share, "estimated_bytes": found.total}
             if device != "cpu":
-                told = f"{name}, {share:.0%} kept"
-                row |= _measured(told, found, config, share, prompt, response)
+                label = f"{name}, {share:.0%} kept"
+                row |= _measured(label, found, config, share, prompt, response)
             rows.append(row)
     return rows
 
@@ -186,7 +186,7 @@ def in_gigabytes(rows: list[dict]) -> list[dict]:
     ]
 
 
-def _measured(told: str, found: Footprint, *shape) -> dict:
+def _measured(label: str, found: Footprint, *shape) -> dict:
     """The columns of a GPU that has the memory; else the device's name alone."""
     free = torch.cuda.mem_get_info()[0]
     row = {"device": efficiency.device_name("cuda")}
@@ -195,7 +195,7 @@ def _measured(told: str, found: Footprint, *shape) -> dict:
             raise AlloError(f"of its {found.total / 1e9:.1f} GB {free / 1e9:.1f} are free")
         run = efficiency.in_own_process(train, *shape, "cuda")
     except AlloError as error:
-        print(f"{told}: not measured on {row['device']}: {error}", flush=True)
+        print(f"{label}: not measured on {row['device']}: {error}", flush=True)
         return row
     return row | {
         "measured_peak_bytes": run["peak"],
@@ -219,9 +219,11 @@ def train(config, share: float, prompt: int, response: int, device: str, steps: 
 
 
 def _with_layers(config, layers: int):
-    told, depth = config.to_dict(), config.num_hidden_layers
-    told |= {k: v[:layers] for k, v in told.items() if isinstance(v, list) and len(v) == depth}
-    return type(config).from_dict(told | {"num_hidden_layers": layers})
+    settings, depth = config.to_dict(), config.num_hidden_layers
+    settings |= {
+        k: v[:layers] for k, v in settings.items() if isinstance(v, list) and len(v) == depth
+    }
+    return type(config).from_dict(settings | {"num_hidden_layers": layers})
 
 
 def _model(config, dtype, device: str):
@@ -254,7 +256,7 @@ def _storage(tensor: torch.Tensor) -> int:
 
 
 def _rows(prompt: int, response: int, pairs: int) -> list[dict]:
-    """Pairs of the asked lengths that share nothing but their prompts."""
+    """Pairs of these lengths that share nothing but their prompts."""
     return [
         {
             "prompt": [3 + pair] + [1] * (prompt - 1),

@@ -16,7 +16,10 @@ import sys
 from functools import cache
 from pathlib import Path
 
+from allo_lib.engine.encoding import encode_text
 from allo_lib.errors import AlloError
+from allo_lib.study import arms
+from allo_lib.study.study import Study
 
 FOLDER = "harness"  # in the store: models, tasks and what lm_eval writes
 TABLE = "tables/harness.csv"
@@ -59,8 +62,8 @@ def evaluate(study, methods: list[str], limit: int | None = None) -> Path:
         folder = study.store.folder / FOLDER / name
         tasks = [_write_task(study, name, dataset, folder, limit) for dataset in domain.datasets]
         for method in methods:
-            told = _run(study, _save_model(study, name, method, folder), folder, tasks)
-            rows += [_row(study, name, method, dataset, told) for dataset in domain.datasets]
+            results = _run(study, _save_model(study, name, method, folder), folder, tasks)
+            rows += [_row(study, name, method, dataset, results) for dataset in domain.datasets]
     path = study.results_dir / TABLE
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w", newline="", encoding="utf-8") as file:
@@ -82,9 +85,6 @@ def judged(opened: list, doc: dict, response: str) -> float:
 
 @cache
 def _problems(opened: str):
-    from allo_lib.engine.encoding import encode_text
-    from allo_lib.study.study import Study
-
     profile, seed, results_dir, name = json.loads(opened)
     study = Study.open(profile, seed, results_dir)
     questions = study.task(name).questions("test", study.domain(name).test)
@@ -98,20 +98,18 @@ def _write_task(study, name: str, dataset: str, folder: Path, limit: int | None)
     rows = [question for question in problems if question.dataset == dataset][:limit]
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"{dataset}.jsonl"
-    told = ({"id": q.id, "prompt": q.prompt, "max_new_tokens": domain.max_new_tokens} for q in rows)
-    file.write_text("".join(f"{json.dumps(row)}\n" for row in told), encoding="utf-8")
+    docs = ({"id": q.id, "prompt": q.prompt, "max_new_tokens": domain.max_new_tokens} for q in rows)
+    file.write_text("".join(f"{json.dumps(row)}\n" for row in docs), encoding="utf-8")
     profile = folder / "profile.yaml"
     profile.write_text(json.dumps(study.profile.to_dict()), encoding="utf-8")  # JSON is YAML
     opened = [str(profile), study.seed, str(study.results_dir), name]
     (folder / f"judge_{dataset}.py").write_text(_JUDGE.format(opened=opened), encoding="utf-8")
-    told = {"dataset": dataset, "file": json.dumps(str(file)), "tokens": domain.max_new_tokens}
-    (folder / f"allo_{dataset}.yaml").write_text(_TASK.format(**told), encoding="utf-8")
+    fields = {"dataset": dataset, "file": json.dumps(str(file)), "tokens": domain.max_new_tokens}
+    (folder / f"allo_{dataset}.yaml").write_text(_TASK.format(**fields), encoding="utf-8")
     return f"allo_{dataset}"
 
 
 def _save_model(study, name: str, method: str, folder: Path) -> Path:
-    from allo_lib.study import arms
-
     model, _ = arms.trained_model(study, name, method)
     model.save_pretrained(folder / method)
     study.tokenizer.save_pretrained(folder / method)
@@ -132,11 +130,9 @@ def _run(study, model: Path, folder: Path, tasks: list[str]) -> dict:
     return json.loads(newest.read_text(encoding="utf-8"))
 
 
-def _row(study, name: str, method: str, dataset: str, told: dict) -> tuple:
-    from allo_lib.study import arms
-
-    count = told["n-samples"][f"allo_{dataset}"]["effective"]
+def _row(study, name: str, method: str, dataset: str, results: dict) -> tuple:
+    count = results["n-samples"][f"allo_{dataset}"]["effective"]
     answers = arms.result(study, name, method)["answers"]
     right = [right for _, place, _, right in answers if place == dataset][:count]
-    harness = told["results"][f"allo_{dataset}"]["acc,none"]
+    harness = results["results"][f"allo_{dataset}"]["acc,none"]
     return method, dataset, count, f"{harness:.6f}", f"{sum(right) / count:.6f}"

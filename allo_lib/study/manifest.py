@@ -11,6 +11,7 @@ from pathlib import Path
 
 from allo_lib.engine import notes
 from allo_lib.errors import AlloError
+from allo_lib.evaluation import measurements
 from allo_lib.machine import runtime
 
 NAME = "manifest.json"
@@ -54,30 +55,30 @@ def read(results: Path) -> dict | None:
         return None
     advice = "restore it, or start over with --fresh"
     try:
-        told = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
         raise AlloError(f"{path} is not readable JSON ({error}): {advice}") from error
     kinds = {"profile": str, "profile_hash": str, "seeds": list, "files": dict}
     for key, kind in kinds.items():
-        if not isinstance(told, dict) or not isinstance(told.get(key), kind):
+        if not isinstance(found, dict) or not isinstance(found.get(key), kind):
             raise AlloError(f"{path} has no {kind.__name__} {key!r}: {advice}")
-    return told
+    return found
+
+
+def check_folder(folder: Path, profile) -> None:
+    """AlloError when `folder` holds the results of another profile."""
+    found = read(folder)
+    if found and found["profile_hash"] != profile.hash():
+        raise AlloError(
+            f"{folder} holds results of profile hash {found['profile_hash'][:12]}, this run is "
+            f"{profile.hash()[:12]}: choose another --out, or start over with --fresh"
+        )
 
 
 def write_json(path: Path, value) -> None:
     """Write `value` as JSON so that `path` is at any moment the old file or the new one, whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with temporary.open("w", encoding="utf-8") as handle:
-            json.dump(value, handle, indent=1, ensure_ascii=False)
-            handle.write("\n")
-            handle.flush()
-            os.fsync(handle.fileno())
-        os.replace(temporary, path)
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
+    text = json.dumps(value, indent=1, ensure_ascii=False) + "\n"
+    measurements.replace_file(path, text.encode("utf-8"))
 
 
 def build(
@@ -91,7 +92,7 @@ def build(
     """The manifest of `results` as it is now.
 
     `runs` maps "seed0", "seed1", ... and "all" to `{"seconds": {notebook: seconds}, ...}` with the
-    commit and the machine that ran it; those of an earlier manifest are kept where not given anew.
+    commit and the machine that ran it; those of an earlier manifest are kept where `runs` has none.
     """
     merged = {**(read(results) or {}).get("runs", {}), **runs}
     in_order = sorted(merged, key=lambda name: (name == ALL_SEEDS, len(name), name))
@@ -156,8 +157,8 @@ def commit_of(root: Path) -> dict:
 
     def git(*args: str) -> str | None:
         with contextlib.suppress(OSError):
-            told = subprocess.run(["git", "-C", root, *args], capture_output=True, text=True)
-            return told.stdout.strip() if told.returncode == 0 else None
+            done = subprocess.run(["git", "-C", root, *args], capture_output=True, text=True)
+            return done.stdout.strip() if done.returncode == 0 else None
         return None
 
     # A folder inside somebody else's repository has no commit of its own.

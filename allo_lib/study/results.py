@@ -1,7 +1,6 @@
-"""From the results of a seed to rows of `measurements.csv`, and whose results a folder holds."""
+"""From the results of a seed to rows of `measurements.csv` and to outcomes."""
 
 import dataclasses
-import json
 import statistics
 from collections import Counter
 from pathlib import Path
@@ -10,21 +9,17 @@ import numpy as np
 
 from allo_lib.engine import notes
 from allo_lib.engine.store import write_json
-from allo_lib.errors import AlloError
 from allo_lib.evaluation import measurements, outcomes
-from allo_lib.evaluation.measurements import Measurement, seeds_of
+from allo_lib.evaluation.measurements import Measurement
 from allo_lib.evaluation.stats import Interval, mean_and_error, mean_interval
 from allo_lib.method import importance
 from allo_lib.method.importance import NeuronMask
-from allo_lib.profiles.config import Profile
 from allo_lib.profiles.parts import Part
-from allo_lib.study import arms, instructions, scoring, win_rates
-from allo_lib.study.overlaps import chance_within
-from allo_lib.study.parallel import fill
+from allo_lib.study import arms, judges, scoring
+from allo_lib.study.key_neurons import chance_within
+from allo_lib.study.runs import fill, methods_of
 from allo_lib.study.study import Study
 
-__all__ = ["OVERLAPS", "check_folder", "difference", "methods_of", "overlap_rows", "seed_rows",
-           "seeds_of", "top_masks", "unit", "update"]  # fmt: skip
 # Pairs of score variants whose masks are compared, by the name of the comparison.
 OVERLAPS = {
     "orders": ("delta", "order"),
@@ -32,40 +27,6 @@ OVERLAPS = {
     "estimators": ("delta", "gradient"),
     "magnitude": ("delta", "magnitude"),
 }
-
-
-def check_folder(folder: Path, profile: Profile) -> None:
-    """AlloError when `folder` holds the results of another profile."""
-    path = Path(folder) / "manifest.json"
-    if not path.is_file():
-        return
-    try:
-        given = json.loads(path.read_text(encoding="utf-8"))["profile_hash"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise AlloError(f"{path} is not a readable manifest; use another --out") from error
-    if given != profile.hash():
-        raise AlloError(
-            f"{folder} holds results of profile hash {given[:12]}, this run is "
-            f"{profile.hash()[:12]}: choose another --out, or start over with --fresh"
-        )
-
-
-def methods_of(study: Study, name: str) -> list[str]:
-    """Methods that the profile runs on a domain, in order, without repeats."""
-    profile, domain = study.profile, study.domain(name)
-    if domain.methods or domain.ablations:
-        asked = ("sft_base", *domain.methods, *domain.ablations)
-    else:
-        asked = ("sft_base", *profile.methods, *profile.ablations)
-    if domain.kind != "miniature":
-        asked = tuple(m for m in asked if m not in ("allo_oracle_tokens", "allo_rm_oracle"))
-    if domain.kind == "preferences":
-        # SFT on chosen replies is RFT, as nothing is sampled; and the starting model, which is the
-        # reference itself, gives every pair the margin 0: it ranks nothing.
-        asked = tuple(m for m in asked if m not in ("rft", "sft_base"))
-    once = profile.replicates.once if study.replicate else ()
-    asked = tuple(m for m in asked if m not in once and arms.why_not(study, name, m) is None)
-    return list(dict.fromkeys(asked))
 
 
 def seed_rows(study: Study) -> list[Measurement]:
@@ -76,9 +37,18 @@ def seed_rows(study: Study) -> list[Measurement]:
     rows = []
     for name in study.profile.domains:
         runs = [results_of(study.at(replicate), name) for replicate in study.replicates]
-        rows += mean_rows([_result_rows(study, name, results) for results in runs])
-        instructions.write_outputs(study, name, runs[0])
-        rows += win_rates.rows(study, name, runs[0])
+        rows += mean_rows(
+            [
+                [
+                    row
+                    for method, found in results.items()
+                    for row in _method_rows(study, name, method, found)
+                ]
+                for results in runs
+            ]
+        )
+        judges.write_replies(study, name, runs[0])
+        rows += judges.reply_rows(study, name, runs[0])
         rows += overlap_rows(study, name)
         note = f"{notes.CELLS}seed{study.seed}.{name}"
         notes.leave(study.store.folder, note, notes.cells_of(runs[0]))
@@ -88,14 +58,6 @@ def seed_rows(study: Study) -> list[Measurement]:
 def results_of(study: Study, name: str) -> dict[str, dict]:
     """Results of all methods of a domain, of the study's replicate: method -> result."""
     return {method: arms.result(study, name, method) for method in methods_of(study, name)}
-
-
-def _result_rows(study: Study, name: str, results: dict[str, dict]) -> list[Measurement]:
-    """The rows of one replicate's results."""
-    rows = []
-    for method, found in results.items():
-        rows += _method_rows(study, name, method, found)
-    return rows
 
 
 def mean_rows(runs: list[list[Measurement]]) -> list[Measurement]:
@@ -152,20 +114,15 @@ def _method_rows(study: Study, name: str, method: str, found: dict) -> list[Meas
     rows += _margin_rows(study, name, method, found["margins"])
     if "answers" not in found:
         return rows
-    by_metric = {"accuracy": 3, "no_answer": 2}
-    for metric, column in by_metric.items():
+    for metric, column, counted in (("accuracy", 3, 1), ("no_answer", 2, 0)):
         parts = []
         for dataset in study.domain(name).datasets:
-            outcomes = [row[column] == (metric == "accuracy") for row in _of(found, dataset)]
-            parts.append(measurements.proportion(seed, method, dataset, metric, outcomes))
+            values = [row[column] == counted for row in found["answers"] if row[1] == dataset]
+            parts.append(measurements.proportion(seed, method, dataset, metric, values))
         rows += parts
         if len(parts) > 1:
             rows.append(measurements.average(parts, average_name(study, name)))
     return rows
-
-
-def _of(found: dict, dataset: str) -> list[list]:
-    return [row for row in found["answers"] if row[1] == dataset]
 
 
 def train_loss(seed: int, method: str, name: str, losses: list[float]) -> Measurement:
@@ -183,12 +140,9 @@ def _margin_rows(study: Study, name: str, method: str, margins: list[float]) -> 
         return []
     place = study.domain(name).datasets[0] if study.task(name) is None else name
     right = [margin > 0 for margin in margins]
-    n = len(margins)
-    stderr = statistics.stdev(margins) / n**0.5 if n > 1 else 0.0
-    mean = statistics.fmean(margins)
     return [
         measurements.proportion(study.seed, method, place, "reward_accuracy", right),
-        Measurement(study.seed, method, place, "reward_margin", mean, stderr, n),
+        _mean(study.seed, method, place, "reward_margin", margins),
     ]
 
 
@@ -205,8 +159,8 @@ def overlap_rows(study: Study, name: str) -> list[Measurement]:
     for comparison in study.profile.stability:
         found = _overlap(study, name, *OVERLAPS[comparison])
         for metric in ("mask_overlap", "mask_overlap_chance", measurements.CHANCE_IN_TENSORS):
-            told = found[metric], 0.0, found["kept"]
-            rows.append(Measurement(study.seed, comparison, name, metric, *told))
+            value, n = found[metric], found["kept"]
+            rows.append(Measurement(study.seed, comparison, name, metric, value, 0.0, n))
     return rows
 
 
