@@ -373,7 +373,7 @@ def test_a_run_that_is_cut_off_is_whole_and_goes_on(toy, monkeypatch):  # noqa: 
     with monkeypatch.context() as patch, pytest.raises(driver.TimeUp) as stopped:
         patch.setattr(driver, "execute", cut)
         driver.run_study(run)
-    assert stopped.value.written == ["notebooks/seed0/00_first.ipynb"]
+    assert stopped.value.written == ["notebooks/00_first.ipynb"]
     assert verify.check_files(run) == [] and ran == [("00_first", 0)]
     assert list(manifest.read(run.results)["runs"]["seed0"]["seconds"]) == ["00_first"]
     driver.run_study(run)

@@ -11,7 +11,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from allo_lib.cli import driver, marks, status, verify
+from allo_lib.cli import driver, status, verify
 from allo_lib.errors import AlloError
 from allo_lib.machine.environment import ROOT
 from allo_lib.profiles.config import Profile
@@ -120,9 +120,9 @@ def run(arguments: list[str]) -> int:
     return TIME_UP
 
 
-def _of_domains(asked: marks.Run) -> list[str]:
+def _of_domains(asked: driver.Run) -> list[str]:
     """Numbers of the notebooks that can be run for some of the domains."""
-    return [path.name[:2] for path in marks.notebooks(asked) if marks.of_a_domain(path)]
+    return [path.name[:2] for path in driver.notebooks(asked) if driver.of_a_domain(path)]
 
 
 def show_status(arguments: list[str]) -> int:
@@ -290,7 +290,7 @@ def _add_data(parser: _Parser) -> None:
     )
 
 
-def _run_of(options: argparse.Namespace) -> marks.Run:
+def _run_of(options: argparse.Namespace) -> driver.Run:
     """Check everything that was typed before anything is touched."""
     for name in ("only", "out", "data", "domains"):
         if getattr(options, name, None) == "":
@@ -304,7 +304,7 @@ def _run_of(options: argparse.Namespace) -> marks.Run:
     _check_methods(profile)
     results = folder_of(options.out, "--out") if options.out else ROOT / "results" / profile.name
     path, typed = Path(options.profile), getattr(options, "seeds", None)
-    asked = marks.Run(
+    asked = driver.Run(
         given=str(path.resolve()) if path.suffix in (".yaml", ".yml") else options.profile,
         profile=profile,
         results=results,
@@ -313,7 +313,7 @@ def _run_of(options: argparse.Namespace) -> marks.Run:
         data=data_folder(getattr(options, "data", None)),
         domains=parse_domains(options.domains or "", profile),
     )
-    only = parse_only(getattr(options, "only", None) or "", marks.notebooks(asked))
+    only = parse_only(getattr(options, "only", None) or "", driver.notebooks(asked))
     return dataclasses.replace(asked, only=only)
 
 
