@@ -14,8 +14,6 @@
 # ---
 
 # %% [markdown]
-#
-# %% [markdown]
 # # 05 Ablations: which part of the method does the work
 #
 # **Question.** ALLO has a mask (01), a choice of tokens by a reward model (02), two stages (03, 04) and two

@@ -14,8 +14,6 @@
 # ---
 
 # %% [markdown]
-#
-# %% [markdown]
 # # 06 Evaluation: all methods, all claims
 #
 # **Question.** Which of the paper's claims hold here, by how much, and how sure is that?

@@ -14,8 +14,6 @@
 # ---
 
 # %% [markdown]
-#
-# %% [markdown]
 # # 07 Efficiency: what a step costs
 #
 # **Question.** If most neurons are redundant, is training the rest cheaper? (claim C10)
@@ -45,12 +43,13 @@ overrides = {}  # profile keys to change, dotted: {"domains.miniature.epochs": 2
 seeds = None  # not read here; run_all.sh gives it to the last two notebooks alike
 
 # %%
-import contextlib
 import sys
 from pathlib import Path
 
 # The repository, wherever in it the notebook runs.
 sys.path[:0] = [str(p) for p in (Path.cwd(), *Path.cwd().parents) if (p / "allo_lib").is_dir()][:1]
+
+import contextlib
 
 from allo_lib.evaluation import claims
 from allo_lib.evaluation.verdicts import RULE
