@@ -456,8 +456,8 @@ def test_verify_names_lost_changed_added_and_outdated(study, project):
     problems = verify.check_files(verify.as_recorded(run))
     assert "now has" in problems[0]
     assert problems[1:] == [
-        "notebooks/06_merge.ipynb: missing",
         "notebooks/00_first.ipynb: differs from the manifest",
+        "notebooks/06_merge.ipynb: missing",
         "stray.txt: not in the manifest",
     ]
 
