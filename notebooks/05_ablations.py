@@ -77,8 +77,9 @@ def against_allo(methods: list[str], caption: str) -> None:
     draw(ablation_figures.effects_against(effects, "ALLO", here, unit), caption)
     worse = [label for label, (_, _, high) in effects.items() if high < 0]
     better = [label for label, (_, low, _) in effects.items() if low > 0]
+    alike = [label for label in effects if label not in (*worse, *better)]
     say(f"**On these problems below ALLO: {', '.join(worse) or 'none'}; above it: {', '.join(better) or 'none'}; "
-        f"the other {len(effects) - len(worse) - len(better)} cannot be told from it.**")
+        f"not told apart from it: {', '.join(alike) or 'none'}.**")
 
 
 # %% [markdown]
@@ -141,7 +142,8 @@ if len(points) > 1:
     say(f"**A reward model better by 0.1 of the area changes ALLO by {slope / 10:+.1f} points [{low / 10:+.1f}, {high / 10:+.1f}]** "
         "(line through the points, as if their errors were independent).")
 else:
-    against_allo([method for method in models if method != "allo"], "ALLO with other reward models, minus ALLO.")
+    others = [method for method in ablations.REWARD_MODELS if method != "allo"]
+    against_allo(others, "ALLO with other reward models, minus ALLO.")
 
 # %% [markdown]
 # ## 5. How far can the learning rates be off?

@@ -92,8 +92,10 @@ say(RULE)
 # %%
 pictures("claims")
 disagreements = claims.protocol_disagreements(verdicts)
-for text in disagreements or ["The paper's protocol and the fair one (each mask at its own best rate) lead to the same verdicts here."]:
+for text in disagreements:
     say(f"- {text}")
+if not disagreements and len(counts["undecided"]) < len(whole):
+    say("The paper's protocol and the fair one (each mask at its own best rate) lead to the same verdicts here.")
 
 # %% [markdown]
 # ## All methods
