@@ -107,8 +107,8 @@ if str(study.dtype).endswith("float32"):
     state = {row["variant"]: float(row["state_bytes_per_parameter"]) for row in rows}
     assert all(abs(state[variant] - value) < 0.01 * value for variant, value in by_hand.items()), (state, by_hand)
 time, memory, held = ratios["allo_scalar"]
-say(f"**Against `{BASELINE}`, ALLO's masked step takes {time:.2f} of the time, {memory:.2f} of the peak memory and "
-    f"{held:.2f} of the optimizer's state.**")
+say(f"**Against `{BASELINE}`, ALLO's masked step takes {time:.2f} times the time, {memory:.2f} times the peak memory "
+    f"and {held:.2f} times the optimizer's state.**")
 
 # %%
 draw(figures.efficiency_bars(rows, title=f"cost of a DPO step, {name}"),

@@ -12,11 +12,13 @@ import IPython.display
 import jupytext
 import nbformat
 import numpy as np
+import papermill
 import pytest
 from matplotlib.figure import Figure
 from real_like import write_data, write_model
 from tiny_study import DOMAIN, PROFILE, open_study
 
+from allo_lib.cli import execute
 from allo_lib.evaluation import ablations, claims, measurements
 from allo_lib.profiles.methods import stages_of
 from allo_lib.report import ablation_numbers, notebook
@@ -120,6 +122,17 @@ def test_all_find_the_library_from_any_folder_of_the_repository():
         )  # fmt: skip
         assert done.returncode == 0, done.stderr[-2000:]
         assert Path(done.stdout.strip()).parent == ROOT / "allo_lib"
+
+
+def test_a_run_at_a_notebook_s_own_values_injects_nothing_and_any_other_what_differs():
+    for path in NOTEBOOKS:
+        own = papermill.inspect_notebook(path.with_suffix(".ipynb"))
+        given = {"profile": "tiny", "seed": 0, "overrides": {}}
+        given |= {"results_dir": str(ROOT / "results" / "tiny")}
+        given |= {"seeds": [0]} if "seeds" in own else {}
+        assert execute.injected(given, own) == {}
+        elsewhere = {"results_dir": str(ROOT / "elsewhere"), "seeds": [0, 1]}
+        assert execute.injected(given | elsewhere, own) == elsewhere
 
 
 # --- 05 with every row that there is, without training one ----------------------------------------
