@@ -17,6 +17,7 @@ SHOWN = (
     "allo_lib/**/*.py",
     "allo_lib/profiles/*.yaml",
     "results/*.md",
+    "results/*.html",
     "results/*/*.*",
     "results/*/figures/*.png",
     "results/*/tables/*.*",
