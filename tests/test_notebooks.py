@@ -247,7 +247,7 @@ def test_everything_that_was_promised_is_there(whole):
     found = sorted(path.name for path in (folder / "notebooks").iterdir())
     assert found == [f"{name}.ipynb" for name in NAMES]
     assert not list(folder.glob("figures/0*")), "figures of one seed stay inside the notebooks"
-    assert "measurements.csv" in printed and "report.html" in printed
+    assert "measurements.csv" in printed
 
 
 @pytest.mark.slow
