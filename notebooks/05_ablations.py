@@ -49,14 +49,13 @@ from allo_lib.evaluation import ablations
 from allo_lib.evaluation.published import arm_label
 from allo_lib.profiles.methods import share_name
 from allo_lib.report import ablation_figures, figures, method_figures
-from allo_lib.report import ablation_numbers as numbers
 from allo_lib.report.notebook import draw, percent, say, table
-from allo_lib.study import analysis, overlaps, parallel, results, scoring
+from allo_lib.study import analysis, key_neurons, results, runs, scoring
 from allo_lib.study.study import Study
 
 study = Study.open(profile, seed, results_dir, overrides)
 domain = domain or next(iter(study.profile.domains))
-found = parallel.run_methods(study, {domain: results.methods_of(study, domain)})[domain]
+found = runs.run_methods(study, {domain: runs.methods_of(study, domain)})[domain]
 unit, here = results.unit(found["allo"]), f"{domain}, seed {seed}"
 scores = {method: analysis.score_of(one) for method, one in found.items()}  # (score, standard error)
 dpo = "dpo_long" if "dpo_long" in found else "dpo"  # DPO with as many updates as ALLO
@@ -73,8 +72,8 @@ def against_allo(methods: list[str], caption: str) -> None:
     if not rows:
         say(f"Profile {study.profile.name} trains none of these on {domain}: {', '.join(methods)}.")
         return
-    effects = numbers.effects(found, rows, "allo")  # label -> (effect, low, high)
-    draw(ablation_figures.effects_against(effects, "ALLO", here, unit), caption)
+    effects = ablation_figures.effects(found, rows, "allo")  # label -> (effect, low, high)
+    draw(figures.ablation_bars(effects, "ALLO", here, unit), caption)
     worse = [label for label, (_, _, high) in effects.items() if high < 0]
     better = [label for label, (_, low, _) in effects.items() if low > 0]
     alike = [label for label in effects if label not in (*worse, *better)]
@@ -93,7 +92,7 @@ shares = [share for share in sorted(study.profile.method.shares) if share_name(s
 curve = [scores[share_name(share)] for share in shares]
 start = scores.get("sft_base")
 if len(shares) > 1:
-    drawn = figures.share_sweep(shares, [value for value, _ in curve], [error for _, error in curve],
+    drawn = ablation_figures.share_sweep(shares, [value for value, _ in curve], [error for _, error in curve],
                                 start and ("SFT model", start[0]), title=here, ylabel=f"{unit} (%)")
     draw(drawn, "DPO by the share of neurons that it trains; bars are 95% intervals.")
     within = [share for share, (value, error) in zip(shares, curve, strict=True) if value + 2 * error >= max(curve)[0]]
@@ -132,13 +131,13 @@ against_allo(["allo_all_tokens_forgetting", "allo_all_tokens_learning", "allo_ra
 
 # %%
 models = [method for method in ablations.REWARD_MODELS if method in found]
-points = numbers.reward_points(study, domain, found, models)  # none where nobody knows the wrong tokens
+points = ablation_figures.reward_points(study, domain, found, models)  # none where nobody knows the wrong tokens
 if len(points) > 1:
     controls = {"allo_all_tokens_forgetting": "forgetting all tokens", "allo_no_forgetting": "learning alone"}
     levels = {text: scores[method][0] for method, text in controls.items() if method in found}
     drawn = ablation_figures.reward_quality(points, levels, here, ylabel=f"{unit} (%)")
     draw(drawn, "ALLO by how well its reward model finds wrong tokens; bars are 95% intervals.")
-    slope, low, high = numbers.slope_of(points)
+    slope, low, high = ablation_figures.slope_of(points)
     say(f"**A reward model better by 0.1 of the area changes ALLO by {slope / 10:+.1f} points [{low / 10:+.1f}, {high / 10:+.1f}]** "
         "(line through the points, as if their errors were independent).")
 else:
@@ -176,7 +175,7 @@ say("**Development score from the worst to the best rate tried: " + "; ".join(
 # profile trains its methods (`-p ablations`; `python -m allo_lib.evaluation.ablations` lists them with their cost).
 
 # %%
-changes = numbers.effects(found, {m: m for m in [*ablations.single_changes(found), dpo] if m in found}, "allo")
+changes = ablation_figures.effects(found, {m: m for m in [*ablations.single_changes(found), dpo] if m in found}, "allo")
 table([{"method": method, "": arm_label(method), f"{unit} (%)": 100 * scores[method][0], "minus ALLO, points": 100 * effect,
         "low": 100 * low, "high": 100 * high} for method, (effect, low, high) in changes.items()])
 
@@ -188,7 +187,7 @@ table([{"method": method, "": arm_label(method), f"{unit} (%)": 100 * scores[met
 # %%
 series = analysis.quality_and_cost(study, domain, found)
 if "whole rows" in series:
-    drawn = figures.quality_against_cost(series, ("all neurons", scores["dpo"][0]), here, f"{unit} (%)")
+    drawn = ablation_figures.quality_against_cost(series, ("all neurons", scores["dpo"][0]), here, f"{unit} (%)")
     draw(drawn, "DPO on a share of the neurons against the counted operations of a step; bars are 95% intervals.")
 masks = ["allo_random_neurons", "allo_last_neurons", "allo_all_neurons", "allo_rows", "allo_per_tensor"]
 if set(masks) & set(found):
@@ -202,15 +201,15 @@ if set(masks) & set(found):
 if cells := ablations.grid_cells(study.profile, ablations.asked("neurons", study.profile, found)):
     drawn = ablation_figures.neuron_shares({place: scores[m] for place, m in cells.items()}, study.profile.method.share, here, unit)
     draw(drawn, "ALLO by the share of neurons that each stage trains.")
-    luck = numbers.luck_of_the_best([scores[m] for m in cells.values()])
+    luck = ablation_figures.luck_of_the_best([scores[m] for m in cells.values()])
     say(f"The best of {len(cells)} is high by luck too: without any difference it would stand {100 * luck:.1f} points above the mean.")
 if keys := ablations.key_points(study.profile, ablations.asked("key_tokens", study.profile, found)):
     values, errors = zip(*(scores[m] for m in keys.values()), strict=True)
-    drawn = figures.share_sweep(list(keys), values, errors, (arm_label(dpo), scores[dpo][0]), here,
+    drawn = ablation_figures.share_sweep(list(keys), values, errors, (arm_label(dpo), scores[dpo][0]), here,
                                 r"share $\varepsilon$ of rejected tokens that are key tokens (%)", f"{unit} (%)")
     draw(drawn, "ALLO by the share of key tokens; bars are 95% intervals.")
 if rates := ablations.rate_cells(ablations.asked("rates", study.profile, found)):
-    effects = numbers.effects(found, {m: place for place, m in rates.items()}, dpo)
+    effects = ablation_figures.effects(found, {m: place for place, m in rates.items()}, dpo)
     draw(ablation_figures.rate_region(effects, arm_label(dpo), here, unit), "ALLO at multiples of its best learning rates, minus DPO at its best.")
 
 # %% [markdown]
@@ -220,5 +219,5 @@ if rates := ablations.rate_cells(ablations.asked("rates", study.profile, found))
 
 # %%
 if other := ablations.asked("scores", study.profile, found):
-    draw(ablation_figures.overlap_dots(overlaps.compare(study, domain), here), "Overlap of masks of other data, warm-ups and scores.")
+    draw(ablation_figures.overlap_dots(key_neurons.compare(study, domain), here), "Overlap of masks of other data, warm-ups and scores.")
     against_allo(list(other), "ALLO on the top neurons of other scores, minus ALLO.")

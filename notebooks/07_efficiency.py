@@ -56,8 +56,8 @@ from allo_lib.evaluation.verdicts import RULE
 from allo_lib.report import figures, report
 from allo_lib.report.notebook import draw, percent, say, table
 from allo_lib.study import efficiency, footprint
+from allo_lib.study.efficiency import domain_of, workload
 from allo_lib.study.study import Study
-from allo_lib.study.workload import domain_of, workload
 
 study = Study.open(profile, seed, results_dir, overrides)
 name, pairs = domain_of(study), workload(study)

@@ -21,8 +21,8 @@ from tiny_study import DOMAIN, PROFILE, open_study
 from allo_lib.cli import execute
 from allo_lib.evaluation import ablations, claims, measurements
 from allo_lib.profiles.methods import stages_of
-from allo_lib.report import ablation_numbers, notebook
-from allo_lib.study import analysis, overlaps, parallel, results, scoring
+from allo_lib.report import 
+from allo_lib.study import analysis, key_neurons, results, runs, scoring
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted(path.with_suffix("") for path in (ROOT / "notebooks").glob("*.py"))
@@ -178,7 +178,7 @@ def test_05_draws_what_was_trained_and_tells_what_was_not(asked, tmp_path, monke
         rows += ["dpo_top1", "dpo_top10", "dpo_top10_rows"]
         rows = list(dict.fromkeys([*rows, *(row for figure in figures for row in figure.rows)]))
     found = {row: invented(row, study.profile, i) for i, row in enumerate(rows)}
-    masks = [overlaps.Overlap("other data", "a", "b", 0.3, 0.28, 0.32, 0.05, 0.1)]
+    masks = [key_neurons.Overlap("other data", "a", "b", 0.3, 0.28, 0.32, 0.05, 0.1)]
     curve = {"scalar": [(1.0, 0.7, 0.05, 0.1)], "whole rows": [(0.8, 0.7, 0.05, 0.1)]}
     points = [("early", 0.7, 0.7, 0.05), ("trained", 0.9, 0.8, 0.05)]
     for place, name, value in (
@@ -254,7 +254,7 @@ def test_everything_that_was_promised_is_there(whole):
 def test_its_rows_are_those_of_the_profile_and_its_claims_are_computed(whole):
     rows = measurements.read(whole[0] / "measurements.csv")
     study = open_study(whole[0])
-    wanted = set(results.methods_of(study, DOMAIN))
+    wanted = set(runs.methods_of(study, DOMAIN))
     accuracy = {(row.method, row.dataset): row for row in rows if row.metric == "accuracy"}
     datasets = (*study.domain(DOMAIN).datasets, "average")
     assert set(accuracy) == {(method, dataset) for method in wanted for dataset in datasets}

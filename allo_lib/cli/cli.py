@@ -188,10 +188,10 @@ def tune(arguments: list[str]) -> int:
             asked, results=asked.results.with_name(f"{asked.profile.name}-tuning")
         )
     driver.check_folder(asked, fresh=False)
-    from allo_lib.study import tuning  # loads torch
+    from allo_lib.study import runs  # loads torch
 
     data = None if asked.data is None else str(asked.data)
-    print(f"wrote {shown(tuning.tune(asked.profile, asked.seeds, asked.results, data))}")
+    print(f"wrote {shown(runs.tune(asked.profile, asked.seeds, asked.results, data))}")
     return 0
 
 

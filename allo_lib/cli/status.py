@@ -57,7 +57,8 @@ def missing(run: Run) -> str:
     data = None if run.data is None else str(run.data)
     given = [run.given, overrides, list(run.seeds), str(run.results), data]
     asked = subprocess.run(
-        [sys.executable, "-P", "-m", "allo_lib.study.missing", json.dumps(given)],
+        [sys.executable, "-P", "-c", "from allo_lib.study import runs; runs.print_missing()",
+         json.dumps(given)],
         env=child_environment(), cwd=ROOT, capture_output=True, text=True,
     )  # fmt: skip
     if asked.returncode:
