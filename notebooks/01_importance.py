@@ -255,7 +255,7 @@ if "estimators" in weak:
 # ## Does it suffice to train the key neurons? (C1 to C3)
 #
 # DPO on all neurons, on the top share, on the last and on a random one. The paper runs all of them at one
-# learning rate (its rows end in `_paper` here). A mask changes how far a rate goes, so every arm also gets
+# learning rate (its rows end in `_paper` here). A mask changes how far a rate goes, so every one of them also gets
 # a search of its own, equally long. Both protocols are shown.
 
 # %%
@@ -278,7 +278,7 @@ say(f"**From {percent(start)}, each at its own best rate: "
 # ## Is it the neurons or the step size?
 #
 # All models of the search again, by the learning rate, by how far the weights moved, and by how far
-# the preference was learned. Arms whose curves lie on each other in the second or third panel differ in
+# the preference was learned. Masks whose curves lie on each other in the second or third panel differ in
 # the rate they need and not in what they can learn.
 
 # %%

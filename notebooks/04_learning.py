@@ -23,7 +23,7 @@
 # $$\mathcal L = -\log\sigma\Big(\beta\Big[\sum_t \Delta^+_t - \sum_{t\in K}\Delta^-_t\Big]\Big),\qquad
 # \Delta_t = \log\pi_\theta(y_t) - \log\pi_\text{ref}(y_t).$$
 # $K$ are the tokens of the rejected response with the lowest $\Delta^-_t$, a share $\epsilon$ of them and at
-# least one: those that DPO's own token reward $\beta\Delta_t$ likes least. They are chosen anew in every step.
+# least one: those that DPO's own token reward $\beta\Delta_t$ likes least. They are chosen again in every step.
 # Only the key neurons of 01 move. With $K$ the whole response this is DPO.
 
 # %% tags=["parameters"]

@@ -25,12 +25,7 @@
 # $$\bar e \pm t_{m-1}\, s / \sqrt{m},$$
 # or the normal one that the problems alone would give, where that is wider, as for models that happen to
 # agree. One model decides nothing; how many do is fixed in the profile (`models`). Verdicts are computed from
-# `outcomes.parquet`, never typed in, by the rule that is printed above them.
-#
-# Of many comparisons some come out by chance. With $k$ of them and $p_{(1)} \le \dots \le p_{(k)}$, Holm's
-# method adjusts $\tilde p_{(i)} = \max_{j \le i} \min(1, (k - j + 1)\, p_{(j)})$: keeping only verdicts with
-# $\tilde p < 0.05$, the chance that even one of a family is wrong is at most 5%. Only verdicts after this
-# correction are shown; the table `verdicts` has the p-values before and after.
+# `outcomes.parquet`, never typed in, by the rule that is printed below them.
 
 # %% tags=["parameters"]
 profile = "tiny"  # name, or path of a YAML file
@@ -57,57 +52,89 @@ from allo_lib.study import results
 from allo_lib.study.study import Study
 
 study = Study.open(profile, seed, results_dir, overrides)
-measured = results.update(study, [seed] if seeds is None else seeds)
-say(f"{len(measured)} measurements of seeds {', '.join(map(str, measurements.seeds_of(measured)))}.")
-
-# %% [markdown]
-# ## Tables, claims, figures
-#
-# Everything from here on is made from `outcomes.parquet` and `measurements.csv` (and `tables/efficiency.csv` for C10).
-# First the study in one figure: what ALLO changes on every data set, relative to DPO.
-
-# %%
-written = report.rebuild(study.results_dir, models=study.profile.models)
-pictures = [path for path in written if path.suffix == ".png"]
-for path in [path for path in pictures if path.stem == "relative_change"]:
-    display(Image(filename=str(path), width=860))
-    say(f"*{report.caption_of(path)}*")
-
-# %% [markdown]
-# The paper's tables, its number beside ours (bold: best of a column, underlined: second best, as the
-# paper marks them; an empty cell has its reason below the table), and all comparisons.
-
-# %%
-for path in sorted(study.results_dir.glob("tables/*.md")):
-    display(Markdown(path.read_text(encoding="utf-8")))
-
-# %% [markdown]
-# ## Figures over all seeds
-
-# %%
-for path in [path for path in pictures if path.stem != "relative_change"]:
-    display(Image(filename=str(path), width=760))
-    say(f"*{report.caption_of(path)}*")
-
-# %% [markdown]
-# ## The claims
-
-# %%
-say(RULE)
+measured = results.update(study, [seed] if seeds is None else seeds)  # trains and measures what is missing
+written = report.rebuild(study.results_dir, models=study.profile.models)  # claims, tables, figures from files
 verdicts = claims.read(study.results_dir / "claims.csv")
-table([{"id": c.id, "claim": c.claim, "effect": c.effect, "low": c.ci_low, "high": c.ci_high,
-        "unit": c.unit, "verdict": with_tags(c.verdict, c.tags)} for c in verdicts],
-      "Effects are turned so that a positive one supports the claim. Evidence is in claims.csv.")
-for claim in verdicts:
-    say(f"- **{claim.id}: {claim.verdict}.** {claim.evidence}")
+seen = measurements.seeds_of(measured)
+say(f"{len(measured)} measurements; seeds (each an SFT model of its own): {', '.join(map(str, seen))}. "
+    + ("One model decides nothing." if len(seen) < 2 else f"Verdicts rest on {study.profile.models} models."))
+
+
+def pictures(*beginnings):
+    """Show the figures whose names begin so, each with its caption."""
+    for path in written:
+        if path.suffix == ".png" and path.stem.startswith(beginnings):
+            display(Image(filename=str(path), width=760))
+            say(f"*{report.caption_of(path)}*")
+
 
 # %% [markdown]
-# ## Where the two protocols disagree
+# ## The answers
+#
+# One row a claim of the paper; effects are turned so that a positive one supports the claim. Claims that end in `p` are
+# of the paper's protocol (one learning rate for all masks), those that end in `s` compare with as many updates as ALLO.
 
 # %%
+whole = [claim for claim in verdicts if claim.id == claim.whole]  # its parts stand in the appendix
+answers = [(claim, *report.effect_text(claim)) for claim in whole]
+table([{"id": claim.id, "claim": claim.claim, "effect": effect, "95% interval": interval,
+        "verdict": with_tags(claim.verdict, claim.tags)} for claim, effect, interval in answers])
+counts = {verdict: [claim.id for claim in whole if claim.verdict == verdict] for verdict in
+          ("supported", "contradicted", "no difference", "undecided")}
+say("**" + "; ".join(f"{verdict}: {', '.join(ids) or 'none'}" for verdict, ids in counts.items()) + ".**")
+say(RULE)
+
+# %% [markdown]
+# Of many comparisons some come out by chance. With $k$ of them and $p_{(1)} \le \dots \le p_{(k)}$, Holm's method
+# adjusts $\tilde p_{(i)} = \max_{j \le i} \min(1, (k - j + 1)\, p_{(j)})$: keeping only verdicts with
+# $\tilde p < 0.05$, the chance that even one of a family is wrong is at most 5%.
+
+# %%
+pictures("claims")
 disagreements = claims.protocol_disagreements(verdicts)
 for text in disagreements:
     say(f"- {text}")
-if not disagreements:
-    say("The paper's protocol (one rate for all masks) and the fair one (each mask at its own best "
-        "rate) lead to the same verdicts here.")
+if not disagreements and len(counts["undecided"]) < len(whole):
+    say("The paper's protocol and the fair one (each mask at its own best rate) lead to the same verdicts here.")
+
+# %% [markdown]
+# ## All methods
+#
+# The figure sorts the methods; the table has the paper's numbers, on its own models and data, beside ours. Bold: best
+# of a column; underlined: second best, as the paper marks them; an empty cell has its reason below the table.
+
+# %%
+pictures("main_", "relative_change")
+for path in sorted(study.results_dir.glob("tables/main_*.md")):
+    display(Markdown(path.read_text(encoding="utf-8")))
+
+# %% [markdown]
+# ## Parts of the neurons, parts of the method
+#
+# The empirical study of 01 and the ablations of 05, now over all SFT models.
+
+# %%
+pictures("empirical_", "ablations_")
+
+# %% [markdown]
+# ## What it means
+#
+# An undecided claim is not a refuted one: its interval says how large an effect may still be there. Where the interval
+# is narrower than what would matter to you, that is an answer; where it is wide, more SFT models are needed and not more
+# test problems, as results change more from one trained model to the next than from problem to problem.
+#
+# Next: [07_efficiency](07_efficiency.ipynb) asks what a step costs.
+#
+# ## Appendix: the evidence
+#
+# Every claim and its parts; the tables behind the figures. All comparisons of two methods are in
+# `tables/comparisons*.csv`, the p-values in `tables/verdicts.csv`.
+
+# %%
+for claim in verdicts:
+    say(f"- **{claim.id}: {claim.verdict}.** {claim.evidence}")
+
+# %%
+for pattern in ("empirical_*.md", "ablations_*.md"):
+    for path in sorted(study.results_dir.glob(f"tables/{pattern}")):
+        display(Markdown(path.read_text(encoding="utf-8")))

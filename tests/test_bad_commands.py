@@ -20,7 +20,7 @@ def command(tmp_path, monkeypatch, capsys):
     monkeypatch.delenv(cli.DATA_VARIABLE, raising=False)
     names = ("00_setup", "01_importance", "06_evaluation")
     notebooks = [cli.Path(f"{name}.ipynb") for name in names]
-    monkeypatch.setattr(cli.marks, "notebooks", lambda run: notebooks)
+    monkeypatch.setattr(cli.driver, "notebooks", lambda run: notebooks)
     monkeypatch.setattr(cli.driver, "run_study", lambda *_, **__: pytest.fail("the study ran"))
     (tmp_path / "toy.yaml").write_text(TOY)
     (tmp_path / "file").write_text("mine")

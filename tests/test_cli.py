@@ -111,7 +111,7 @@ def bad_inputs(folder):
 
 def test_bad_input_gets_one_line_and_touches_nothing(tmp_path, capsys, monkeypatch):
     monkeypatch.delenv(cli.DATA_VARIABLE, raising=False)
-    monkeypatch.setattr(cli.marks, "notebooks", lambda run: [cli.Path("00_setup.ipynb")])
+    monkeypatch.setattr(cli.driver, "notebooks", lambda run: [cli.Path("00_setup.ipynb")])
     cases = bad_inputs(tmp_path)
     before = sorted(tmp_path.rglob("*"))
     for message, arguments in cases.items():

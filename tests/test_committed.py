@@ -8,7 +8,7 @@ import pytest
 from conftest import ROOT
 
 from allo_lib.cli import verify
-from allo_lib.cli.marks import Run
+from allo_lib.cli.driver import Run
 from allo_lib.profiles.profile_files import load_profile
 from allo_lib.study import manifest
 

@@ -1,9 +1,11 @@
 """Run one notebook in a process of its own and leave the executed copy whole or absent.
 
 The driver starts `python -m allo_lib.cli.execute JOB`, JOB being a `Job` as JSON. When the driver
-goes away, however that happens, standard input closes and the notebook is stopped.
+goes away, however that happens, standard input closes and the notebook is stopped. The notebook's
+kernel is this module again (`kernel`), so that the server of workers starts with it.
 """
 
+import ast
 import contextlib
 import dataclasses
 import json
@@ -16,14 +18,15 @@ import threading
 import time
 from pathlib import Path
 
+from allo_lib.machine import workers
 from allo_lib.machine.environment import ROOT, child_environment
 
 # A kernel that is asked to stop gets this long, in seconds.
 PATIENCE = 10
 _CELL_FILE = re.compile(r"\S*ipykernel_\d+/\d+\.py")
-# All of a terminal line that a later progress report has overwritten, and what a bar that has left
-# nothing ends with.
-_OVERWRITTEN = re.compile(r"[^\n]*\r(?=[^\n])|^ *\r$", re.MULTILINE)
+# Of progress reports: what a later one has overwritten, what a bar that left nothing ends with,
+# and a bar's last line.
+_PROGRESS = re.compile(r"[^\n]*\r(?=[^\n])|^ *\r$|^[^\n]*\d%\|[^\n]*\n?", re.MULTILINE)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,10 +36,18 @@ class Job:
     notebook: str
     parameters: dict
     target: str  # the executed notebook, when it ran through
-    failed: str  # ... and when it did not
     scratch: str  # the copy while it runs; same file system as `target`
-    report: str  # JSON file that says why it failed
     workers: bool = False  # whether its profile trains in workers, whose server then starts early
+
+    @property
+    def failed(self) -> Path:
+        """The executed notebook, when it did not run through."""
+        return Path(self.target).with_suffix(".failed.ipynb")
+
+    @property
+    def report(self) -> Path:
+        """JSON file that says why it failed."""
+        return Path(self.scratch).with_name("report.json")
 
 
 def run(job: Job) -> int:
@@ -47,13 +58,13 @@ def run(job: Job) -> int:
     for path in (job.scratch, job.target):
         Path(path).parent.mkdir(parents=True, exist_ok=True)
     Path(job.scratch).unlink(missing_ok=True)
-    status, reason = 0, None
-    with _own_kernel("allo_lib.cli.kernel" if job.workers else "ipykernel_launcher"):
+    reason = None
+    with _own_kernel(job.workers):
         try:
             papermill.execute_notebook(
                 job.notebook,
                 job.scratch,
-                parameters=job.parameters,
+                parameters=injected(job.parameters, papermill.inspect_notebook(job.notebook)),
                 kernel_name="python3",
                 progress_bar=False,
                 stdout_file=sys.stdout,
@@ -61,28 +72,47 @@ def run(job: Job) -> int:
                 cwd=str(ROOT),
             )
         except Exception as error:  # whatever went wrong is reported, and the copy is kept
-            status, reason = 1, _one_line(error)
+            name = getattr(error, "ename", type(error).__name__)  # of the cell's error
+            text = str(getattr(error, "evalue", error)).strip() or "no message"
+            reason = f"{name}: {text.splitlines()[0]}"
     if Path(job.scratch).exists():
         notebook = nbformat.read(job.scratch, as_version=4)
         sanitise(notebook, job.parameters["results_dir"])
         nbformat.write(notebook, job.scratch)
-        _move(job.scratch, job.failed if status else job.target)
-    if status == 0:
-        Path(job.failed).unlink(missing_ok=True)
-    Path(job.report).write_text(json.dumps({"reason": reason}), encoding="utf-8")
-    return status
+        with open(job.scratch, "rb") as handle:
+            os.fsync(handle.fileno())
+        os.replace(job.scratch, job.failed if reason else job.target)
+    if reason is None:
+        job.failed.unlink(missing_ok=True)
+    job.report.write_text(json.dumps({"reason": reason}), encoding="utf-8")
+    return int(reason is not None)
+
+
+def injected(parameters: dict, of_notebook: dict[str, dict]) -> dict:
+    """Those parameters that the notebook does not have by itself (`papermill.inspect_notebook`).
+
+    Of a run at the notebook's own values none is left: the executed copy has the notebook's cells
+    and nothing else, so that the copy can take the notebook's place.
+    """
+    meant = dict(parameters)
+    if parameters["results_dir"] == str(ROOT / "results" / parameters["profile"]):
+        meant["results_dir"] = ""
+    if parameters.get("seeds") == [parameters["seed"]]:
+        meant["seeds"] = None
+    own = {name: ast.literal_eval(told["default"]) for name, told in of_notebook.items()}
+    return {n: value for n, value in parameters.items() if n not in own or meant[n] != own[n]}
 
 
 @contextlib.contextmanager
-def _own_kernel(program: str):
-    """Make the kernel name `python3` mean this interpreter running the module `program`, and keep
-    Jupyter out of the home."""
+def _own_kernel(early_workers: bool):
+    """Make the kernel name `python3` mean this interpreter, and keep Jupyter out of the home."""
+    program = ["allo_lib.cli.execute", "kernel"] if early_workers else ["ipykernel_launcher"]
     with tempfile.TemporaryDirectory() as folder:
         spec = Path(folder, "kernels", "python3", "kernel.json")
         spec.parent.mkdir(parents=True)
         # Frozen modules off as ipykernel itself does for its debugger; what the kernel program
         # (not the notebook's code) logs would only stand between the notebook's lines.
-        python = [sys.executable, "-Xfrozen_modules=off", "-m", program]
+        python = [sys.executable, "-Xfrozen_modules=off", "-m", *program]
         argv = [*python, "--log-level=CRITICAL", "-f", "{connection_file}"]
         told = {"argv": argv, "display_name": "Python 3", "language": "python"}
         spec.write_text(json.dumps(told), encoding="utf-8")
@@ -93,24 +123,20 @@ def _own_kernel(program: str):
         yield
 
 
-def _one_line(error: Exception) -> str:
-    """The exception as one line; for an error in a cell, that cell's error."""
-    name = getattr(error, "ename", type(error).__name__)
-    text = str(getattr(error, "evalue", error)).strip()
-    return f"{name}: {text.splitlines()[0] if text else 'no message'}"
+def kernel(arguments: list[str]) -> None:
+    """A kernel whose server of workers starts with it: both import the library, several seconds
+    each, now at the same time."""
+    from ipykernel import kernelapp
 
-
-def _move(source: str, target: str) -> None:
-    with open(source, "rb") as handle:
-        os.fsync(handle.fileno())
-    os.replace(source, target)
+    workers.start_early()
+    kernelapp.launch_new_instance(argv=arguments)
 
 
 def sanitise(notebook, results_dir: str) -> None:
     """Take out, in place, what tells of this machine and not of the study.
 
     That is papermill's paths and clock times, the random id of the injected cell, the checkout's
-    and the environment's folders wherever they are printed, and overwritten progress reports.
+    and the environment's folders wherever they are printed, and progress reports.
     """
     from nbformat import from_dict
 
@@ -122,8 +148,16 @@ def sanitise(notebook, results_dir: str) -> None:
             cell.id = "injected-parameters"
         if cell.cell_type == "code":
             cell.outputs = _merge_streams(cell.outputs)
-    replacements = _replacements(results_dir)
-    notebook.cells = [from_dict(_without_paths(cell, replacements)) for cell in notebook.cells]
+    folders = {
+        str(Path.home()): "~",
+        str(ROOT): ".",
+        results_dir: f"results/{Path(results_dir).name}",
+        os.environ.get("ALLO_DATA", ""): "DATA",
+        sys.prefix: ".venv" if sys.prefix != sys.base_prefix else sys.prefix,
+    }
+    longest_first = sorted((path for path in folders if len(path) > 1), key=len, reverse=True)
+    names = {path: folders[path] for path in longest_first}
+    notebook.cells = [from_dict(_without_paths(cell, names)) for cell in notebook.cells]
 
 
 def _merge_streams(outputs: list) -> list:
@@ -136,38 +170,21 @@ def _merge_streams(outputs: list) -> list:
             merged.append(output)
     for output in merged:
         if output.output_type == "stream":
-            output.text = _OVERWRITTEN.sub("", output.text)
+            output.text = _PROGRESS.sub("", output.text)
     return [output for output in merged if output.output_type != "stream" or output.text.strip()]
 
 
-def _replacements(results_dir: str) -> list[tuple[str, str]]:
-    """(path, what to write instead), longest paths first."""
-    pairs = {
-        str(Path.home()): "~",
-        str(ROOT): ".",
-        results_dir: f"results/{Path(results_dir).name}",
-        os.environ.get("ALLO_DATA", ""): "DATA",
-    }
-    if sys.prefix != sys.base_prefix:
-        pairs[sys.prefix] = ".venv"
-    usable = [(path, name) for path, name in pairs.items() if len(path) > 1]
-    return sorted(usable, key=lambda pair: -len(pair[0]))
-
-
-def _without_paths(value, replacements: list[tuple[str, str]]):
+def _without_paths(value, names: dict[str, str]):
     if isinstance(value, str):
-        for path, name in replacements:
+        for path, name in names.items():
             value = re.sub(re.escape(path) + r"(?![\w-])", lambda _, name=name: name, value)
         return _CELL_FILE.sub("cell", value)
     if isinstance(value, list):
-        return [_without_paths(item, replacements) for item in value]
+        return [_without_paths(item, names) for item in value]
     if isinstance(value, dict):
         # Pictures are base64 text, in which a path can only stand by accident.
         keep = [key for key in value if str(key).startswith("image/") and key != "image/svg+xml"]
-        return {
-            key: item if key in keep else _without_paths(item, replacements)
-            for key, item in value.items()
-        }
+        return {k: item if k in keep else _without_paths(item, names) for k, item in value.items()}
     return value
 
 
@@ -183,7 +200,10 @@ def _leave(number, frame):
     sys.exit(128 + number)
 
 
-if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, _leave)
-    threading.Thread(target=_stop_with_the_driver, daemon=True).start()
-    sys.exit(run(Job(**json.loads(sys.argv[1]))))
+if __name__ == "__main__":  # workers of a kernel load this module, too, and need neither
+    if sys.argv[1] == "kernel":
+        kernel(sys.argv[2:])
+    else:
+        signal.signal(signal.SIGTERM, _leave)
+        threading.Thread(target=_stop_with_the_driver, daemon=True).start()
+        sys.exit(run(Job(**json.loads(sys.argv[1]))))
