@@ -172,7 +172,7 @@ say("**Development score from the worst to the best rate tried: " + "; ".join(
 # ## Appendix: every change, and grids
 #
 # The table has all changed methods. Below it stand figures that only some studies need: each is drawn where the
-# profile trains its methods (`-p ablations`; `python -m allo_lib.evaluation.ablations` lists them with their cost).
+# profile trains its methods (`-p ablations`; `allo_lib/evaluation/ablations.py` lists them).
 
 # %%
 changes = ablation_figures.effects(found, {m: m for m in [*ablations.single_changes(found), dpo] if m in found}, "allo")

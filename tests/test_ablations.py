@@ -12,7 +12,7 @@ from matplotlib.text import Text
 from tiny_study import DOMAIN, PROFILE, open_study
 
 from allo_lib.errors import AlloError
-from allo_lib.evaluation import ablations, measurements
+from allo_lib.evaluation import ablations, outcomes
 from allo_lib.machine import weights
 from allo_lib.method import importance
 from allo_lib.method.importance import NeuronMask
@@ -66,7 +66,7 @@ def test_names_of_key_tokens_give_the_share_back(share):
 def test_names_of_rates_give_the_factors_back(forgetting, learning):
     name = rates_name(forgetting, learning)
     assert relative_rates(name) == ("allo", (forgetting, learning))
-    assert measurements._NAME.fullmatch(name)
+    assert outcomes._NAME.fullmatch(name)
     assert waits_for(name) == "allo"
 
 
@@ -182,7 +182,7 @@ def test_every_row_of_every_figure_is_a_method(profile):
     for figure in ablations.figures_of(profile).values():
         assert figure.own and set(figure.own) <= set(figure.rows)
         for row in figure.rows:
-            assert stages_of(row, profile) and measurements._NAME.fullmatch(row)
+            assert stages_of(row, profile) and outcomes._NAME.fullmatch(row)
 
 
 def test_points_of_sweeps_find_the_rows_that_have_other_names(profile):

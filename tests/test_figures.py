@@ -8,7 +8,7 @@ from PIL import Image
 
 from allo_lib.evaluation import claims
 from allo_lib.evaluation.comparisons import Domain, StudyResults
-from allo_lib.evaluation.measurements import Measurement
+from allo_lib.evaluation.outcomes import Measurement
 from allo_lib.evaluation.published import QUESTIONS
 from allo_lib.evaluation.stats import mean_interval
 from allo_lib.report import ablation_figures, figures, method_figures

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from allo_lib.engine import notes
 from allo_lib.engine.encoding import encode_prompt, encode_response
-from allo_lib.evaluation import comparisons, measurements, outcomes
+from allo_lib.evaluation import comparisons, outcomes
 from allo_lib.profiles.config import fingerprint
 from allo_lib.profiles.profile_files import load_profile
 from allo_lib.report import row_comparisons, tables
@@ -302,7 +302,7 @@ def test_a_judge_of_length_gives_the_win_rates_of_word_counts(folder, name, sign
     rows, found = rows_of(study), results_of(study)
     won = by_metric(rows, "win_rate")
     assert len(won) == 2 * len(ROWS)
-    outcomes = {}
+    rights = {}
     for dataset in ("alpaca_eval", "arena_hard"):
         sides = {m: [r for r in found[m]["instructions"] if r[1] == dataset] for m in METHODS}
         theirs = [r for r in study.replies(DOMAIN) if r[1] == dataset]
@@ -311,23 +311,25 @@ def test_a_judge_of_length_gives_the_win_rates_of_word_counts(folder, name, sign
                 sign * (len(a[2].split()) - len(b[2].split()))
                 for a, b in zip(ours, theirs, strict=True)
             ]
-            outcomes[method, dataset] = [(gap > 0) + 0.5 * (gap == 0) for gap in gaps]
+            rights[method, dataset] = [(gap > 0) + 0.5 * (gap == 0) for gap in gaps]
             row = won[method, dataset]
-            assert row.value == pytest.approx(statistics.fmean(outcomes[method, dataset]))
+            assert row.value == pytest.approx(statistics.fmean(rights[method, dataset]))
             assert row.n == 10
-            error = statistics.pstdev(outcomes[method, dataset]) / 10**0.5
+            error = statistics.pstdev(rights[method, dataset]) / 10**0.5
             assert row.stderr == pytest.approx(error)
         same = won["sft_base", dataset]
         assert (same.value, same.stderr, same.n) == (0.5, 0.0, 10)
-    assert {0.5, (1 + sign) / 2} == {one for each in outcomes.values() for one in each}
-    assert len({tuple(each) for each in outcomes.values()}) > 2  # methods do differ
+    assert {0.5, (1 + sign) / 2} == {one for each in rights.values() for one in each}
+    assert len({tuple(each) for each in rights.values()}) > 2  # methods do differ
 
 
 def test_tables_name_the_judge_and_compare_win_rates(folder, tmp_path):
     study = judged(folder, "longer")
     rows = rows_of(study)
-    measurements.write(tmp_path / "measurements.csv", rows)  # names are valid, none is twice
-    assert measurements.read(tmp_path / "measurements.csv")
+    outcomes.write_measurements(
+        tmp_path / "measurements.csv", rows
+    )  # names are valid, none is twice
+    assert outcomes.read_measurements(tmp_path / "measurements.csv")
     found = results_with(rows)
     (domain,) = found.domains
     assert domain == INSTRUCTIONS
@@ -421,6 +423,6 @@ def test_a_study_without_instructions_has_no_rows_and_no_files(tmp_path):
 
 
 def test_claims_of_training_keep_their_plain_ids():
-    row = measurements.Measurement(0, "allo", "arena_hard", "win_rate", 0.5, 0.1, 9)
+    row = outcomes.Measurement(0, "allo", "arena_hard", "win_rate", 0.5, 0.1, 9)
     found = comparisons.StudyResults(synthetic_results.table((0,), (), domain="own"), [row])
     assert [domain.name for domain in found.domains] == ["own", "instructions"]

@@ -19,7 +19,7 @@ from real_like import write_data, write_model
 from tiny_study import DOMAIN, PROFILE, open_study
 
 from allo_lib.cli import execute
-from allo_lib.evaluation import ablations, claims, measurements
+from allo_lib.evaluation import ablations, claims, outcomes
 from allo_lib.profiles.methods import stages_of
 from allo_lib.report import ablation_figures, notebook
 from allo_lib.study import analysis, key_neurons, runs, scoring
@@ -174,9 +174,9 @@ def test_05_draws_what_was_trained_and_tells_what_was_not(asked, tmp_path, monke
     study = open_study(tmp_path)
     rows = ["sft_base", "dpo", "dpo_long", "allo"]
     if asked == "all":
-        figures = ablations.figures_of(study.profile).values()
+        figures = ablations.ROWS.values()
         rows += ["dpo_top1", "dpo_top10", "dpo_top10_rows"]
-        rows = list(dict.fromkeys([*rows, *(row for figure in figures for row in figure.rows)]))
+        rows = list(dict.fromkeys([*rows, *(row for figure in figures for row in figure)]))
     found = {row: invented(row, study.profile, i) for i, row in enumerate(rows)}
     masks = [key_neurons.Overlap("other data", "a", "b", 0.3, 0.28, 0.32, 0.05, 0.1)]
     curve = {"scalar": [(1.0, 0.7, 0.05, 0.1)], "whole rows": [(0.8, 0.7, 0.05, 0.1)]}
@@ -252,7 +252,7 @@ def test_everything_that_was_promised_is_there(whole):
 
 @pytest.mark.slow
 def test_its_rows_are_those_of_the_profile_and_its_claims_are_computed(whole):
-    rows = measurements.read(whole[0] / "measurements.csv")
+    rows = outcomes.read_measurements(whole[0] / "measurements.csv")
     study = open_study(whole[0])
     wanted = set(runs.methods_of(study, DOMAIN))
     accuracy = {(row.method, row.dataset): row for row in rows if row.metric == "accuracy"}
@@ -337,7 +337,7 @@ def test_real_questions_and_preferences_run_through_every_notebook(tmp_path, mon
             assert pictures(run_cells(number, monkeypatch, domain=domain, **given)), number
     for number in ("06", "07"):
         assert pictures(run_cells(number, monkeypatch, **given)), number
-    rows = measurements.read(tmp_path / "out" / "measurements.csv")
+    rows = outcomes.read_measurements(tmp_path / "out" / "measurements.csv")
     right = {row.method: row for row in rows if row.metric == "reward_accuracy"
              and row.dataset == "hh_helpful"}  # fmt: skip
     assert {"dpo", "allo"} <= set(right) and "sft_base" not in right

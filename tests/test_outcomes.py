@@ -11,7 +11,7 @@ from allo_lib.data.pairs import train_split
 from allo_lib.engine.store import NotMade
 from allo_lib.errors import AlloError
 from allo_lib.evaluation import outcomes
-from allo_lib.evaluation.measurements import Measurement
+from allo_lib.evaluation.outcomes import Measurement
 from allo_lib.profiles.config import Replicates
 from allo_lib.profiles.profile_files import load_profile
 from allo_lib.study import arms, results, runs

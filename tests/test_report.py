@@ -13,7 +13,7 @@ import conftest
 import pytest
 
 from allo_lib.errors import AlloError
-from allo_lib.evaluation import claims, comparisons, measurements, outcomes, published
+from allo_lib.evaluation import claims, comparisons, outcomes, published
 from allo_lib.evaluation.verdicts import RULE
 from allo_lib.report import figures, report
 from allo_lib.report.figure_style import VERDICT_STYLE
@@ -134,7 +134,7 @@ def test_costs_have_their_claim_and_figure(root):
 def test_bad_inputs_get_one_line(tmp_path):
     with pytest.raises(AlloError, match="does not exist"):
         report.rebuild(tmp_path / "a")
-    measurements.write(tmp_path / "measurements.csv", [])
+    outcomes.write_measurements(tmp_path / "measurements.csv", [])
     with pytest.raises(AlloError, match="has no outcomes.parquet: run"):
         report.rebuild(tmp_path)
     (tmp_path / "e.csv").write_text("variant,device\na,b\n")

@@ -10,7 +10,7 @@ from refusals import refused
 from tiny_study import DOMAIN, open_study
 
 from allo_lib.errors import AlloError
-from allo_lib.evaluation import measurements
+from allo_lib.evaluation import outcomes
 from allo_lib.method.importance import NeuronMask
 from allo_lib.study import analysis, arms, manifest, results, runs
 
@@ -124,7 +124,7 @@ def test_overlap_rows_stand_beside_chance(study, rows):
         ]
         sizes = [math.prod(shape) for shape in masks[0].shapes.values()]
         common = sum(a * b * n for a, b, n in zip(kept[::2], kept[1::2], sizes, strict=True))
-        within = value(rows, comparison, DOMAIN, measurements.CHANCE_IN_TENSORS)
+        within = value(rows, comparison, DOMAIN, outcomes.CHANCE_IN_TENSORS)
         assert within.value == pytest.approx(common / (2 * masks[0].kept - common))
 
 
@@ -136,12 +136,12 @@ def test_only_the_profile_s_comparisons_are_made(tiny_study, rows):
 
 def test_a_seed_is_written_beside_others_and_comes_again_to_the_byte(study, rows):
     path = study.results_dir / "measurements.csv"
-    other = [measurements.Measurement(7, "dpo", "chain", "accuracy", 0.5, 0.1, 4)]
-    measurements.write(path, other)
+    other = [outcomes.Measurement(7, "dpo", "chain", "accuracy", 0.5, 0.1, 4)]
+    outcomes.write_measurements(path, other)
     written = results.update(study, [0])
-    assert measurements.seeds_of(written) == [0, 7] and len(written) == len(rows) + 1
+    assert outcomes.seeds_of(written) == [0, 7] and len(written) == len(rows) + 1
     first = path.read_bytes()
-    assert len(measurements.read(path)) == len(written)
+    assert len(outcomes.read_measurements(path)) == len(written)
     results.update(study, [0])
     assert path.read_bytes() == first
     path.unlink()

@@ -32,7 +32,7 @@ from pydantic import AfterValidator, BaseModel, Field, ValidationError, model_va
 
 from allo_lib.data.answers import LETTERS, group
 from allo_lib.errors import AlloError, short
-from allo_lib.profiles.settings import Text
+from allo_lib.profiles.config import Text
 
 
 def options(choices: list[str] | None) -> list[str]:

@@ -29,9 +29,9 @@ from allo_lib.engine import models
 from allo_lib.engine.encoding import render_chat, special_tokens_in
 from allo_lib.engine.store import write_json
 from allo_lib.errors import AlloError
-from allo_lib.evaluation import measurements
+from allo_lib.evaluation import outcomes
 from allo_lib.evaluation.comparisons import JUDGED_BY
-from allo_lib.evaluation.measurements import Measurement, replace_file
+from allo_lib.evaluation.outcomes import Measurement, replace_file
 from allo_lib.profiles.config import fingerprint
 from allo_lib.study import scoring
 from allo_lib.study.scoring import REFERENCE
@@ -86,8 +86,8 @@ def judgement(
     judged = {key: found for key, found in by_id.items() if found}
     if not judged:
         raise AlloError(f"the judge gave no verdict on any of {len(rows)} replies; see its log")
-    outcomes = tuple(math.fsum(found) / len(found) for found in judged.values())
-    return Judgement(tuple(judged), outcomes, tuple(float(len(f)) for f in judged.values()))
+    rights = tuple(math.fsum(found) / len(found) for found in judged.values())
+    return Judgement(tuple(judged), rights, tuple(float(len(f)) for f in judged.values()))
 
 
 # --- the benchmarks' own files -------------------------------------------------------------------
@@ -385,7 +385,7 @@ def reply_rows(study, name: str, results: dict[str, dict]) -> list[Measurement]:
             mean = float(statistics.fmean(lengths))
             found.append(Measurement(seed, method, dataset, LENGTH, mean, error, n))
             cut = [not row[3] for row in rows]
-            found.append(measurements.proportion(seed, method, dataset, CUT, cut))
+            found.append(outcomes.proportion(seed, method, dataset, CUT, cut))
     for dataset, by_method in by_dataset.items() if settings.kind else ():
         found += _win_rates(study, name, dataset, _texts(by_method), dtype, load)
     return found

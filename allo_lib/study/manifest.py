@@ -11,7 +11,7 @@ from pathlib import Path
 
 from allo_lib.engine import notes
 from allo_lib.errors import AlloError
-from allo_lib.evaluation import measurements
+from allo_lib.evaluation import outcomes
 from allo_lib.machine import runtime
 
 NAME = "manifest.json"
@@ -78,7 +78,7 @@ def check_folder(folder: Path, profile) -> None:
 def write_json(path: Path, value) -> None:
     """Write `value` as JSON so that `path` is at any moment the old file or the new one, whole."""
     text = json.dumps(value, indent=1, ensure_ascii=False) + "\n"
-    measurements.replace_file(path, text.encode("utf-8"))
+    outcomes.replace_file(path, text.encode("utf-8"))
 
 
 def build(
