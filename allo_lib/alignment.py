@@ -48,9 +48,7 @@ from allo_lib.evaluation.stats import mean_and_error, mean_interval
 from allo_lib.machine import devices
 from allo_lib.method.importance import NeuronMask, count_ties, select_neurons
 from allo_lib.method.token_rewards import unaligned_weights
-from allo_lib.profiles import settings
-from allo_lib.profiles.config import fingerprint
-from allo_lib.profiles.settings import (
+from allo_lib.profiles.config import (
     STRICT,
     BelowOne,
     Count,
@@ -60,6 +58,8 @@ from allo_lib.profiles.settings import (
     Positive,
     Rate,
     Share,
+    check_settings,
+    fingerprint,
 )
 from allo_lib.report import warning_signs
 from allo_lib.seeds import derive
@@ -567,7 +567,7 @@ def checked(config) -> AlignConfig:
             f"align: config is a {type(config).__name__}; expected an AlignConfig or a dict"
         )
     given = asdict(config) if isinstance(config, AlignConfig) else dict(config or {})
-    config = settings.checked(AlignConfig, given, "align")
+    config = check_settings(AlignConfig, given, "align")
     if config.batch_size % config.accumulation:
         raise AlloError(
             f"align: batch_size {config.batch_size} is no multiple of accumulation "

@@ -341,27 +341,22 @@ def test_an_effect_that_rounds_to_zero_has_no_sign_of_its_own(tmp_path, by_id):
     assert change_text(change) == ["+0.00", "[-2.00, +2.00]"]
 
 
-def test_bad_claims_files_are_named(tmp_path):
-    with pytest.raises(AlloError, match="run notebook 06_evaluation first"):
-        claims.read(tmp_path / "claims.csv")
-    (tmp_path / "claims.csv").write_text("id,effect\nC1,2\n")
-    with pytest.raises(AlloError, match="has columns .id,effect."):
-        claims.read(tmp_path / "claims.csv")
-
-
 @pytest.mark.parametrize(
     ("content", "told"),
     [
-        (b"\xff\xfe", "run notebook 06_evaluation first"),
-        (b"", "no CSV file"),
-        (b'"open', "no CSV file"),
+        (None, "does not exist: run notebook 06_evaluation first"),
+        (b"\xff\xfe", "is no CSV file in UTF-8"),
+        (b"", "an empty file"),
+        (b'"open', "is no CSV file in UTF-8"),
+        (b"id,effect\nC1,2\n", "has columns .id,effect."),
         (b"HEADER\nC1,text\n", "line 2 has 2 cells"),
         (b"HEADER\nC1,text,much,0,1,accuracy,undecided,e\n", "not a number"),
     ],
 )
 def test_claims_files_that_are_none_are_told_in_one_line(tmp_path, content, told):
     path = tmp_path / "claims.csv"
-    path.write_bytes(content.replace(b"HEADER", ",".join(claims.COLUMNS).encode()))
+    if content is not None:
+        path.write_bytes(content.replace(b"HEADER", ",".join(claims.COLUMNS).encode()))
     with pytest.raises(AlloError, match=told) as error:
         claims.read(path)
     assert "\n" not in str(error.value)

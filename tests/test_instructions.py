@@ -13,7 +13,7 @@ from refusals import refused, tree
 from allo_lib.cli import cli
 from allo_lib.engine import notes
 from allo_lib.engine.encoding import encode_prompt
-from allo_lib.evaluation import comparisons, measurements, outcomes
+from allo_lib.evaluation import comparisons, outcomes
 from allo_lib.profiles.config import fingerprint
 from allo_lib.profiles.profile_files import load_profile
 from allo_lib.report import main_table, row_comparisons, tables
@@ -218,7 +218,7 @@ def test_a_judge_of_length_gives_the_win_rates_of_word_counts(folder, name, sign
     rows, found = rows_of(study), results_of(study)
     won = by_metric(rows, "win_rate")
     assert len(won) == 2 * len(ROWS)
-    outcomes = {}
+    rights = {}
     for dataset in ("alpaca_eval", "arena_hard"):
         sides = {m: [r for r in found[m]["instructions"] if r[1] == dataset] for m in METHODS}
         theirs = [r for r in study.replies(DOMAIN) if r[1] == dataset]
@@ -227,11 +227,11 @@ def test_a_judge_of_length_gives_the_win_rates_of_word_counts(folder, name, sign
                 sign * (len(a[2].split()) - len(b[2].split()))
                 for a, b in zip(ours, theirs, strict=True)
             ]
-            outcomes[method, dataset] = [(gap > 0) + 0.5 * (gap == 0) for gap in gaps]
+            rights[method, dataset] = [(gap > 0) + 0.5 * (gap == 0) for gap in gaps]
             row = won[method, dataset]
-            assert row.value == pytest.approx(statistics.fmean(outcomes[method, dataset]))
+            assert row.value == pytest.approx(statistics.fmean(rights[method, dataset]))
             assert row.n == 10
-            error = statistics.pstdev(outcomes[method, dataset]) / 10**0.5
+            error = statistics.pstdev(rights[method, dataset]) / 10**0.5
             assert row.stderr == pytest.approx(error)
         same = won["sft_base", dataset]
         assert (same.value, same.stderr, same.n) == (0.5, 0.0, 10)
@@ -242,8 +242,10 @@ def test_a_judge_of_length_gives_the_win_rates_of_word_counts(folder, name, sign
 def test_tables_name_the_judge_and_compare_win_rates(folder, tmp_path):
     study = judged(folder, "longer")
     rows = rows_of(study)
-    measurements.write(tmp_path / "measurements.csv", rows)  # names are valid, none is twice
-    assert measurements.read(tmp_path / "measurements.csv")
+    outcomes.write_measurements(
+        tmp_path / "measurements.csv", rows
+    )  # names are valid, none is twice
+    assert outcomes.read_measurements(tmp_path / "measurements.csv")
     results = results_with(rows)
     (domain,) = results.domains
     assert domain == INSTRUCTIONS
@@ -324,7 +326,7 @@ def test_a_study_without_instructions_has_no_rows_and_no_files(tiny_study):
 
 
 def test_claims_of_training_keep_their_plain_ids():
-    row = measurements.Measurement(0, "allo", "arena_hard", "win_rate", 0.5, 0.1, 9)
+    row = outcomes.Measurement(0, "allo", "arena_hard", "win_rate", 0.5, 0.1, 9)
     results = comparisons.StudyResults(synthetic_results.table((0,), (), domain="own"), [row])
     assert [domain.name for domain in results.domains] == ["own", "instructions"]
 
@@ -345,6 +347,6 @@ def test_a_run_writes_replies_and_a_judge_named_later_judges_them(tmp_path, capf
     assert cli.main([*given, *judge, "--only", "06"]) == 0, capfd.readouterr().err
     assert "reward model `longer`" in page.read_text()
     assert sorted((out / ".store" / "result").iterdir()) == trained
-    rows = comparisons.index_of(measurements.read(out / "measurements.csv"))
+    rows = comparisons.index_of(outcomes.read_measurements(out / "measurements.csv"))
     assert rows[0, instructions.REFERENCE, "alpaca_eval", "win_rate"].value == 0.5
     assert 0 <= rows[0, "allo", "alpaca_eval", "win_rate"].value <= 1

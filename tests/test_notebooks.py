@@ -14,7 +14,7 @@ import pytest
 from real_like import write_data, write_model
 from tiny_study import DOMAIN, PROFILE, open_study
 
-from allo_lib.evaluation import claims, measurements
+from allo_lib.evaluation import claims, outcomes
 from allo_lib.study import parallel, results
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -168,7 +168,7 @@ def test_everything_that_was_promised_is_there(whole):
 
 @pytest.mark.slow
 def test_its_rows_are_those_of_the_profile(whole):
-    rows = measurements.read(whole[0] / "measurements.csv")
+    rows = outcomes.read_measurements(whole[0] / "measurements.csv")
     study = open_study(whole[0])
     wanted = set(results.methods_of(study, DOMAIN))
     accuracy = {(row.method, row.dataset): row for row in rows if row.metric == "accuracy"}
@@ -281,7 +281,7 @@ def test_real_questions_and_preferences_run_through_every_notebook(tmp_path):
     given = (tmp_path / "real.yaml", "--out", folder)
     done = driver(*given, "--data", tmp_path / "data")
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    rows = measurements.read(folder / "measurements.csv")
+    rows = outcomes.read_measurements(folder / "measurements.csv")
     right = {row.method: row for row in rows if row.metric == "reward_accuracy"
              and row.dataset == "hh_helpful"}  # fmt: skip
     assert {"dpo", "allo"} <= set(right) and "sft_base" not in right

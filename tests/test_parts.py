@@ -8,9 +8,7 @@ from tiny_study import PROFILE, open_study
 
 from allo_lib.cli import cli, driver, status
 from allo_lib.errors import AlloError
-from allo_lib.evaluation import measurements
-from allo_lib.evaluation.measurements import Measurement
-from allo_lib.profiles import parts
+from allo_lib.profiles import profile_files
 from allo_lib.profiles.config import Profile
 from allo_lib.profiles.profile_files import load_profile
 from allo_lib.study import manifest, results
@@ -31,7 +29,7 @@ def two(tmp_path_factory):
 
 def test_a_part_has_the_settings_and_the_hash_of_the_whole(two):
     whole = load_profile(str(two))
-    part = load_profile(str(two), {parts.KEY: ["other"]})
+    part = load_profile(str(two), {profile_files.KEY: ["other"]})
     assert list(part.domains) == ["other"] and part.domains["other"] == whole.domains["other"]
     assert part.hash() == whole.hash() and part.to_dict() == whole.to_dict()
     assert part.search == whole.search and isinstance(part, Profile)
@@ -39,13 +37,13 @@ def test_a_part_has_the_settings_and_the_hash_of_the_whole(two):
 
 def test_all_domains_are_the_profile_itself(two):
     whole = load_profile(str(two))
-    assert parts.part_of(whole, list(reversed(whole.domains))) is whole
+    assert profile_files.part_of(whole, list(reversed(whole.domains))) is whole
 
 
 @pytest.mark.parametrize("asked", [[], "maths", ["other", "other"], ["other", "maths"], [1]])
 def test_domains_that_there_are_not_are_told(two, asked):
     with pytest.raises(AlloError, match="expected one or more of other, miniature, each once"):
-        load_profile(str(two), {parts.KEY: asked})
+        load_profile(str(two), {profile_files.KEY: asked})
 
 
 def test_pieces_add_up_to_the_measurements_of_one_run(two, tmp_path):
@@ -56,7 +54,7 @@ def test_pieces_add_up_to_the_measurements_of_one_run(two, tmp_path):
 
     results.update(opened("whole"), [0])
     for name in ("other", "miniature"):
-        results.update(opened("pieces", **{parts.KEY: name}), [0])
+        results.update(opened("pieces", **{profile_files.KEY: name}), [0])
     files = [tmp_path / name / "measurements.csv" for name in ("whole", "pieces")]
     assert files[0].read_bytes() == files[1].read_bytes()
     noted = [manifest.noted(tmp_path / name)["cells"] for name in ("whole", "pieces")]
@@ -65,21 +63,11 @@ def test_pieces_add_up_to_the_measurements_of_one_run(two, tmp_path):
     assert set(domains) == {"other", "miniature"}
 
 
-def test_a_piece_leaves_the_rows_of_other_domains_as_they_are():
-    def row(dataset, metric, seed=0):
-        return Measurement(seed, "dpo", dataset, metric, 0.5, 0.0, 1)
-
-    old = [row("chain", "a"), row("story", "a"), row("story", "a", 1)]
-    merged = measurements.merge(old, [row("story", "b")], {"story", "other"})
-    assert [(r.seed, r.dataset, r.metric) for r in merged] == [
-        (0, "chain", "a"), (0, "story", "b"), (1, "story", "a")]  # fmt: skip
-
-
 def test_averages_of_several_domains_have_names_of_their_own(two):
     study = open_study("unused")
     assert results.average_name(study, "miniature") == "average"
     several = load_profile(str(two), {"domains.other.datasets": ["story", "scan"]})
-    for profile in (several, parts.part_of(several, "other")):
+    for profile in (several, profile_files.part_of(several, "other")):
         study = results.Study(profile, 0, "unused")
         assert results.average_name(study, "other") == "average:other"
     assert "average:other" in results.datasets_of(study)

@@ -4,7 +4,7 @@ import pandas as pd
 import pytest
 
 from allo_lib.evaluation.comparisons import StudyResults
-from allo_lib.evaluation.measurements import Measurement
+from allo_lib.evaluation.outcomes import Measurement
 from allo_lib.evaluation.published import QUESTIONS
 from allo_lib.report import relative_change
 from allo_lib.report.relative_change import changes_of, draw

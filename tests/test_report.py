@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from allo_lib.errors import AlloError
-from allo_lib.evaluation import claims, comparisons, measurements, published
+from allo_lib.evaluation import claims, comparisons, outcomes, published
 from allo_lib.evaluation.verdicts import RULE
 from allo_lib.report import report
 from allo_lib.report.figure_style import VERDICT_STYLE
@@ -124,7 +124,7 @@ def test_efficiency_table_adds_its_claim_and_figure(tmp_path):
 def test_bad_inputs_get_one_line(tmp_path):
     with pytest.raises(AlloError, match="does not exist"):
         report.rebuild(tmp_path)
-    measurements.write(tmp_path / "measurements.csv", [])
+    outcomes.write_measurements(tmp_path / "measurements.csv", [])
     with pytest.raises(AlloError, match="has no outcomes.parquet: run"):
         report.rebuild(tmp_path)
     (tmp_path / "e.csv").write_text("variant,device\na,b\n")

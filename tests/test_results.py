@@ -9,7 +9,7 @@ import pytest
 from tiny_study import DOMAIN, open_study
 
 from allo_lib.errors import AlloError
-from allo_lib.evaluation import measurements
+from allo_lib.evaluation import outcomes
 from allo_lib.method import importance
 from allo_lib.method.importance import NeuronMask
 from allo_lib.study import analysis, arms, results
@@ -143,7 +143,7 @@ def test_overlap_rows_stand_beside_chance(study, rows):
         ]
         sizes = [math.prod(shape) for shape in masks[0].shapes.values()]
         common = sum(a * b * n for a, b, n in zip(kept[::2], kept[1::2], sizes, strict=True))
-        within = value(rows, comparison, DOMAIN, measurements.CHANCE_IN_TENSORS)
+        within = value(rows, comparison, DOMAIN, outcomes.CHANCE_IN_TENSORS)
         assert within.value == pytest.approx(common / (2 * masks[0].kept - common))
 
 
@@ -156,18 +156,18 @@ def test_a_mask_overlaps_itself_and_only_the_asked_comparisons_are_made(tiny_stu
 
 
 def test_rows_can_be_written_and_read_and_come_again(study, rows, tmp_path):
-    measurements.write(tmp_path / "a.csv", rows)
-    measurements.write(tmp_path / "b.csv", results.seed_rows(study))
+    outcomes.write_measurements(tmp_path / "a.csv", rows)
+    outcomes.write_measurements(tmp_path / "b.csv", results.seed_rows(study))
     assert (tmp_path / "a.csv").read_bytes() == (tmp_path / "b.csv").read_bytes()
-    assert len(measurements.read(tmp_path / "a.csv")) == len(rows)
+    assert len(outcomes.read_measurements(tmp_path / "a.csv")) == len(rows)
 
 
 def test_other_seeds_stay_when_a_seed_is_written(study, rows):
     path = study.results_dir / "measurements.csv"
-    other = [measurements.Measurement(7, "dpo", "chain", "accuracy", 0.5, 0.1, 4)]
-    measurements.write(path, other)
+    other = [outcomes.Measurement(7, "dpo", "chain", "accuracy", 0.5, 0.1, 4)]
+    outcomes.write_measurements(path, other)
     written = results.update(study, [0])
-    assert measurements.read(path) == measurements.read(path)
+    assert outcomes.read_measurements(path) == outcomes.read_measurements(path)
     assert results.seeds_of(written) == [0, 7] and len(written) == len(rows) + 1
     path.unlink()
 

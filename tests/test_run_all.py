@@ -14,7 +14,7 @@ import pytest
 from conftest import PROFILE, write_notebook
 
 from allo_lib.cli import cli, driver, execute, marks, verify
-from allo_lib.evaluation import measurements, outcomes
+from allo_lib.evaluation import outcomes
 from allo_lib.study import manifest
 from tests import synthetic_results
 
@@ -503,7 +503,7 @@ def test_runs_outside_the_committed_spread_are_told(tmp_path, monkeypatch):
             wrong = rows.index[~rows["right"]]
             table.loc[wrong[: shift + 4 * model + replicate], "right"] = True
         (tmp_path / name).mkdir()
-        measurements.write(tmp_path / name / "measurements.csv", [])
+        outcomes.write_measurements(tmp_path / name / "measurements.csv", [])
         outcomes.write(tmp_path / name / outcomes.NAME, table)
         return tmp_path / name
 

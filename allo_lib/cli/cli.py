@@ -16,8 +16,7 @@ from allo_lib.errors import AlloError
 from allo_lib.machine.environment import ROOT
 from allo_lib.profiles.config import Profile
 from allo_lib.profiles.methods import stages_of
-from allo_lib.profiles.parts import part_of
-from allo_lib.profiles.profile_files import load_profile, parse_yaml
+from allo_lib.profiles.profile_files import load_profile, parse_yaml, part_of
 from allo_lib.study import manifest
 
 DATA_VARIABLE = "ALLO_DATA"

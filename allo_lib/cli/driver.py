@@ -28,7 +28,7 @@ from allo_lib.cli.marks import (
 )
 from allo_lib.errors import AlloError
 from allo_lib.machine.environment import ROOT, child_environment, machine
-from allo_lib.profiles.parts import KEY
+from allo_lib.profiles.profile_files import KEY
 from allo_lib.study import manifest
 
 # Everything that --fresh takes away from a results folder, besides the store and the manifest.

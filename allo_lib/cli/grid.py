@@ -21,7 +21,7 @@ import pandas as pd
 
 from allo_lib.cli.marks import Run
 from allo_lib.errors import AlloError, short
-from allo_lib.evaluation import measurements
+from allo_lib.evaluation import outcomes
 from allo_lib.profiles.profile_files import parse_yaml
 
 TABLE = "grid.csv"
@@ -71,9 +71,9 @@ def merge(runs: list[tuple[dict, Run]], folder: Path) -> None:
     for combination, one in runs:
         path = one.results / "measurements.csv"
         if path.is_file():
-            frame = pd.DataFrame(measurements.read(path), columns=measurements.COLUMNS)
+            frame = pd.DataFrame(outcomes.read_measurements(path), columns=outcomes.MEASURED)
             for key, value in reversed(combination.items()):
                 frame.insert(0, key, value)
             frames.append(frame)
     table = pd.concat(frames, ignore_index=True) if frames else pd.DataFrame()
-    measurements.replace_file(folder / TABLE, table.to_csv(index=False).encode())
+    outcomes.replace_file(folder / TABLE, table.to_csv(index=False).encode())

@@ -17,7 +17,7 @@ from allo_lib.cli.marks import (
     steps,
 )
 from allo_lib.machine.environment import ROOT, child_environment
-from allo_lib.profiles.parts import KEY
+from allo_lib.profiles.profile_files import KEY
 from allo_lib.study import manifest
 
 MISSING, STALE = "missing", "to redo"

@@ -15,9 +15,8 @@ import numpy as np
 import pandas as pd
 
 from allo_lib.errors import AlloError
-from allo_lib.evaluation import measurements as measurements_file
 from allo_lib.evaluation import outcomes, published
-from allo_lib.evaluation.measurements import AVERAGE, REWARD, Measurement
+from allo_lib.evaluation.outcomes import AVERAGE, REWARD, Measurement
 from allo_lib.evaluation.stats import Interval, mean_and_error, mean_interval
 
 # Rows of measurements by (seed, method, dataset, metric).
@@ -96,13 +95,13 @@ class StudyResults:
         self._losses = _cells(
             table[~answered], lambda part: np.logaddexp(0, -part["margin"].astype(float))
         )
-        self._known: dict = {}
+        self._known: dict[tuple[str, str, Domain, bool], Interval | None] = {}
 
     @classmethod
     def load(cls, folder: str | Path, models: int = 1) -> "StudyResults":
         """Those of a results folder; AlloError where it has no measurements or no outcomes."""
         folder = Path(folder)
-        rows = measurements_file.read(folder / "measurements.csv")
+        rows = outcomes.read_measurements(folder / "measurements.csv")
         table = outcomes.read(folder / outcomes.NAME)
         if not len(table):
             raise AlloError(f"{folder} has no {outcomes.NAME}: run the notebooks 00 to 06")
@@ -168,7 +167,9 @@ class StudyResults:
             self._known[key] = _interval_of(found).within(-1.0, most) if found else None
         return self._known[key]
 
-    def _gap(self, model: int, first: str, second: str, domain: Domain, relative: bool):
+    def _gap(
+        self, model: int, first: str, second: str, domain: Domain, relative: bool
+    ) -> tuple[float, float, int] | None:
         """(difference, standard error, n) on one model; None where it lacks a side."""
         groups = _common(self._cells(domain), model, first, second, domain.datasets)
         if groups is None:
@@ -185,7 +186,9 @@ class StudyResults:
         rest = [one - ratio * theirs for one, (_, theirs) in zip(gaps, groups, strict=True)]
         return ratio, mean_and_error(rest, (1.0, -1.0 - ratio))[1] / base, n
 
-    def _win_gaps(self, first: str, second: str, domain: Domain, relative: bool) -> dict:
+    def _win_gaps(
+        self, first: str, second: str, domain: Domain, relative: bool
+    ) -> dict[int, tuple[float, float, int]]:
         ours, theirs = (self._win_rates(method, domain) for method in (first, second))
         found = {}
         for seed in [seed for seed in ours if seed in theirs]:

@@ -138,10 +138,12 @@ def decide(p: PValues, sign: float, small: float) -> str:
     return NO_DIFFERENCE if small < 1 - LEVEL else UNDECIDED
 
 
-def tags_of(verdict: str, small: float, paper: float | None, low, high) -> list[str]:
+def tags_of(
+    verdict: str, small: float, paper: float | None, low: float | None, high: float | None
+) -> list[str]:
     """The tags of a verdict on an interval over SFT models; the paper's effect may be None."""
     tags = [NEGLIGIBLE] * (verdict in (SUPPORTED, CONTRADICTED) and small < 1 - LEVEL)
-    if paper is not None and low is not None:
+    if paper is not None and low is not None and high is not None:
         tags.append(INSIDE if low <= paper <= high else OUTSIDE)
     return tags
 

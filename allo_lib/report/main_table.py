@@ -15,7 +15,7 @@ from allo_lib.evaluation.comparisons import (
     judged_by,
     was_judged,
 )
-from allo_lib.evaluation.measurements import AVERAGE, REWARD
+from allo_lib.evaluation.outcomes import AVERAGE, REWARD
 from allo_lib.report.table_cells import Table, ends, how, percent, printed, rank, record_of
 
 # What stands beside data sets that the paper does not have.

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from allo_lib.engine.encoding import render_chat, special_tokens_in
 from allo_lib.errors import AlloError
-from allo_lib.evaluation.measurements import replace_file
+from allo_lib.evaluation.outcomes import replace_file
 
 KINDS = ("reward_model", "programs")
 ARENA_BENCH = "arena-hard-v0.1"

@@ -12,9 +12,9 @@ from functools import lru_cache
 
 from allo_lib.engine import models
 from allo_lib.engine.store import write_json
-from allo_lib.evaluation import measurements
+from allo_lib.evaluation import outcomes
 from allo_lib.evaluation.comparisons import JUDGED_BY
-from allo_lib.evaluation.measurements import Measurement
+from allo_lib.evaluation.outcomes import Measurement
 from allo_lib.profiles.config import fingerprint
 from allo_lib.study import instructions, judges
 from allo_lib.study.instructions import REFERENCE
@@ -44,7 +44,7 @@ def rows(study, name: str, results: dict[str, dict]) -> list[Measurement]:
             lengths = [len(text.strip()) for _, _, text, _ in replies]
             cut = [not ended for *_, ended in replies]
             found.append(_mean(seed, method, dataset, LENGTH, lengths))
-            found.append(measurements.proportion(seed, method, dataset, CUT, cut))
+            found.append(outcomes.proportion(seed, method, dataset, CUT, cut))
     if study.profile.judge.kind:
         try:
             for dataset, texts in instructions.texts(study, name, results).items():
