@@ -106,7 +106,7 @@ def test_each_row_changes_what_it_says(profile):
 
 
 def test_all_orders_have_as_many_updates(profile):
-    for row in ("allo", *ablations._ROWS["order"]):
+    for row in ("allo", *ablations.ROWS["order"]):
         assert sum(stage.epochs for stage in stages_of(row, profile)) == 2, row
     (merged,) = stages_of("allo_merged", profile)
     learn = stages_of("allo", profile)[1]
@@ -152,7 +152,7 @@ OWN = {
 def test_tiny_asks_for_none_of_these_figures():
     tiny = load_profile("tiny")
     rows = (*tiny.methods, *tiny.ablations)
-    assert not any(ablations.labels_of(name, tiny, rows) for name in OWN)
+    assert not any(ablations.asked(name, tiny, rows) for name in OWN)
     allo = [row for row in rows if row.startswith("allo_")]
     assert ablations.single_changes(rows) == allo
 
@@ -160,8 +160,8 @@ def test_tiny_asks_for_none_of_these_figures():
 def test_one_own_row_is_enough_and_what_stands_beside_it_is_shown_too(profile):
     have = ["allo", "dpo", "allo_no_forgetting", "allo_all_tokens_learning", "allo_rm_oracle"]
     for name, own in OWN.items():
-        assert ablations.labels_of(name, profile, have) == {}, name
-        rows = ablations.labels_of(name, profile, [*have, own])
+        assert ablations.asked(name, profile, have) == {}, name
+        rows = ablations.asked(name, profile, [*have, own])
         assert own in rows and set(rows) <= set(have) | {own}
     rows = {"allo_reversed": "learning, then forgetting", "allo_no_forgetting": "learning alone"}
     asked = {"a": have, "b": [*have, "allo_reversed"]}
@@ -169,7 +169,7 @@ def test_one_own_row_is_enough_and_what_stands_beside_it_is_shown_too(profile):
 
 
 def test_every_row_of_every_figure_is_a_method(profile):
-    for row in {*sum(ablations._ROWS.values(), ()), *ablations._SWEPT}:
+    for row in sum(ablations.ROWS.values(), ()):
         assert stages_of(row, profile) and outcomes._NAME.fullmatch(row)
 
 

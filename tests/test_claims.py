@@ -276,15 +276,6 @@ def test_a_second_domain_adds_claims_with_its_name():
     assert "paper" not in found["C4:helpfulness"].evidence
 
 
-def test_one_process_of_each_decides_nothing_of_time_and_cost_may_without_chance():
-    once = [row | {"seconds_per_pair_each": row["seconds_per_pair"]} for row in EFFICIENCY]
-    (claim,) = corrected(claims.efficiency_claims(once))
-    assert (claim.id, claim.verdict, claim.ci_low, claim.p) == ("C10", UNDECIDED, None, None)
-    more = {"state_bytes_per_parameter": "10"}
-    (claim,) = corrected(claims.efficiency_claims([once[0] | more, once[1]]))
-    assert (claim.verdict, claim.p, claim.sign) == (CONTRADICTED, None, None)
-
-
 @pytest.mark.parametrize(
     ("ours", "dense", "changes", "verdict"),
     [
@@ -309,7 +300,14 @@ def test_the_times_of_the_processes_give_a_t_interval(ours, dense, changes, verd
     assert claim.verdict == verdict
 
 
-def test_times_that_are_none_are_told():
+def test_one_process_of_each_decides_nothing_of_time_and_cost_may_without_chance():
+    once = [row | {"seconds_per_pair_each": row["seconds_per_pair"]} for row in EFFICIENCY]
+    (claim,) = corrected(claims.efficiency_claims(once))
+    assert (claim.id, claim.verdict, claim.ci_low, claim.p) == ("C10", UNDECIDED, None, None)
+    (claim,) = corrected(
+        claims.efficiency_claims([once[0] | {"state_bytes_per_parameter": "10"}, once[1]])
+    )
+    assert (claim.verdict, claim.p, claim.sign) == (CONTRADICTED, None, None)
     for changes in ({"seconds_per_pair": "0"}, {"seconds_per_pair_each": "0.1 fast"}):
         with pytest.raises(AlloError, match="efficiency table"):
             claims.efficiency_claims([EFFICIENCY[0] | changes, EFFICIENCY[1]])
@@ -330,10 +328,7 @@ def test_claims_file_comes_back(tmp_path, by_id):
     claims.write(path, claims.read(path))
     assert path.read_bytes() == first and b"\r" not in first
     assert claims.read(path)[0].effect == pytest.approx(by_id["C1"].effect, abs=1e-6)
-
-
-def test_an_effect_that_rounds_to_zero_has_no_sign_of_its_own(tmp_path, by_id):
-    path = tmp_path / "claims.csv"
+    # An effect that rounds to zero has no sign of its own.
     claims.write(path, [dataclasses.replace(by_id["C4"], effect=-1e-18)])
     assert ",0.000000," in path.read_text() and "-0.000000" not in path.read_text()
     assert plain(-1e-18) == "0.000000"

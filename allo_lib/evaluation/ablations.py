@@ -32,7 +32,8 @@ _BESIDE = {
     "allo", "allo_no_forgetting", "allo_no_learning", "allo_all_tokens_forgetting",
     "allo_all_tokens_learning", "allo_rm_shuffled", "allo_rm_oracle",
 }  # fmt: skip
-_ROWS = {
+# Figure, by its name in the files of 05_ablations -> its rows.
+ROWS = {
     "masks": ("allo_random_neurons", "allo_last_neurons", "allo_all_neurons", "allo_rows",
               "allo_per_tensor"),
     "scores": tuple(f"allo_scores_{word.replace('.', 'p')}" for word in ESTIMATORS),
@@ -41,6 +42,9 @@ _ROWS = {
                     "allo_all_tokens_learning"),
     "order": ("allo_reversed", "allo_merged", "allo_no_forgetting", "allo_no_learning"),
     "reward_models": tuple(REWARD_MODELS),
+    "neurons": tuple(GRID.values()),
+    "key_tokens": tuple(KEYS.values()),
+    "rates": tuple(RATES.values()),
 }  # fmt: skip
 
 
@@ -68,17 +72,14 @@ def _among(methods: Collection[str], rows: dict[Place, str]) -> dict[Place, str]
     return {place: row for place, row in rows.items() if row in methods}
 
 
-def labels_of(figure: str, profile: Profile, methods: Collection[str]) -> dict[str, str]:
-    """Row -> label of those rows of a figure that are among `methods`; none without an own one.
-
-    figure: its name in the files of 05_ablations.
-    """
+def asked(figure: str, profile: Profile, methods: Collection[str]) -> dict[str, str]:
+    """Row -> label of those rows of a figure that are among `methods`; none without an own one."""
     sweeps = {
         "neurons": grid_cells(profile, methods),
         "key_tokens": key_points(profile, methods),
         "rates": rate_cells(methods),
     }
-    rows = list(sweeps[figure].values() if figure in sweeps else _ROWS[figure])
+    rows = list(sweeps[figure].values() if figure in sweeps else ROWS[figure])
     if not set(rows) & set(methods) - _BESIDE:
         return {}
     labels = {row: label for row, (_, label) in REWARD_MODELS.items()}
@@ -90,7 +91,7 @@ def wanted(
     figure: str, profile: Profile, methods: Mapping[str, Collection[str]]
 ) -> list[tuple[str, dict[str, str]]]:
     """Domains that ask for a figure, each with its rows and labels; `methods` are those of each."""
-    found = [(name, labels_of(figure, profile, rows)) for name, rows in methods.items()]
+    found = [(name, asked(figure, profile, rows)) for name, rows in methods.items()]
     return [(name, labels) for name, labels in found if labels]
 
 

@@ -142,7 +142,7 @@ class Stage:
 def stages_of(method: str, profile: Profile) -> tuple[Stage, ...]:
     """The stages of a method by its name in measurements.csv; AlloError for an unknown name."""
     name = "allo" if method in _FACTORS else method.removesuffix(PAPER_PROTOCOL)
-    known = _methods(profile.method)
+    known = _methods(profile)
     if name not in known:
         swept = {*GRID.values(), *KEYS.values()}
         names = ", ".join([name for name in known if name not in swept] + list(_SWEPT))
@@ -180,9 +180,9 @@ def share_name(share: float) -> str:
     return "dpo" if share == 1 else f"dpo_top{_named(100 * share)}"
 
 
-def _methods(settings: Method) -> dict[str, tuple[Stage, ...]]:
+def _methods(profile: Profile) -> dict[str, tuple[Stage, ...]]:
     """Every method but those that differ from another in their rates alone."""
-    share = settings.share
+    settings, share = profile.method, profile.method.share
     forgetting = dict(rate="forgetting", neurons="top", share=share, rule=settings.token_rule)
     learning = dict(rate="learning", neurons="top", share=share, key_share=settings.key_share)
 
