@@ -75,11 +75,11 @@ def _among(methods: Collection[str], rows: dict[Place, str]) -> dict[Place, str]
 def asked(figure: str, profile: Profile, methods: Collection[str]) -> dict[str, str]:
     """Row -> label of those rows of a figure that are among `methods`; none without an own one."""
     sweeps = {
-        "neurons": grid_cells(profile, methods),
-        "key_tokens": key_points(profile, methods),
-        "rates": rate_cells(methods),
+        "neurons": [*grid_cells(profile, methods).values()],
+        "key_tokens": [*key_points(profile, methods).values()],
+        "rates": [*rate_cells(methods).values()],
     }
-    rows = list(sweeps[figure].values() if figure in sweeps else ROWS[figure])
+    rows = sweeps.get(figure, [*ROWS[figure]])
     if not set(rows) & set(methods) - _BESIDE:
         return {}
     labels = {row: label for row, (_, label) in REWARD_MODELS.items()}

@@ -145,7 +145,8 @@ def _parts(
     word = "above" if kind == "above" else "no worse than"
     for first, second in pairs:
         interval = results.compare(first, second, domain)
-        p, notes = p_values(interval, domain.unit, bar, models), ()
+        p = p_values(interval, domain.unit, bar, models)
+        notes: tuple[str, ...] = ()
         if kind == "no worse" and p is not None:
             learned, notes = _sensitive(results, second.removesuffix("_paper"), domain)
             p = replace(p, above=max(p.above, learned), over=max(p.over, learned))
@@ -153,8 +154,8 @@ def _parts(
             notes = (_improvement(results, first, second, domain),)
         effect = paper_effect(paper, first, second, domain)
         parts.append(Part(second, f"{first} {word} {second}", interval, p, effect, notes))
-    if number == "C5" and (known := [part for part in parts if part.interval is not None]):
-        strongest = min(known, key=lambda part: part.interval.effect)
+    if number == "C5" and (known := _measured(parts)):
+        strongest, _ = min(known, key=lambda one: one[1].effect)
         return parts, [f"strongest baseline: {strongest.key}", *strongest.notes]
     if number != "C7":
         return parts, []
@@ -206,8 +207,8 @@ def _sensitive(
 ) -> tuple[float, tuple[str, ...]]:
     """The p-value of "the reference learned something", and what to say where that is not shown."""
     learned = results.compare(reference, "sft_base", domain)
-    if domain.prefix == REWARD:  # the starting model ranks no pair: chance is what there is to beat
-        right = results.score(reference, domain)
+    right = results.score(reference, domain) if domain.prefix == REWARD else None
+    if right is not None:  # the starting model ranks no pair: chance is what there is to beat
         above = {s: value - 0.5 for s, value in zip(right.seeds, right.by_seed, strict=True)}
         learned = mean_interval(above, dict(zip(right.seeds, right.errors, strict=True)))
     p = p_values(learned, domain.unit, models=results.models) or PValues()
@@ -244,57 +245,65 @@ def _rows(
     claim: Claim, domain: Domain, parts: Sequence[Part], notes: Sequence[str], models: int
 ) -> list[Claim]:
     """The claim's row, and one a part where it has several and some were measured."""
-    measured = [part for part in parts if part.interval is not None]
+    measured = _measured(parts)
     missing = [part.name for part in parts if part.interval is None]
     lost = f"not measured: {', '.join(missing)}" if missing else ""
     if not measured:
         return [replace(claim, evidence=lost)]
     unit, where = claim.unit, f"on {domain.name} ({', '.join(domain.datasets)})"
-    count = sum(part.interval.decides for part in measured)
-    held, told, paper = [], [_tell(measured[0], unit)], measured[0].paper
-    if len(parts) > 1:
-        held, paper = [_held(part.interval, count) for part in measured], None
-        told = [_ends(part.name, *both, unit) for part, both in zip(measured, held, strict=True)]
-        told += ["one SFT model decides nothing"] * (len(measured[0].interval.seeds) < 2)
+    count = sum(interval.decides for _, interval in measured)
+    (part, interval), several = measured[0], len(parts) > 1
+    held = [_held(interval, count) for _, interval in measured] if several else []
+    told, paper = [_tell(part, interval, unit)], part.paper
+    low: float | None = None
+    high: float | None = None
+    if several:
+        told = [_ends(part.name, interval.effect, ends, unit)
+                for (part, interval), ends in zip(measured, held, strict=True)]  # fmt: skip
+        told += ["one SFT model decides nothing"] * (len(interval.seeds) < 2)
+        paper = None
     told += [*notes, where]
-    told += [*dict.fromkeys(_how(part.interval, models) for part in measured), lost]
-    low, high = None, None
+    told += [*dict.fromkeys(_how(interval, models) for _, interval in measured), lost]
     if count == len(measured):
-        low = min(part.interval.low for part in measured)
-        high = min(high for _, (_, high) in held) if held else measured[0].interval.high
+        low = min(interval.low for _, interval in measured)
+        high = min([high for _, high in held if high is not None] or [interval.high])
     found = [replace(
-        claim, effect=min(part.interval.effect for part in measured), ci_low=low, ci_high=high,
+        claim, effect=min(interval.effect for _, interval in measured), ci_low=low, ci_high=high,
         evidence="; ".join(filter(None, told)), p=jointly([part.p for part in parts]), paper=paper,
     )]  # fmt: skip
     number, colon, name = claim.id.partition(":")
-    for part, (effect, (low, high)) in zip(measured, held, strict=bool(held)):
-        evidence = "; ".join([_tell(part, unit), where, _how(part.interval, models)])
-        found.append(Claim(f"{number}.{part.key}{colon}{name}", part.name, effect, low, high, unit,
-                           UNDECIDED, evidence, part.p, part.paper))  # fmt: skip
+    for (part, interval), (low, high) in zip(measured, held, strict=several):
+        evidence = "; ".join([_tell(part, interval, unit), where, _how(interval, models)])
+        found.append(Claim(f"{number}.{part.key}{colon}{name}", part.name, interval.effect, low,
+                           high, unit, UNDECIDED, evidence, part.p, part.paper))  # fmt: skip
     return found
 
 
-def _held(interval: Interval, count: int) -> tuple[float, Ends]:
-    """Effect and the interval that holds together with those of the other of `count` parts."""
+def _measured(parts: Sequence[Part]) -> list[tuple[Part, Interval]]:
+    return [(part, part.interval) for part in parts if part.interval is not None]
+
+
+def _held(interval: Interval, count: int) -> Ends:
+    """The interval that holds together with those of the other of `count` parts."""
     if not interval.decides:
-        return interval.effect, (None, None)
-    ends = interval.ends(1 - (1 - LEVEL) / count)
-    return interval.effect, tuple(min(max(end, -1.0), 1.0) for end in ends)
+        return None, None
+    low, high = (min(max(end, -1.0), 1.0) for end in interval.ends(1 - (1 - LEVEL) / count))
+    return low, high
 
 
 def _ends(name: str, effect: float, ends: Ends, unit: str) -> str:
     """One part in words: its effect and interval."""
     words = f"{name}: {_size(effect, unit)}"
-    if ends[0] is not None:
-        words += f" [{_size(ends[0], unit)}, {_size(ends[1], unit)}]"
+    known = [_size(end, unit) for end in ends if end is not None]
+    if known:
+        words += f" [{', '.join(known)}]"
     return words + " points" * (unit in POINTS)
 
 
-def _tell(part: Part, unit: str) -> str:
+def _tell(part: Part, interval: Interval, unit: str) -> str:
     """One part in words: effect, 95% interval, each model's effect, and the paper's."""
-    interval = part.interval
-    known = interval.low, interval.high
-    words = _ends(part.name, interval.effect, known if interval.defined else (None, None), unit)
+    ends = (interval.low, interval.high) if interval.defined else (None, None)
+    words = _ends(part.name, interval.effect, ends, unit)
     if len(interval.by_seed) > 1:
         each = ", ".join(_size(effect, unit) for effect in interval.by_seed)
         details = [f"by model {each}", f"SD {_size(interval.seed_sd, unit).lstrip('+')}"]
@@ -354,10 +363,11 @@ def read(path: str | Path) -> list[Claim]:
     claims = []
     for where, cells in read_csv(path, COLUMNS, "run notebook 06_evaluation first"):
         try:
-            numbers = [float(cell) if cell else None for cell in cells[2:5]]
+            effect, low, high = (float(cell) if cell else None for cell in cells[2:5])
         except ValueError as error:
             raise AlloError(f"{where} has a cell that is not a number ({error})"[:200]) from None
-        claims.append(Claim(*cells[:2], *numbers, *cells[5:]))
+        (name, text), (unit, verdict, evidence) = cells[:2], cells[5:]
+        claims.append(Claim(name, text, effect, low, high, unit, verdict, evidence))
     return claims
 
 
@@ -375,7 +385,7 @@ def efficiency_claims(table: Sequence[Mapping[str, str]]) -> list[Claim]:
     by_device: dict[str, dict[str, Mapping[str, str]]] = {}
     for row in table:
         by_device.setdefault(row["device"], {})[row["variant"]] = row
-    claims = []
+    claims: list[Claim] = []
     for device, variants in by_device.items():
         if {"allo_scalar", "dense_masked"} <= set(variants):
             suffix = f":{device}" if claims else ""

@@ -22,6 +22,7 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import astuple, dataclass, fields
 from operator import attrgetter
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pyarrow as pa
@@ -39,7 +40,7 @@ SCHEMA = pa.schema(
 COLUMNS = SCHEMA.names
 
 
-def frame(results: Iterable[tuple[int, int, str, str, dict, list[str]]]) -> pd.DataFrame:
+def frame(results: Iterable[tuple[int, int, str, str, dict[str, Any], list[str]]]) -> pd.DataFrame:
     """The outcomes of results as `arms.result` gives them.
 
     results: (model, replicate, method, domain, result, ids of the held-out pairs) each.
@@ -204,7 +205,7 @@ def seeds_of(rows: Iterable[Measurement]) -> list[int]:
     return sorted({row.seed for row in rows})
 
 
-def _format(cell) -> str:
+def _format(cell: object) -> str:
     # Ten significant digits survive a round trip through text; adding 0.0 turns -0.0 into 0.
     return f"{cell + 0.0:.10g}" if isinstance(cell, float) else str(cell)
 
@@ -255,7 +256,7 @@ def read_csv(path: str | Path, columns: Sequence[str], missing: str) -> list[tup
     return [(f"{path} line {line}", cells) for line, cells in enumerate(lines[1:], 2)]
 
 
-def write_csv(path: str | Path, columns: Sequence[str], rows: Iterable[Sequence]) -> None:
+def write_csv(path: str | Path, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
     """Write a table with LF ends; the file is whole or unchanged."""
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
