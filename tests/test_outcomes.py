@@ -96,12 +96,8 @@ def test_methods_that_are_run_once_have_the_first_replicate_alone(tiny_study):
     settings = Replicates(2, 2, ("npo",))
     profile = dataclasses.replace(tiny_study.profile, replicates=settings)
     study = Study(profile, 0, tiny_study.results_dir, None)
-    assert list(study.replicates_of("npo")) == [0] and list(study.replicates_of("dpo")) == [
-        0,
-        1,
-        2,
-        3,
-    ]
+    assert list(study.replicates_of("npo")) == [0]
+    assert list(study.replicates_of("dpo")) == [0, 1, 2, 3]
     having = ["npo" in results.methods_of(study.at(r), DOMAIN) for r in study.replicates]
     assert having == [True, False, False, False]
     with pytest.raises(AlloError, match="'nop' is not known"):
@@ -162,18 +158,10 @@ HEADER = "seed,method,dataset,metric,value,stderr,n\n"
 NAMES = st.from_regex(r"\A[a-z][a-z0-9_:]{0,12}\Z")
 NUMBERS = st.floats(-1e6, 1e6, allow_nan=False)
 ROWS = st.lists(
-    st.builds(
-        Measurement,
-        st.integers(0, 99),
-        NAMES,
-        NAMES,
-        NAMES,
-        NUMBERS,
-        st.floats(0, 1),
-        st.integers(0, 10**6),
-    ),
+    st.builds(Measurement, st.integers(0, 99), NAMES, NAMES, NAMES, NUMBERS, st.floats(0, 1),
+              st.integers(0, 10**6)),
     unique_by=lambda row: (row.seed, row.method, row.dataset, row.metric),
-)
+)  # fmt: skip
 
 
 def test_proportion_has_the_binomial_standard_error():
