@@ -235,8 +235,8 @@ def test_a_judge_of_length_gives_the_win_rates_of_word_counts(folder, name, sign
             assert row.stderr == pytest.approx(error)
         same = won["sft_base", dataset]
         assert (same.value, same.stderr, same.n) == (0.5, 0.0, 10)
-    assert {0.5, (1 + sign) / 2} == {one for each in outcomes.values() for one in each}
-    assert len({tuple(each) for each in outcomes.values()}) > 2  # methods do differ
+    assert {0.5, (1 + sign) / 2} == {one for each in rights.values() for one in each}
+    assert len({tuple(each) for each in rights.values()}) > 2  # methods do differ
 
 
 def test_tables_name_the_judge_and_compare_win_rates(folder, tmp_path):
