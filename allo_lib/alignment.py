@@ -21,7 +21,7 @@ import torch
 from pydantic import Field
 
 from allo_lib import delta
-from allo_lib.data.preferences import SIDES, Given, read_pairs
+from allo_lib.data.preferences import SIDES, Encoded, read_pairs
 from allo_lib.engine import models, rewriter
 from allo_lib.engine.checkpoints import Checkpoints
 from allo_lib.engine.evaluation import implicit_margins
@@ -490,7 +490,7 @@ class _Run:
 
 
 def parts_of(pairs, tokenizer, context: int | None, config: AlignConfig, stages):
-    """(pairs to train on, held-out ones, development ones), each `preferences.Given`.
+    """(pairs to train on, held-out ones, development ones), each `preferences.Encoded`.
 
     Raises:
         AlloError: what `read_pairs` raises, no pair left to train on, or to forget of.
@@ -514,13 +514,13 @@ def parts_of(pairs, tokenizer, context: int | None, config: AlignConfig, stages)
     return given, held_out, development
 
 
-def not_forgotten(given: Given) -> list[int]:
+def not_forgotten(given: Encoded) -> list[int]:
     """Numbers of the pairs that take no part in forgetting."""
     pairs = zip(given.numbers, given.corrections, strict=True)
     return [number for number, correction in pairs if correction is None]
 
 
-def lines_about(given: Given, held_out: Given, development: Given, stages) -> list[str]:
+def lines_about(given: Encoded, held_out: Encoded, development: Encoded, stages) -> list[str]:
     """What a user should know of the pairs."""
     overlong, unread = given.overlong, not_forgotten(given)
     told = []

@@ -16,7 +16,7 @@ from allo_lib.evaluation.verdicts import (
     UNDECIDED,
     corrected,
 )
-from allo_lib.report.table_cells import change_text, plain
+from allo_lib.report.tables import change_text, plain
 from tests import synthetic_results
 
 IDS = "C1 C1p C2 C2p C2s C3 C3p C3s C4 C4s C5 C6 C7 C8 C9 C10".split()

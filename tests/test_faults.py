@@ -22,7 +22,7 @@ import torch
 from conftest import PROFILE, write_notebook
 from safetensors import SafetensorError
 
-from allo_lib.cli import cli, driver, marks
+from allo_lib.cli import cli, driver
 from allo_lib.engine.store import MANIFEST, Store, write_json
 from allo_lib.errors import AlloError
 from allo_lib.evaluation import outcomes
@@ -597,7 +597,7 @@ def small_run(tmp_path, monkeypatch):
     monkeypatch.setattr(driver, "machine", lambda: machine)
     monkeypatch.setattr(manifest, "commit_of", lambda root: {"commit": "abc", "dirty": False})
     path = project / "toy.yaml"
-    run = marks.Run(str(path), cli.load_profile(str(path)), project / "results" / "toy",
+    run = driver.Run(str(path), cli.load_profile(str(path)), project / "results" / "toy",
                     notebooks=project / "notebooks")  # fmt: skip
 
     def start(kind: str = "none", at: int = -1, cut: str = "half"):

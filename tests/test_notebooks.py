@@ -15,7 +15,7 @@ from real_like import write_data, write_model
 from tiny_study import DOMAIN, PROFILE, open_study
 
 from allo_lib.evaluation import claims, outcomes
-from allo_lib.study import parallel, results
+from allo_lib.study import results, runs
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted(path.with_suffix("") for path in (ROOT / "notebooks").glob("*.py"))
@@ -157,7 +157,7 @@ def test_everything_that_was_promised_is_there(whole):
     for pattern in ("tables/*.csv", "tables/*.md", "figures/*.png", "figures/*.pdf"):
         files = list(folder.glob(pattern))
         assert files and all(path.stat().st_size for path in files), pattern
-    for name in ("measurements.csv", "claims.csv", "manifest.json", "report.html"):
+    for name in ("measurements.csv", "claims.csv", "manifest.json", "../report.html"):
         assert (folder / name).stat().st_size, name
     for name in NAMES:
         place = "" if name[:2] in ("06", "07") else "seed0"
@@ -170,7 +170,7 @@ def test_everything_that_was_promised_is_there(whole):
 def test_its_rows_are_those_of_the_profile(whole):
     rows = outcomes.read_measurements(whole[0] / "measurements.csv")
     study = open_study(whole[0])
-    wanted = set(results.methods_of(study, DOMAIN))
+    wanted = set(runs.methods_of(study, DOMAIN))
     accuracy = {(row.method, row.dataset): row for row in rows if row.metric == "accuracy"}
     datasets = (*study.domain(DOMAIN).datasets, "average")
     assert set(accuracy) == {(method, dataset) for method in wanted for dataset in datasets}
@@ -226,8 +226,8 @@ def test_a_second_run_is_quick_and_changes_no_byte(whole):
 def test_another_run_of_the_seed_measures_the_same_bytes(whole, tmp_path):
     """Made by the library alone, in another order: what a method gives hangs on nothing else."""
     study = open_study(tmp_path / "out")
-    for method in reversed(results.methods_of(study, DOMAIN)):
-        parallel.run_methods(study, {DOMAIN: [method]})
+    for method in reversed(runs.methods_of(study, DOMAIN)):
+        runs.run_methods(study, {DOMAIN: [method]})
     results.update(study, [0])
     first = (whole[0] / "measurements.csv").read_bytes()
     assert (study.results_dir / "measurements.csv").read_bytes() == first

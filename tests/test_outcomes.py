@@ -16,7 +16,7 @@ from allo_lib.errors import AlloError
 from allo_lib.evaluation import outcomes
 from allo_lib.evaluation.outcomes import Measurement
 from allo_lib.profiles.config import Replicates
-from allo_lib.study import arms, results
+from allo_lib.study import arms, results, runs
 from allo_lib.study.study import Study
 
 METHODS = ["dpo", "dpo_top10"]
@@ -98,7 +98,7 @@ def test_methods_that_are_run_once_have_the_first_replicate_alone(tiny_study):
     study = Study(profile, 0, tiny_study.results_dir, None)
     assert list(study.replicates_of("npo")) == [0]
     assert list(study.replicates_of("dpo")) == [0, 1, 2, 3]
-    having = ["npo" in results.methods_of(study.at(r), DOMAIN) for r in study.replicates]
+    having = ["npo" in runs.methods_of(study.at(r), DOMAIN) for r in study.replicates]
     assert having == [True, False, False, False]
     with pytest.raises(AlloError, match="'nop' is not known"):
         cli._check_methods(dataclasses.replace(profile, replicates=Replicates(2, 2, ("nop",))))

@@ -82,7 +82,7 @@ def test_a_run_of_some_domains_has_marks_and_notebooks_of_its_own(toy, project):
     driver.run_study(piece)
     assert ran == [("00_first", 0), ("01_second", 0), ("06_merge", [0])]
     assert sorted(p.name for p in (run.results / "notebooks").iterdir()) == [
-        "06_merge.ipynb", "seed0_b"]  # fmt: skip
+        "00_first_b.ipynb", "01_second_b.ipynb", "06_merge.ipynb"]  # fmt: skip
     assert list(manifest.read(run.results)["runs"]) == ["seed0_b", "all"]
     driver.run_study(piece)
     assert len(ran) == 3

@@ -12,7 +12,7 @@ from allo_lib.errors import AlloError
 from allo_lib.evaluation import outcomes
 from allo_lib.method import importance
 from allo_lib.method.importance import NeuronMask
-from allo_lib.study import analysis, arms, results
+from allo_lib.study import analysis, arms, manifest, results, runs
 
 METHODS = ["sft_base", "dpo", "dpo_top10", "npo", "allo"]
 
@@ -46,18 +46,18 @@ def value(rows, method, dataset, metric):
 def test_a_manifest_that_cannot_be_read_is_told(study, tmp_path, text):
     (tmp_path / "manifest.json").write_text(text)
     with pytest.raises(AlloError, match="manifest.json is not a readable manifest"):
-        results.check_folder(tmp_path, study.profile)
+        manifest.check_folder(tmp_path, study.profile)
 
 
 def test_the_folder_s_own_profile_and_a_new_folder_pass(study, tmp_path):
-    results.check_folder(tmp_path / "absent", study.profile)
+    manifest.check_folder(tmp_path / "absent", study.profile)
     manifest = {"profile_hash": study.profile.hash()}
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))
-    results.check_folder(tmp_path, study.profile)
+    manifest.check_folder(tmp_path, study.profile)
     manifest["profile_hash"] = "f" * 64
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(AlloError, match="profile hash ffffffffffff.*--fresh"):
-        results.check_folder(tmp_path, study.profile)
+        manifest.check_folder(tmp_path, study.profile)
 
 
 # --- which methods -----------------------------------------------------------------------------
@@ -66,11 +66,11 @@ def test_the_folder_s_own_profile_and_a_new_folder_pass(study, tmp_path):
 def test_methods_of_a_domain_are_asked_once_and_in_order(tiny_study):
     changes = {"methods": ["dpo", "rft"], "ablations": ["dpo", "allo_rm_oracle"]}
     both = open_study(tiny_study.results_dir, **changes)
-    assert results.methods_of(both, DOMAIN) == ["sft_base", "dpo", "rft", "allo_rm_oracle"]
+    assert runs.methods_of(both, DOMAIN) == ["sft_base", "dpo", "rft", "allo_rm_oracle"]
     real = open_study(tiny_study.results_dir, **changes, domains__miniature__kind="choice")
-    assert results.methods_of(real, DOMAIN) == ["sft_base", "dpo", "rft"]
+    assert runs.methods_of(real, DOMAIN) == ["sft_base", "dpo", "rft"]
     own = open_study(tiny_study.results_dir, **changes, domains__miniature__methods=["npo"])
-    assert results.methods_of(own, DOMAIN) == ["sft_base", "npo"]
+    assert runs.methods_of(own, DOMAIN) == ["sft_base", "npo"]
 
 
 # --- rows of a seed ----------------------------------------------------------------------------
@@ -168,7 +168,7 @@ def test_other_seeds_stay_when_a_seed_is_written(study, rows):
     outcomes.write_measurements(path, other)
     written = results.update(study, [0])
     assert outcomes.read_measurements(path) == outcomes.read_measurements(path)
-    assert results.seeds_of(written) == [0, 7] and len(written) == len(rows) + 1
+    assert measurements.seeds_of(written) == [0, 7] and len(written) == len(rows) + 1
     path.unlink()
 
 
@@ -313,10 +313,10 @@ def test_test_questions_are_no_training_questions(study, monkeypatch):
 
 def test_asking_what_was_trained_before_trains_nothing(study, rows, tmp_path):
     """07_efficiency alone, on an empty store, once trained the SFT model of every domain."""
-    before = analysis.trained_before(study, DOMAIN)
+    before = runs.trained_before(study, DOMAIN)
     assert before == {m: arms.result(study, DOMAIN, m) for m in METHODS}
     fresh = open_study(tmp_path / "fresh", methods=METHODS[1:], ablations=[])
-    assert analysis.trained_before(fresh, DOMAIN) == {}
+    assert runs.trained_before(fresh, DOMAIN) == {}
     assert analysis.quality_and_cost(fresh, DOMAIN, {}) == {}
     assert not list(fresh.store.folder.rglob("manifest.json"))
     assert list(analysis.quality_and_cost(study, DOMAIN, before)) == ["scalar"]

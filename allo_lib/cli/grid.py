@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from allo_lib.cli.marks import Run
+from allo_lib.cli.driver import Run
 from allo_lib.errors import AlloError, short
 from allo_lib.evaluation import outcomes
 from allo_lib.profiles.profile_files import parse_yaml

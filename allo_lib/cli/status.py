@@ -6,14 +6,14 @@ import subprocess
 import sys
 from pathlib import Path
 
-from allo_lib.cli.marks import (
+from allo_lib.cli.driver import (
     Run,
     begun_seeds,
     group,
     is_done,
     notebooks,
     of_a_seed,
-    read_mark,
+    read_stamp,
     steps,
 )
 from allo_lib.machine.environment import ROOT, child_environment
@@ -57,7 +57,8 @@ def missing(run: Run) -> str:
     data = None if run.data is None else str(run.data)
     given = [run.given, overrides, list(run.seeds), str(run.results), data]
     asked = subprocess.run(
-        [sys.executable, "-P", "-m", "allo_lib.study.missing", json.dumps(given)],
+        [sys.executable, "-P", "-c", "from allo_lib.study import runs; runs.print_missing()",
+         json.dumps(given)],
         env=child_environment(), cwd=ROOT, capture_output=True, text=True,
     )  # fmt: skip
     if asked.returncode:
@@ -75,7 +76,7 @@ def _pieces(run: Run, told: dict | None, seeds: list[int]) -> list[str]:
 
 
 def _cell(run: Run, notebook: Path, seed: int | None, told: dict | None) -> str:
-    mark = read_mark(run, notebook, seed)
+    mark = read_stamp(run, notebook, seed)
     if mark is not None:
         return f"{mark['seconds']:.1f} s" if is_done(run, notebook, seed) else STALE
     recorded = (told or {}).get("runs", {}).get(group(run, seed), {}).get("seconds", {})

@@ -15,7 +15,7 @@ from allo_lib.evaluation import outcomes
 from allo_lib.evaluation.stats import concentration
 from allo_lib.method.importance import NeuronMask
 from allo_lib.profiles.methods import ROWS, share_name, stages_of
-from allo_lib.study import arms, results
+from allo_lib.study import arms
 from allo_lib.study.study import Study
 from allo_lib.study.timed_steps import OwnSteps
 
@@ -145,18 +145,6 @@ def quality_and_cost(study: Study, name: str, found: dict) -> dict[str, list[tup
             point = (step_cost(study, name, method) / dense, *score_of(found[method]), share)
             series.setdefault(label, []).append(point)
     return series
-
-
-def trained_before(study: Study, name: str) -> dict[str, dict]:
-    """Method -> result of those of the profile's methods whose results the store has.
-
-    Makes nothing: of a domain without an SFT model none is trained, and that is the answer.
-    """
-    found = {}
-    for method in results.methods_of(study, name):
-        with study.store.only_reading(), contextlib.suppress(NotMade):
-            found[method] = arms.result(study, name, method)
-    return found
 
 
 def shares_run(study: Study, methods, rows: bool = False) -> list[float]:

@@ -89,7 +89,7 @@ def write_outputs(
     bytes: time stamps are 0 and the ids of answers follow from them, as no script reads either.
 
     Args:
-        rows: instructions (`realdata.load_rows`), no question twice (AlpacaEval's key).
+        rows: instructions (`benchmarks.load_rows`), no question twice (AlpacaEval's key).
         texts: method -> replies in the order of the rows; the first is what others are compared to.
     """
     if dataset == "alpaca_eval":
