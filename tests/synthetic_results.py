@@ -3,7 +3,7 @@
 import numpy as np
 import pandas as pd
 
-from allo_lib.evaluation import measurements, outcomes
+from allo_lib.evaluation import outcomes
 from allo_lib.evaluation.comparisons import StudyResults
 
 # The planted accuracy of each method.
@@ -92,7 +92,7 @@ def _frame(place, method, right, margin) -> pd.DataFrame:
 def rows(models=(0, 1, 2), domain="miniature"):
     """Measurements that are no outcomes: training losses, and overlaps of masks with chance."""
     rng = np.random.default_rng(7)
-    make, found = measurements.Measurement, []
+    make, found = outcomes.Measurement, []
     for seed in models:
         found += [
             make(seed, method, domain, "train_loss", loss + rng.normal(0, 0.002), 0.002, 50)
@@ -121,5 +121,5 @@ def joined(*parts: tuple[str, tuple[str, ...]], models=(0, 1, 2), n=1000) -> Stu
 def write(folder, models=(0, 1, 2), **options) -> None:
     """`outcomes.parquet` and `measurements.csv` of `results` in a folder."""
     folder.mkdir(parents=True, exist_ok=True)
-    measurements.write(folder / "measurements.csv", rows(models))
+    outcomes.write_measurements(folder / "measurements.csv", rows(models))
     outcomes.write(folder / outcomes.NAME, table(models, **options))

@@ -1,4 +1,4 @@
-"""Rows of the ablations: names, stages, figures and costs; overlaps of masks beside chance."""
+"""Rows of the ablations: names, stages and figures; overlaps of masks beside chance."""
 
 import math
 from itertools import product
@@ -6,8 +6,6 @@ from itertools import product
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from matplotlib.text import Text
 from tiny_study import DOMAIN, PROFILE, open_study
 
@@ -18,12 +16,13 @@ from allo_lib.method import importance
 from allo_lib.method.importance import NeuronMask
 from allo_lib.profiles.methods import (
     ESTIMATORS,
+    GRID,
+    KEYS,
+    RATES,
     Stage,
-    grid_name,
-    key_name,
-    rates_name,
     relative_rates,
     stages_of,
+    tuned_as,
     waits_for,
 )
 from allo_lib.profiles.profile_files import load_profile
@@ -37,90 +36,77 @@ def profile():
     return load_profile(str(PROFILE))
 
 
-# --- names -------------------------------------------------------------------------------------
-
-TENTHS = st.integers(1, 1000).map(lambda n: n / 1000)  # shares in steps of a tenth of a per cent
+# --- names and stages ----------------------------------------------------------------------------
 
 
-@settings(deadline=None)
-@given(TENTHS, TENTHS)
-def test_names_of_the_grid_give_the_shares_back(forgetting, learning):
-    stages = stages_of(grid_name(forgetting, learning), load_profile(str(PROFILE)))
-    assert [stage.objective for stage in stages] == ["forgetting", "learning"]
-    for stage, share in zip(stages, (forgetting, learning), strict=True):
-        if share == 1:
-            assert (stage.neurons, stage.rate) == ("all", "dense")
-        else:
-            assert (stage.neurons, stage.share, stage.rate) == ("top", share, stage.objective)
+def changes(method, profile) -> list[dict]:
+    """What each stage of a row has that ALLO's has not."""
+    pairs = zip(stages_of("allo", profile), stages_of(method, profile), strict=True)
+    return [
+        {key: getattr(b, key) for key in vars(a) if getattr(a, key) != getattr(b, key)}
+        for a, b in pairs
+    ]
 
 
-@settings(deadline=None)
-@given(TENTHS)
-def test_names_of_key_tokens_give_the_share_back(share):
-    forget, learn = stages_of(key_name(share), load_profile(str(PROFILE)))
-    assert learn.key_share == share and learn.key == "policy"
-    assert forget == stages_of("allo", load_profile(str(PROFILE)))[0]
+def test_rows_of_sweeps_do_what_their_names_say(profile):
+    def said(text):
+        return float(text.replace("p", "."))
+
+    for place, row in GRID.items():
+        percents = row.removeprefix("allo_f").split("_l")
+        assert [said(one) for one in percents] == pytest.approx([100 * share for share in place])
+        for share, stage in zip(place, stages_of(row, profile), strict=True):
+            wanted = ("top", stage.objective, share) if share < 1 else ("all", "dense", 0.1)
+            assert (stage.neurons, stage.rate, stage.share) == wanted
+    for share, row in KEYS.items():
+        assert said(row.removeprefix("allo_key")) == pytest.approx(100 * share)
+        assert changes(row, profile) == [{}, {"key_share": share} if share != 0.2 else {}]
+    for place, row in RATES.items():
+        assert [said(one) for one in row.removeprefix("allo_rates_x").split("_x")] == list(place)
+        assert relative_rates(row) == ("allo", place) and changes(row, profile) == [{}, {}]
+    assert "allo_f2p5_l100" in GRID.values() and "allo_rates_x0p25_x4" in RATES.values()
 
 
-@given(st.sampled_from([1 / 8, 0.25, 0.5, 1.0, 1.5, 4.0, 16.0]), st.sampled_from([0.1, 1.0, 4.0]))
-def test_names_of_rates_give_the_factors_back(forgetting, learning):
-    name = rates_name(forgetting, learning)
-    assert relative_rates(name) == ("allo", (forgetting, learning))
-    assert outcomes._NAME.fullmatch(name)
-    assert waits_for(name) == "allo"
-
-
-def test_examples_of_names():
-    assert grid_name(0.025, 1) == "allo_f2p5_l100" and key_name(0.05) == "allo_key5"
-    assert rates_name(0.25, 4) == "allo_rates_x0p25_x4"
-
-
-@pytest.mark.parametrize(
-    "name",
-    ["allo_f0_l10", "allo_f05_l10", "allo_f10_l101", "allo_f10", "allo_f10p0_l5", "allo_f10_l5_x",
-     "allo_key0", "allo_key200", "allo_key", "allo_rates_x0_x1", "allo_rates_x1p0_x2",
-     "allo_rates_x1", "dpo_rates_x1_x2", "allo_scores_delta", "allo_rm_trained"],
-)  # fmt: skip
-def test_names_that_follow_no_rule_are_refused_in_one_line(name, profile):
+@pytest.mark.parametrize("name", ["allo_f0_l10", "allo_f10", "allo_f10_l5_x", "allo_key",
+                                  "allo_key0", "allo_rates_x1p0_x2", "dpo_rates_x1_x2",
+                                  "allo_scores_delta", "allo_rm_trained"])  # fmt: skip
+def test_other_names_are_refused_in_one_line(name, profile):
     assert relative_rates(name) is None
     with pytest.raises(AlloError, match="is not known; expected one of .*allo_f5_l20") as error:
         stages_of(name, profile)
-    assert "\n" not in str(error.value)
+    assert "\n" not in str(error.value) and "allo_f5_l10" not in str(error.value)
 
 
-def test_rows_that_wait_for_another():
+def test_rows_that_wait_for_another_or_take_its_rates():
     assert waits_for("dpo_top10_paper") == waits_for("allo_key_reference") == "dpo"
     assert waits_for("allo") is None and waits_for("allo_f5_l20") is None
+    assert waits_for("allo_rates_x1_x2") == "allo"
+    tuned = ["allo_rm_half", "allo_key5", "allo_f5_l5", "allo_scores_gradient", "allo_official"]
+    assert {tuned_as(row) for row in tuned} == {"allo"}
+    own = ["allo_rows", "allo_no_forgetting", "allo_all_tokens_learning", "dpo_top10"]
+    assert [tuned_as(row) for row in own] == own and tuned_as("dpo_paper") == "dpo"
 
 
-# --- stages ------------------------------------------------------------------------------------
-
-
-def test_each_new_row_changes_what_it_says(profile):
-    whole = stages_of("allo", profile)
-
-    def changed(method):
-        pairs = zip(whole, stages_of(method, profile), strict=True)
-        return [
-            {key: getattr(b, key) for key in vars(a) if getattr(a, key) != getattr(b, key)}
-            for a, b in pairs
-        ]
-
-    assert changed("allo_last_neurons") == [{"neurons": "bottom"}] * 2
-    assert changed("allo_rows") == [{"granularity": "row"}] * 2
-    assert changed("allo_per_tensor") == [{"scope": "tensor"}] * 2
-    assert changed("allo_f5_l10") == [{"share": 0.05}, {}]
-    assert changed("allo_f10_l10") == changed("allo_rates_x2_x0p5") == [{}, {}]
-    assert changed("allo_f10_l100") == [{}, {"neurons": "all", "rate": "dense"}]
-    assert changed("allo_rm_half") == [{"reward_model": "half"}, {}]
+def test_each_row_changes_what_it_says(profile):
+    said = {
+        "allo_last_neurons": [{"neurons": "bottom"}] * 2,
+        "allo_rows": [{"granularity": "row"}] * 2,
+        "allo_per_tensor": [{"scope": "tensor"}] * 2,
+        "allo_f5_l10": [{"share": 0.05}, {}],
+        "allo_f10_l100": [{}, {"neurons": "all", "rate": "dense"}],
+        "allo_rm_half": [{"reward_model": "half"}, {}],
+        "allo_official": [{"pairs": "wrong", "share": 0.05}, {"share": 0.05, "key_share": 0.1}],
+    }
+    assert {row: changes(row, profile) for row in said} == said
     for word in ESTIMATORS:
-        assert changed(f"allo_scores_{word.replace('.', 'p')}") == [{"estimator": word}] * 2
+        row = f"allo_scores_{word.replace('.', 'p')}"
+        assert changes(row, profile) == [{"estimator": word}] * 2
         key_neurons.check_variant(word, ())
-    assert stages_of("allo_reversed", profile) == whole[::-1]
+    assert stages_of("allo_reversed", profile) == stages_of("allo", profile)[::-1]
 
 
 def test_all_orders_have_as_many_updates(profile):
-    for row in ("allo", *ablations.figures_of(profile)["order"].rows):
+    for row in ("allo", *ablations.ROWS["order"]):
         assert sum(stage.epochs for stage in stages_of(row, profile)) == 2, row
     (merged,) = stages_of("allo_merged", profile)
     learn = stages_of("allo", profile)[1]
@@ -156,33 +142,35 @@ def test_searches_of_random_and_last_neurons_begin_as_much_higher_as_those_of_dp
 
 # --- figures and their rows --------------------------------------------------------------------
 
+OWN = {
+    "masks": "allo_rows", "scores": "allo_scores_magnitude", "token_rules": "allo_soft",
+    "order": "allo_merged", "reward_models": "allo_rm_half", "neurons": "allo_f5_l20",
+    "key_tokens": "allo_key5", "rates": "allo_rates_x4_x0p25",
+}  # fmt: skip
+
 
 def test_tiny_asks_for_none_of_these_figures():
     tiny = load_profile("tiny")
     rows = (*tiny.methods, *tiny.ablations)
-    figures = ablations.figures_of(tiny)
-    assert not any(ablations.asked(name, tiny, rows) for name in figures)
+    assert not any(ablations.asked(name, tiny, rows) for name in OWN)
     allo = [row for row in rows if row.startswith("allo_")]
     assert ablations.single_changes(rows) == allo
 
 
 def test_one_own_row_is_enough_and_what_stands_beside_it_is_shown_too(profile):
     have = ["allo", "dpo", "allo_no_forgetting", "allo_all_tokens_learning", "allo_rm_oracle"]
-    for name, figure in ablations.figures_of(profile).items():
+    for name, own in OWN.items():
         assert ablations.asked(name, profile, have) == {}, name
-        for own in figure.own:
-            rows = ablations.asked(name, profile, [*have, own])
-            assert own in rows and set(rows) <= set(have) | {own}
+        rows = ablations.asked(name, profile, [*have, own])
+        assert own in rows and set(rows) <= set(have) | {own}
     rows = {"allo_reversed": "learning, then forgetting", "allo_no_forgetting": "learning alone"}
     asked = {"a": have, "b": [*have, "allo_reversed"]}
     assert ablations.wanted("order", profile, asked) == [("b", rows)]
 
 
 def test_every_row_of_every_figure_is_a_method(profile):
-    for figure in ablations.figures_of(profile).values():
-        assert figure.own and set(figure.own) <= set(figure.rows)
-        for row in figure.rows:
-            assert stages_of(row, profile) and outcomes._NAME.fullmatch(row)
+    for row in sum(ablations.ROWS.values(), ()):
+        assert stages_of(row, profile) and outcomes._NAME.fullmatch(row)
 
 
 def test_points_of_sweeps_find_the_rows_that_have_other_names(profile):
@@ -199,21 +187,9 @@ def test_points_of_sweeps_find_the_rows_that_have_other_names(profile):
 
 def test_sweeps_stay_out_of_the_figure_of_single_changes():
     rows = ["allo", "dpo", "allo_soft", "allo_f5_l20", "allo_key5", "allo_key_reference",
-            "allo_rates_x1_x2", "allo_rm_half"]  # fmt: skip
-    assert ablations.single_changes(rows) == ["allo_soft", "allo_key_reference", "allo_rm_half"]
-
-
-def test_costs_count_models_and_what_is_there_already():
-    tiny = load_profile("tiny")
-    assert tiny.search.candidates == 3
-    whole = ablations.cost(tiny, ["allo_soft", "allo_rates_x1_x2"], seconds_a_model=1,
-                           seconds_an_epoch=10)  # fmt: skip
-    assert whole == {"rows": 2, "models": 3 + 1, "epochs": 6 + 2, "seconds": 4 + 80}
-    twice = ["allo_key100", "allo_all_tokens_learning", "allo_f10_l10"]
-    assert ablations.cost(tiny, twice, done=["allo"])["models"] == 3
-    assert ablations.cost(tiny, ["allo"], done=["allo"])["seconds"] == 0
-    lines = ablations.told_costs(tiny)
-    assert len(lines) == len(ablations.figures_of(tiny)) and "48 rows, 144 models" in lines[0]
+            "allo_rates_x1_x2", "allo_rm_half", "allo_f5_l5"]  # fmt: skip
+    kept = ["allo_soft", "allo_key_reference", "allo_rm_half", "allo_f5_l5"]
+    assert ablations.single_changes(rows) == kept
 
 
 # --- scores ------------------------------------------------------------------------------------
@@ -364,8 +340,8 @@ def overlap_row(label: str, value: float) -> key_neurons.Overlap:
     return key_neurons.Overlap(label, "a", "b", value, value - 0.01, value + 0.02, 0.053, 0.08)
 
 
-GRID = {(a, b): (0.7 + a / 50 + b / 20, 0.01) for a, b in product((0.01, 0.1, 1.0), repeat=2)}
-CROSS = {place: (0.7, 0.01) for place in product(ablations.SHARES, repeat=2) if 0.1 in place}
+CELLS = {(a, b): (0.7 + a / 50 + b / 20, 0.01) for a, b in product((0.01, 0.1, 1.0), repeat=2)}
+CROSS = {place: (0.7, 0.01) for place in GRID if 0.1 in place}
 REGION = {
     (a, b): (0.02 - 0.03 * abs(math.log(a * b)), -0.01, 0.03)
     for a, b in product((0.25, 1.0, 4.0), repeat=2)
@@ -377,10 +353,10 @@ def without(cells: dict, place) -> dict:
 
 
 FIGURES = {
-    "grid": lambda: drawing.neuron_shares(GRID, 0.1, "mini"),
-    "grid with a hole": lambda: drawing.neuron_shares(without(GRID, (1.0, 0.01)), 0.1),
+    "grid": lambda: drawing.neuron_shares(CELLS, 0.1, "mini"),
+    "grid with a hole": lambda: drawing.neuron_shares(without(CELLS, (1.0, 0.01)), 0.1),
     "cross": lambda: drawing.neuron_shares(CROSS, 0.1),
-    "one stage": lambda: drawing.neuron_shares({(0.1, b): GRID[0.1, b] for b in (0.1, 1.0)}, 0.1),
+    "one stage": lambda: drawing.neuron_shares({(0.1, b): CELLS[0.1, b] for b in (0.1, 1.0)}, 0.1),
     "region": lambda: drawing.rate_region(REGION, "DPO", "mini"),
     "region with a hole": lambda: drawing.rate_region(without(REGION, (4.0, 4.0)), "DPO"),
     "region of one row": lambda: drawing.rate_region({(1.0, b): REGION[1.0, b] for b in (1.0, 4.0)},

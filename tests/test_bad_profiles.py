@@ -1,7 +1,5 @@
 """Profiles that would run something else than their author meant: each is refused in one line."""
 
-import copy
-
 import pytest
 import yaml
 from hypothesis import HealthCheck, given, settings
@@ -45,41 +43,31 @@ def test_tags_construct_nothing(tmp_path, monkeypatch, value, place):
 TEXTS = {
     # No YAML, or no profile.
     "tab": ("domains:\n\ttoy: 1\n", "is not readable YAML (line 2, column 1: while scanning"),
-    "two documents": (TOY + "---\n" + TOY, "expected a single document"),
     "Latin-1": (TOY.encode() + "description: é\n".encode("latin-1"), "'utf-8' codec can't decode"),
     "very deep": ("[" * 5000, "it is nested too deeply; expected a few levels"),
-    "comment only": ("# name: x\n", "own.yaml holds a NoneType: expected keys with values"),
     "list of profiles": ("- name: x\n", "own.yaml holds a list: expected keys with values"),
     # Values that YAML itself does not take, and of which Python says what yaml lets through.
     "no such day": (TOY + "description: 2020-13-45\n", "month must be in 1..12"),
-    "no number": (TOY + "method: {beta: !!float x}\n", "could not convert string to float: 'x'"),
     "no boolean": (TOY + "timing: {peers: !!bool maybe}\n", "is not readable YAML ('maybe')"),
-    "number on a list": (TOY + "model: !!int [1]\n", "is not readable YAML ("),
     "thousands of digits": (TOY + "model: {width: " + "9" * 5000 + "}\n", "Exceeds the limit"),
     # What YAML would quietly read in another way.
     "key twice": (TOY + "method: {beta: 0.1, beta: 0.2}\n", "the key 'beta' is given twice; give"),
-    "domain twice": ("domains: {a: {}, a: {}}\n", "the key 'a' is given twice"),
     "octal": (TOY + "model: {width: 0100}\n", "'0100' is octal or base 60 in YAML; write a dec"),
     "base 60": (TOY + "model: {width: 2:08}\n", "'2:08' is octal or base 60 in YAML"),
     "set": (TOY + "methods: !!set {dpo}\n", "methods: got {'dpo'}, expected a list"),
     # Names and characters.
-    "name a date": (TOY + "name: 2024-01-01\n", "name: got datetime.date(2024, 1, 1), expected a"),
     "name no": (TOY + "name: no\n", "name: got False, expected a valid string"),
     "half a pair": (TOY + 'description: "\\ud83d"\n', "half of a surrogate pair in '\\ud83d'"),
     "key with a line break": (TOY + '"a\\nb": 1\n', "unknown key 'a\\nb'; expected one of abl"),
-    "key of a mile": (TOY + "? " + "k" * 5000 + "\n: 1\n", "unknown key 'kkkk"),
-    "key 7": (TOY + "7: 1\n", "unknown key 7; expected one of"),
     "domain upwards": ("domains: {..: {datasets: [x]}}\n", "'..' cannot name a folder; use"),
     "domain 1": ("domains: {1: {datasets: [x]}}\n", "domains.1: got 1, expected a valid string"),
     "data set upwards": ("domains: {a: {datasets: [../../etc]}}\n", "'../../etc' cannot name a"),
-    "data set empty": ("domains: {a: {datasets: ['']}}\n", "a.datasets.0: '' cannot name a folder"),
     "data set twice": ("domains: {a: {datasets: [x, x]}}\n", "'x' is named twice; name each once"),
     # Sections that hold themselves, or a world.
-    "holds itself": ("domains: &d {a: *d}\n", "domains.a: unknown key 'a'"),
     "list in itself": (TOY + "methods: &m [*m]\n", "methods.0: got [[[...]]], expected a valid"),
     "sizes hold themselves": (
         "model: &m {name: *m}\nsizes: {cpu: {model: *m}, gpu: {}}\n" + TOY,
-        "sizes: a section that holds itself; write it out",
+        "a section that holds itself; write it out",
     ),
 }  # fmt: skip
 
@@ -117,40 +105,24 @@ VALUES = {
     # A kind of value each, and what each kind does not take.
     "zero of a positive count": ("model.width", 0, "model.width: got 0, expected greater than or"),
     "negative count": ("domains.toy.pairs.train", -2, "domains.toy.pairs.train: got -2, expected"),
-    "count past 32 bits": ("model.width", 2**31, "got 2147483648, expected less than or equal to"),
     "count of 400 digits": ("model.width", HUGE, "model.width: got 1000000000"),
     "count with a point": ("model.width", 64.0, "model.width: got 64.0, expected a valid integer"),
-    "count a text": ("model.width", "128", "model.width: got '128', expected a valid integer"),
-    "count true": ("model.width", True, "model.width: got True, expected a valid integer"),
     "zero of a rate": ("domains.toy.rates.dense", 0, "rates.dense: got 0, expected greater than 0"),
-    "negative number": ("method.weight_decay", -2, "weight_decay: got -2, expected greater than"),
     "number NaN": ("method.weight_decay", float("nan"), "weight_decay: got nan, expected a finite"),
     "number of a text NaN": ("method.beta", "NaN", "method.beta: got 'NaN', expected a finite"),
-    "number infinite": ("method.beta", "1e999", "method.beta: got '1e999', expected a finite numb"),
-    "number of 400 digits": ("method.beta", HUGE, "method.beta: got 1000000000"),
-    "number in percent": ("method.beta", "10%", "got '10%', expected a valid number, unable to"),
     "number true": ("method.beta", True, "method.beta: got True, expected a number"),
     "number null": ("method.beta", None, "method.beta: got None, expected a valid number"),
     "share in percent": ("method.share", 10, "share: got 10, expected less than or equal to 1"),
-    "share zero": ("method.key_share", 0.0, "key_share: got 0.0, expected greater than 0"),
-    "shares with zero": ("method.shares", [0.1, 0], "method.shares.1: got 0, expected greater"),
-    "fraction": ("method.token_threshold", 1.5, "threshold: got 1.5, expected less than or equal"),
     "decay of one": ("domains.toy.sft.beta2", 1.0, "sft.beta2: got 1.0, expected less than 1"),
     "flag a number": ("timing.peers", 1, "timing.peers: got 1, expected a valid boolean"),
-    "text a number": ("description", 5, "description: got 5, expected a valid string"),
     "list a text": ("methods", "dpo", "methods: got 'dpo', expected a list"),
-    "list null": ("methods", None, "methods: got None, expected a list"),
-    "list of numbers": ("methods", [3], "methods.0: got 3, expected a valid string"),
     "word twice": ("methods", ["dpo", "sft", "dpo"], "methods: 'dpo' is named twice; name each"),
     "choice": ("model.dtype", "float16", "got 'float16', expected 'float32', 'bfloat16' or 'auto'"),
-    "overlap twice": ("stability", ["halves", "halves"], "stability: 'halves' is named twice"),
     "section null": ("domains.toy", None, "domains.toy: got None, expected a section with keys"),
     "section a list": ("search", [3, 2.0], "search: got [3, 2.0], expected a section with keys"),
-    "sections a list": ("domains", ["toy"], "domains: got ['toy'], expected a section with keys"),
     # Values that do not fit together.
     "width not of the heads": ("model.width", 100, "width: got 100, expected a multiple of 2 * h"),
     "mix short": ("domains.toy.sft.mix", [1], "sft.mix: got [1.0], expected a share for each of"),
-    "mix in percent": ("domains.toy.sft.mix", [50, 50], "sft.mix: got [50.0, 50.0], expected"),
     "no data sets": ("domains.toy.datasets", [], "domains.toy: datasets: empty; name at least"),
     "no domains": ("domains", {}, "domains: names no domain; name at least one"),
     "timing elsewhere": ("timing.domain", "moon", "timing.domain: got 'moon', expected one of toy"),
@@ -164,12 +136,8 @@ VALUES = {
         "domains.toy.instructions", {"datasets": ["arena_hard"], "count": 8}, "has no words for"),
     # Keys.
     "unknown": ("method.bta", 1, "method: unknown key 'bta'; expected one of beta, forgetting_w"),
-    "unknown in a domain": ("domains.toy.pairs.trian", 1, "toy.pairs: unknown key 'trian'; expe"),
     "unknown at the top": ("Method.beta", 1, "own.yaml: unknown key 'Method'; expected one of abl"),
     "empty": ("method.", 1, "method: unknown key ''; expected one of"),
-    "dunder": ("__class__", "x", "unknown key '__class__'; expected one of"),
-    "into a list": ("methods.0", "dpo", "methods: got {'0': 'dpo'}, expected a list"),
-    "into a text": ("model.name.x", 1, "model.name: got {'x': 1}, expected a valid string"),
     "sizes": ("sizes.cpu.method.beta", 1, "unknown key 'sizes'; expected one of"),
     "domain of no folder": ("domains.a b.dev", 1, "'a b' cannot name a folder; use letters, dig"),
 }  # fmt: skip
@@ -178,45 +146,32 @@ VALUES = {
 @pytest.mark.parametrize(("key", "value", "told"), VALUES.values(), ids=VALUES)
 def test_a_bad_value_is_told(tmp_path, key, value, told):
     path = profile_of(tmp_path, yaml.safe_dump(SMALL))
-    given_ = copy.deepcopy(value)
     with refused("own.yaml: ", told):
         load_profile(path, {key: value})
-    assert value == given_ or value != value
 
 
 ASKED = {"datasets": ["alpaca_eval", "arena_hard"], "count": 8}
-INSTRUCTED = {
+TOGETHER = {
     "questions": ({"datasets": ["ecqa"], "count": 8}, {}, "got 'ecqa', expected some of alpaca_ev"),
     "one for two": (ASKED | {"count": 1}, {}, "count: got 1, expected at least one for each of th"),
-    "twice": ({"datasets": ["arena_hard"] * 2, "count": 8}, {}, "'arena_hard' is named twice; nam"),
     "blank model": (ASKED, {"kind": "reward_model", "model": " "}, "reward_model needs one; give"),
     "program's model": (ASKED, {"kind": "programs", "model": "x"}, "only the kind reward_model ha"),
+    "two domains": (ASKED, {}, "the instructions of two name alpaca_eval; measurements have one"),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("asked", "judge", "told"), INSTRUCTED.values(), ids=INSTRUCTED)
+@pytest.mark.parametrize(("asked", "judge", "told"), TOGETHER.values(), ids=TOGETHER)
 def test_instructions_and_judges_that_cannot_be_are_told(tmp_path, asked, judge, told):
     domain = {"kind": "preferences", "datasets": ["hh_helpful"], "instructions": asked}
-    path = profile_of(tmp_path, yaml.safe_dump({"domains": {"toy": domain}, "judge": judge}))
+    domains = {"a": domain} | ({"b": domain} if "of two" in told else {})
     with refused(told):
-        load_profile(path)
+        load_profile(profile_of(tmp_path, yaml.safe_dump({"domains": domains, "judge": judge})))
 
 
-def test_instructions_of_two_domains_are_told(tmp_path):
-    domain = {"kind": "preferences", "datasets": ["hh_helpful"], "instructions": ASKED}
-    both = profile_of(tmp_path, yaml.safe_dump({"domains": {"a": domain, "b": domain}}))
-    with refused("the instructions of two name alpaca_eval; measurements have one row a data set"):
-        load_profile(both)
-
-
-@pytest.mark.parametrize("overrides", [["method.beta", 1], "method.beta=1", 3])
-def test_overrides_of_another_form_are_told(tmp_path, overrides):
-    with refused("overrides: expected a dict of keys and values, got "):
-        load_profile(profile_of(tmp_path, TOY), overrides)
-
-
-def test_an_override_cannot_reach_into_a_value(tmp_path):
+def test_overrides_of_another_form_are_told(tmp_path):
     path = profile_of(tmp_path, TOY + "method: {beta: 0.1}\n")
+    with refused("overrides: expected a dict of keys and values, got "):
+        load_profile(path, "method.beta=1")
     with refused("'beta' is a value, not a section"):
         load_profile(path, {"method.beta.x": 1})
 

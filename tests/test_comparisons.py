@@ -6,7 +6,7 @@ import pytest
 from scipy import stats as scipy_stats
 
 from allo_lib.errors import AlloError
-from allo_lib.evaluation import measurements, outcomes, published
+from allo_lib.evaluation import outcomes, published
 from allo_lib.evaluation.comparisons import Domain, StudyResults, paper_effect
 from tests import synthetic_results
 
@@ -144,7 +144,7 @@ def test_relative_changes_match_a_bootstrap_over_listed_problems():
 
 def test_win_rates_are_compared_model_by_model_as_independent():
     rows = [
-        measurements.Measurement(seed, method, "arena_hard", "win_rate", value, error, 50)
+        outcomes.Measurement(seed, method, "arena_hard", "win_rate", value, error, 50)
         for seed, pair in enumerate(((0.6, 0.5), (0.58, 0.46), (0.7, 0.54)))
         for method, value, error in zip(("allo", "dpo"), pair, (0.03, 0.04), strict=True)
     ]
@@ -169,7 +169,7 @@ def test_no_score_has_an_interval_beyond_0_or_100():
 
 
 def test_a_folder_without_any_results_is_told(tmp_path):
-    measurements.write(tmp_path / "measurements.csv", [])
+    outcomes.write_measurements(tmp_path / "measurements.csv", [])
     with pytest.raises(AlloError, match="has no outcomes.parquet: run"):
         StudyResults.load(tmp_path)
 

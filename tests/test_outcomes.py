@@ -1,9 +1,12 @@
-"""Replicates are runs of their own on one SFT model, and every number comes from their outcomes."""
+"""The two files of results, and the replicates of a study that they come from."""
 
 import dataclasses
+import math
 
 import pandas as pd
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tiny_study import DOMAIN, open_study
 
 from allo_lib.cli import cli
@@ -13,7 +16,6 @@ from allo_lib.errors import AlloError
 from allo_lib.evaluation import outcomes
 from allo_lib.evaluation.outcomes import Measurement
 from allo_lib.profiles.config import Replicates
-from allo_lib.profiles.profile_files import load_profile
 from allo_lib.study import arms, results, runs
 from allo_lib.study.study import Study
 
@@ -94,12 +96,8 @@ def test_methods_that_are_run_once_have_the_first_replicate_alone(tiny_study):
     settings = Replicates(2, 2, ("npo",))
     profile = dataclasses.replace(tiny_study.profile, replicates=settings)
     study = Study(profile, 0, tiny_study.results_dir, None)
-    assert list(study.replicates_of("npo")) == [0] and list(study.replicates_of("dpo")) == [
-        0,
-        1,
-        2,
-        3,
-    ]
+    assert list(study.replicates_of("npo")) == [0]
+    assert list(study.replicates_of("dpo")) == [0, 1, 2, 3]
     having = ["npo" in runs.methods_of(study.at(r), DOMAIN) for r in study.replicates]
     assert having == [True, False, False, False]
     with pytest.raises(AlloError, match="'nop' is not known"):
@@ -119,14 +117,7 @@ def test_a_mean_is_over_all_replicates_of_its_method_or_is_not_told():
     )
 
 
-def test_one_replicate_is_the_study_as_it_was():
-    """Keys, hashes and draws of a study without replicates are those of before there were any."""
-    plain = load_profile("tiny")
-    again = load_profile("tiny", {"replicates.pair_sets": 1, "replicates.orders": 1})
-    more = load_profile("tiny", {"replicates.orders": 2})
-    assert plain.hash() == again.hash() != more.hash()
-    with pytest.raises(AlloError, match="greater than or equal to 1"):
-        load_profile("tiny", {"replicates.orders": 0})
+# --- outcomes.parquet ----------------------------------------------------------------------------
 
 
 def table(*rows) -> pd.DataFrame:
@@ -159,3 +150,119 @@ def test_an_outcome_given_twice_or_a_file_of_another_kind_is_refused(tmp_path):
     with pytest.raises(AlloError, match="not a readable Parquet file"):
         outcomes.read(tmp_path / "b.parquet")
     assert outcomes.read(tmp_path / "none.parquet").empty
+
+
+# --- measurements.csv ----------------------------------------------------------------------------
+
+HEADER = "seed,method,dataset,metric,value,stderr,n\n"
+NAMES = st.from_regex(r"\A[a-z][a-z0-9_:]{0,12}\Z")
+NUMBERS = st.floats(-1e6, 1e6, allow_nan=False)
+ROWS = st.lists(
+    st.builds(Measurement, st.integers(0, 99), NAMES, NAMES, NAMES, NUMBERS, st.floats(0, 1),
+              st.integers(0, 10**6)),
+    unique_by=lambda row: (row.seed, row.method, row.dataset, row.metric),
+)  # fmt: skip
+
+
+def test_proportion_has_the_binomial_standard_error():
+    row = outcomes.proportion(3, "dpo", "chain", "accuracy", [True, True, True, False])
+    assert (row.seed, row.n, row.value) == (3, 4, 0.75)
+    assert row.stderr == pytest.approx(math.sqrt(0.75 * 0.25 / 4))
+    with pytest.raises(AlloError, match="no outcomes for dpo on chain"):
+        outcomes.proportion(0, "dpo", "chain", "accuracy", [])
+
+
+def test_average_is_unweighted_and_adds_variances():
+    rows = [
+        Measurement(0, "dpo", "chain", "accuracy", 0.5, 0.03, 10),
+        Measurement(0, "dpo", "scan", "accuracy", 0.9, 0.04, 1000),
+    ]
+    mean = outcomes.average(rows)
+    assert mean.dataset == "average" and mean.n == 1010
+    assert mean.value == pytest.approx(0.7)
+    assert mean.stderr == pytest.approx(0.05 / 2)
+    for bad in ([], [rows[0], dataclasses.replace(rows[1], method="allo")], rows[:1] * 2):
+        with pytest.raises(AlloError, match="average was given"):
+            outcomes.average(bad)
+
+
+@settings(max_examples=50, deadline=None)
+@given(ROWS, st.randoms())
+def test_written_rows_come_back_and_order_does_not_matter(tmp_path_factory, rows, random):
+    folder = tmp_path_factory.mktemp("rows")
+    outcomes.write_measurements(folder / "a.csv", rows)
+    shuffled = list(rows)
+    random.shuffle(shuffled)
+    outcomes.write_measurements(folder / "b.csv", shuffled)
+    assert (folder / "a.csv").read_bytes() == (folder / "b.csv").read_bytes()
+    back = outcomes.read_measurements(folder / "a.csv")
+    assert [(r.seed, r.method, r.dataset, r.metric, r.n) for r in back] == sorted(
+        (r.seed, r.method, r.dataset, r.metric, r.n) for r in rows
+    )
+    outcomes.write_measurements(folder / "b.csv", back)
+    assert (folder / "a.csv").read_bytes() == (folder / "b.csv").read_bytes()
+
+
+def test_file_format_is_fixed(tmp_path):
+    outcomes.write_measurements(
+        tmp_path / "m.csv", [Measurement(0, "dpo", "chain", "accuracy", 1 / 3, -0.0, 9)]
+    )
+    expected = HEADER + "0,dpo,chain,accuracy,0.3333333333,0,9\n"
+    assert (tmp_path / "m.csv").read_bytes() == expected.encode()
+
+
+def test_failed_write_leaves_the_old_file(tmp_path):
+    path = tmp_path / "m.csv"
+    outcomes.write_measurements(path, [Measurement(0, "dpo", "chain", "accuracy", 0.5, 0.0, 9)])
+    before = path.read_bytes()
+    with pytest.raises(AlloError, match="must both be finite"):
+        outcomes.write_measurements(
+            path, [Measurement(0, "dpo", "chain", "accuracy", math.nan, 0.0, 9)]
+        )
+    assert path.read_bytes() == before
+    assert [entry.name for entry in tmp_path.iterdir()] == ["m.csv"]
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("", "an empty file"),
+        ("seed,method\n", "has columns 'seed,method'"),
+        (HEADER + "0,dpo,chain,accuracy,0.5,0.1\n", "line 2 has 6 cells: expected 7"),
+        (HEADER + "zero,dpo,chain,accuracy,0.5,0.1,9\n", "line 2 has a cell that is not a number"),
+        (HEADER + "0,dpo,chain,accuracy,nan,0.1,9\n", "must both be finite"),
+        (HEADER + "0,dpo,chain,accuracy,0.5,inf,9\n", "must both be finite"),
+        (HEADER + "0,dpo,chain,accuracy,0.5,-0.1,9\n", "must be >= 0"),
+        (HEADER + "0,dpo,chain,accuracy,0.5,0.1,-9\n", "must be >= 0"),
+        (HEADER + "0,<b>,chain,accuracy,0.5,0.1,9\n", "has the name '<b>'"),
+        (HEADER + "0,dpo,chain,accuracy,0.5,0.1,9\n" * 2, "twice"),
+        (HEADER + '0,"dpo,chain\n', "is no CSV file in UTF-8"),
+        ("\udcff", "is no CSV file in UTF-8"),
+    ],
+)
+def test_bad_files_get_one_clear_line(tmp_path, body, message):
+    path = tmp_path / "m.csv"
+    path.write_text(body, errors="surrogateescape")
+    with pytest.raises(AlloError, match=message) as caught:
+        outcomes.read_measurements(path)
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(AlloError, match="does not exist: run the notebooks"):
+        outcomes.read_measurements(tmp_path / "none.csv")
+
+
+def test_merge_replaces_seeds_and_keeps_the_others():
+    def row(seed, metric, dataset="chain"):
+        return Measurement(seed, "dpo", dataset, metric, 0.5, 0.0, 1)
+
+    old, new = [row(0, "a"), row(1, "a"), row(1, "b")], [row(1, "c"), row(2, "a")]
+    merged = outcomes.merge_measurements(old, new)
+    assert [(r.seed, r.metric) for r in merged] == [(0, "a"), (1, "c"), (2, "a")]
+    assert outcomes.seeds_of(merged) == [0, 1, 2]
+    # A piece of a study leaves the rows of other domains as they are.
+    old = [row(0, "a"), row(0, "a", "story"), row(1, "a", "story")]
+    merged = outcomes.merge_measurements(old, [row(0, "b", "story")], {"story", "other"})
+    assert [(r.seed, r.dataset, r.metric) for r in merged] == [
+        (0, "chain", "a"), (0, "story", "b"), (1, "story", "a")]  # fmt: skip

@@ -8,8 +8,6 @@ from tiny_study import PROFILE, open_study
 
 from allo_lib.cli import cli, driver, status
 from allo_lib.errors import AlloError
-from allo_lib.evaluation import outcomes
-from allo_lib.evaluation.outcomes import Measurement
 from allo_lib.profiles import profile_files
 from allo_lib.profiles.config import Profile
 from allo_lib.profiles.profile_files import load_profile
@@ -63,16 +61,6 @@ def test_pieces_add_up_to_the_measurements_of_one_run(two, tmp_path):
     assert noted[0] == noted[1]
     (domains,) = noted[0]["seed0"].values()
     assert set(domains) == {"other", "miniature"}
-
-
-def test_a_piece_leaves_the_rows_of_other_domains_as_they_are():
-    def row(dataset, metric, seed=0):
-        return Measurement(seed, "dpo", dataset, metric, 0.5, 0.0, 1)
-
-    old = [row("chain", "a"), row("story", "a"), row("story", "a", 1)]
-    merged = outcomes.merge_measurements(old, [row("story", "b")], {"story", "other"})
-    assert [(r.seed, r.dataset, r.metric) for r in merged] == [
-        (0, "chain", "a"), (0, "story", "b"), (1, "story", "a")]  # fmt: skip
 
 
 def test_averages_of_several_domains_have_names_of_their_own(two):

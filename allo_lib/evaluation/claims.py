@@ -11,12 +11,13 @@ smallest of their effects; the interval of that begins at the lowest of their lo
 least decided part's) and ends at the lowest of their upper ends, these held together (Bonferroni),
 so that it is on one side of zero where the p-values of `verdicts.jointly` are below 5%.
 
-C1-C3 give each arm its own best learning rate; C1p-C3p use the paper's protocol, one rate for all.
-The first domain that was measured has the plain ids; others add theirs, as in `C4:helpfulness`.
+C1-C3 give each method its own best learning rate; C1p-C3p use the paper's protocol, one rate for
+all. C2s and C3s ask what C2 and C3 do of methods with as many updates as ALLO makes in both stages;
+they are secondary, corrected in a family of their own. C4s is primary. The first domain that was
+measured has the plain ids; others add theirs, as in `C4:helpfulness`.
 """
 
-import csv
-import io
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -26,11 +27,10 @@ from allo_lib.errors import AlloError
 from allo_lib.evaluation import published
 from allo_lib.evaluation.ablations import INVERTED, REWARD_MODELS
 from allo_lib.evaluation.comparisons import Domain, StudyResults, paper_effect
-from allo_lib.evaluation.cost_claims import efficiency_claims
-from allo_lib.evaluation.declared import DECLARED, Declared
-from allo_lib.evaluation.measurements import CHANCE_IN_TENSORS, REWARD
+from allo_lib.evaluation.outcomes import CHANCE_IN_TENSORS, REWARD, read_csv, write_csv
 from allo_lib.evaluation.stats import LEVEL, Interval, mean_interval
 from allo_lib.evaluation.verdicts import (
+    CONTRADICTED,
     MARGIN,
     POINTS,
     UNDECIDED,
@@ -41,10 +41,51 @@ from allo_lib.evaluation.verdicts import (
     p_values,
 )
 
-__all__ = ["COLUMNS", "DECLARED", "MARGIN", "Claim", "compute", "efficiency_claims",
-           "protocol_disagreements", "read", "write"]  # fmt: skip
+Pair = tuple[str, str]  # of methods: the first against the second
+Ends = tuple[float | None, float | None]  # of an interval
+
 COLUMNS = ("id", "claim", "effect", "ci_low", "ci_high", "unit", "verdict", "evidence")
+BASELINES = ("sft", "rft", "rdpo", "ipo", "bco", "simpo", "npo", "ppo", "a2c")
 _OVERLAPS = ("orders", "halves", "estimators")
+_LOSS = (
+    "DPO on the top 10% of neurons has a lower loss on held-out pairs than on all, at equal steps"
+)
+_TOP = "DPO on the top 10% of neurons is more accurate than on all neurons and than on the last 10%"
+_LAST = f"DPO on the last 10% of neurons is no worse than on all (margin {MARGIN:g})"
+_OWN, _ONE = "each arm at its own best learning rate", "the paper's protocol, one rate for all"
+# Id, claim, kind ("above", "no worse", "lower loss" or "overlap"), pairs of methods to compare.
+DECLARED: tuple[tuple[str, str, str, tuple[Pair, ...]], ...] = (
+    ("C1", f"{_LOSS} ({_OWN})", "lower loss", (("dpo_top10", "dpo"),)),
+    ("C1p", f"{_LOSS} ({_ONE})", "lower loss", (("dpo_top10_paper", "dpo_paper"),)),
+    ("C2", f"{_TOP} ({_OWN})", "above", (("dpo_top10", "dpo"), ("dpo_top10", "dpo_last10"))),
+    ("C2p", f"{_TOP} ({_ONE})", "above",
+     (("dpo_top10_paper", "dpo_paper"), ("dpo_top10_paper", "dpo_last10_paper"))),
+    ("C2s", "after twice the updates, DPO on the top 10% of neurons is more accurate than on all, "
+     "on random and on the last 10%", "above",
+     tuple(("dpo_top10_long", f"dpo{other}_long") for other in ("", "_random10", "_last10"))),
+    ("C3", f"{_LAST} ({_OWN})", "no worse", (("dpo_last10", "dpo"),)),
+    ("C3p", f"{_LAST} ({_ONE})", "no worse", (("dpo_last10_paper", "dpo_paper"),)),
+    ("C3s", "after twice the updates, DPO on the last 10% of neurons is no worse than on all "
+     f"(margin {MARGIN:g})", "no worse", (("dpo_last10_long", "dpo_long"),)),
+    ("C4", "ALLO beats vanilla DPO on average (DPO with one epoch, half of ALLO's updates)",
+     "above", (("allo", "dpo"),)),
+    ("C4s", "ALLO beats a DPO that makes as many updates as its two stages together", "above",
+     (("allo", "dpo_long"),)),
+    ("C5", "ALLO beats every other baseline on average", "above",
+     tuple(("allo", baseline) for baseline in BASELINES)),
+    ("C6", "forgetting before learning helps (ALLO against learning alone, as many updates)",
+     "above", (("allo", "allo_no_forgetting"),)),
+    ("C7", "choosing tokens by rewards helps in each stage (ALLO against all tokens)", "above",
+     (("allo", "allo_all_tokens_forgetting"), ("allo", "allo_all_tokens_learning"))),
+    ("C8", "the masks of key neurons are stable (orders, halves, estimators)", "overlap", ()),
+    ("C9", "a better rewriting reward model gives a better aligned model", "above", ()),
+)  # fmt: skip
+_UNITS = {
+    "lower loss": "held-out loss (reduction)",
+    "overlap": "intersection over union above chance",
+}
+_C10 = "ALLO costs less than full optimisation with a dense mask (time, peak memory, state)"
+_C10_UNIT = "ln(time of dense / time of ALLO)"
 
 
 @dataclass(frozen=True)
@@ -73,40 +114,50 @@ def compute(
     claims = []
     for position, domain in enumerate(results.domains or [Domain("no domain", ())]):
         suffix = f":{domain.name}" if position else ""
-        for declared in DECLARED:
-            parts, notes = _parts(declared, results, domain, paper)
-            claims += _rows(declared, domain, parts, notes, suffix, results.models)
+        for number, text, kind, pairs in DECLARED:
+            parts, notes = _parts(number, kind, pairs, results, domain, paper)
+            unit = _UNITS.get(kind, domain.unit)
+            empty = Claim(number + suffix, text, None, None, None, unit, UNDECIDED, "")
+            claims += _rows(empty, domain, parts, notes, results.models)
     return corrected(claims + efficiency_claims(efficiency))
 
 
-def _parts(declared, results: StudyResults, domain: Domain, paper) -> tuple[list[Part], list[str]]:
+def _parts(
+    number: str,
+    kind: str,
+    pairs: Sequence[Pair],
+    results: StudyResults,
+    domain: Domain,
+    paper: tuple[published.Table, published.Table],
+) -> tuple[list[Part], list[str]]:
     """The parts of a claim and what else its evidence should say."""
     models = results.models
-    if declared.kind == "overlap":
+    if kind == "overlap":
         return [_overlap_part(results, name, domain) for name in _OVERLAPS], []
-    if declared.kind == "lower loss":
-        ((first, second),) = declared.pairs
+    if kind == "lower loss":
+        ((first, second),) = pairs
         gap = results.loss_reduction(first, second, domain)
         name = f"held-out loss of {second} minus {first}"
         return [Part(second, name, gap, p_values(gap, "loss", models=models))], []
-    if declared.id == "C9":
+    if number == "C9":
         return _reward_parts(results, domain)
-    parts, bar = [], -MARGIN if declared.kind == "no worse" else 0.0
-    word = "above" if declared.kind == "above" else "no worse than"
-    for first, second in declared.pairs:
+    parts, bar = [], -MARGIN if kind == "no worse" else 0.0
+    word = "above" if kind == "above" else "no worse than"
+    for first, second in pairs:
         interval = results.compare(first, second, domain)
-        p, notes = p_values(interval, domain.unit, bar, models), ()
-        if declared.kind == "no worse" and p is not None:
+        p = p_values(interval, domain.unit, bar, models)
+        notes: tuple[str, ...] = ()
+        if kind == "no worse" and p is not None:
             learned, notes = _sensitive(results, second.removesuffix("_paper"), domain)
             p = replace(p, above=max(p.above, learned), over=max(p.over, learned))
-        if declared.id == "C5" and interval is not None:
+        if number == "C5" and interval is not None:
             notes = (_improvement(results, first, second, domain),)
         effect = paper_effect(paper, first, second, domain)
         parts.append(Part(second, f"{first} {word} {second}", interval, p, effect, notes))
-    if declared.id == "C5" and (known := [part for part in parts if part.interval is not None]):
-        strongest = min(known, key=lambda part: part.interval.effect)
+    if number == "C5" and (known := _measured(parts)):
+        strongest, _ = min(known, key=lambda one: one[1].effect)
         return parts, [f"strongest baseline: {strongest.key}", *strongest.notes]
-    if declared.id != "C7":
+    if number != "C7":
         return parts, []
     forgetting, caveat = parts[0], _assay(results, domain)[1]
     parts[0] = replace(forgetting, notes=caveat)
@@ -156,8 +207,8 @@ def _sensitive(
 ) -> tuple[float, tuple[str, ...]]:
     """The p-value of "the reference learned something", and what to say where that is not shown."""
     learned = results.compare(reference, "sft_base", domain)
-    if domain.prefix == REWARD:  # the starting model ranks no pair: chance is what there is to beat
-        right = results.score(reference, domain)
+    right = results.score(reference, domain) if domain.prefix == REWARD else None
+    if right is not None:  # the starting model ranks no pair: chance is what there is to beat
         above = {s: value - 0.5 for s, value in zip(right.seeds, right.by_seed, strict=True)}
         learned = mean_interval(above, dict(zip(right.seeds, right.errors, strict=True)))
     p = p_values(learned, domain.unit, models=results.models) or PValues()
@@ -191,62 +242,68 @@ def _overlap_part(results: StudyResults, name: str, domain: Domain) -> Part:
 
 
 def _rows(
-    declared: Declared, domain: Domain, parts, notes, suffix: str, models: int
+    claim: Claim, domain: Domain, parts: Sequence[Part], notes: Sequence[str], models: int
 ) -> list[Claim]:
     """The claim's row, and one a part where it has several and some were measured."""
-    units = {"lower loss": "held-out loss (reduction)",
-             "overlap": "intersection over union above chance"}  # fmt: skip
-    unit, name = units.get(declared.kind, domain.unit), declared.id + suffix
-    measured = [part for part in parts if part.interval is not None]
+    measured = _measured(parts)
     missing = [part.name for part in parts if part.interval is None]
     lost = f"not measured: {', '.join(missing)}" if missing else ""
     if not measured:
-        return [Claim(name, declared.text, None, None, None, unit, UNDECIDED, lost)]
-    where = f"on {domain.name} ({', '.join(domain.datasets)})"
-    count = sum(part.interval.decides for part in measured)
-    held, told, paper = [], [_tell(measured[0], unit)], measured[0].paper
-    if len(parts) > 1:
-        held, paper = [_held(part.interval, count) for part in measured], None
-        told = [_ends(part.name, *both, unit) for part, both in zip(measured, held, strict=True)]
-        told += ["one SFT model decides nothing"] * (len(measured[0].interval.seeds) < 2)
+        return [replace(claim, evidence=lost)]
+    unit, where = claim.unit, f"on {domain.name} ({', '.join(domain.datasets)})"
+    count = sum(interval.decides for _, interval in measured)
+    (part, interval), several = measured[0], len(parts) > 1
+    held = [_held(interval, count) for _, interval in measured] if several else []
+    told, paper = [_tell(part, interval, unit)], part.paper
+    low: float | None = None
+    high: float | None = None
+    if several:
+        told = [_ends(part.name, interval.effect, ends, unit)
+                for (part, interval), ends in zip(measured, held, strict=True)]  # fmt: skip
+        told += ["one SFT model decides nothing"] * (len(interval.seeds) < 2)
+        paper = None
     told += [*notes, where]
-    told += [*dict.fromkeys(_how(part.interval, models) for part in measured), lost]
-    effect, low, high = min(part.interval.effect for part in measured), None, None
+    told += [*dict.fromkeys(_how(interval, models) for _, interval in measured), lost]
     if count == len(measured):
-        low = min(part.interval.low for part in measured)
-        high = min(high for _, (_, high) in held) if held else measured[0].interval.high
-    p = jointly([part.p for part in parts])
-    evidence = "; ".join(text for text in told if text)
-    found = [Claim(name, declared.text, effect, low, high, unit, UNDECIDED, evidence, p, paper)]
-    for part, (effect, (low, high)) in zip(measured, held, strict=bool(held)):
-        evidence = "; ".join([_tell(part, unit), where, _how(part.interval, models)])
-        key = f"{declared.id}.{part.key}{suffix}"
-        found.append(Claim(key, part.name, effect, low, high, unit, UNDECIDED, evidence,
-                           part.p, part.paper))  # fmt: skip
+        low = min(interval.low for _, interval in measured)
+        high = min([high for _, high in held if high is not None] or [interval.high])
+    found = [replace(
+        claim, effect=min(interval.effect for _, interval in measured), ci_low=low, ci_high=high,
+        evidence="; ".join(filter(None, told)), p=jointly([part.p for part in parts]), paper=paper,
+    )]  # fmt: skip
+    number, colon, name = claim.id.partition(":")
+    for (part, interval), (low, high) in zip(measured, held, strict=several):
+        evidence = "; ".join([_tell(part, interval, unit), where, _how(interval, models)])
+        found.append(Claim(f"{number}.{part.key}{colon}{name}", part.name, interval.effect, low,
+                           high, unit, UNDECIDED, evidence, part.p, part.paper))  # fmt: skip
     return found
 
 
-def _held(interval: Interval, count: int) -> tuple[float, tuple[float | None, float | None]]:
-    """Effect and the interval that holds together with those of the other of `count` parts."""
+def _measured(parts: Sequence[Part]) -> list[tuple[Part, Interval]]:
+    return [(part, part.interval) for part in parts if part.interval is not None]
+
+
+def _held(interval: Interval, count: int) -> Ends:
+    """The interval that holds together with those of the other of `count` parts."""
     if not interval.decides:
-        return interval.effect, (None, None)
-    ends = interval.ends(1 - (1 - LEVEL) / count)
-    return interval.effect, tuple(min(max(end, -1.0), 1.0) for end in ends)
+        return None, None
+    low, high = (min(max(end, -1.0), 1.0) for end in interval.ends(1 - (1 - LEVEL) / count))
+    return low, high
 
 
-def _ends(name: str, effect: float, ends: tuple, unit: str) -> str:
+def _ends(name: str, effect: float, ends: Ends, unit: str) -> str:
     """One part in words: its effect and interval."""
     words = f"{name}: {_size(effect, unit)}"
-    if ends[0] is not None:
-        words += f" [{_size(ends[0], unit)}, {_size(ends[1], unit)}]"
+    known = [_size(end, unit) for end in ends if end is not None]
+    if known:
+        words += f" [{', '.join(known)}]"
     return words + " points" * (unit in POINTS)
 
 
-def _tell(part: Part, unit: str) -> str:
+def _tell(part: Part, interval: Interval, unit: str) -> str:
     """One part in words: effect, 95% interval, each model's effect, and the paper's."""
-    interval = part.interval
-    known = interval.low, interval.high
-    words = _ends(part.name, interval.effect, known if interval.defined else (None, None), unit)
+    ends = (interval.low, interval.high) if interval.defined else (None, None)
+    words = _ends(part.name, interval.effect, ends, unit)
     if len(interval.by_seed) > 1:
         each = ", ".join(_size(effect, unit) for effect in interval.by_seed)
         details = [f"by model {each}", f"SD {_size(interval.seed_sd, unit).lstrip('+')}"]
@@ -265,7 +322,7 @@ def _how(interval: Interval, models: int) -> str:
     return f"{way}; n = {interval.n}" if interval.n else way
 
 
-def _mentions(results: StudyResults, pairs, domain: Domain) -> list[str]:
+def _mentions(results: StudyResults, pairs: Sequence[Pair], domain: Domain) -> list[str]:
     """Comparisons beside those of a claim, in words."""
     found = [(*pair, results.compare(*pair, domain)) for pair in pairs]
     return [
@@ -296,37 +353,97 @@ def protocol_disagreements(claims: Sequence[Claim]) -> list[str]:
 
 def write(path: str | Path, claims: Iterable[Claim]) -> None:
     """Write `claims.csv`: six decimals, empty cells where nothing was measured, LF ends."""
-    buffer = io.StringIO()
-    writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(COLUMNS)
-    for claim in claims:
-        cells = [getattr(claim, column) for column in COLUMNS]
-        writer.writerow([f"{cell:z.6f}" if isinstance(cell, float) else cell for cell in cells])
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Path(path).write_bytes(buffer.getvalue().encode("utf-8"))
+    rows = ([getattr(claim, column) for column in COLUMNS] for claim in claims)
+    write_csv(path, COLUMNS, ([f"{cell:z.6f}" if isinstance(cell, float) else cell for cell in row]
+                              for row in rows))  # fmt: skip
 
 
 def read(path: str | Path) -> list[Claim]:
     """The rows of a `claims.csv`; AlloError when it is missing, no text, or no such table."""
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError):
-        raise AlloError(f"{path} cannot be read: run notebook 06_evaluation first") from None
-    try:
-        header, *lines = csv.reader(io.StringIO(text, newline=""), strict=True)
-    except (csv.Error, ValueError):
-        raise AlloError(f"{path} is no CSV file: run notebook 06_evaluation again") from None
-    if tuple(header) != COLUMNS:
-        found = repr(",".join(header)[:80])
-        raise AlloError(f"{path} has columns {found}: expected {','.join(COLUMNS)}")
-    return [_claim_of(cells, f"{path} line {line}") for line, cells in enumerate(lines, 2)]
+    claims = []
+    for where, cells in read_csv(path, COLUMNS, "run notebook 06_evaluation first"):
+        try:
+            effect, low, high = (float(cell) if cell else None for cell in cells[2:5])
+        except ValueError as error:
+            raise AlloError(f"{where} has a cell that is not a number ({error})"[:200]) from None
+        (name, text), (unit, verdict, evidence) = cells[:2], cells[5:]
+        claims.append(Claim(name, text, effect, low, high, unit, verdict, evidence))
+    return claims
 
 
-def _claim_of(cells: list[str], where: str) -> Claim:
-    if len(cells) != len(COLUMNS):
-        raise AlloError(f"{where} has {len(cells)} cells: expected {len(COLUMNS)}")
+# --- C10, what ALLO costs -------------------------------------------------------------------------
+
+
+def efficiency_claims(table: Sequence[Mapping[str, str]]) -> list[Claim]:
+    """C10 for every device of `tables/efficiency.csv`: `allo_scalar` against `dense_masked`.
+
+    The effect is ln(dense time / ALLO time) for a pair, above zero when ALLO is faster. Its
+    interval is Student's t over the processes, which ran in turns, so that the first of one is
+    compared with the first of the other; one process of each decides nothing of time.
+    To support the claim ALLO must also take less peak memory and less optimizer state.
+    """
+    by_device: dict[str, dict[str, Mapping[str, str]]] = {}
+    for row in table:
+        by_device.setdefault(row["device"], {})[row["variant"]] = row
+    claims: list[Claim] = []
+    for device, variants in by_device.items():
+        if {"allo_scalar", "dense_masked"} <= set(variants):
+            suffix = f":{device}" if claims else ""
+            claims.append(_efficiency_claim(device, variants, suffix))
+    text = "not measured: allo_scalar and dense_masked on one device"
+    return claims or [Claim("C10", _C10, None, None, None, _C10_UNIT, UNDECIDED, text)]
+
+
+def _efficiency_claim(device: str, variants: Mapping[str, Mapping[str, str]], suffix: str) -> Claim:
+    ours, dense = variants["allo_scalar"], variants["dense_masked"]
+    seconds = [_number(row, "seconds_per_pair") for row in (dense, ours)]
+    each = [_each(row) for row in (dense, ours)]
+    if not all(time > 0 or math.isnan(time) for time in (*seconds, *each[0], *each[1])):
+        raise AlloError(
+            f"efficiency table, {device} has a time that is not above 0: measure it again"
+        )
+    words = [f"on {device}: time of allo_scalar over dense_masked {seconds[1] / seconds[0]:.3f}"]
+    lasting = []  # whether ALLO takes less of what is no matter of chance; None where unknown
+    for column, name in (
+        ("peak_bytes_above_model", "peak memory"),
+        ("state_bytes_per_parameter", "optimizer state"),
+    ):
+        pair = [_number(row, column) for row in (ours, dense)]
+        known = not any(map(math.isnan, pair)) and pair[1] > 0
+        words.append(f"{name} {pair[0] / pair[1]:.3f}" if known else f"{name} not measured")
+        lasting.append(pair[0] < pair[1] if known else None)
+    claim = Claim(f"C10{suffix}", _C10, math.log(seconds[0] / seconds[1]), None, None, _C10_UNIT,
+                  UNDECIDED, "")  # fmt: skip
+    if len(each[0]) == len(each[1]) > 1:
+        ratios = [math.log(first / second) for first, second in zip(*each, strict=True)]
+        found = mean_interval(dict(enumerate(ratios)))
+        words.append(f"t interval over {len(ratios)} processes of each, in turns")
+        claim = replace(claim, effect=found.effect, p=p_values(found, _C10_UNIT))
+        if found.defined:
+            claim = replace(claim, ci_low=found.low, ci_high=found.high)
+    else:
+        words.append("one process of each, which tells no spread")
+    if False in lasting:
+        claim = replace(claim, verdict=CONTRADICTED, p=None)
+    elif None in lasting and claim.p is not None:
+        claim = replace(claim, p=replace(claim.p, above=1.0))
+    return replace(claim, evidence=", ".join(words))
+
+
+def _each(row: Mapping[str, str]) -> list[float]:
+    """The seconds a pair of each process, in the order in which they ran."""
+    cell = row.get("seconds_per_pair_each") or ""
     try:
-        numbers = [float(cell) if cell else None for cell in cells[2:5]]
-    except ValueError as error:
-        raise AlloError(f"{where} has a cell that is not a number ({error})"[:200]) from None
-    return Claim(*cells[:2], *numbers, *cells[5:])
+        return [float(text) for text in cell.split()]
+    except ValueError:
+        raise AlloError(
+            f"efficiency table, seconds_per_pair_each is {cell[:80]!r}: expected numbers"
+        ) from None
+
+
+def _number(row: Mapping[str, str], column: str) -> float:
+    cell = row.get(column)
+    try:
+        return float(cell) if cell not in (None, "") else math.nan
+    except ValueError:
+        raise AlloError(f"efficiency table, {column} is {cell!r}: expected a number") from None

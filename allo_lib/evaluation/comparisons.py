@@ -15,9 +15,8 @@ import numpy as np
 import pandas as pd
 
 from allo_lib.errors import AlloError
-from allo_lib.evaluation import measurements as measurements_file
 from allo_lib.evaluation import outcomes, published
-from allo_lib.evaluation.measurements import AVERAGE, REWARD, Measurement
+from allo_lib.evaluation.outcomes import AVERAGE, REWARD, Measurement
 from allo_lib.evaluation.stats import Interval, mean_and_error, mean_interval
 
 # Rows of measurements by (seed, method, dataset, metric).
@@ -44,6 +43,7 @@ class Domain:
 
     @property
     def unit(self) -> str:
+        """What an effect is a difference of, in words."""
         return {REWARD: "held-out reward accuracy", WIN: "win rate"}.get(self.prefix, "accuracy")
 
     @property
@@ -96,13 +96,13 @@ class StudyResults:
         self._losses = _cells(
             table[~answered], lambda part: np.logaddexp(0, -part["margin"].astype(float))
         )
-        self._known: dict = {}
+        self._known: dict[tuple[str, str, Domain, bool], Interval | None] = {}
 
     @classmethod
     def load(cls, folder: str | Path, models: int = 1) -> "StudyResults":
         """Those of a results folder; AlloError where it has no measurements or no outcomes."""
         folder = Path(folder)
-        rows = measurements_file.read(folder / "measurements.csv")
+        rows = outcomes.read_measurements(folder / "measurements.csv")
         table = outcomes.read(folder / outcomes.NAME)
         if not len(table):
             raise AlloError(f"{folder} has no {outcomes.NAME}: run the notebooks 00 to 06")
@@ -146,7 +146,7 @@ class StudyResults:
             found = {model: (*mean_and_error(groups), sum(map(len, groups)))
                      for model in self.seeds
                      if (groups := self._groups(model, method, domain))}  # fmt: skip
-        return _interval_of(found).within(0.0, 1.0) if found else None
+        return _interval_of(found, 0.0, 1.0)
 
     def compare(
         self, first: str, second: str, domain: Domain, *, relative: bool = False
@@ -165,10 +165,12 @@ class StudyResults:
                 found = {model: gap for model in self.seeds if (gap := self._gap(model, *key))}
             # Scores differ by 1 at most, and fall by all at most.
             most = math.inf if relative else 1.0
-            self._known[key] = _interval_of(found).within(-1.0, most) if found else None
+            self._known[key] = _interval_of(found, -1.0, most)
         return self._known[key]
 
-    def _gap(self, model: int, first: str, second: str, domain: Domain, relative: bool):
+    def _gap(
+        self, model: int, first: str, second: str, domain: Domain, relative: bool
+    ) -> tuple[float, float, int] | None:
         """(difference, standard error, n) on one model; None where it lacks a side."""
         groups = _common(self._cells(domain), model, first, second, domain.datasets)
         if groups is None:
@@ -185,7 +187,9 @@ class StudyResults:
         rest = [one - ratio * theirs for one, (_, theirs) in zip(gaps, groups, strict=True)]
         return ratio, mean_and_error(rest, (1.0, -1.0 - ratio))[1] / base, n
 
-    def _win_gaps(self, first: str, second: str, domain: Domain, relative: bool) -> dict:
+    def _win_gaps(
+        self, first: str, second: str, domain: Domain, relative: bool
+    ) -> dict[int, tuple[float, float, int]]:
         ours, theirs = (self._win_rates(method, domain) for method in (first, second))
         found = {}
         for seed in [seed for seed in ours if seed in theirs]:
@@ -233,8 +237,7 @@ class StudyResults:
     def _runs(self, model: int, method: str, domain: Domain) -> list[np.ndarray]:
         """A run's score each, [replicates], by data set; empty where one is missing."""
         if domain.prefix == WIN:
-            rows = [self.index.get((model, method, n, domain.metric)) for n in domain.datasets]
-            return [np.array([row.value]) for row in rows] if all(rows) else []
+            return [np.array([row.value]) for row in self._wins(model, method, domain)]
         scores = [values.mean(axis=0) for values in self._values(model, method, domain)]
         return [score[~np.isnan(score)] for score in scores]
 
@@ -244,8 +247,9 @@ class StudyResults:
         Least squares, model by model, over the differences to `own`, on the same problems. None
         with fewer than three methods, or one that was not compared with `own` on the same models.
         """
-        gaps = {name: self.compare(name, own, domain) for name in ranks if name != own}
-        if len(gaps) < 2 or own not in ranks or None in gaps.values():
+        compared = {name: self.compare(name, own, domain) for name in ranks if name != own}
+        gaps = {name: gap for name, gap in compared.items() if gap is not None}
+        if len(gaps) < 2 or own not in ranks or len(gaps) < len(compared):
             return None
         seeds = {gap.seeds for gap in gaps.values()}
         levels = sorted(set(ranks.values()))
@@ -286,12 +290,16 @@ class StudyResults:
         """(value, standard error, n) of the mean win rate over the data sets, by seed."""
         found = {}
         for seed in self.seeds:
-            rows = [self.index.get((seed, method, n, domain.metric)) for n in domain.datasets]
-            if all(rows):
+            if rows := self._wins(seed, method, domain):
                 error = math.hypot(*(row.stderr for row in rows)) / len(rows)
                 value = sum(row.value for row in rows) / len(rows)
                 found[seed] = value, error, sum(row.n for row in rows)
         return found
+
+    def _wins(self, model: int, method: str, domain: Domain) -> list[Measurement]:
+        """The win rates on every data set; none where one is missing."""
+        keys = [(model, method, name, domain.metric) for name in domain.datasets]
+        return [self.index[key] for key in keys] if all(key in self.index for key in keys) else []
 
     def _cells(self, domain: Domain) -> Cells:
         table = self._ranked if domain.prefix == REWARD else self._right
@@ -323,7 +331,7 @@ def _common(
     return found
 
 
-def _cells(table: pd.DataFrame, value: Callable) -> dict[str, Cells]:
+def _cells(table: pd.DataFrame, value: Callable[[pd.DataFrame], pd.Series]) -> dict[str, Cells]:
     """Domain -> cells of the rows' values."""
     found: dict[str, Cells] = {}
     places = table.groupby(["domain", "model", "dataset"], observed=True)
@@ -344,12 +352,15 @@ def _in_order(names: Iterable[str], known: tuple[str, ...]) -> list[str]:
     )
 
 
-def _interval_of(found: Mapping[int, tuple[float, float, int]]) -> Interval | None:
-    """The mean of (value, standard error, n) a seed; None without a seed."""
+def _interval_of(
+    found: Mapping[int, tuple[float, float, int]], least: float = -math.inf, most: float = math.inf
+) -> Interval | None:
+    """The mean of (value, standard error, n) a seed, cut to where it can lie; None without any."""
     if not found:
         return None
     values, errors = ({seed: one[place] for seed, one in found.items()} for place in (0, 1))
-    return mean_interval(values, errors, sum(n for _, _, n in found.values()))
+    n = sum(count for _, _, count in found.values())
+    return mean_interval(values, errors, n).within(least, most)
 
 
 def paper_effect(

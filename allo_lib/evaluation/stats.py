@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+from numpy.typing import ArrayLike
 from scipy.special import stdtr, stdtrit  # of scipy.stats.t, but quick for one number
 
 from allo_lib.errors import AlloError
@@ -51,6 +52,7 @@ class Interval:
 
     @property
     def defined(self) -> bool:
+        """Whether there is an interval at all."""
         return not (math.isnan(self.low) or math.isnan(self.high))
 
     @property
@@ -112,14 +114,14 @@ def mean_interval(
     errors = tuple(stderrs.get(seed, 0.0) for seed in seeds) if stderrs else ()
     mean, kind = float(np.mean(by_seed)), f"t interval over {count} SFT models"
     alone = math.inf, math.hypot(*errors) / count
-    scales = [alone]
+    both: list[tuple[float, float]] = [alone]
     if count > 1:
-        scales.append((count - 1, float(np.std(by_seed, ddof=1)) / count**0.5))
-        if _half([alone], LEVEL) > _half(scales[1:], LEVEL):
+        both.append((count - 1, float(np.std(by_seed, ddof=1)) / count**0.5))
+        if _half([alone], LEVEL) > _half(both[1:], LEVEL):
             kind = f"{count} SFT models, which differ less than their problems explain"
     else:
         kind = "over problems alone, one SFT model"
-    scales = tuple(scale for scale in scales if scale[1] > _DIGITS * max(1.0, abs(mean)))
+    scales = tuple(scale for scale in both if scale[1] > _DIGITS * max(1.0, abs(mean)))
     if not scales:
         kind = "no interval: nothing tells how precise it is"
     half = _half(scales, LEVEL)
@@ -151,7 +153,7 @@ def holm(p_values: Sequence[float], weights: Sequence[float] | None = None) -> l
     return adjusted
 
 
-def concentration(ratios, points: int = 101) -> tuple[np.ndarray, np.ndarray]:
+def concentration(ratios: ArrayLike, points: int = 101) -> tuple[np.ndarray, np.ndarray]:
     """How much of the negative log-ratio sits in how few tokens: (share of tokens, share of it).
 
     `ratios` are the log-ratios of all response tokens, in any shape. The second array says what

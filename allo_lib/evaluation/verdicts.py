@@ -57,10 +57,12 @@ class PValues:
 
     @property
     def sign(self) -> float:
+        """Of either sign."""
         return min(self.above, self.below)
 
     @property
     def small(self) -> float:
+        """Of a negligible size: both one-sided tests."""
         return max(self.under, self.over)
 
 
@@ -87,6 +89,11 @@ class Claim:
     small: float | None = field(default=None, compare=False)
 
     @property
+    def shown(self) -> PValues:
+        """Its p-values; where no verdict can rest on the interval, those of nothing shown."""
+        return self.p or PValues()
+
+    @property
     def tags(self) -> tuple[str, ...]:
         """The tags of the verdict, with which the evidence begins."""
         known = (NEGLIGIBLE, INSIDE, OUTSIDE)
@@ -100,6 +107,7 @@ class Claim:
 
     @property
     def family(self) -> str:
+        """The family of claims that it is corrected in."""
         name = self.id.partition(":")[0].partition(".")[0]
         named = {"C4": "secondary", "C10": "costs"} | dict.fromkeys(("C2s", "C3s"), "equal updates")
         return named.get(name, "paper's protocol" if name.endswith("p") else "primary")
@@ -138,10 +146,12 @@ def decide(p: PValues, sign: float, small: float) -> str:
     return NO_DIFFERENCE if small < 1 - LEVEL else UNDECIDED
 
 
-def tags_of(verdict: str, small: float, paper: float | None, low, high) -> list[str]:
+def tags_of(
+    verdict: str, small: float, paper: float | None, low: float | None, high: float | None
+) -> list[str]:
     """The tags of a verdict on an interval over SFT models; the paper's effect may be None."""
     tags = [NEGLIGIBLE] * (verdict in (SUPPORTED, CONTRADICTED) and small < 1 - LEVEL)
-    if paper is not None and low is not None:
+    if paper is not None and low is not None and high is not None:
         tags.append(INSIDE if low <= paper <= high else OUTSIDE)
     return tags
 
@@ -152,7 +162,7 @@ def corrected(claims: Sequence[Claim]) -> list[Claim]:
     whole = {claim.id: claim for claim in pending if claim.whole == claim.id}
     parts = [claim for claim in pending if claim.id not in whole]
     sizes = {name: sum(part.whole == name for part in parts) for name in whole}
-    found = {}
+    found: dict[str, tuple[float, float]] = {}
     for family in dict.fromkeys(claim.family for claim in pending):
         own = [claim for claim in whole.values() if claim.family == family]
         if family == "secondary":  # each pays as if it were one more of the primary family
@@ -165,7 +175,7 @@ def corrected(claims: Sequence[Claim]) -> list[Claim]:
         alone = _adjusted(single, [1 / max(1, sizes[claim.whole]) for claim in single])
         found |= {name: p for name, p in alone.items() if name not in whole}
     for part in parts:
-        (sign, _), p = found[part.whole], whole[part.whole].p
+        (sign, _), p = found[part.whole], whole[part.whole].shown
         if p.above < p.below:  # where all parts are shown to be above, each of them is
             found[part.id] = min(sign, found[part.id][0]), found[part.id][1]
     return [_decided(claim, *found[claim.id]) if claim.id in found else claim for claim in claims]
@@ -176,15 +186,15 @@ def _adjusted(
 ) -> dict[str, tuple[float, float]]:
     """Holm's adjusted p-values of sign and size by id; of size 1 where no margin is set for it."""
     weights = weights or [1.0] * len(claims)
-    signs = holm([claim.p.sign for claim in claims], weights)
+    signs = holm([claim.shown.sign for claim in claims], weights)
     sized = [place for place, claim in enumerate(claims) if claim.unit in POINTS]
-    smalls = holm([claims[i].p.small for i in sized], [weights[i] for i in sized])
+    smalls = holm([claims[i].shown.small for i in sized], [weights[i] for i in sized])
     small = dict(zip(sized, smalls, strict=True))
     return {claim.id: (signs[place], small.get(place, 1.0)) for place, claim in enumerate(claims)}
 
 
 def _decided(claim: Claim, sign: float, small: float) -> Claim:
-    verdict = decide(claim.p, sign, small)
+    verdict = decide(claim.shown, sign, small)
     tags = tags_of(verdict, small, claim.paper, claim.ci_low, claim.ci_high)
     told = "; ".join([*tags, claim.evidence])
     return replace(claim, verdict=verdict, evidence=told, sign=sign, small=small)

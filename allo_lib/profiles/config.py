@@ -7,32 +7,73 @@ Every key, with its unit and its source, is described beside its field here; the
 import dataclasses
 import hashlib
 import json
+import re
 from dataclasses import field
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Literal, get_args, get_origin, get_type_hints
 
-from pydantic import model_validator
+import pydantic
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 from pydantic.dataclasses import dataclass
 
-from allo_lib.errors import short
-from allo_lib.profiles.settings import (
-    STRICT,
-    AsList,
-    BelowOne,
-    Count,
-    Flag,
-    Fraction,
-    Name,
-    Names,
-    Number,
-    Numbers,
-    Once,
-    Positive,
-    Rate,
-    Share,
-    Text,
-    Texts,
-    Words,
-)
+from allo_lib.errors import AlloError, short
+
+# --- kinds of values -----------------------------------------------------------------------------
+
+LARGEST = 2**31 - 1  # of any count
+STRICT = pydantic.ConfigDict(extra="forbid")
+
+
+def _no_boolean(value):
+    if isinstance(value, bool):
+        raise ValueError(f"got {value}, expected a number")
+    return value
+
+
+def _whole_text(value: str) -> str:
+    if any("\ud800" <= c <= "\udfff" for c in value):
+        raise ValueError(f"half of a surrogate pair in {short(value)}; expected text")
+    return value
+
+
+def _list(value):
+    if not isinstance(value, (list, tuple)):
+        raise ValueError(f"got {short(value)}, expected a list")
+    return value
+
+
+def _each_once(words: tuple) -> tuple:
+    twice = [word for word in dict.fromkeys(words) if words.count(word) > 1]
+    if twice:
+        raise ValueError(f"{short(twice[0])} is named twice; name each once")
+    return words
+
+
+def _folder_name(value: str) -> str:
+    # Domains and data sets become names of folders and of rows of tables.
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", value):
+        raise ValueError(f"{short(value)} cannot name a folder; use letters, digits, . _ -")
+    return value
+
+
+Count = Annotated[int, Field(strict=True, ge=0, le=LARGEST)]
+Positive = Annotated[int, Field(strict=True, ge=1, le=LARGEST)]
+# YAML 1.1 reads 1e-4 (no dot) as text, so a text of a number is a number.
+Finite = Annotated[float, BeforeValidator(_no_boolean), Field(allow_inf_nan=False)]
+Number = Annotated[Finite, Field(ge=0)]
+Rate = Annotated[Finite, Field(gt=0)]
+Share = Annotated[Finite, Field(gt=0, le=1)]
+Fraction = Annotated[Finite, Field(ge=0, le=1)]
+BelowOne = Annotated[Finite, Field(ge=0, lt=1)]
+Text = Annotated[str, Field(strict=True), AfterValidator(_whole_text)]
+Name = Annotated[Text, AfterValidator(_folder_name)]
+Flag = Annotated[bool, Field(strict=True)]
+AsList, Once = BeforeValidator(_list), AfterValidator(_each_once)
+Texts = Annotated[tuple[Text, ...], AsList]
+Words = Annotated[Texts, Once]
+Names = Annotated[tuple[Name, ...], AsList, Once]
+Numbers = Annotated[tuple[Number, ...], AsList]
+
+# --- the keys ------------------------------------------------------------------------------------
 
 SIZES = ("cpu", "gpu")
 INSTRUCTIONS = ("alpaca_eval", "arena_hard")  # data sets that replies are written to
@@ -46,8 +87,7 @@ class Model:
     name: Text = "micro"  # "micro" (trained here), "smollm2-135m-instruct", a hub id, or a folder
     # Micro only, of `models.MICRO`: the seeds take them in turn.
     architectures: Texts = ("llama",)
-    # Of the weights: "float32", "bfloat16", or "auto" for bfloat16 on devices with units for it
-    # (`models.dtype_on`). Masters are always float32.
+    # Of the weights (masters are always float32); "auto": bfloat16 on devices with units for it.
     dtype: Literal["float32", "bfloat16", "auto"] = "float32"
     width: Positive = 128  # hidden size (micro only, as are the next five)
     layers: Positive = 3
@@ -129,9 +169,8 @@ class Instructions:
     @model_validator(mode="after")
     def _fits(self):
         known = ", ".join(INSTRUCTIONS)
-        for dataset in self.datasets:
-            if dataset not in INSTRUCTIONS:
-                raise ValueError(f"datasets: got {short(dataset)}, expected some of {known}")
+        if unknown := [dataset for dataset in self.datasets if dataset not in INSTRUCTIONS]:
+            raise ValueError(f"datasets: got {short(unknown[0])}, expected some of {known}")
         if self.count and not self.datasets:
             raise ValueError(f"datasets: empty, with a count; name some of {known}")
         if self.count < len(self.datasets):
@@ -188,9 +227,7 @@ class Domain:
     test: Count = 0  # problems for the reported accuracy (all data sets together)
     explain: Count = 0  # of questions without a worked solution: statements before the answer
     max_new_tokens: Positive = 48  # longest response; one that has not ended by then has no answer
-    max_length: Positive = (
-        256  # tokens of prompt and response; longer rows are an error or left out
-    )
+    max_length: Positive = 256  # tokens of prompt and response; longer ones: an error or left out
     batch_size: Positive = 16  # pairs per optimizer step; official code: 128
     epochs: Positive = 1  # of each ALLO stage; controls get the sum over both stages; paper: 1
     methods: Words = ()  # rows of this domain in place of the profile's methods ...
@@ -263,7 +300,6 @@ class Compute:
     threads: Count = 0  # of torch for what methods share; 0 leaves torch's choice
     method_threads: Count = 0  # ... and for training and measuring a method; 0 is the same as above
     workers: Positive = 1  # processes that train methods side by side
-
     generation_batch: Positive = 256  # rows decoded together
     forward_batch: Positive = 64  # rows of a forward pass without gradients
     # Of training, between two checkpoints that a stopped run goes on from; 0 makes none.
@@ -337,11 +373,15 @@ class Profile:
 
     def to_dict(self) -> dict:
         """The profile as plain lists, dicts and scalars, ready for JSON or YAML."""
-        return json.loads(json.dumps(dataclasses.asdict(self)))
+        return _plain(self)
 
     def hash(self) -> str:
         """SHA-256 (hex) of every value that can change a result, but the judge's."""
         return settings_hash(self.to_dict())
+
+
+def _plain(settings) -> dict:
+    return json.loads(json.dumps(dataclasses.asdict(settings)))
 
 
 def settings_hash(settings: dict) -> str:
@@ -350,28 +390,61 @@ def settings_hash(settings: dict) -> str:
 
     Settings that came later count only where they are used, so that older results keep their hash.
     """
-    compute = dict(settings.get("compute", {}))
-    compute.pop("checkpoint_minutes", None)
     hashed = {key: value for key, value in settings.items() if key not in ("judge", "models")}
-    if settings.get("replicates") == json.loads(json.dumps(dataclasses.asdict(Replicates()))):
+    hashed["compute"] = _without(settings.get("compute", {}), "checkpoint_minutes")
+    if settings.get("replicates") == _plain(Replicates()):
         del hashed["replicates"]
     if settings.get("model", {}).get("architectures") == ["llama"]:
-        hashed["model"] = {k: v for k, v in settings["model"].items() if k != "architectures"}
-    if isinstance(settings.get("domains"), dict):
-        hashed["domains"] = {k: _without_unused(v) for k, v in settings["domains"].items()}
-    return fingerprint(hashed | {"compute": compute})
+        hashed["model"] = _without(settings["model"], "architectures")
+    unused, domains = {"instructions": _plain(Instructions()), "tuned": {}}, settings.get("domains")
+    if isinstance(domains, dict) and all(isinstance(one, dict) for one in domains.values()):
+        hashed["domains"] = {
+            name: _without(one, *(k for k in unused if one.get(k) == unused[k]))
+            for name, one in domains.items()
+        }
+    return fingerprint(hashed)
 
 
-def _without_unused(domain):
-    """Settings of a domain without `instructions` and `tuned` where it has none."""
-    unused = {"instructions": json.loads(json.dumps(dataclasses.asdict(Instructions())))}
-    unused["tuned"] = {}
-    if not isinstance(domain, dict):
-        return domain
-    return {k: v for k, v in domain.items() if k not in unused or v != unused[k]}
+def _without(section: dict, *keys: str) -> dict:
+    return {key: value for key, value in section.items() if key not in keys}
 
 
 def fingerprint(value) -> str:
     """SHA-256 (hex) of `value` as canonical JSON: sorted keys, no spaces, no NaN."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+# --- checks --------------------------------------------------------------------------------------
+
+
+def check_settings(kind: type, given, where: str):
+    """Settings of the dataclass `kind` from plain values, every one of them checked.
+
+    Raises:
+        AlloError: one line for the first value that is unknown, of a wrong type or out of range:
+            `where` and its key, what was given, what was expected.
+    """
+    try:
+        return pydantic.TypeAdapter(kind).validate_python(given)
+    except pydantic.ValidationError as error:
+        told = error.errors(include_url=False, include_context=False)[0]
+    place, expected = [part for part in told["loc"] if part != "[key]"], told["msg"]
+    if told["type"] in ("unexpected_keyword_argument", "invalid_key"):
+        expected = f"unknown key {short(place.pop())}; expected one of {_keys(kind, place)}"
+    elif told["type"] == "value_error":
+        expected = expected.removeprefix("Value error, ")
+    else:
+        section = told["type"] in ("dataclass_type", "dict_type")
+        wanted = "a section with keys" if section else expected.removeprefix("Input should be ")
+        expected = f"got {short(told['input'])}, expected {wanted}"
+    key = ".".join(map(str, place))
+    raise AlloError(": ".join(part for part in (where, key, expected) if part))
+
+
+def _keys(kind: type, place: list) -> str:
+    """Keys of the section of `kind` at a place in it."""
+    for step in place:
+        is_dict = get_origin(kind) is dict  # of named sections
+        kind = get_args(kind)[1] if is_dict else get_type_hints(kind)[step]
+    return ", ".join(sorted(one.name for one in dataclasses.fields(kind)))

@@ -1,16 +1,23 @@
-"""Reading a profile: a YAML file, the size for the device, and what the user overrides."""
+"""Reading a profile: a YAML file, the size for the device, and what the user overrides.
+
+A file that `extends` another profile, by its name or by the path of its file from there, is laid
+over it: sections are joined key by key, values and lists replaced.
+"""
 
 import contextlib
+import dataclasses
 import re
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
 
 from allo_lib.errors import AlloError, short
-from allo_lib.profiles.config import SIZES, Profile
-from allo_lib.profiles.parts import KEY, part_of
-from allo_lib.profiles.settings import checked
+from allo_lib.profiles.config import SIZES, Profile, check_settings
 
+# Among the overrides that notebooks get; no setting, as it changes no result.
+KEY = "only_domains"
 PROFILES = Path(__file__).parent
 RATES = PROFILES / "rates"
 _MISREAD = re.compile(r"[+-]?0[0-7_]+|.*:.*")  # octal and base 60 in YAML 1.1: 010 is 8, 1:30 is 90
@@ -23,25 +30,14 @@ def load_profile(name: str, overrides: dict | None = None, device: str | None = 
     (`{"domains.miniature.epochs": 2}`). A profile with sizes has a section `sizes` whose entry for
     the device ("cpu", or "gpu" for any accelerator) is laid over the rest. `device` None means an
     accelerator when torch sees one and the profile has sizes, else the CPU. The key `only_domains`
-    is no setting: it names the domains to work on (`parts`).
+    is no setting: it names the domains to work on (`part_of`).
 
     Raises:
         AlloError: unknown profile, unreadable YAML, unknown key, wrong type, or a value out of
             range.
     """
     path = _profile_path(name)
-    raw = _read_yaml(path)
-    sizes = raw.pop("sizes", None)
-    if sizes is not None:
-        size = _size(device)
-        if not isinstance(sizes, dict) or set(sizes) != set(SIZES):
-            raise AlloError(f"{path.name}: `sizes` needs exactly the keys {', '.join(SIZES)}")
-        if not isinstance(sizes[size] or {}, dict):
-            given = short(sizes[size])
-            raise AlloError(f"{path.name}: sizes.{size}: expected a section, got {given}")
-        raw = _laid_over(raw, sizes[size] or {}, path)
-        raw["size"] = size
-    raw.setdefault("name", path.stem)
+    raw = _values(path, device)
     if not isinstance(overrides or {}, dict):
         raise AlloError(f"overrides: expected a dict of keys and values, got {short(overrides)}")
     settings = dict(overrides or {})
@@ -49,15 +45,15 @@ def load_profile(name: str, overrides: dict | None = None, device: str | None = 
     for key, value in settings.items():
         _set_dotted(raw, key, value)
     _resolve_tuned(raw, path)
-    profile = checked(Profile, raw, where=path.name)
+    profile = check_settings(Profile, raw, where=path.name)
     return profile if only is None else part_of(profile, only)
 
 
-def _profile_path(name: str) -> Path:
+def _profile_path(name: str, folder: Path = Path()) -> Path:
     known = sorted(p.stem for p in PROFILES.glob("*.yaml"))
     if str(name) in known:
         return PROFILES / f"{name}.yaml"
-    path = Path(str(name))
+    path = folder / str(name)
     with contextlib.suppress(OSError):  # a name too long for the file system
         if path.suffix in (".yaml", ".yml") and path.is_file():
             return path
@@ -140,6 +136,31 @@ def _read_yaml(path: Path) -> dict:
     return raw
 
 
+def _values(path: Path, device: str | None, seen: tuple[Path, ...] = ()) -> dict:
+    """What a profile's file says for a device, laid over what the profile says that it extends."""
+    raw = _read_yaml(path)
+    raw.setdefault("name", path.stem)
+    sizes, base = raw.pop("sizes", None), raw.pop("extends", None)
+    if sizes is not None:
+        size = _size(device)
+        if not isinstance(sizes, dict) or set(sizes) != set(SIZES):
+            raise AlloError(f"{path.name}: `sizes` needs exactly the keys {', '.join(SIZES)}")
+        if not isinstance(sizes[size] or {}, dict):
+            given = short(sizes[size])
+            raise AlloError(f"{path.name}: sizes.{size}: expected a section, got {given}")
+        raw = _overlay(raw, sizes[size] or {}, path) | {"size": size}
+    if base is None:
+        return raw
+    seen = (*seen, path.resolve())
+    try:
+        below = _profile_path(base, path.parent).resolve()
+        if below in seen:
+            raise AlloError(f"{short(base)} extends itself; name another profile")
+    except AlloError as error:
+        raise AlloError(f"{path.name}: extends: {error}") from error
+    return _overlay(_values(below, device, seen) | {"description": ""}, raw, path)
+
+
 def _resolve_tuned(raw: dict, path: Path) -> None:
     """Put the rates of `tuned: NAME` in place of the name."""
     domains = raw.get("domains")
@@ -167,25 +188,58 @@ def _size(device: str | None) -> str:
     return "cpu" if device == "cpu" else "gpu"
 
 
-def _laid_over(raw: dict, top: dict, path: Path) -> dict:
-    try:
-        return _overlay(raw, top)
-    except RecursionError:
-        raise AlloError(f"{path.name}: sizes: a section that holds itself; write it out") from None
-
-
-def _overlay(base: dict, top: dict) -> dict:
+def _overlay(base: dict, top: dict, path: Path) -> dict:
     merged = dict(base)
-    for key, value in top.items():
-        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
-        merged[key] = _overlay(merged[key], value) if both else value
+    try:
+        for key, value in top.items():
+            both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+            merged[key] = _overlay(merged[key], value, path) if both else value
+    except RecursionError:
+        raise AlloError(f"{path.name}: a section that holds itself; write it out") from None
     return merged
 
 
 def _set_dotted(raw: dict, key: str, value) -> None:
     *sections, last = str(key).split(".")
     for section in sections:
-        raw = raw.setdefault(section, {})
-        if not isinstance(raw, dict):
+        inner = raw.get(section, {})
+        if not isinstance(inner, dict):
             raise AlloError(f"override {key!r}: {section!r} is a value, not a section")
+        raw[section] = dict(inner)  # by an alias of YAML it may stand elsewhere too
+        raw = raw[section]
     raw[last] = value
+
+
+@dataclass(frozen=True)
+class Part(Profile):
+    """A profile with some of its domains only; `to_dict` and `hash` are those of the whole.
+
+    So a study can be made in pieces that add up: on several machines, or in short sessions.
+    """
+
+    whole: Profile | None = None
+
+    def to_dict(self) -> dict:
+        """The settings of the whole profile."""
+        return self.whole.to_dict()
+
+
+def part_of(profile: Profile, domains: str | Sequence[str]) -> Profile:
+    """The profile with `domains` only, in its own order; itself when these are all of it.
+
+    Raises:
+        AlloError: no domain, one that the profile does not have, or one named twice.
+    """
+    asked = [domains] if isinstance(domains, str) else list(domains)
+    known = list(profile.domains)
+    names = {str(name) for name in asked}
+    if not asked or len(names) < len(asked) or not names <= set(known):
+        given = ", ".join(map(str, asked)) or "none"
+        raise AlloError(
+            f"domains {given[:80]!r}: expected one or more of {', '.join(known)}, each once"
+        )
+    if set(asked) == set(known):
+        return profile
+    values = {field.name: getattr(profile, field.name) for field in dataclasses.fields(Profile)}
+    values["domains"] = {name: one for name, one in profile.domains.items() if name in asked}
+    return Part(**values, whole=profile)
