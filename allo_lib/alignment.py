@@ -21,12 +21,7 @@ import torch
 from pydantic import Field
 
 from allo_lib import delta
-from allo_lib.data.preferences import SIDES, Encoded, read_pairs
-from allo_lib.engine import models, rewriter
-from allo_lib.engine.checkpoints import Checkpoints
-from allo_lib.engine.evaluation import implicit_margins
-from allo_lib.engine.forward import layout_of, pair_logps
-from allo_lib.engine.given_model import (
+from allo_lib.align_setup import (
     as_found,
     check_model,
     check_trainable,
@@ -38,11 +33,15 @@ from allo_lib.engine.given_model import (
     undone_if_stopped,
     weights_back,
 )
+from allo_lib.allo import delta_of_dpo, gradient_scores, run_stage
+from allo_lib.data.preferences import SIDES, Encoded, read_pairs
+from allo_lib.engine import models, rewriter
+from allo_lib.engine.checkpoints import Checkpoints
+from allo_lib.engine.evaluation import implicit_margins
+from allo_lib.engine.forward import layout_of, pair_logps
 from allo_lib.engine.reference import rows_hash, weights_hash, with_reference
-from allo_lib.engine.stages import run_stage
 from allo_lib.engine.store import Store, write_json
 from allo_lib.engine.training import Log, Schedule
-from allo_lib.engine.warmup import delta_of_dpo, gradient_scores
 from allo_lib.errors import AlloError, Diverged
 from allo_lib.evaluation.stats import mean_and_error, mean_interval
 from allo_lib.machine import devices

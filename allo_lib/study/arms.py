@@ -7,9 +7,9 @@ from pathlib import Path
 
 import torch
 
+from allo_lib.allo import run_stage
 from allo_lib.engine import on_policy
 from allo_lib.engine.encoding import encode_demonstration
-from allo_lib.engine.stages import run_stage
 from allo_lib.engine.store import MANIFEST, Artifact, write_json
 from allo_lib.engine.training import Diverged, Log, Schedule
 from allo_lib.errors import AlloError
