@@ -20,9 +20,9 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from allo_lib.allo import run_stage
 from allo_lib.data import miniature
 from allo_lib.engine import generation, packaged_weights
-from allo_lib.engine.stages import run_stage
 from allo_lib.engine.training import Schedule
 from allo_lib.machine.environment import device_name
 from allo_lib.method.importance import select_neurons

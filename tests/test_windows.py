@@ -19,8 +19,9 @@ from test_run_all import study as toy  # noqa: F401  (a fixture)
 from test_store import never
 from tiny_study import DOMAIN, open_study
 
+from allo_lib import allo
 from allo_lib.cli import cli, driver, status, verify
-from allo_lib.engine import notes, stages
+from allo_lib.engine import notes
 from allo_lib.engine.store import MANIFEST, NotMade, Store, sha256, write_json
 from allo_lib.errors import AlloError
 from allo_lib.machine import weights
@@ -164,13 +165,13 @@ def test_processes_that_make_it_again_with_other_bits_go_on_from_the_same(tmp_pa
 @pytest.fixture
 def trained(monkeypatch):
     """Labels of all trainings, in their order."""
-    labels, real = [], stages.train
+    labels, real = [], allo.train
 
     def train(model, rows, collator, loss, optimizer, schedule, label, *others):
         labels.append(label)
         return real(model, rows, collator, loss, optimizer, schedule, label, *others)
 
-    monkeypatch.setattr(stages, "train", train)
+    monkeypatch.setattr(allo, "train", train)
     return labels
 
 

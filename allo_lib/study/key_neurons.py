@@ -2,10 +2,9 @@
 
 from pathlib import Path
 
+from allo_lib.allo import delta_of_dpo, find_neurons, gradient_scores
 from allo_lib.engine.store import Artifact, write_json
-from allo_lib.engine.warmup import delta_of_dpo, gradient_scores, warmup_seed
 from allo_lib.machine import weights
-from allo_lib.method import importance
 from allo_lib.method.importance import NeuronMask
 from allo_lib.seeds import derive
 from allo_lib.study import score_variants
@@ -39,7 +38,7 @@ class KeyNeurons:
         common = {
             "beta": method.beta,
             "batch_size": domain.batch_size,
-            "seed": warmup_seed(self.seed, name, variant),
+            "seed": derive(self.seed, "warm-up", name, "second" if variant == "order" else "first"),
             "pad_token_id": self.tokenizer.pad_token_id,
         }
         if variant == "magnitude":
@@ -94,7 +93,7 @@ class KeyNeurons:
 
     def _make_mask(self, name, order, share, variant, granularity, scope, folder: Path) -> None:
         scores = weights.read_tensors(self.scores(name, variant).file("scores.safetensors"))
-        mask = importance.select_neurons(
+        mask, record = find_neurons(
             scores,
             share,
             order=order,
@@ -103,7 +102,4 @@ class KeyNeurons:
             seed=derive(self.seed, "mask", name),
         )
         mask.save(folder / "mask.safetensors")
-        # One threshold, at which scores can tie, is there only where all entries are ranked.
-        ranked = granularity == "scalar" and scope == "global"
-        record = importance.count_ties(scores, mask) if ranked else {}
         write_json(folder / "record.json", record | {"kept": mask.kept, "total": mask.total})
