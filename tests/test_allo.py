@@ -1,4 +1,4 @@
-"""Importance scores are what their formulas say."""
+"""The steps of the method: importance scores are what their formulas say, ties are told."""
 
 import pytest
 import torch
