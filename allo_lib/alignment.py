@@ -1,7 +1,7 @@
 """ALLO on your own model and your own preference pairs, in one call.
 
 The method is in `allo`, and the study takes it from there too; here is what a user's own model
-needs besides: checks (`given`), checkpoints, a search of rates, held-out pairs, and what is saved.
+needs besides: checks (`align_setup`), checkpoints, a search of rates, held-out pairs, and files.
 """
 
 import contextlib
@@ -16,18 +16,18 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from allo_lib import allo, delta, given
+from allo_lib import align_setup, allo, delta
+from allo_lib.align_setup import STAGES, TRAINED, AlignConfig, entries, put
 from allo_lib.data.preferences import SIDES
 from allo_lib.engine import models, rewriter
 from allo_lib.engine.checkpoints import Checkpoints
 from allo_lib.engine.evaluation import implicit_margins
 from allo_lib.engine.forward import layout_of, pair_logps
-from allo_lib.engine.reference import rows_hash, weights_hash, with_reference
+from allo_lib.engine.reference import rows_hash, state_hash, with_reference
 from allo_lib.engine.store import Store, write_json
 from allo_lib.engine.training import Log, Schedule
 from allo_lib.errors import AlloError, Diverged
 from allo_lib.evaluation.stats import mean_and_error, mean_interval
-from allo_lib.given import STAGES, TRAINED, AlignConfig, entries, put
 from allo_lib.machine import devices
 from allo_lib.method.importance import NeuronMask
 from allo_lib.profiles.config import fingerprint
@@ -81,7 +81,7 @@ def align(
 
     Raises:
         AlloError: unknown stage or setting, a model that cannot be aligned as it is
-            (`given`), no pairs, missing columns, no pair that fits the model's context, a
+            (`align_setup`), no pairs, missing columns, no pair that fits the model's context, a
             pair that cannot be encoded or whose responses are equal, a tokenizer without pad or end
             token, a loss that is not finite, or stages that changed no weight.
     """
@@ -91,16 +91,18 @@ def align(
 
 def _align(model, tokenizer, pairs, stages, config, output_dir) -> AlignResult:
     folder = _folder(output_dir)
-    run = _Run(model, tokenizer, given.checked(config), given.chosen_stages(stages), folder)
-    with given.recomputing(model, run.config.gradient_checkpointing):
+    run = _Run(
+        model, tokenizer, align_setup.checked(config), align_setup.chosen_stages(stages), folder
+    )
+    with align_setup.recomputing(model, run.config.gradient_checkpointing):
         run.read(pairs)
         run.output_dir.mkdir(parents=True, exist_ok=True)
-        with given.as_found(model):
+        with align_setup.as_found(model):
             mask = run.find_neurons() if "importance" in run.stages else run.saved_mask()
             run.rank_before()
-        with given.restored(model, mask if run.trained else NeuronMask({}, {})) as before:
+        with align_setup.restored(model, mask if run.trained else NeuronMask({}, {})) as before:
             if run.trained:
-                with given.as_found(model):
+                with align_setup.as_found(model):
                     run.train(mask, before)
                     run.rank_after()
             run.save(mask, before)
@@ -112,7 +114,7 @@ class _Run:
     """What the stages of one call share."""
 
     def __init__(self, model, tokenizer, config: AlignConfig, stages, output_dir: Path):
-        given.check_model(model)
+        align_setup.check_model(model)
         models.check_tokenizer(tokenizer, model)
         if getattr(model.config, "pad_token_id", None) is None:
             model.config.pad_token_id = tokenizer.pad_token_id
@@ -127,23 +129,23 @@ class _Run:
     def read(self, pairs) -> None:
         """All that can be known before anything is trained: what fits, and what is told of it."""
         every = "importance" in self.stages and self.config.estimator == "delta"
-        given.check_trainable(self.model, every, self.config.max_length)
+        align_setup.check_trainable(self.model, every, self.config.max_length)
         devices.start(self.model)
-        context = given.context_of(self.model)
-        parts = given.parts_of(pairs, self.tokenizer, context, self.config, self.stages)
+        context = align_setup.context_of(self.model)
+        parts = align_setup.parts_of(pairs, self.tokenizer, context, self.config, self.stages)
         self.pairs, self.held_out, self.development = parts
-        gpus = given.several_gpus(self.model.device.type, torch.cuda.device_count())
-        for line in filter(None, [gpus, *given.lines_about(*parts, self.stages)]):
+        gpus = align_setup.several_gpus(self.model.device.type, torch.cuda.device_count())
+        for line in filter(None, [gpus, *align_setup.lines_about(*parts, self.stages)]):
             print(line, flush=True)
         self.record["left_out"] = {
             "overlong": self.pairs.overlong,
-            "not_forgotten": given.not_forgotten(self.pairs),
+            "not_forgotten": align_setup.not_forgotten(self.pairs),
             "held_out": self.held_out.numbers,
             "development": self.development.numbers,
         }
         self._try_longest()
         settings = self.record["config"] | {"checkpoint_minutes": None, "stages": self.stages}
-        begins = [weights_hash(self.model), rows_hash(self.pairs.rows), settings]
+        begins = [state_hash(self.model), rows_hash(self.pairs.rows), settings]
         devices.agree(begins, "pairs or settings")
         self._begun = self.output_dir / ".checkpoints" / fingerprint(begins)[:24]
 
@@ -187,7 +189,7 @@ class _Run:
             self.logs["importance"] = Log()
             common["batch_size"] //= config.accumulation  # each pass counts as a batch
             return allo.gradient_scores(self.model, rows, steps=config.max_steps, **common)
-        with given.restored(self.model, always=True):
+        with align_setup.restored(self.model, always=True):
             scores, record = allo.delta_of_dpo(
                 self.model,
                 rows,
@@ -290,7 +292,7 @@ class _Run:
         trained = mask if config.rewriter_neurons == "kept" else None
         schedule = self._schedule("sft", config.rewriter_rate, 0.1)
         settings = self._settings("sft", trained, "rewriter")
-        with given.restored(self.model, always=True):
+        with align_setup.restored(self.model, always=True):
             self.logs["rewriter"] = allo.run_stage(
                 self.model, list(learnt), "sft", schedule, **settings
             )

@@ -15,9 +15,9 @@ from tokenizers import models as tokenizer_models
 from transformers import PreTrainedTokenizerFast
 
 from allo_lib import align
+from allo_lib.align_setup import checked
 from allo_lib.alignment import AlignConfig, AlignResult
 from allo_lib.engine import models
-from allo_lib.given import checked
 
 WORDS = ["<pad>", "<eos>", "<unk>", *(f"w{i}" for i in range(30))]  # as many as tiny_llama has
 PAIRS = [{"prompt": "w1 w2", "chosen": "w3", "rejected": f"w{4 + i}"} for i in range(4)]

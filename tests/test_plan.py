@@ -7,10 +7,10 @@ from tiny_models import VOCABULARY, tiny_llama
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig, Qwen3Config
 
+from allo_lib.align_setup import STAGES, checked, parts_of
 from allo_lib.cli import plan
 from allo_lib.engine.batches import Layout, pair_batch
 from allo_lib.engine.forward import response_logps
-from allo_lib.given import STAGES, checked, parts_of
 from allo_lib.study.footprint import count, footprint
 
 SEVEN = LlamaConfig(

@@ -72,12 +72,12 @@ def align(arguments: list[str]) -> None:
         settings[key] = parse_value(key, value, option="")
     import torch
 
-    from allo_lib import alignment, given
+    from allo_lib import align_setup, alignment
     from allo_lib.engine import models
 
-    config = given.checked(settings)
-    stages = options.stages.split(",") if options.stages else given.STAGES
-    stages = given.chosen_stages(stages)
+    config = align_setup.checked(settings)
+    stages = options.stages.split(",") if options.stages else align_setup.STAGES
+    stages = align_setup.chosen_stages(stages)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = models.dtype_on(device, options.dtype)
     if dtype not in models.DTYPES:
@@ -163,14 +163,14 @@ def _dataset(source: str) -> list[dict]:
 
 
 def _plan(options, pairs, config, stages, dtype, device: str) -> str:
-    from allo_lib import given
+    from allo_lib import align_setup
     from allo_lib.cli import plan
     from allo_lib.engine import models
 
     model_config, tokenizer = models.described(options.model, options.revision)
-    given.check_config(model_config, options.model)
+    align_setup.check_config(model_config, options.model)
     context = getattr(model_config, "max_position_embeddings", None)
-    parts = given.parts_of(pairs, tokenizer, context, config, stages)
+    parts = align_setup.parts_of(pairs, tokenizer, context, config, stages)
     if "importance" not in stages and not Path(options.out, "mask.safetensors").is_file():
         config = replace(config, share=1.0)
     limit = 1e9 * (options.device_gb or 0)
@@ -180,7 +180,7 @@ def _plan(options, pairs, config, stages, dtype, device: str) -> str:
         limit = torch.cuda.mem_get_info()[1]
     limit = limit or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     lines = [f"{len(parts[0].rows)} of {parts[0].count} pairs are trained on"]
-    lines += given.lines_about(*parts, stages)
+    lines += align_setup.lines_about(*parts, stages)
     rate = options.flops or RATES[device]
     return "\n".join(lines) + "\n" + plan.describe(
         tokenizer, model_config, parts, config, stages, dtype, limit, rate, sys.stdout.isatty()

@@ -15,11 +15,11 @@ from dataclasses import dataclass, replace
 import torch
 from transformers import AutoModelForCausalLM
 
+from allo_lib.align_setup import TRAINED, AlignConfig
 from allo_lib.data.preferences import SIDES, Given
 from allo_lib.engine.prefix_tree import shared_length
 from allo_lib.engine.training import Schedule
 from allo_lib.errors import AlloError
-from allo_lib.given import TRAINED, AlignConfig
 from allo_lib.study.footprint import Counted, Footprint, count
 
 DEVICES = (1, 2, 8)

@@ -28,7 +28,7 @@ def with_reference(
     Read from the store where the same weights have met the same pairs before; else computed by a
     forward pass over all pairs and written there.
     """
-    inputs = {"weights": weights_hash(model), "pairs": rows_hash(rows), "version": VERSION}
+    inputs = {"weights": state_hash(model), "pairs": rows_hash(rows), "version": VERSION}
     values: list[dict] = []
 
     def make(folder: Path) -> None:
@@ -73,7 +73,7 @@ def attach(rows: list[dict], path: Path | None) -> list[dict]:
     return result
 
 
-def weights_hash(model) -> str:
+def state_hash(model) -> str:
     """SHA-256 (hex) of names, dtypes, shapes and bytes of all parameters and buffers."""
     return tensors_hash(sorted(model.state_dict().items()))
 

@@ -20,7 +20,7 @@ from transformers import (
     OPTForCausalLM,
 )
 
-from allo_lib import align, allo, given
+from allo_lib import align, align_setup, allo
 from allo_lib.engine.checkpoints import Checkpoints
 from allo_lib.errors import Diverged
 from allo_lib.method.optim import MaskedAdamW
@@ -297,7 +297,7 @@ def test_experts_without_a_router_loss_are_aligned(tmp_path, settings):
     ],
 )
 def test_other_gpus_are_told_of_where_no_launcher_shares_them(device, count, environment, told):
-    found = given.several_gpus(device, count, environment)
+    found = align_setup.several_gpus(device, count, environment)
     assert found is None if told is None else told in found
 
 
