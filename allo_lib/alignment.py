@@ -91,9 +91,8 @@ def align(
 
 def _align(model, tokenizer, pairs, stages, config, output_dir) -> AlignResult:
     folder = _folder(output_dir)
-    run = _Run(
-        model, tokenizer, align_setup.checked(config), align_setup.chosen_stages(stages), folder
-    )
+    config, stages = align_setup.checked(config), align_setup.chosen_stages(stages)
+    run = _Run(model, tokenizer, config, stages, folder)
     with align_setup.recomputing(model, run.config.gradient_checkpointing):
         run.read(pairs)
         run.output_dir.mkdir(parents=True, exist_ok=True)
@@ -271,11 +270,11 @@ class _Run:
         self.masters = {}
         for name, rate in zip(self.trained, rates, strict=True):
             rows = self._with_reference(self.pairs.rows)
+            if name == "forgetting" and self._weights is None:
+                self._weights = self._token_weights(mask)
             schedule = self._schedule(name, rate, _WARMUP[name])
             settings = self._settings(name, mask, f"{place}{name}") | {"masters": self.masters}
             if name == "forgetting":
-                if self._weights is None:
-                    self._weights = self._token_weights(mask)
                 fitting = zip(rows, self.pairs.corrections, strict=True)
                 rows = [row for row, correction in fitting if correction]
                 log = allo.forget(self.model, rows, self._weights, schedule, **settings)

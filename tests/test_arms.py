@@ -352,17 +352,6 @@ def test_the_paper_s_protocol_runs_at_dpo_s_rate(tiny_study):
     assert {key: dpo[key] for key in same} == {key: paper[key] for key in same}
 
 
-@pytest.mark.slow
-def test_records_of_two_folders_are_equal(tiny_study, tmp_path):
-    other = open_study(tmp_path)
-    assert other.pairs(DOMAIN) == tiny_study.pairs(DOMAIN)
-    for method in ("sft_base", "dpo"):
-        ours, theirs = (arms.result(study, DOMAIN, method) for study in (tiny_study, other))
-        assert ours == theirs
-    key = arms._method_inputs(tiny_study, DOMAIN, "dpo")
-    assert key == arms._method_inputs(other, DOMAIN, "dpo")
-
-
 @pytest.mark.parametrize(
     "change",
     [
