@@ -332,7 +332,7 @@ def _places(mask, name: str, value) -> torch.Tensor:
 @contextlib.contextmanager
 def recomputing(model, wanted: bool):
     """Within it backward makes activations again instead of keeping them, if that is `wanted`."""
-    if not wanted or getattr(model, "is_gradient_checkpointing", False):
+    if not wanted or any(getattr(m, "gradient_checkpointing", False) for m in model.modules()):
         yield
         return
     try:

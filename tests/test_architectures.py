@@ -178,7 +178,7 @@ def test_gradients_of_a_windowed_model_and_of_a_head_are_the_models_own():
 
 # --- `align` whole ---
 
-# All kinds and nine mixtures of experts; how the others are read is tested above.
+# All kinds, ten mixtures of experts among them; how the others are read is tested above.
 WHOLE = (*WINDOWED, *EXPERTS[::2], *MORE_THAN_A_MATRIX[::2], *OTHERS[::2])
 
 
