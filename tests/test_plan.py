@@ -147,6 +147,11 @@ def test_the_first_pair_is_shown_as_it_is_read():
     assert len({line[:5] for line in coloured}) == 4 and all("\x1b[0m" in x for x in coloured)
     assert plain[0] in coloured[0]
 
+    long = plan.shown_pair(tokenizer, row | {"prompt": [3] + [4] * 98 + [5]}, colour=False)[0]
+    assert long == "  prompt " + "|".join(
+        ["w0"] + ["w1"] * 39 + ["... 20 more ..."] + ["w1"] * 39 + ["w2"]
+    )
+
     class Hostile:
         def decode(self, ids):
             return "\x1b[2J\n"
