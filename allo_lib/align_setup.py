@@ -11,12 +11,11 @@ from typing import Annotated, Literal
 import torch
 from pydantic import Field
 
-from allo_lib.data.preferences import Given, read_pairs
+from allo_lib.data.preferences import Encoded, read_pairs
 from allo_lib.engine import models
 from allo_lib.errors import AlloError
 from allo_lib.machine import devices
-from allo_lib.profiles import settings
-from allo_lib.profiles.settings import (
+from allo_lib.profiles.config import (
     STRICT,
     BelowOne,
     Count,
@@ -26,6 +25,7 @@ from allo_lib.profiles.settings import (
     Positive,
     Rate,
     Share,
+    check_settings,
 )
 from allo_lib.seeds import derive
 
@@ -91,7 +91,7 @@ def checked(config) -> AlignConfig:
             f"align: config is a {type(config).__name__}; expected an AlignConfig or a dict"
         )
     given = asdict(config) if isinstance(config, AlignConfig) else dict(config or {})
-    config = settings.checked(AlignConfig, given, "align")
+    config = check_settings(AlignConfig, given, "align")
     if config.batch_size % config.accumulation:
         raise AlloError(
             f"align: batch_size {config.batch_size} is no multiple of accumulation "
@@ -113,7 +113,7 @@ def chosen_stages(stages) -> tuple[str, ...]:
 
 
 def parts_of(pairs, tokenizer, context: int | None, config: AlignConfig, stages):
-    """(pairs to train on, held-out ones, development ones), each `preferences.Given`.
+    """(pairs to train on, held-out ones, development ones), each `preferences.Encoded`.
 
     Raises:
         AlloError: what `read_pairs` raises, no pair left to train on, or to forget of.
@@ -137,13 +137,13 @@ def parts_of(pairs, tokenizer, context: int | None, config: AlignConfig, stages)
     return given, held_out, development
 
 
-def not_forgotten(given: Given) -> list[int]:
+def not_forgotten(given: Encoded) -> list[int]:
     """Numbers of the pairs that take no part in forgetting."""
     pairs = zip(given.numbers, given.corrections, strict=True)
     return [number for number, correction in pairs if correction is None]
 
 
-def lines_about(given: Given, held_out: Given, development: Given, stages) -> list[str]:
+def lines_about(given: Encoded, held_out: Encoded, development: Encoded, stages) -> list[str]:
     """What a user should know of the pairs."""
     overlong, unread = given.overlong, not_forgotten(given)
     told = []

@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from allo_lib.cli.cli import BAD_INPUT, parse_value
-from allo_lib.data.realdata import text_of
+from allo_lib.data.benchmarks import text_of
 from allo_lib.errors import AlloError
 
 USAGE = """\
