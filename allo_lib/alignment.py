@@ -1,7 +1,7 @@
 """ALLO on your own model and your own preference pairs, in one call.
 
-The stages are those of the study, by the same functions: importance (`warmup`), token rewards
-(`rewriter`, `token_rewards`), forgetting and learning (`stages`).
+The method is in `allo`, and the study takes it from there too; here is what a user's own model
+needs besides: checks (`align_setup`), checkpoints, a search of rates, held-out pairs, and files.
 """
 
 import contextlib
@@ -10,109 +10,34 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from types import NoneType
-from typing import Annotated, Literal
 
 import numpy as np
 import torch
-from pydantic import Field
 
-from allo_lib import delta
-from allo_lib.align_setup import (
-    as_found,
-    check_model,
-    check_trainable,
-    context_of,
-    entries,
-    put,
-    recomputing,
-    several_gpus,
-    undone_if_stopped,
-    weights_back,
-)
-from allo_lib.allo import delta_of_dpo, gradient_scores, run_stage
-from allo_lib.data.preferences import SIDES, Encoded, read_pairs
+from allo_lib import align_setup, allo, delta
+from allo_lib.align_setup import STAGES, TRAINED, AlignConfig, entries, put
+from allo_lib.data.preferences import SIDES
 from allo_lib.engine import models, rewriter
 from allo_lib.engine.checkpoints import Checkpoints
 from allo_lib.engine.evaluation import implicit_margins
 from allo_lib.engine.forward import layout_of, pair_logps
-from allo_lib.engine.reference import rows_hash, weights_hash, with_reference
+from allo_lib.engine.reference import rows_hash, state_hash, with_reference
 from allo_lib.engine.store import Store, write_json
 from allo_lib.engine.training import Log, Schedule
 from allo_lib.errors import AlloError, Diverged
 from allo_lib.evaluation.stats import mean_and_error, mean_interval
 from allo_lib.machine import devices
-from allo_lib.method.importance import NeuronMask, count_ties, select_neurons
-from allo_lib.method.token_rewards import unaligned_weights
-from allo_lib.profiles.config import (
-    STRICT,
-    BelowOne,
-    Count,
-    Flag,
-    Fraction,
-    Number,
-    Positive,
-    Rate,
-    Share,
-    check_settings,
-    fingerprint,
-)
+from allo_lib.method.importance import NeuronMask
+from allo_lib.profiles.config import fingerprint
 from allo_lib.report import warning_signs
 from allo_lib.seeds import derive
 from allo_lib.study.search import search
 
-STAGES = ("importance", "forgetting", "learning")
-TRAINED = STAGES[1:]  # the stages whose rates are searched
 _SEARCH_FACTOR = 2.0  # ratio of neighbouring rates, as in the study's profiles
-
-
-@dataclass(frozen=True)
-class AlignConfig:
-    """Settings of `align`; learning rates are the ones to search, on data held out for it.
-
-    With estimator "gradient" and rewriter_neurons "kept" no part needs dense optimizer state, which
-    is what keeps a large model from fitting one device.
-    """
-
-    __pydantic_config__ = STRICT
-
-    share: Share = 0.1  # of all neurons that are kept; paper: 10%
-    # Scores: "delta" (|theta' - theta| / lr of a DPO run on all neurons; official code), or
-    # "gradient" (sum of |dL/dtheta| over the pairs, no update made).
-    estimator: Literal["delta", "gradient"] = "delta"
-    importance_rate: Rate = 1e-6  # of the warm-up; official code
-    forgetting_rate: Rate = 5e-7  # official code; try larger ones, see 01_importance
-    learning_rate: Rate = 5e-6  # official code
-    rewriter_rate: Rate = 1e-5  # of the reward model's training
-    # That it trains: all, or those kept by the mask.
-    rewriter_neurons: Literal["all", "kept"] = "all"
-    beta: Rate = 0.1
-    key_share: Share = 0.2  # epsilon of the learning stage
-    # See token_rewards.unaligned_weights.
-    token_rule: Literal["threshold", "soft", "released"] = "threshold"
-    token_threshold: Fraction = 0.5
-    batch_size: Positive = 16  # pairs per step; official code: 128
-    accumulation: Positive = 1  # forward passes per step, of batch_size / accumulation pairs each
-    gradient_checkpointing: Flag = False  # activations are made again in backward, not kept
-    epochs: Positive = 1  # of every stage
-    max_steps: Positive | None = None  # of every stage, at most
-    # Share of the pairs, by prompt, that nothing is trained or chosen on: how many of them the
-    # model ranks right before and after goes into align.json.
-    held_out: BelowOne = 0.0
-    # Candidates for the rates of forgetting and learning, a factor of 2 apart around the rates
-    # given; that is kept which ranks most of another share of the pairs right. 1: no search.
-    search: Positive = 1
-    development: Annotated[BelowOne, Field(gt=0)] = 0.1  # that share, where there is a search
-    forward_batch: Positive = 8  # rows of a forward pass without gradients
-    max_length: Positive | None = None  # tokens of a row; None is the model's context
-    overlong: Literal["drop", "raise"] = "drop"  # what becomes of pairs that are longer
-    max_grad_norm: Rate | None = 1.0
-    seed: Count = 0
-    # Of training, between two checkpoints that the same call goes on from if stopped; 0: none.
-    checkpoint_minutes: Number = 5.0
+# Share of a stage's steps in which its rate rises; official code.
+_WARMUP = {"forgetting": 0.03, "learning": 0.1}
 
 
 @dataclass
@@ -156,7 +81,7 @@ def align(
 
     Raises:
         AlloError: unknown stage or setting, a model that cannot be aligned as it is
-            (`given_model`), no pairs, missing columns, no pair that fits the model's context, a
+            (`align_setup`), no pairs, missing columns, no pair that fits the model's context, a
             pair that cannot be encoded or whose responses are equal, a tokenizer without pad or end
             token, a loss that is not finite, or stages that changed no weight.
     """
@@ -166,17 +91,17 @@ def align(
 
 def _align(model, tokenizer, pairs, stages, config, output_dir) -> AlignResult:
     folder = _folder(output_dir)
-    run = _Run(model, tokenizer, checked(config), chosen_stages(stages), folder)
-    trains = set(TRAINED) & set(run.stages)
-    with recomputing(model, run.config.gradient_checkpointing):
+    config, stages = align_setup.checked(config), align_setup.chosen_stages(stages)
+    run = _Run(model, tokenizer, config, stages, folder)
+    with align_setup.recomputing(model, run.config.gradient_checkpointing):
         run.read(pairs)
         run.output_dir.mkdir(parents=True, exist_ok=True)
-        with as_found(model):
-            mask = run.importance() if "importance" in run.stages else run.saved_mask()
+        with align_setup.as_found(model):
+            mask = run.find_neurons() if "importance" in run.stages else run.saved_mask()
             run.rank_before()
-        with undone_if_stopped(model, mask if trains else NeuronMask({}, {})) as before:
-            if trains:
-                with as_found(model):
+        with align_setup.restored(model, mask if run.trained else NeuronMask({}, {})) as before:
+            if run.trained:
+                with align_setup.as_found(model):
                     run.train(mask, before)
                     run.rank_after()
             run.save(mask, before)
@@ -188,12 +113,13 @@ class _Run:
     """What the stages of one call share."""
 
     def __init__(self, model, tokenizer, config: AlignConfig, stages, output_dir: Path):
-        check_model(model)
+        align_setup.check_model(model)
         models.check_tokenizer(tokenizer, model)
         if getattr(model.config, "pad_token_id", None) is None:
             model.config.pad_token_id = tokenizer.pad_token_id
         self.model, self.tokenizer, self.config = model, tokenizer, config
         self.stages, self.output_dir = stages, output_dir
+        self.trained = [stage for stage in TRAINED if stage in stages]
         self.logs: dict[str, Log] = {}
         self.masters: dict = {}  # float32 values of kept entries, handed from stage to stage
         self.record: dict = {"config": asdict(config), "held_out": None}  # for align.json
@@ -202,28 +128,29 @@ class _Run:
     def read(self, pairs) -> None:
         """All that can be known before anything is trained: what fits, and what is told of it."""
         every = "importance" in self.stages and self.config.estimator == "delta"
-        check_trainable(self.model, every, self.config.max_length)
+        align_setup.check_trainable(self.model, every, self.config.max_length)
         devices.start(self.model)
-        parts = parts_of(pairs, self.tokenizer, context_of(self.model), self.config, self.stages)
-        self.given, self.held_out, self.development = parts
-        gpus = several_gpus(self.model.device.type, torch.cuda.device_count())
-        for line in filter(None, [gpus, *lines_about(*parts, self.stages)]):
+        context = align_setup.context_of(self.model)
+        parts = align_setup.parts_of(pairs, self.tokenizer, context, self.config, self.stages)
+        self.pairs, self.held_out, self.development = parts
+        gpus = align_setup.several_gpus(self.model.device.type, torch.cuda.device_count())
+        for line in filter(None, [gpus, *align_setup.lines_about(*parts, self.stages)]):
             print(line, flush=True)
         self.record["left_out"] = {
-            "overlong": self.given.overlong,
-            "not_forgotten": not_forgotten(self.given),
+            "overlong": self.pairs.overlong,
+            "not_forgotten": align_setup.not_forgotten(self.pairs),
             "held_out": self.held_out.numbers,
             "development": self.development.numbers,
         }
         self._try_longest()
         settings = self.record["config"] | {"checkpoint_minutes": None, "stages": self.stages}
-        begins = [weights_hash(self.model), rows_hash(self.given.rows), settings]
+        begins = [state_hash(self.model), rows_hash(self.pairs.rows), settings]
         devices.agree(begins, "pairs or settings")
         self._begun = self.output_dir / ".checkpoints" / fingerprint(begins)[:24]
 
     def _try_longest(self) -> None:
         """Find how the model is read so that the longest pair has its own log-probs."""
-        by_length = sorted(self.given.rows, key=lambda row: sum(map(len, row.values())))
+        by_length = sorted(self.pairs.rows, key=lambda row: sum(map(len, row.values())))
         shortest, pair = by_length[0], by_length[-1]
         rows = [{"prompt": pair["prompt"], "response": pair[side]} for side in SIDES]
         rows.append({"prompt": shortest["prompt"], "response": shortest["chosen"]})
@@ -239,10 +166,9 @@ class _Run:
         with contextlib.suppress(OSError):  # another call's may be there
             self._begun.parent.rmdir()
 
-    def importance(self) -> NeuronMask:
-        scores = self._scores()
-        mask = select_neurons(scores, self.config.share)
-        ties = count_ties(scores, mask)
+    def find_neurons(self) -> NeuronMask:
+        """The method's first step: scores by the estimator asked for, and the mask they give."""
+        mask, ties = allo.find_neurons(self._scores(), self.config.share)
         whole = mask.joined() if devices.is_sharded(next(self.model.parameters())) else mask
         if devices.rank() == 0:
             _warn(warning_signs.arbitrary_mask(**ties, kept=whole.kept, total=whole.total))
@@ -257,13 +183,13 @@ class _Run:
             "seed": derive(config.seed, "importance"),
             "pad_token_id": self.tokenizer.pad_token_id,
         }
-        rows = self._with_reference(self.given.rows)
+        rows = self._with_reference(self.pairs.rows)
         if config.estimator == "gradient":
             self.logs["importance"] = Log()
             common["batch_size"] //= config.accumulation  # each pass counts as a batch
-            return gradient_scores(self.model, rows, steps=config.max_steps, **common)
-        with weights_back(self.model):
-            scores, record = delta_of_dpo(
+            return allo.gradient_scores(self.model, rows, steps=config.max_steps, **common)
+        with align_setup.restored(self.model, always=True):
+            scores, record = allo.delta_of_dpo(
                 self.model,
                 rows,
                 lr=config.importance_rate,
@@ -279,6 +205,7 @@ class _Run:
         return scores
 
     def saved_mask(self) -> NeuronMask | None:
+        """The neurons that an earlier call kept, None where there was none."""
         path = self.output_dir / "mask.safetensors"
         if not path.is_file():
             return None
@@ -290,19 +217,34 @@ class _Run:
         """Forgetting and learning, from the weights `before`, at the rates given or the best found.
 
         Raises:
-            AlloError: no weight has another value afterwards.
+            AlloError: every candidate of the search diverged, or no weight has another value
+                afterwards.
         """
-        config, stages = self.config, [stage for stage in TRAINED if stage in self.stages]
+        rates = tuple(getattr(self.config, f"{stage}_rate") for stage in self.trained)
+        if self.config.search > 1:
+            self._search(rates, mask, before)
+        else:
+            self._train_at(rates, mask)
+        after = entries(self.model, mask)
+        changed = any(not torch.equal(values, before[name]) for name, values in after.items())
+        if not devices.total(torch.tensor(int(changed)), devices.LARGEST):
+            raise AlloError(
+                f"align: the stages changed no weight (in {self.model.dtype}); raise "
+                "forgetting_rate and learning_rate, or load the model in a finer dtype"
+            )
+
+    def _search(self, rates: tuple[float, ...], mask, before: dict) -> None:
+        """Try rates around those given and leave the model that ranks most development pairs
+        right; of equal ones that of the smallest rates."""
+        names = [f"{stage}_rate" for stage in self.trained]
         best: tuple | None = None  # (accuracy, negative rates), entries, logs
 
         def attempt(rates: tuple[float, ...]) -> float:
             nonlocal best
             put(self.model, mask, before)
-            self.masters = {}
-            told = ", ".join(f"{s}_rate {rate:g}" for s, rate in zip(stages, rates, strict=True))
+            told = ", ".join(f"{n} {rate:g}" for n, rate in zip(names, rates, strict=True))
             try:
-                for stage, rate in zip(stages, rates, strict=True):
-                    self._stage(stage, rate, mask, f"{told}/{stage}")
+                self._train_at(rates, mask, f"{told}/")
             except Diverged as error:
                 print(f"align: {told}: {error}", flush=True)
                 return -1.0
@@ -314,39 +256,77 @@ class _Run:
                 best = ranks, entries(self.model, mask), dict(self.logs)
             return accuracy
 
-        given = tuple(getattr(config, f"{stage}_rate") for stage in stages)
-        if config.search == 1:
-            for stage, rate in zip(stages, given, strict=True):
-                self._stage(stage, rate, mask, stage)
-        else:
-            tried = search(given, config.search, _SEARCH_FACTOR, attempt)
-            if best is None:
-                raise AlloError("align: every candidate diverged; lower the rates")
-            put(self.model, mask, best[1])
-            self.logs = best[2]
-            named = [f"{stage}_rate" for stage in stages]
-            self.record["search"] = [
-                dict(zip(named, one.rates, strict=True)) | {"accuracy": one.score} for one in tried
-            ]
-        after = entries(self.model, mask)
-        changed = any(not torch.equal(values, before[name]) for name, values in after.items())
-        if not devices.total(torch.tensor(int(changed)), devices.LARGEST):
-            raise AlloError(
-                f"align: the stages changed no weight (in {self.model.dtype}); raise "
-                "forgetting_rate and learning_rate, or load the model in a finer dtype"
-            )
+        tried = search(rates, self.config.search, _SEARCH_FACTOR, attempt)
+        if best is None:
+            raise AlloError("align: every candidate diverged; lower the rates")
+        put(self.model, mask, best[1])
+        self.logs = best[2]
+        self.record["search"] = [
+            dict(zip(names, one.rates, strict=True)) | {"accuracy": one.score} for one in tried
+        ]
 
-    def _stage(self, name: str, rate: float, mask, place: str) -> None:
-        """Forgetting or learning from the weights as they are, which are its reference too."""
-        rows, warmup = self._with_reference(self.given.rows), 0.1
-        if name == "forgetting":
-            if self._weights is None:
+    def _train_at(self, rates: tuple[float, ...], mask, place: str = "") -> None:
+        """Forgetting, then learning; each from the weights as they are, its reference too."""
+        self.masters = {}
+        for name, rate in zip(self.trained, rates, strict=True):
+            rows = self._with_reference(self.pairs.rows)
+            if name == "forgetting" and self._weights is None:
                 self._weights = self._token_weights(mask)
-            pairs, warmup = zip(rows, self.given.corrections, strict=True), 0.03
-            rows = [row for row, correction in pairs if correction]
-            for row, values in zip(rows, self._weights, strict=True):
-                row["rejected_weights"] = values
-        self.logs[name] = self._train(rows, name, rate, mask, warmup, place, self.masters)
+            schedule = self._schedule(name, rate, _WARMUP[name])
+            settings = self._settings(name, mask, f"{place}{name}") | {"masters": self.masters}
+            if name == "forgetting":
+                fitting = zip(rows, self.pairs.corrections, strict=True)
+                rows = [row for row, correction in fitting if correction]
+                log = allo.forget(self.model, rows, self._weights, schedule, **settings)
+            else:
+                settings["key_share"] = self.config.key_share
+                log = allo.learn(self.model, rows, schedule, **settings)
+            self.logs[name] = log
+
+    def _token_weights(self, mask) -> list[list[float]]:
+        """The method's second step: train the rewriter from the model's weights, read its
+        probabilities, and put the weights back."""
+        learnt, read = zip(*filter(None, self.pairs.corrections), strict=True)
+        config, pad = self.config, self.tokenizer.pad_token_id
+        trained = mask if config.rewriter_neurons == "kept" else None
+        schedule = self._schedule("sft", config.rewriter_rate, 0.1)
+        settings = self._settings("sft", trained, "rewriter")
+        with align_setup.restored(self.model, always=True):
+            self.logs["rewriter"] = allo.run_stage(
+                self.model, list(learnt), "sft", schedule, **settings
+            )
+            values = rewriter.probabilities(self.model, list(read), pad, config.forward_batch)
+        chosen = allo.token_weights(values, config.token_rule, config.token_threshold)
+        _warn(warning_signs.no_choice_of_tokens(chosen))
+        return chosen
+
+    def _schedule(self, name: str, rate: float, warmup: float) -> Schedule:
+        config = self.config
+        return Schedule(
+            rate, config.epochs, config.batch_size, derive(config.seed, name), warmup,
+            config.accumulation, config.max_steps,
+        )  # fmt: skip
+
+    def _settings(self, name: str, mask, place: str) -> dict:
+        """Those of `allo.run_stage` that all stages have."""
+        return {
+            "pad_token_id": self.tokenizer.pad_token_id,
+            "mask": mask,
+            "beta": self.config.beta,
+            "max_grad_norm": self.config.max_grad_norm,
+            "label": name,
+            "checkpoints": self.checkpoints(place),
+        }
+
+    def _with_reference(self, rows: list[dict]) -> list[dict]:
+        """Pairs with the log-probs of the model as it stands: each stage's own reference."""
+        return rows and with_reference(
+            self.model,
+            rows,
+            pad_token_id=self.tokenizer.pad_token_id,
+            batch_size=self.config.forward_batch,
+            store=Store(self.output_dir / ".references"),
+        )
 
     def rank_before(self) -> None:
         """The log-probs of the pairs that are not trained on, under the model as it is given."""
@@ -398,18 +378,18 @@ class _Run:
 
     def save(self, mask, before: dict) -> None:
         """The folder of the aligned model, and what of it differs from the values `before`."""
-        path, trained = self.output_dir / delta.NAME, set(TRAINED) & set(self.stages)
+        path = self.output_dir / delta.NAME
         self._write_model(self.output_dir)
-        if trained:
+        if self.trained:
             self._save_delta(path, mask, before)
         if devices.rank() > 0:
             return
         self.tokenizer.save_pretrained(self.output_dir)
-        if not trained:
+        if not self.trained:
             path.unlink(missing_ok=True)
         size = sum(file.stat().st_size for file in self.output_dir.glob("model*.safetensors"))
         told = f"align: {self.output_dir} holds the model ({size / 1e6:.1f} MB)"
-        if trained:
+        if self.trained:
             its = path.stat().st_size
             told += f" and {delta.NAME} ({its / 1e6:.1f} MB, {its / size:.0%} of it)"
         self.record["loss"] = {stage: log.loss for stage, log in self.logs.items()}
@@ -436,116 +416,6 @@ class _Run:
             if devices.rank() == 0:
                 delta.write(Path(folder), self.output_dir, path, about)
 
-    def _train(self, rows, name: str, rate: float, mask, warmup: float, place: str, masters=None):
-        """Train one stage; it starts from `masters` where given and leaves its own there."""
-        config = self.config
-        schedule = Schedule(
-            rate, config.epochs, config.batch_size, derive(config.seed, name), warmup,
-            config.accumulation, config.max_steps,
-        )  # fmt: skip
-        return run_stage(
-            self.model,
-            rows,
-            name,
-            schedule,
-            pad_token_id=self.tokenizer.pad_token_id,
-            mask=mask,
-            beta=config.beta,
-            key_share=config.key_share,
-            max_grad_norm=config.max_grad_norm,
-            label=name,
-            masters=masters,
-            checkpoints=self.checkpoints(place),
-        )
-
-    def _with_reference(self, rows: list[dict]) -> list[dict]:
-        """Pairs with the log-probs of the model as it stands: each stage's own reference."""
-        return rows and with_reference(
-            self.model,
-            rows,
-            pad_token_id=self.tokenizer.pad_token_id,
-            batch_size=self.config.forward_batch,
-            store=Store(self.output_dir / ".references"),
-        )
-
-    def _token_weights(self, mask) -> list[list[float]]:
-        """Train the rewriter from the model's weights, read its probabilities, put them back."""
-        learnt, read = zip(*filter(None, self.given.corrections), strict=True)
-        trained = mask if self.config.rewriter_neurons == "kept" else None
-        rate, config = self.config.rewriter_rate, self.config
-        with weights_back(self.model):
-            self.logs["rewriter"] = self._train(list(learnt), "sft", rate, trained, 0.1, "rewriter")
-            values = rewriter.probabilities(
-                self.model, list(read), self.tokenizer.pad_token_id, config.forward_batch
-            )
-        chosen = [self._weights_of(row) for row in values]
-        _warn(warning_signs.no_choice_of_tokens(chosen))
-        return chosen
-
-    def _weights_of(self, probabilities: list[float]) -> list[float]:
-        inside = torch.ones(1, len(probabilities), dtype=torch.bool)
-        rule, threshold = self.config.token_rule, self.config.token_threshold
-        return unaligned_weights(torch.tensor([probabilities]), inside, rule, threshold)[0].tolist()
-
-
-def parts_of(pairs, tokenizer, context: int | None, config: AlignConfig, stages):
-    """(pairs to train on, held-out ones, development ones), each `preferences.Encoded`.
-
-    Raises:
-        AlloError: what `read_pairs` raises, no pair left to train on, or to forget of.
-    """
-    given = read_pairs(tokenizer, pairs, context, config.max_length, config.overlong)
-    seed = derive(config.seed, "held out")
-    given, held_out = given.split(config.held_out, seed)
-    searched = config.search > 1 and not set(TRAINED).isdisjoint(stages)
-    given, development = given.split(config.development if searched else 0.0, seed)
-    if not given.rows:
-        raise AlloError(
-            f"align: held_out and development leave none of the {given.count} pairs to train on; "
-            "give more pairs, or smaller shares"
-        )
-    if "forgetting" in stages and not any(given.corrections):
-        raise AlloError(
-            f"align: no pair's prompt, chosen and rejected response fit into {given.longest} "
-            "tokens together with either reply, as the rewriting reward model of the stage "
-            "'forgetting' reads them; shorten the pairs or leave the stage out"
-        )
-    return given, held_out, development
-
-
-def not_forgotten(given: Encoded) -> list[int]:
-    """Numbers of the pairs that take no part in forgetting."""
-    pairs = zip(given.numbers, given.corrections, strict=True)
-    return [number for number, correction in pairs if correction is None]
-
-
-def lines_about(given: Encoded, held_out: Encoded, development: Encoded, stages) -> list[str]:
-    """What a user should know of the pairs."""
-    overlong, unread = given.overlong, not_forgotten(given)
-    told = []
-    if overlong:
-        some = ", ".join(map(str, overlong[:10])) + ", ..." * (len(overlong) > 10)
-        told.append(
-            f"align: {len(overlong)} of {given.count} pairs are longer than {given.longest} tokens "
-            f"and dropped: numbers {some} (align.json lists them)"
-        )
-    if held_out.rows or development.rows:
-        told.append(
-            f"align: {len(given.rows)} pairs to train on, {len(held_out.rows)} held out, "
-            f"{len(development.rows)} to choose rates by; no prompt is in two of them"
-        )
-    if unread and "forgetting" in stages:
-        told.append(
-            f"align: {len(unread)} pairs take no part in 'forgetting', as the reward model's row "
-            "(prompt, both responses, and one of them again) does not fit"
-        )
-    if given.merged:
-        told.append(
-            f"align: in {given.merged} pairs the prompt's end is read otherwise before a reply "
-            "than alone (tokens merge, or the template says so); the response begins there"
-        )
-    return told
-
 
 def _change(before: float, interval) -> dict[str, float]:
     """What an interval of a change says, beside where it started."""
@@ -559,34 +429,9 @@ def _warn(found: str | None) -> None:
         print(f"warning: {found}", file=sys.stderr, flush=True)
 
 
-def checked(config) -> AlignConfig:
-    """The settings; AlloError for an unknown name or a value out of range."""
-    if not isinstance(config, (AlignConfig, Mapping, NoneType)):
-        raise AlloError(
-            f"align: config is a {type(config).__name__}; expected an AlignConfig or a dict"
-        )
-    given = asdict(config) if isinstance(config, AlignConfig) else dict(config or {})
-    config = check_settings(AlignConfig, given, "align")
-    if config.batch_size % config.accumulation:
-        raise AlloError(
-            f"align: batch_size {config.batch_size} is no multiple of accumulation "
-            f"{config.accumulation}; choose one that is"
-        )
-    return config
-
-
 def _folder(output_dir) -> Path:
     if not isinstance(output_dir, (str, os.PathLike)) or not str(output_dir):
         raise AlloError(f"align: output_dir is {output_dir!r}; name the folder to write to")
     if Path(output_dir).exists() and not Path(output_dir).is_dir():
         raise AlloError(f"align: output_dir {output_dir} is a file; name a folder")
     return Path(output_dir)
-
-
-def chosen_stages(stages) -> tuple[str, ...]:
-    """The stages in their order; AlloError for one that there is not."""
-    given = [stages] if isinstance(stages, str) or not isinstance(stages, Iterable) else [*stages]
-    unknown = [stage for stage in given if stage not in STAGES]
-    if unknown or not given or isinstance(stages, str):
-        raise AlloError(f"align: stages {stages!r} given; expected a tuple with some of {STAGES}")
-    return tuple(stage for stage in STAGES if stage in given)

@@ -17,10 +17,10 @@ import time
 from pathlib import Path
 
 import torch
-from allo_lib.allo import run_stage
 from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from allo_lib.allo import run_stage
 from allo_lib.data import miniature
 from allo_lib.engine import generation, packaged_weights
 from allo_lib.engine.training import Schedule

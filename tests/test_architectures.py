@@ -8,6 +8,7 @@ from tiny_models import weights_of
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from allo_lib import align
+from allo_lib.engine import forward
 from allo_lib.engine.batches import collate, pair_batch
 from allo_lib.engine.forward import layout_of, response_logps
 from allo_lib.errors import AlloError
@@ -29,6 +30,11 @@ TINY = dict(
     qk_nope_head_dim=8, v_head_dim=8,
 )  # fmt: skip
 
+PAIRS = [
+    {"prompt": "w1 w2 w3 " * 4, "chosen": "w4 w5 " * 3, "rejected": f"w{6 + i} w9 w10"}
+    for i in range(5)
+]
+RATES = {key: 1e-2 for key in ("importance_rate", "forgetting_rate", "learning_rate")}
 WINDOWED = ("mistral", "mixtral", "phi3", "phimoe", "starcoder2", "ministral3")  # no layer_types
 EXPERTS = (
     "deepseek_v2", "deepseek_v3", "ernie4_5_moe", "flex_olmo", "glm4_moe", "gpt_oss", "granitemoe",
@@ -123,6 +129,16 @@ def test_rows_are_shared_within_a_window_only(kind):
     assert "ends" in collate(rows(), without)
 
 
+def test_a_window_that_no_setting_tells_is_found_on_the_longest_pair(tmp_path, monkeypatch):
+    """Short rows are read alike with and without it: before training `align` tries the longest."""
+    monkeypatch.setattr(forward, "_WINDOWS", ())
+    model = tiny("mistral")
+    assert layout_of(model, 0).shared
+    align(model, words(), PAIRS, stages=("learning",), config=RATES, output_dir=tmp_path)
+    assert not layout_of(model, 0).shared
+    assert_own(model, layout_of(model, 0))
+
+
 def test_a_head_of_more_than_a_matrix_is_told_once(capsys):
     model = tiny("bert")
     for _ in range(3):
@@ -162,12 +178,8 @@ def test_gradients_of_a_windowed_model_and_of_a_head_are_the_models_own():
 
 # --- `align` whole ---
 
-PAIRS = [
-    {"prompt": "w1 w2 w3 " * 4, "chosen": "w4 w5 " * 3, "rejected": f"w{6 + i} w9 w10"}
-    for i in range(5)
-]
-RATES = {key: 1e-2 for key in ("importance_rate", "forgetting_rate", "learning_rate")}
-WHOLE = (*WINDOWED, *EXPERTS, *MORE_THAN_A_MATRIX, *OTHERS)
+# All kinds, ten mixtures of experts among them; how the others are read is tested above.
+WHOLE = (*WINDOWED, *EXPERTS[::2], *MORE_THAN_A_MATRIX[::2], *OTHERS[::2])
 
 
 @pytest.mark.slow

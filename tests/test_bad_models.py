@@ -14,7 +14,8 @@ from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers import models as tokenizer_models
 from transformers import PreTrainedTokenizerFast
 
-from allo_lib import align, alignment
+from allo_lib import align
+from allo_lib.align_setup import checked
 from allo_lib.alignment import AlignConfig, AlignResult
 from allo_lib.engine import models
 
@@ -184,6 +185,8 @@ SETTINGS = {
     "share true": ({"share": True}, "align: share: got True, expected a number"),
     "rate infinite": ({"importance_rate": INF}, "importance_rate: got inf, expected a finite"),
     "key share two": ({"key_share": 2.0}, "align: key_share: got 2.0, expected less"),
+    "estimator": ({"estimator": "hessian"}, "estimator: got 'hessian', expected 'delta' or"),
+    "neurons": ({"rewriter_neurons": "top"}, "rewriter_neurons: got 'top', expected 'all' or"),
     "rule": ({"token_rule": "hard"}, "token_rule: got 'hard', expected 'threshold', 's"),
     "threshold below": ({"token_threshold": -1}, "token_threshold: got -1, expected greater"),
     "no batch": ({"batch_size": 0}, "batch_size: got 0, expected greater than or equal to 1"),
@@ -201,7 +204,7 @@ def test_a_bad_setting_is_told_before_anything_is_written(tmp_path, config, told
         align(tiny_llama(), words(), PAIRS, config=config, output_dir=tmp_path / "out")
     if isinstance(config, dict) and set(config) <= set(AlignConfig.__dataclass_fields__):
         with refused(told):  # a dict of the fields and the class itself are checked alike
-            alignment.checked(AlignConfig(**config))
+            checked(AlignConfig(**config))
     assert not (tmp_path / "out").exists()
 
 
@@ -252,8 +255,8 @@ values = st.none() | st.booleans() | st.integers(-5, 5) | st.floats() | st.text(
 @fuzzing
 @given(st.dictionaries(st.sampled_from([*AlignConfig.__dataclass_fields__]), values, max_size=3))
 def test_any_settings_are_taken_or_refused(config):
-    taken = read_or_refused(lambda: alignment.checked(config))
-    assert taken is None or alignment.checked(taken) == taken
+    taken = read_or_refused(lambda: checked(config))
+    assert taken is None or checked(taken) == taken
 
 
 # --- folders of models ---------------------------------------------------------------------------

@@ -7,8 +7,8 @@ import pytest
 import torch
 from tiny_models import tiny_llama, weights_of
 
+from allo_lib.allo import run_stage
 from allo_lib.engine.checkpoints import Checkpoints
-from allo_lib.engine.stages import run_stage
 from allo_lib.engine.training import Schedule
 from allo_lib.errors import AlloError, Diverged
 from allo_lib.method.importance import select_neurons

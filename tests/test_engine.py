@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from tiny_models import VOCABULARY, tiny_llama, weights_of
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from allo_lib.allo import collator_of
 from allo_lib.engine.forward import layout_of, response_logps
-from allo_lib.engine.stages import collator_of
 from allo_lib.method.importance import select_neurons
 from allo_lib.method.objectives import objective
 from allo_lib.method.optim import MaskedAdamW

@@ -24,6 +24,7 @@ from torch.nn.attention.flex_attention import flex_attention
 from transformers.integrations import flex_attention as flex_integration
 
 from allo_lib import align
+from allo_lib.allo import run_stage
 from allo_lib.data import miniature
 from allo_lib.engine import generation, head, models
 from allo_lib.engine.batches import Layout, collate
@@ -31,7 +32,6 @@ from allo_lib.engine.checkpoints import Checkpoints
 from allo_lib.engine.encoding import encode_prompt
 from allo_lib.engine.forward import layout_of, response_logps, to_device
 from allo_lib.engine.on_policy import run_on_policy
-from allo_lib.engine.stages import run_stage
 from allo_lib.engine.training import Schedule
 from allo_lib.errors import Diverged
 from allo_lib.machine.environment import device_name

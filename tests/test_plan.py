@@ -7,7 +7,7 @@ from tiny_models import VOCABULARY, tiny_llama
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig, Qwen3Config
 
-from allo_lib.alignment import STAGES, checked, parts_of
+from allo_lib.align_setup import STAGES, checked, parts_of
 from allo_lib.cli import plan
 from allo_lib.engine.batches import Layout, pair_batch
 from allo_lib.engine.forward import response_logps
@@ -146,6 +146,11 @@ def test_the_first_pair_is_shown_as_it_is_read():
     coloured = plan.shown_pair(tokenizer, row, colour=True)
     assert len({line[:5] for line in coloured}) == 4 and all("\x1b[0m" in x for x in coloured)
     assert plain[0] in coloured[0]
+
+    long = plan.shown_pair(tokenizer, row | {"prompt": [3] + [4] * 98 + [5]}, colour=False)[0]
+    assert long == "  prompt " + "|".join(
+        ["w0"] + ["w1"] * 39 + ["... 20 more ..."] + ["w1"] * 39 + ["w2"]
+    )
 
     class Hostile:
         def decode(self, ids):

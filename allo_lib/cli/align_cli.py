@@ -64,20 +64,20 @@ def align(arguments: list[str]) -> None:
     parser.add_argument("--flops", type=float, help="for --dry-run: operations a second of one")
     parser.add_argument("settings", nargs="*", metavar="key=value", help="fields of AlignConfig")
     options = parser.parse_intermixed_args(arguments)
-    given = {}
+    settings = {}
     for setting in options.settings:
         key, equals, value = setting.partition("=")
         if not equals:
             raise AlloError(f"{setting!r}: expected key=value, a setting such as batch_size=8")
-        given[key] = parse_value(key, value, option="")
+        settings[key] = parse_value(key, value, option="")
     import torch
 
-    from allo_lib import alignment
+    from allo_lib import align_setup, alignment
     from allo_lib.engine import models
 
-    config = alignment.checked(given)
-    stages = options.stages.split(",") if options.stages else alignment.STAGES
-    stages = alignment.chosen_stages(stages)
+    config = align_setup.checked(settings)
+    stages = options.stages.split(",") if options.stages else align_setup.STAGES
+    stages = align_setup.chosen_stages(stages)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = models.dtype_on(device, options.dtype)
     if dtype not in models.DTYPES:
@@ -163,14 +163,14 @@ def _dataset(source: str) -> list[dict]:
 
 
 def _plan(options, pairs, config, stages, dtype, device: str) -> str:
-    from allo_lib import alignment
+    from allo_lib import align_setup
     from allo_lib.cli import plan
-    from allo_lib.engine import given_model, models
+    from allo_lib.engine import models
 
     model_config, tokenizer = models.described(options.model, options.revision)
-    given_model.check_config(model_config, options.model)
+    align_setup.check_config(model_config, options.model)
     context = getattr(model_config, "max_position_embeddings", None)
-    parts = alignment.parts_of(pairs, tokenizer, context, config, stages)
+    parts = align_setup.parts_of(pairs, tokenizer, context, config, stages)
     if "importance" not in stages and not Path(options.out, "mask.safetensors").is_file():
         config = replace(config, share=1.0)
     limit = 1e9 * (options.device_gb or 0)
@@ -180,7 +180,7 @@ def _plan(options, pairs, config, stages, dtype, device: str) -> str:
         limit = torch.cuda.mem_get_info()[1]
     limit = limit or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     lines = [f"{len(parts[0].rows)} of {parts[0].count} pairs are trained on"]
-    lines += alignment.lines_about(*parts, stages)
+    lines += align_setup.lines_about(*parts, stages)
     rate = options.flops or RATES[device]
     return "\n".join(lines) + "\n" + plan.describe(
         tokenizer, model_config, parts, config, stages, dtype, limit, rate, sys.stdout.isatty()

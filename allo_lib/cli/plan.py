@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 from transformers import AutoModelForCausalLM
 
-from allo_lib.alignment import TRAINED, AlignConfig
+from allo_lib.align_setup import TRAINED, AlignConfig
 from allo_lib.data.preferences import SIDES, Encoded
 from allo_lib.engine.prefix_tree import shared_length
 from allo_lib.engine.training import Schedule
@@ -24,6 +24,7 @@ from allo_lib.study.footprint import Counted, Footprint, count
 
 DEVICES = (1, 2, 8)
 _COLOURS = {"prompt": "\x1b[2m", "chosen": "\x1b[32m", "rejected": "\x1b[31m", "end": "\x1b[1;33m"}
+_SHOWN = 40  # tokens at either end of a part of a pair that is shown
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
 
 
@@ -199,15 +200,18 @@ def advice(peak, config: AlignConfig, limit: float) -> str:
 
 
 def shown_pair(tokenizer, row: dict, colour: bool) -> list[str]:
-    """A pair as the model reads it, its tokens apart by `|`, a part a line; whatever is no
-    printable character is shown as a sign."""
+    """A pair as the model reads it, its tokens apart by `|`, a part a line, long ones without their
+    middle; whatever is no printable character is shown as a sign."""
     end = {side: row[side][-1:] for side in SIDES}
     parts = [("prompt", row["prompt"])]
     for side in SIDES:
         parts += [(side, row[side][:-1]), ("end", end[side])]
     lines = []
     for name, ids in parts:
-        texts = ("".join(_sign(c) for c in tokenizer.decode([token])) for token in ids)
+        texts = ["".join(_sign(c) for c in tokenizer.decode([token])) for token in ids]
+        if len(texts) > 2 * _SHOWN:
+            middle = f"... {len(texts) - 2 * _SHOWN} more ..."
+            texts[_SHOWN:-_SHOWN] = [middle]
         line = f"{name:>8} {'|'.join(texts)}"
         lines.append(f"{_COLOURS[name]}{line}\x1b[0m" if colour else line)
     return lines

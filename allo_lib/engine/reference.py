@@ -6,7 +6,9 @@ and data that a log-prob depends on; how rows are batched changes nothing but ro
 """
 
 import hashlib
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -19,17 +21,19 @@ SIDES = ("chosen", "rejected")
 VERSION = 1  # of what is stored; raised when its meaning changes
 _FILE = "logps.safetensors"
 
+Row = dict[str, Any]  # an encoded pair
+
 
 def with_reference(
-    model, rows: list[dict], *, pad_token_id: int, batch_size: int, store: Store
-) -> list[dict]:
+    model: Any, rows: list[Row], *, pad_token_id: int, batch_size: int, store: Store
+) -> list[Row]:
     """Encoded pairs with `chosen_reference` and `rejected_reference` under the model as it stands.
 
     Read from the store where the same weights have met the same pairs before; else computed by a
     forward pass over all pairs and written there.
     """
-    inputs = {"weights": weights_hash(model), "pairs": rows_hash(rows), "version": VERSION}
-    values: list[dict] = []
+    inputs = {"weights": state_hash(model), "pairs": rows_hash(rows), "version": VERSION}
+    values: list[dict[str, list[float]]] = []
 
     def make(folder: Path) -> None:
         write(values or pair_logps(model, rows, pad_token_id, batch_size), folder / _FILE)
@@ -44,13 +48,13 @@ def with_reference(
     return attach(rows, path)
 
 
-def write(values: list[dict], path: Path) -> None:
+def write(values: list[dict[str, list[float]]], path: Path) -> None:
     """Keep the `chosen` and `rejected` log-probs of pairs as one safetensors file, float32."""
     flat = {side: torch.tensor([x for row in values for x in row[side]]) for side in SIDES}
     weights.save_tensors(flat, path)
 
 
-def attach(rows: list[dict], path: Path | None) -> list[dict]:
+def attach(rows: list[Row], path: Path | None) -> list[Row]:
     """Copies of the rows with the log-probs of a file that was written for them.
 
     path: of several processes only the first one's is read.
@@ -73,12 +77,12 @@ def attach(rows: list[dict], path: Path | None) -> list[dict]:
     return result
 
 
-def weights_hash(model) -> str:
+def state_hash(model: Any) -> str:
     """SHA-256 (hex) of names, dtypes, shapes and bytes of all parameters and buffers."""
     return tensors_hash(sorted(model.state_dict().items()))
 
 
-def tensors_hash(named) -> str:
+def tensors_hash(named: Iterable[tuple[str, torch.Tensor]]) -> str:
     """The same of (name, tensor) pairs, in the order in which they are given."""
     digest = hashlib.sha256()
     for name, value in named:
@@ -89,7 +93,7 @@ def tensors_hash(named) -> str:
     return digest.hexdigest()
 
 
-def rows_hash(rows: list[dict]) -> str:
+def rows_hash(rows: list[Row]) -> str:
     """SHA-256 (hex) of the token ids of pairs, in their order."""
     digest = hashlib.sha256()
     for row in rows:

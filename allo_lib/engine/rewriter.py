@@ -8,6 +8,7 @@ token of the prediction itself then tells whether it would keep that token.
 import math
 import random
 from dataclasses import dataclass
+from typing import Any
 
 from allo_lib.engine.encoding import encode_prompt, encode_response, encode_text
 from allo_lib.engine.forward import logps_of_rows
@@ -21,13 +22,15 @@ QUALITIES = ("trained", *STOPPED, "shuffled", "untrained")
 class Correction:
     """One training example, all texts; `prompt` may be chat messages."""
 
-    prompt: str | list
+    prompt: str | list[Any]
     solution: str
     prediction: str
     corrected: str
 
 
-def rewriter_prompt(tokenizer, prompt, solution: str, prediction: str, plain: bool) -> list[int]:
+def rewriter_prompt(
+    tokenizer: Any, prompt: str | list[Any], solution: str, prediction: str, plain: bool
+) -> list[int]:
     """Token ids of the rewriter's prompt: question, correct solution, wrong prediction.
 
     plain: for the miniature, whose tokenizer knows no headings: parts are told apart by "?", which
@@ -43,7 +46,9 @@ def heading(solution: str, prediction: str) -> str:
     return f"\nCorrect solution:{_spaced(solution)}\nPrediction:{_spaced(prediction)}\nCorrected:"
 
 
-def training_rows(tokenizer, corrections: list[Correction], quality: str, seed: int, plain: bool):
+def training_rows(
+    tokenizer: Any, corrections: list[Correction], quality: str, seed: int, plain: bool
+) -> list[dict[str, Any]]:
     """Rows (`prompt`, `response` ids) to train a reward model of the given quality.
 
     "trained": all corrections; "half", "early" (a quarter), "eighth", "sixteenth": the first ones
@@ -64,7 +69,7 @@ def training_rows(tokenizer, corrections: list[Correction], quality: str, seed: 
 
 
 def keep_probabilities(
-    model, tokenizer, examples: list[Correction], batch_size: int, plain: bool
+    model: Any, tokenizer: Any, examples: list[Correction], batch_size: int, plain: bool
 ) -> list[list[float]]:
     """p_t of every token (end token included) of each example's prediction, in [0, 1]."""
     rows = [
@@ -77,8 +82,10 @@ def keep_probabilities(
     return probabilities(model, rows, tokenizer.pad_token_id, batch_size)
 
 
-def probabilities(model, rows: list[dict], pad_token_id: int, batch_size: int):
-    """The model's probability of every token of each row's `response`, lists of floats."""
+def probabilities(
+    model: Any, rows: list[dict[str, Any]], pad_token_id: int, batch_size: int
+) -> list[list[float]]:
+    """The model's probability of every token of each row's `response`."""
     logps = logps_of_rows(model, rows, pad_token_id, batch_size)
     return [[math.exp(min(0.0, value)) for value in row] for row in logps]
 

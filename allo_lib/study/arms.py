@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from allo_lib.allo import run_stage
+from allo_lib import allo
 from allo_lib.engine import on_policy
 from allo_lib.engine.encoding import encode_demonstration
 from allo_lib.engine.store import MANIFEST, Artifact, write_json
@@ -318,21 +318,35 @@ def _train_stage(study, name, stages, number: int, rate, knob, masters: dict, fo
     )
     if stage.objective in ON_POLICY:
         return _train_on_policy(study, name, stage, schedule)
-    return run_stage(
-        study.model,
-        _rows(study, name, stage, first=number == 0),
-        stage.objective,
-        schedule,
-        pad_token_id=study.tokenizer.pad_token_id,
-        mask=mask_of(study, name, stage),
-        key_share=stage.key_share,
-        **({"beta": method.beta} | knob),
-        weight_decay=method.weight_decay,
-        max_grad_norm=method.max_grad_norm,
-        label=f"{name}, {stage.objective} at {rate:g}",
-        masters=masters,
-        checkpoints=study.checkpoints(folder, f"stage-{number}"),
+    supervised = stage.objective in ON_SOLUTIONS
+    rows = (
+        _solution_rows(study, name, stage.objective)
+        if supervised
+        else _pairs(study, name, stage, first=number == 0)
     )
+    settings = (
+        {"beta": method.beta}
+        | knob
+        | dict(
+            pad_token_id=study.tokenizer.pad_token_id,
+            mask=mask_of(study, name, stage),
+            key_share=stage.key_share,
+            weight_decay=method.weight_decay,
+            max_grad_norm=method.max_grad_norm,
+            label=f"{name}, {stage.objective} at {rate:g}",
+            masters=masters,
+            checkpoints=study.checkpoints(folder, f"stage-{number}"),
+        )
+    )
+    if stage.objective == "forgetting":
+        found = study.forgetting_weights(name, stage)
+        return allo.forget(study.model, rows, found, schedule, **settings)
+    if stage.objective == "learning":
+        keys = _fixed_keys(study, name, stage)
+        return allo.learn(study.model, rows, schedule, keys, **settings)
+    if stage.objective == "merged":
+        rows = allo.weighted(rows, study.forgetting_weights(name, stage))
+    return allo.run_stage(study.model, rows, stage.objective, schedule, **settings)
 
 
 def _train_on_policy(study: Study, name: str, stage: Stage, schedule: Schedule) -> Log:
@@ -369,21 +383,13 @@ def mask_of(study: Study, name: str, stage: Stage):
     )
 
 
-def _rows(study: Study, name: str, stage: Stage, first: bool) -> list[dict]:
-    """Training rows of a stage; its reference is the model that the stage starts from."""
-    if stage.objective in ON_SOLUTIONS:
-        return _solution_rows(study, name, stage.objective)
+def _pairs(study: Study, name: str, stage: Stage, first: bool) -> list[dict]:
+    """Pairs that a stage trains on; their reference is the model that the stage starts from."""
     splits = {"train": [study.train], "all": [study.train, "mask"], "wrong": [study.wrong]}
     rows = [dict(row) for split in splits[stage.pairs] for row in study.encoded(name, split)]
     if not first:
         for row, values in zip(rows, study.logps(study.model, rows), strict=True):
             row |= {f"{side}_reference": values[side] for side in ("chosen", "rejected")}
-    if stage.objective in ("forgetting", "merged"):
-        for row, values in zip(rows, study.forgetting_weights(name, stage), strict=True):
-            row |= {"rejected_weights": values, "chosen_weights": [0.0] * len(row["chosen"])}
-    if stage.objective == "learning" and stage.key != "policy":
-        for row, values in zip(rows, _fixed_keys(study, name, stage), strict=True):
-            row |= {"rejected_key": values, "chosen_key": [0.0] * len(row["chosen"])}
     return rows
 
 
@@ -404,14 +410,15 @@ def _solution_rows(study: Study, name: str, objective_: str) -> list[dict]:
     return list(itertools.islice(fit, len(pairs)))
 
 
-def _fixed_keys(study: Study, name: str, stage: Stage) -> list[list[float]]:
-    """Key tokens chosen once, before training, instead of from the policy at every step."""
+def _fixed_keys(study: Study, name: str, stage: Stage) -> list[list[float]] | None:
+    """Key tokens chosen once, before training; None: from the policy at every step."""
+    if stage.key == "policy":
+        return None
     if stage.key == "oracle":
         return study.oracle_tokens(name, study.train)
     if stage.key == "random":
         return study.random_keys(name, stage.key_share)
-    rows = study.encoded(name, study.train)
-    live = weights.snapshot(study.model)
+    rows, live = study.encoded(name, study.train), weights.snapshot(study.model)
     reference_model, _ = trained_model(study, name, "dpo")
     policy = study.logps(reference_model, rows)
     weights.restore(study.model, live)
@@ -421,5 +428,5 @@ def _fixed_keys(study: Study, name: str, stage: Stage) -> list[list[float]]:
             torch.ones(1, len(row["rejected"]), dtype=torch.bool),
             stage.key_share,
         )[0].float().tolist()
-        for ours, row in zip(policy, study.encoded(name, study.train), strict=True)
+        for ours, row in zip(policy, rows, strict=True)
     ]  # fmt: skip

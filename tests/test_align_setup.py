@@ -20,8 +20,8 @@ from transformers import (
     OPTForCausalLM,
 )
 
-from allo_lib import align, alignment
-from allo_lib.engine import given_model
+from allo_lib import align, align_setup, allo
+from allo_lib.engine.checkpoints import Checkpoints
 from allo_lib.errors import Diverged
 from allo_lib.method.optim import MaskedAdamW
 
@@ -62,36 +62,51 @@ def test_an_alignment_that_changed_nothing_is_refused(tmp_path):
 
 # --- stopped calls ---
 
+# Four stages of two steps each, and a checkpoint after every step.
+TWO_STEPS = QUICK | {"epochs": 2, "checkpoint_minutes": 1e-9}
+
+
+@pytest.fixture(scope="module")
+def unstopped(tmp_path_factory):
+    model = tiny_llama()
+    align(model, words(), PAIRS, config=TWO_STEPS, output_dir=tmp_path_factory.mktemp("whole"))
+    return weights_of(model)
+
 
 @pytest.mark.parametrize(
-    ("step", "stop"),
-    [(1, KeyboardInterrupt), (3, RuntimeError("out of memory")), (6, Diverged("x")),
-     (7, KeyboardInterrupt)],
-)  # fmt: skip
-def test_the_same_call_after_a_stop_is_the_unstopped_one(tmp_path, monkeypatch, stop, step):
-    """Four stages of two steps each; the model is the same object in both calls."""
-    config = QUICK | {"epochs": 2, "checkpoint_minutes": 1e-9}
-    whole = tiny_llama()
-    align(whole, words(), PAIRS, config=config, output_dir=tmp_path / "whole")
+    ("owner", "method", "number", "stop"),
+    [
+        (MaskedAdamW, "step", 1, KeyboardInterrupt),
+        (MaskedAdamW, "step", 3, RuntimeError("out of memory")),
+        (MaskedAdamW, "step", 6, Diverged("x")),
+        (Checkpoints, "write", 2, KeyboardInterrupt),  # the end of a stage
+        (Checkpoints, "write", 5, KeyboardInterrupt),
+        (Checkpoints, "write", 8, KeyboardInterrupt),  # of the last one
+    ],
+)
+def test_the_same_call_after_a_stop_is_the_unstopped_one(
+    tmp_path, monkeypatch, unstopped, owner, method, number, stop
+):
+    """The model is the same object in both calls."""
     model = tiny_llama().eval()
-    model.lm_head.weight.requires_grad_(True)
-    before, count, real = weights_of(model), [], MaskedAdamW.step
+    before, count, real = weights_of(model), [], getattr(owner, method)
 
-    def interrupted(self, closure=None):
-        result = real(self, closure)
+    def interrupted(*arguments):
+        result = real(*arguments)
         count.append(1)
-        if len(count) == step:
+        if len(count) == number:
             raise stop
         return result
 
     with monkeypatch.context() as patch, pytest.raises(BaseException) as caught:
-        patch.setattr(MaskedAdamW, "step", interrupted)
-        align(model, words(), PAIRS, config=config, output_dir=tmp_path / "again")
+        patch.setattr(owner, method, interrupted)
+        align(model, words(), PAIRS, config=TWO_STEPS, output_dir=tmp_path)
     assert caught.type is (stop if isinstance(stop, type) else type(stop))
     assert same(before, model) and not model.training and model.config.use_cache
     assert all(value.requires_grad for value in model.parameters())
-    align(model, words(), PAIRS, config=config, output_dir=tmp_path / "again")
-    assert same(weights_of(whole), model)
+    assert (tmp_path / ".checkpoints").is_dir() or number == 1
+    align(model, words(), PAIRS, config=TWO_STEPS, output_dir=tmp_path)
+    assert same(unstopped, model) and not (tmp_path / ".checkpoints").exists()
 
 
 def test_a_save_that_fails_gives_the_weights_back(tmp_path, monkeypatch):
@@ -183,7 +198,7 @@ def test_long_pairs_are_dropped_counted_and_listed(tmp_path, capsys):
 def test_rows_of_the_reward_model_that_do_not_fit_are_told_before_training(
     tmp_path, capsys, monkeypatch
 ):
-    read, real = [], alignment.run_stage
+    read, real = [], allo.run_stage
 
     def spy(model, rows, name, schedule, **settings):
         longest = max(
@@ -193,7 +208,7 @@ def test_rows_of_the_reward_model_that_do_not_fit_are_told_before_training(
         read.append((name, len(rows), longest))
         return real(model, rows, name, schedule, **settings)
 
-    monkeypatch.setattr(alignment, "run_stage", spy)
+    monkeypatch.setattr(allo, "run_stage", spy)
     config = QUICK | {"estimator": "gradient"}
     align(tiny_llama(), words(), [*PAIRS, CLOSE], config=config, output_dir=tmp_path)
     assert "1 pairs take no part in 'forgetting'" in capsys.readouterr().out
@@ -282,7 +297,7 @@ def test_experts_without_a_router_loss_are_aligned(tmp_path, settings):
     ],
 )
 def test_other_gpus_are_told_of_where_no_launcher_shares_them(device, count, environment, told):
-    found = given_model.several_gpus(device, count, environment)
+    found = align_setup.several_gpus(device, count, environment)
     assert found is None if told is None else told in found
 
 

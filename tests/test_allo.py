@@ -1,11 +1,11 @@
-"""Importance scores are what their formulas say."""
+"""The steps of the method: importance scores are what their formulas say, ties are told."""
 
 import pytest
 import torch
-from allo_lib.allo import delta_of_dpo, find_neurons, gradient_scores
 from test_training import pairs
 from tiny_models import tiny_llama, weights_of
 
+from allo_lib.allo import delta_of_dpo, find_neurons, gradient_scores
 from allo_lib.method.losses import dpo_loss, token_logps
 
 COMMON = {"beta": 0.1, "batch_size": 3, "seed": 4, "pad_token_id": 0}
@@ -77,7 +77,13 @@ def test_scores_are_reproducible_and_their_order_is_seeded():
     assert torch.equal(scores(1), scores(1)) and not torch.equal(scores(1), scores(2))
 
 
-def test_only_the_variant_order_has_another_order():
-    seeds = {v: warmup_seed(0, "x", v) for v in ("delta", "half_a", "half_b", "gradient", "order")}
-    assert len(set(seeds.values())) == 2 and list(seeds.values()).count(seeds["order"]) == 1
-    assert seeds["delta"] != warmup_seed(1, "x", "delta") != warmup_seed(1, "y", "delta")
+def test_ties_are_told_where_all_neurons_are_ranked_together():
+    scores = {"a": torch.tensor([3.0, 1, 1, 0]), "b": torch.tensor([[1.0, 2]])}
+    mask, ties = find_neurons(scores, 0.5)
+    assert {name: places.tolist() for name, places in mask.indices.items()} == {
+        "a": [0, 1],
+        "b": [1],
+    }
+    assert ties == {"zeros": 1, "tied": 3, "tied_kept": 1}
+    for other in ({"scope": "tensor"}, {"granularity": "row"}):
+        assert find_neurons(scores, 0.5, **other)[1] == {}
