@@ -18,7 +18,7 @@ import threading
 import time
 from pathlib import Path
 
-from allo_lib.machine import workers
+from allo_lib.machine import runtime
 from allo_lib.machine.environment import ROOT, child_environment
 
 # A kernel that is asked to stop gets this long, in seconds.
@@ -128,7 +128,7 @@ def kernel(arguments: list[str]) -> None:
     each, now at the same time."""
     from ipykernel import kernelapp
 
-    workers.start_early()
+    runtime.start_early()
     kernelapp.launch_new_instance(argv=arguments)
 
 

@@ -25,8 +25,7 @@ from allo_lib.engine import reference
 from allo_lib.engine.encoding import encode_pairs
 from allo_lib.engine.store import write_json
 from allo_lib.errors import AlloError
-from allo_lib.machine.runtime import give_back_freed_memory
-from allo_lib.machine.workers import fork_server, leave_with_parent
+from allo_lib.machine.runtime import fork_server, give_back_freed_memory, leave_with_parent
 from allo_lib.profiles.config import Profile
 from allo_lib.study import timed_steps
 from allo_lib.study.study import Study

@@ -26,8 +26,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from allo_lib.engine.store import NotMade
-from allo_lib.machine.runtime import give_back_freed_memory
-from allo_lib.machine.workers import fork_server, leave_with_parent
+from allo_lib.machine.runtime import fork_server, give_back_freed_memory, leave_with_parent
 from allo_lib.profiles.config import Profile
 from allo_lib.profiles.methods import (
     KEY_REFERENCE,
