@@ -20,7 +20,7 @@ from pathlib import Path
 import pytest
 from tiny_study import DOMAIN, open_study
 
-from allo_lib.machine.workers import fork_server
+from allo_lib.machine.runtime import fork_server
 from allo_lib.study import arms, manifest, results
 from allo_lib.study.study import STORE
 

@@ -19,7 +19,7 @@ from allo_lib.engine import models, stages, training
 from allo_lib.engine.checkpoints import Checkpoints
 from allo_lib.engine.forward import response_logps
 from allo_lib.errors import AlloError, Diverged
-from allo_lib.machine import devices, weights, workers
+from allo_lib.machine import devices, runtime, weights
 from allo_lib.method.importance import NeuronMask, count_ties, select_neurons
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -102,7 +102,7 @@ def launched(work, processes: int, config: str, *arguments) -> None:
 def _process(rank: int, environment: dict[str, str], work, arguments) -> None:
     os.environ |= environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
     torch.set_num_threads(1)
-    workers.leave_with_parent()
+    runtime.leave_with_parent()
     work(*arguments)
     torch.distributed.destroy_process_group()
 

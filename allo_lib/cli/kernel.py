@@ -4,10 +4,10 @@ Both import the library, several seconds each: at the same time, on a core each,
 after the other.
 """
 
-from allo_lib.machine import workers
+from allo_lib.machine import runtime
 
 if __name__ == "__main__":  # workers load this module, too, and need no kernel
     from ipykernel import kernelapp
 
-    workers.start_early()
+    runtime.start_early()
     kernelapp.launch_new_instance()

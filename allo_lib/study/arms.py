@@ -15,7 +15,7 @@ from allo_lib.engine.training import Diverged, Log, Schedule
 from allo_lib.errors import AlloError
 from allo_lib.machine import weights
 from allo_lib.machine.environment import device_name
-from allo_lib.machine.workers import torch_threads
+from allo_lib.machine.runtime import torch_threads
 from allo_lib.method.losses import GAMMA
 from allo_lib.method.objectives import ON_POLICY, ON_REJECTED, ON_SOLUTIONS
 from allo_lib.method.token_rewards import key_tokens

@@ -16,8 +16,7 @@ from pathlib import Path
 import torch
 
 from allo_lib.errors import AlloError
-from allo_lib.machine.runtime import give_back_freed_memory
-from allo_lib.machine.workers import fork_server, leave_with_parent
+from allo_lib.machine.runtime import fork_server, give_back_freed_memory, leave_with_parent
 from allo_lib.profiles.config import Profile
 from allo_lib.study import arithmetic, peers
 from allo_lib.study.study import Study

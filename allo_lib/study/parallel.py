@@ -12,8 +12,7 @@ from functools import cache, lru_cache
 
 from tqdm import tqdm
 
-from allo_lib.machine.runtime import give_back_freed_memory
-from allo_lib.machine.workers import fork_server, leave_with_parent
+from allo_lib.machine.runtime import fork_server, give_back_freed_memory, leave_with_parent
 from allo_lib.profiles.config import Profile
 from allo_lib.profiles.methods import (
     KEY_REFERENCE,

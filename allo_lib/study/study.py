@@ -23,7 +23,7 @@ from allo_lib.engine.stages import run_stage
 from allo_lib.engine.store import Artifact, Store, partial_of, write_json
 from allo_lib.engine.training import Schedule
 from allo_lib.errors import AlloError
-from allo_lib.machine import weights, workers
+from allo_lib.machine import runtime, weights
 from allo_lib.machine.environment import device_name
 from allo_lib.machine.runtime import make_deterministic
 from allo_lib.profiles.config import Domain, Profile
@@ -69,7 +69,7 @@ class Study(KeyNeurons, KeyTokenWeights):
         folder = Path(results_dir) if results_dir else root / "results" / loaded.name
         check_folder(folder, loaded)
         if loaded.compute.workers > 1:
-            workers.start_early()
+            runtime.start_early()
         return cls(loaded, seed, folder, os.environ.get("ALLO_DATA"))
 
     def at(self, replicate: int) -> "Study":
@@ -192,7 +192,7 @@ class Study(KeyNeurons, KeyTokenWeights):
             # What was lost may be made again where torch has another number, which changes bits.
             other = torch.get_num_threads() != threads
             try:
-                with workers.torch_threads(threads) if other else contextlib.nullcontext():
+                with runtime.torch_threads(threads) if other else contextlib.nullcontext():
                     make(folder)
             finally:
                 weights.restore(self.model, live)

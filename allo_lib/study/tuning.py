@@ -22,8 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from allo_lib.errors import AlloError
-from allo_lib.machine.runtime import give_back_freed_memory
-from allo_lib.machine.workers import fork_server, leave_with_parent
+from allo_lib.machine.runtime import fork_server, give_back_freed_memory, leave_with_parent
 from allo_lib.profiles.config import Profile
 from allo_lib.profiles.methods import knob_of, relative_rates, stages_of, tuned_as
 from allo_lib.study import arms, parallel
