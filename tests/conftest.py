@@ -1,7 +1,10 @@
 """Fixtures that several test files share."""
 
 import importlib.util
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import nbformat
@@ -43,6 +46,22 @@ def write_notebook(folder: Path, name: str, code: str) -> Path:
     path = folder / f"{name}.ipynb"
     nbformat.write(notebook, path)
     return path
+
+
+def start_run_all(project: Path, *arguments: str, **options) -> subprocess.Popen:
+    """`run_all.sh` in a stand-in project, with this test's environment as the active one."""
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    environment = {**os.environ, "PATH": path, "PYTHONPATH": ""}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    command = [project / "run_all.sh", *arguments]
+    return subprocess.Popen(command, cwd=project, env=environment, **pipes, **options)
+
+
+def run_all(project: Path, *arguments: str) -> subprocess.CompletedProcess:
+    """The same to its end."""
+    process = start_run_all(project, *arguments)
+    out, err = process.communicate(timeout=300)
+    return subprocess.CompletedProcess(arguments, process.returncode, out, err)
 
 
 def chromium() -> str | None:
