@@ -137,7 +137,8 @@ def archives_of(results: Path) -> tuple[list[bytes], list[str]]:
             continue
         if full:
             file = io.BytesIO()
-            archives.append((file, tarfile.open(fileobj=file, mode="w:gz", compresslevel=6)))
+            archive = tarfile.open(fileobj=file, mode="w:gz", compresslevel=6)  # noqa: SIM115
+            archives.append((file, archive))
         member = tarfile.TarInfo(name.as_posix())
         member.size, member.mtime = len(content), changed
         archives[-1][1].addfile(member, io.BytesIO(content))

@@ -78,9 +78,10 @@ class Faults:
                 self.tear(self.unsynced)
             raise Died
         what, once = self.kind.split(" ")[0], self.kind.endswith(" once")
-        if what in ERRORS and (number == self.at if once else number >= self.at):
-            if number == self.at or what == "broken" or name in NEEDS_SPACE:
-                raise OSError(ERRORS[what], os.strerror(ERRORS[what]))
+        if what not in ERRORS or number < self.at or (once and number > self.at):
+            return
+        if number == self.at or what == "broken" or name in NEEDS_SPACE:
+            raise OSError(ERRORS[what], os.strerror(ERRORS[what]))
 
     def landed(self, path) -> None:
         """Called when a file was written, before anything was forced to the disk."""

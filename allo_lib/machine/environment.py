@@ -170,6 +170,7 @@ def _say(text: str) -> None:
 
 
 def main() -> int:
+    """Print the interpreter to use; 0 when there is one, 2 with the reason when there is none."""
     parser = argparse.ArgumentParser(prog="allo_lib.machine.environment", allow_abbrev=False)
     parser.add_argument("--tests", action="store_true", help="the test extra's ranges too")
     parser.add_argument("--check", action="store_true", help="only say whether the ranges are met")
