@@ -239,9 +239,12 @@ def test_fresh_starts_over_and_spares_other_files(study):
     assert (run.results / "notebooks" / "06_merge.ipynb").read_text() == "06_merge 0 6\n"
 
 
-def test_results_of_another_profile_are_left_alone(study, project):
+@pytest.mark.parametrize("finished", [True, False])
+def test_results_of_another_profile_are_left_alone(study, project, finished):
     run, ran = study
     driver.run_study(run)
+    if not finished:
+        (run.results / manifest.NAME).unlink()
     before = contents(run.results)
     other = make_run(project, overrides={"method.beta": 0.2})
     with pytest.raises(cli.AlloError, match="--out, or replace these results with --fresh") as told:
@@ -251,15 +254,6 @@ def test_results_of_another_profile_are_left_alone(study, project):
     assert ran == ALL and contents(run.results) == before
     driver.run_study(other, fresh=True)
     assert manifest.read(run.results)["profile_hash"] == other.profile.hash()
-
-
-def test_an_unfinished_run_is_not_mixed_with_another_profile(study, project):
-    run, _ = study
-    write_notebook(project / "notebooks", "01_second", SECOND)
-    with pytest.raises(driver.NotebookError):
-        driver.run_study(run)
-    with pytest.raises(cli.AlloError, match="holds results of profile hash"):
-        driver.run_study(make_run(project, overrides={"method.beta": 0.2}))
 
 
 def test_a_manifest_that_was_not_written_in_time_is_written_later(study, monkeypatch):
