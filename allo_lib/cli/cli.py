@@ -235,7 +235,7 @@ OPTIONS = {
     "--out": {"metavar": "DIR", "help": "results folder, default results/PROFILE or /FILE"},
     "--data": {"metavar": "DIR", "help": f"folder of data sets, default ${DATA_VARIABLE}"},
     "--domains": {"metavar": "A,B", "help": "domains to work on, default all: a study in pieces"},
-    "--seeds": {"metavar": "0,1,2", "help": "default 0 up to `models` of the profile; tune: 100 to 103"},
+    "--seeds": {"metavar": "0,1,2", "help": "default 0 to `models` - 1; tune: 100 to 103"},
     "--only": {"metavar": "01,05", "help": "numbers of notebooks"},
     "--minutes": {"metavar": "M", "help": "end after M minutes, done or not"},
     "--methods": {"metavar": "A,B", "help": "methods as the main table names them"},
