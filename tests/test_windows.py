@@ -176,6 +176,7 @@ def test_nothing_is_trained_whose_result_is_there(measured, tmp_path, trained):
     assert overlaps.scores_of_earlier_seeds(later, DOMAIN) == {} and trained == []
 
 
+@pytest.mark.slow
 def test_the_next_method_is_measured_to_the_same_bits(measured, tmp_path, trained):
     there = carried(measured, tmp_path / "there")
     here = shutil.copytree(measured, tmp_path / "here")
@@ -214,6 +215,7 @@ def test_lost_weights_are_made_again_on_as_many_threads(measured, tmp_path, monk
 # --- devices -------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_weights_with_other_bits_are_told(measured, tmp_path, monkeypatch, capsys):
     """As on another GPU: here a copy of the SFT model of which one weight is another."""
     folder = carried(measured, tmp_path / "there")
