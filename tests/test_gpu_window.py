@@ -91,10 +91,11 @@ def test_one_that_is_asked_to_end_leaves_what_it_has(tmp_path):
     kept = tmp_path / "results" / "kept.json"
     kept.parent.mkdir()
     kept.write_text("{}")
-    window = Window(tmp_path, 1, "--only", "tests")
-    until(lambda: (window.out / gpu_window.TOLD).exists() and "tests" in window.told()["phases"])
+    window = Window(tmp_path, 9, "--only", "tests")
+    begun = lambda: (window.out / gpu_window.TOLD).exists() and window.told()["phases"]  # noqa: E731
+    until(begun, 200)
     window.process.send_signal(signal.SIGTERM)
-    assert window.process.wait(20) == 128 + signal.SIGTERM
+    assert window.process.wait(60) == 128 + signal.SIGTERM
     assert window.carried() == {"kept.json"}
     assert window.told()["phases"]["tests"]["status"] == -signal.SIGTERM
 
