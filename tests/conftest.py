@@ -58,7 +58,7 @@ def start_run_all(project: Path, *arguments: str, **options) -> subprocess.Popen
 
 
 def run_all(project: Path, *arguments: str) -> subprocess.CompletedProcess:
-    """The same to its end."""
+    """The same to its end, which has to come within five minutes."""
     process = start_run_all(project, *arguments)
     out, err = process.communicate(timeout=300)
     return subprocess.CompletedProcess(arguments, process.returncode, out, err)

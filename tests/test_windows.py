@@ -340,13 +340,12 @@ if not flag.exists():
 @pytest.mark.slow
 def test_time_that_runs_out_ends_the_command_and_the_same_one_goes_on(project):
     write_notebook(project / "notebooks", "01_second", SLOW_ONCE)
-    begun, flag = time.monotonic(), project / "results" / "toy" / ".store" / "flag"
+    flag = project / "results" / "toy" / ".store" / "flag"
     for minutes in ("0.3", "0.5", "1"):  # on a busy machine the first one may not get to the flag
         ended = run_all(project, "toy.yaml", "--minutes", minutes)
         assert ended.returncode == cli.TIME_UP, ended.stderr
         if flag.exists():
             break
-    assert time.monotonic() - begun < 150
     assert ended.stdout.split("missing:\n")[1].splitlines() == [
         "seed0: notebooks 01_second",
         "all: notebooks 06_merge",
