@@ -16,15 +16,15 @@ import time
 from pathlib import Path
 
 import torch
+from allo_lib.allo import run_stage
 from torch.profiler import ProfilerActivity, profile
 
 from allo_lib.engine import generation
-from allo_lib.engine.stages import run_stage
 from allo_lib.engine.training import Schedule
 from allo_lib.machine.environment import device_name
 from allo_lib.method.importance import select_neurons
 from allo_lib.profiles.profile_files import load_profile
-from allo_lib.study import arithmetic
+from allo_lib.study import timed_steps
 from allo_lib.study.study import Study
 
 STEPS, WARM_UP = 20, 2
@@ -69,10 +69,10 @@ def decode(study: Study, model):
 
 def timed(work, device):
     """(seconds, result) of `work`."""
-    arithmetic.wait_for(device)
+    timed_steps.wait_for(device)
     start = time.perf_counter()
     result = work()
-    arithmetic.wait_for(device)
+    timed_steps.wait_for(device)
     return time.perf_counter() - start, result
 
 

@@ -99,7 +99,7 @@ def command(tmp_path, monkeypatch, capsys):
     monkeypatch.delenv(cli.DATA_VARIABLE, raising=False)
     names = ("00_setup", "01_importance", "06_evaluation")
     notebooks = [cli.Path(f"{name}.ipynb") for name in names]
-    monkeypatch.setattr(cli.marks, "notebooks", lambda run: notebooks)
+    monkeypatch.setattr(cli.driver, "notebooks", lambda run: notebooks)
     monkeypatch.setattr(cli.driver, "_run_all", lambda *_: pytest.fail("the study ran"))
     (tmp_path / "toy.yaml").write_text(TOY)
     (tmp_path / "file").write_text("mine")

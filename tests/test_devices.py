@@ -13,9 +13,9 @@ from accelerate.commands import launch
 from accelerate.utils.launch import prepare_multi_gpu_env
 from torch import multiprocessing
 
-from allo_lib import align
+from allo_lib import align, allo
 from allo_lib.data import miniature
-from allo_lib.engine import models, stages, training
+from allo_lib.engine import models, training
 from allo_lib.engine.checkpoints import Checkpoints
 from allo_lib.engine.forward import response_logps
 from allo_lib.errors import AlloError, Diverged
@@ -251,4 +251,4 @@ def test_a_number_that_is_not_finite_in_one_process_ends_all(tmp_path):
 def test_a_loss_that_is_no_mean_is_refused_in_several_processes(monkeypatch):
     monkeypatch.setattr(devices, "count", lambda: 2)
     with pytest.raises(AlloError, match="bco judges whole batches"):
-        stages.run_stage(None, [], "bco", None, pad_token_id=0)
+        allo.run_stage(None, [], "bco", None, pad_token_id=0)

@@ -20,7 +20,7 @@ import allo_lib
 
 PAGES = sorted(
     path
-    for pattern in ("*.md", "docs/*.md", "notebooks/*.py", "results/**/*.md", "results/*/*.html")
+    for pattern in ("*.md", "docs/*.md", "notebooks/*.py", "results/**/*.md", "results/*.html")
     for path in ROOT.glob(pattern)
     if "/." not in path.relative_to(ROOT).as_posix()  # a store
 )

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from allo_lib.allo import run_stage
 from tiny_study import open_study
 
 from allo_lib.cli import verify
 from allo_lib.engine import models, reference
 from allo_lib.engine.forward import pair_logps
-from allo_lib.engine.stages import run_stage
 from allo_lib.engine.training import Schedule
 from allo_lib.machine import runtime, weights
 from allo_lib.machine.environment import child_environment

@@ -10,8 +10,8 @@ import nbformat
 import pytest
 from conftest import PROFILE, run_all, start_run_all, write_notebook
 
-from allo_lib.cli import cli, driver, execute, marks, verify
-from allo_lib.evaluation import measurements, outcomes
+from allo_lib.cli import cli, driver, execute, verify
+from allo_lib.evaluation import outcomes
 from allo_lib.study import manifest
 from tests import synthetic_results
 
@@ -33,7 +33,7 @@ def test_a_run_is_whole_repeatable_and_verifiable(project):
     results = project / "results" / "toy"
     assert "here is 00_first with seed 3" in first.stdout
     assert "toy: 5 files written; took 0 min" in first.stdout
-    for name in ("seed3/00_first", "seed3/01_second", "06_merge"):
+    for name in ("00_first_seed3", "01_second_seed3", "06_merge"):
         text = (results / "notebooks" / f"{name}.ipynb").read_text()
         assert str(project.parent) not in text and "papermill" not in text
     with (results / "measurements.csv").open() as handle:
@@ -53,7 +53,7 @@ def test_a_run_is_whole_repeatable_and_verifiable(project):
 def test_a_failing_notebook_is_kept_named_and_ends_the_run(project):
     write_notebook(project / "notebooks", "01_second", SECOND)
     ended = run_all(project, "toy.yaml")
-    kept = project / "results" / "toy" / "notebooks" / "seed0" / "01_second.failed.ipynb"
+    kept = project / "results" / "toy" / "notebooks" / "01_second.failed.ipynb"
     assert ended.returncode == 1
     assert f"run_all: 01_second failed: ValueError: the loss; see {kept}" in ended.stderr
     assert "ValueError" in kept.read_text()
@@ -131,12 +131,12 @@ def study(project, monkeypatch):
     return make_run(project), ran
 
 
-def make_run(project: Path, **settings) -> marks.Run:
+def make_run(project: Path, **settings) -> driver.Run:
     path = project / "toy.yaml"
     profile = cli.load_profile(str(path), settings.get("overrides"))
     settings = {"results": project / "results" / "toy", **settings}
     notebooks = project / "notebooks"
-    return marks.Run(given=str(path), profile=profile, notebooks=notebooks, **settings)
+    return driver.Run(given=str(path), profile=profile, notebooks=notebooks, **settings)
 
 
 ALL = [("00_first", 0), ("01_second", 0), ("06_merge", [0])]
@@ -166,19 +166,20 @@ def test_a_changed_notebook_alone_runs_again_and_all_when_the_library_changed(
     write_notebook(project / "notebooks", "01_second", "another = True")
     driver.run_study(run)
     assert ran[3:] == [("01_second", 0)]
-    monkeypatch.setattr(marks, "library_hash", lambda: "another")
+    monkeypatch.setattr(driver, "library_hash", lambda: "another")
     driver.run_study(run)
     assert ran[4:] == ALL
 
 
 def test_library_hash_follows_code_but_not_the_commands(tmp_path):
+    (tmp_path / "cli").mkdir()
     (tmp_path / "losses.py").write_text("beta = 0.1\n")
-    (tmp_path / "cli.py").write_text("usage = 1\n")
-    before = marks.library_hash.__wrapped__(tmp_path)
-    (tmp_path / "cli.py").write_text("usage = 2\n")
-    assert marks.library_hash.__wrapped__(tmp_path) == before
+    (tmp_path / "cli" / "cli.py").write_text("usage = 1\n")
+    before = driver.library_hash.__wrapped__(tmp_path)
+    (tmp_path / "cli" / "cli.py").write_text("usage = 2\n")
+    assert driver.library_hash.__wrapped__(tmp_path) == before
     (tmp_path / "losses.py").write_text("beta = 0.2\n")
-    assert marks.library_hash.__wrapped__(tmp_path) != before
+    assert driver.library_hash.__wrapped__(tmp_path) != before
 
 
 def test_measurements_of_the_last_notebook_leave_the_others_done(study, project, monkeypatch):
@@ -200,7 +201,7 @@ def test_measurements_of_the_last_notebook_leave_the_others_done(study, project,
 def test_a_lost_file_or_foreign_measurements_are_made_anew(study):
     run, ran = study
     driver.run_study(run)
-    (run.results / "notebooks" / "seed0" / "00_first.ipynb").unlink()
+    (run.results / "notebooks" / "00_first.ipynb").unlink()
     driver.run_study(run)
     assert ran[3:] == [("00_first", 0)]
     (run.results / "measurements.csv").write_text("something else\n")
@@ -411,14 +412,14 @@ def test_verify_names_lost_changed_added_and_outdated(study, project):
     driver.run_study(run)
     assert verify.check_files(verify.as_recorded(run)) == []
     (run.results / "notebooks" / "06_merge.ipynb").unlink()
-    (run.results / "notebooks" / "seed0" / "00_first.ipynb").write_text("changed")
+    (run.results / "notebooks" / "00_first.ipynb").write_text("changed")
     (run.results / "stray.txt").write_text("stray")
     (project / "toy.yaml").write_text(PROFILE + "method: {beta: 0.3}\n")
     problems = verify.check_files(verify.as_recorded(run))
     assert "now has" in problems[0]
     assert problems[1:] == [
+        "notebooks/00_first.ipynb: differs from the manifest",
         "notebooks/06_merge.ipynb: missing",
-        "notebooks/seed0/00_first.ipynb: differs from the manifest",
         "stray.txt: not in the manifest",
     ]
 
@@ -465,7 +466,7 @@ def test_runs_outside_the_committed_spread_are_told(tmp_path, monkeypatch):
             wrong = rows.index[~rows["right"]]
             table.loc[wrong[: shift + 4 * model + replicate], "right"] = True
         (tmp_path / name).mkdir()
-        measurements.write(tmp_path / name / "measurements.csv", [])
+        outcomes.write_measurements(tmp_path / name / "measurements.csv", [])
         outcomes.write(tmp_path / name / outcomes.NAME, table)
         return tmp_path / name
 

@@ -18,12 +18,13 @@ from test_run_all import study as toy  # noqa: F401  (a fixture)
 from test_store import never
 from tiny_study import DOMAIN, open_study
 
+from allo_lib import allo
 from allo_lib.cli import cli, driver, status, verify
-from allo_lib.engine import notes, stages
+from allo_lib.engine import notes
 from allo_lib.engine.store import MANIFEST, NotMade, Store, sha256, write_json
 from allo_lib.errors import AlloError
 from allo_lib.machine import weights
-from allo_lib.study import analysis, arms, manifest, missing, overlaps, parallel, results
+from allo_lib.study import analysis, arms, key_neurons, manifest, results, runs
 from allo_lib.study.study import STORE
 
 TENSORS = {"a": torch.arange(6.0)}
@@ -138,13 +139,13 @@ def test_processes_that_make_it_again_with_other_bits_go_on_from_the_same(tmp_pa
 @pytest.fixture
 def trained(monkeypatch):
     """Labels of all trainings, in their order."""
-    labels, real = [], stages.train
+    labels, real = [], allo.train
 
     def train(model, rows, collator, loss, optimizer, schedule, label, *others):
         labels.append(label)
         return real(model, rows, collator, loss, optimizer, schedule, label, *others)
 
-    monkeypatch.setattr(stages, "train", train)
+    monkeypatch.setattr(allo, "train", train)
     return labels
 
 
@@ -173,7 +174,7 @@ def test_nothing_is_trained_whose_result_is_there(measured, tmp_path, trained):
     assert (folder / name).read_bytes() == (measured / name).read_bytes()
     assert trained == [] and not list(folder.rglob("*.safetensors"))
     later = opened(folder, seed=1)
-    assert overlaps.scores_of_earlier_seeds(later, DOMAIN) == {} and trained == []
+    assert key_neurons.scores_of_earlier_seeds(later, DOMAIN) == {} and trained == []
 
 
 @pytest.mark.slow
@@ -183,7 +184,7 @@ def test_the_next_method_is_measured_to_the_same_bits(measured, tmp_path, traine
     found, models = {}, {}
     for folder in (here, there):
         study = opened(folder, METHODS)
-        found[folder] = parallel.run_methods(study, {DOMAIN: ["sft_base", *METHODS]})
+        found[folder] = runs.run_methods(study, {DOMAIN: ["sft_base", *METHODS]})
         models[folder] = weights.snapshot(arms.trained_model(study, DOMAIN, "dpo")[0])
     assert found[here] == found[there]
     assert all(torch.equal(models[there][name], value) for name, value in models[here].items())
@@ -269,10 +270,10 @@ def test_methods_without_a_result_are_told_and_nothing_is_made(measured, tmp_pat
     folder = carried(measured, tmp_path / "there")
     study, before = opened(folder, [*METHODS, "npo"]), stamps(folder / STORE)
     score = analysis.score_of(arms.result(opened(folder), DOMAIN, "dpo"))[0]
-    (line,) = missing.lines(study)
+    (line,) = runs.missing(study)
     assert line.startswith(f"seed 0, {DOMAIN}: methods dpo_top10, npo (there: sft_base 0.")
     assert line.endswith(f", dpo {score:.3f})")
-    (line,) = missing.lines(opened(folder, METHODS, seed=1))
+    (line,) = runs.missing(opened(folder, METHODS, seed=1))
     assert line == f"seed 1, {DOMAIN}: methods sft_base, dpo, dpo_top10 (there: none)"
     assert stamps(folder / STORE) == before and trained == []
 
@@ -309,7 +310,7 @@ def test_a_run_that_is_cut_off_is_whole_and_goes_on(toy, monkeypatch):  # noqa: 
     with monkeypatch.context() as patch, pytest.raises(driver.TimeUp) as stopped:
         patch.setattr(driver, "execute", cut)
         driver.run_study(run)
-    assert stopped.value.written == ["notebooks/seed0/00_first.ipynb"]
+    assert stopped.value.written == ["notebooks/00_first.ipynb"]
     assert verify.check_files(run) == [] and ran == [("00_first", 0)]
     assert list(manifest.read(run.results)["runs"]["seed0"]["seconds"]) == ["00_first"]
     driver.run_study(run)

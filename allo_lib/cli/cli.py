@@ -11,13 +11,12 @@ import tempfile
 import time
 from pathlib import Path
 
-from allo_lib.cli import driver, marks, status, verify
+from allo_lib.cli import driver, status, verify
 from allo_lib.errors import AlloError
 from allo_lib.machine.environment import ROOT
 from allo_lib.profiles.config import Profile
 from allo_lib.profiles.methods import stages_of
-from allo_lib.profiles.parts import part_of
-from allo_lib.profiles.profile_files import load_profile, parse_yaml
+from allo_lib.profiles.profile_files import load_profile, parse_yaml, part_of
 from allo_lib.study import manifest
 
 DATA_VARIABLE = "ALLO_DATA"
@@ -105,9 +104,9 @@ def run(arguments: list[str]) -> int:
     return TIME_UP
 
 
-def _of_domains(asked: marks.Run) -> list[str]:
+def _of_domains(asked: driver.Run) -> list[str]:
     """Numbers of the notebooks that can be run for some of the domains."""
-    return [path.name[:2] for path in marks.notebooks(asked) if marks.of_a_domain(path)]
+    return [path.name[:2] for path in driver.notebooks(asked) if driver.of_a_domain(path)]
 
 
 def show_status(arguments: list[str]) -> int:
@@ -164,10 +163,10 @@ def tune(arguments: list[str]) -> int:
             asked, results=asked.results.with_name(f"{asked.profile.name}-tuning")
         )
     driver.check_folder(asked, fresh=False)
-    from allo_lib.study import tuning  # loads torch
+    from allo_lib.study import runs  # loads torch
 
     data = None if asked.data is None else str(asked.data)
-    print(f"wrote {shown(tuning.tune(asked.profile, asked.seeds, asked.results, data))}")
+    print(f"wrote {shown(runs.tune(asked.profile, asked.seeds, asked.results, data))}")
     return 0
 
 
@@ -260,7 +259,7 @@ def _parse(arguments: list[str], command, *names: str, **defaults: str) -> argpa
     return parser.parse_args(arguments)
 
 
-def _run_of(options: argparse.Namespace) -> marks.Run:
+def _run_of(options: argparse.Namespace) -> driver.Run:
     """Check everything that was typed before anything is touched."""
     for name in ("only", "out", "data", "domains"):
         if getattr(options, name, None) == "":
@@ -274,7 +273,7 @@ def _run_of(options: argparse.Namespace) -> marks.Run:
     _check_methods(profile)
     results = folder_of(options.out, "--out") if options.out else ROOT / "results" / profile.name
     path, typed = Path(options.profile), getattr(options, "seeds", None)
-    asked = marks.Run(
+    asked = driver.Run(
         given=str(path.resolve()) if path.suffix in (".yaml", ".yml") else options.profile,
         profile=profile,
         results=results,
@@ -283,7 +282,7 @@ def _run_of(options: argparse.Namespace) -> marks.Run:
         data=data_folder(getattr(options, "data", None)),
         domains=parse_domains(options.domains or "", profile),
     )
-    only = parse_only(getattr(options, "only", None) or "", marks.notebooks(asked))
+    only = parse_only(getattr(options, "only", None) or "", driver.notebooks(asked))
     return dataclasses.replace(asked, only=only)
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from scipy.special import stdtrit
 
 from allo_lib.cli import driver
-from allo_lib.cli.marks import Run
+from allo_lib.cli.driver import Run
 from allo_lib.errors import AlloError
 from allo_lib.evaluation.comparisons import StudyResults
 from allo_lib.evaluation.stats import LEVEL

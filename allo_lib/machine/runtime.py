@@ -137,7 +137,7 @@ def fork_server():
     a fork of a notebook's own process, with its threads, is not.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["allo_lib.study.parallel"])
+    context.set_forkserver_preload(["allo_lib.study.runs"])
     return context
 
 

@@ -25,7 +25,7 @@ from allo_lib.errors import AlloError
 from allo_lib.machine.runtime import fork_server, give_back_freed_memory, leave_with_parent
 from allo_lib.profiles.config import Profile
 from allo_lib.profiles.methods import knob_of, relative_rates, stages_of, tuned_as
-from allo_lib.study import arms, parallel
+from allo_lib.study import arms, runs
 from allo_lib.study.results import methods_of
 from allo_lib.study.search import Rates
 from allo_lib.study.study import Study
@@ -96,7 +96,7 @@ def tune(profile: Profile, seeds: tuple[int, ...], folder: Path, data: str | Non
         for method in methods_of(studies[0], name)
         if method == tuned_as(method) and not relative_rates(method)
     }
-    parallel.prepare_all([(study, name) for study in studies for name in profile.domains])
+    runs.prepare_all([(study, name) for study in studies for name in profile.domains])
     searches = {}
     for (name, method), stages in asked.items():
         if stages:
@@ -141,7 +141,7 @@ def _arguments(job) -> tuple:
 
 
 def _score(profile, seed, results_dir, data_dir, name, method, rates) -> float:
-    study = parallel.study_of(profile, seed, results_dir, data_dir)
+    study = runs.study_of(profile, seed, results_dir, data_dir)
     return arms.score_at(study, name, method, rates)
 
 
