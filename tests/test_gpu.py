@@ -311,21 +311,6 @@ def test_a_stopped_training_goes_on_to_the_same_bits(device, kind, dtype, tmp_pa
     assert all(value.device.type == device for value in weights_of(again).values())
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("kind", KINDS)
-def test_two_runs_of_one_seed_are_equal(device, kind, dtype):
-    rows, trained = pairs(tiny_llama()), []
-    with unsteady() as operations:
-        for _ in range(2):
-            model = micro(device, dtype)
-            mask = mask_of(model, kind)
-            run_stage(model, rows, "dpo", Schedule(1e-3, 2, 4, 0), pad_token_id=0, mask=mask)
-            trained.append(weights_of(model))
-    assert_repeated(*trained, operations)
-    untouched = weights_of(micro(device, dtype))
-    assert not all(torch.equal(value, untouched[name]) for name, value in trained[0].items())
-
-
 @pytest.mark.parametrize("where", ["log-probs", "gradient norm"])
 def test_nan_stops_a_training_before_weights_change(device, where, tmp_path):
     model = tiny_llama().to(device)

@@ -11,10 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROW, write_notebook
-from test_crash import outputs
+from conftest import ROW, run_all, write_notebook
 from test_faults import stamps
-from test_run_all import make_run, run_all
+from test_run_all import make_run
 from test_run_all import study as toy  # noqa: F401  (a fixture)
 from test_store import never
 from tiny_study import DOMAIN, open_study
@@ -25,9 +24,7 @@ from allo_lib.engine import notes
 from allo_lib.engine.store import MANIFEST, NotMade, Store, sha256, write_json
 from allo_lib.errors import AlloError
 from allo_lib.machine import weights
-from allo_lib.machine.environment import device_name
-from allo_lib.report import report
-from allo_lib.study import analysis, arms, key_neurons, manifest, results, runs, scoring
+from allo_lib.study import analysis, arms, key_neurons, manifest, results, runs
 from allo_lib.study.study import STORE
 
 TENSORS = {"a": torch.arange(6.0)}
@@ -104,16 +101,6 @@ def test_other_bits_replace_all_of_it_and_are_told(tmp_path, capsys):
     assert value_of(Store(tmp_path).get("stage", INPUTS, never)) == 2.0
 
 
-def test_only_lost_tensors_are_no_damage(tmp_path, capsys):
-    made = Store(tmp_path).get("stage", INPUTS, make())
-    (made.path / "same.safetensors").write_bytes(b"torn")
-    assert value_of(Store(tmp_path).get("stage", INPUTS, make(2.0))) == 2.0
-    lose(tmp_path / "stage" / made.key)
-    (made.path / "record.json").unlink()
-    assert Store(tmp_path).get("stage", INPUTS, make(3.0, "third")).json() == {"text": "third"}
-    assert capsys.readouterr().err.count("is damaged; set aside, made anew") == 2
-
-
 def test_a_file_that_is_not_made_again_is_told(tmp_path):
     Store(tmp_path).get("stage", INPUTS, make())
     lose(tmp_path)
@@ -121,19 +108,6 @@ def test_a_file_that_is_not_made_again_is_told(tmp_path):
     with pytest.raises(AlloError, match="made again and has no same.safetensors now: run again"):
         found.file("same.safetensors")
     assert Store(tmp_path).get("stage", INPUTS, never).json() == {}
-
-
-def test_damage_that_came_meanwhile_is_told_and_mended_by_the_next(tmp_path):
-    made = Store(tmp_path).get("stage", INPUTS, make())
-    lose(tmp_path)
-
-    def slowly(folder):
-        make()(folder)
-        (made.path / MANIFEST).write_text("{")
-
-    with pytest.raises(AlloError, match="has no same.safetensors now: run again"):
-        Store(tmp_path).get("stage", INPUTS, slowly).file("same.safetensors")
-    assert value_of(Store(tmp_path).get("stage", INPUTS, make(2.0))) == 2.0
 
 
 def _ask(folder, gate, told):
@@ -203,14 +177,7 @@ def test_nothing_is_trained_whose_result_is_there(measured, tmp_path, trained):
     assert key_neurons.scores_of_earlier_seeds(later, DOMAIN) == {} and trained == []
 
 
-def test_rows_of_preferences_need_no_tensors_either(measured, tmp_path, monkeypatch):
-    study = opened(carried(measured, tmp_path / "there"))
-    monkeypatch.setattr(type(study), "task", lambda self, name: None)
-    study.pairs(DOMAIN).rows["dev"] = [{}] * 3
-    assert scoring.dev_count(study, DOMAIN) == 3
-    assert not list(study.results_dir.rglob("*.safetensors"))
-
-
+@pytest.mark.slow
 def test_the_next_method_is_measured_to_the_same_bits(measured, tmp_path, trained):
     there = carried(measured, tmp_path / "there")
     here = shutil.copytree(measured, tmp_path / "here")
@@ -232,20 +199,6 @@ def test_the_next_method_is_measured_to_the_same_bits(measured, tmp_path, traine
         assert again and all((there / p).read_bytes() == (here / p).read_bytes() for p in again)
 
 
-def test_what_methods_share_is_made_again_before_workers_ask_for_it(
-    measured, tmp_path, monkeypatch, trained
-):
-    study = opened(carried(measured, tmp_path / "there"))
-    (sft,) = measured.glob(f"{STORE}/sft/*/model.safetensors")
-    monkeypatch.setattr(type(study), "_make_sft", lambda self, name, to: shutil.copy(sft, to))
-    runs.prepare(study, DOMAIN)
-    assert trained == [f"{DOMAIN}, importance (delta)"]
-    monkeypatch.setattr("allo_lib.engine.store.Store._make", never)
-    study.load_sft(DOMAIN), study.scores(DOMAIN).file("scores.safetensors")
-    for split in ("train", "heldout"):
-        opened(study.results_dir).encoded(DOMAIN, split)
-
-
 def test_lost_weights_are_made_again_on_as_many_threads(measured, tmp_path, monkeypatch):
     study, seen = opened(carried(measured, tmp_path / "there")), []
     found = study.sft(DOMAIN)
@@ -263,6 +216,7 @@ def test_lost_weights_are_made_again_on_as_many_threads(measured, tmp_path, monk
 # --- devices -------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_weights_with_other_bits_are_told(measured, tmp_path, monkeypatch, capsys):
     """As on another GPU: here a copy of the SFT model of which one weight is another."""
     folder = carried(measured, tmp_path / "there")
@@ -307,24 +261,6 @@ def test_one_device_and_two_sft_models_are_told_too():
     line = notes.several_devices({"seed0": {place: {"toy": m} for place, m in cells.items()}})
     assert "GPU, SFT model bb: seed0, toy: npo" in line
     assert notes.cells_of({"dpo": found["dpo"], "old": {}}) == {"GPU": ["dpo"], "not told": ["old"]}
-
-
-def test_a_study_that_was_finished_on_another_device_says_so(measured, tmp_path):
-    folder = carried(measured, tmp_path / "there")
-    for path in folder.glob(f"{STORE}/result/*/record.json"):
-        record = json.loads(path.read_text())
-        if record["method"] == "dpo":
-            write_json(path, record | {"device": "Another GPU"})
-            sealed = json.loads((path.parent / MANIFEST).read_text())
-            sealed["files"][path.name] = sha256(path)
-            write_json(path.parent / MANIFEST, sealed)
-    here = device_name("cpu")
-    results.update(opened(folder), [0])
-    cells = manifest.noted(folder)["cells"]
-    assert cells == {"seed0": {here: {DOMAIN: ["sft_base"]}, "Another GPU": {DOMAIN: ["dpo"]}}}
-    report.rebuild(folder)
-    page = (folder.parent / "report.html").read_text()
-    assert f"Another GPU: seed0, {DOMAIN}: dpo" in page
 
 
 # --- what is missing -----------------------------------------------------------------------------
@@ -402,21 +338,15 @@ if not flag.exists():
 """
 
 
-def test_time_that_runs_out_ends_the_command_and_the_same_one_goes_on(project, tmp_path):
+@pytest.mark.slow
+def test_time_that_runs_out_ends_the_command_and_the_same_one_goes_on(project):
     write_notebook(project / "notebooks", "01_second", SLOW_ONCE)
-    whole = shutil.copytree(project, tmp_path / "whole" / "project")
-    (whole / "results" / "toy" / ".store").mkdir(parents=True)
-    (whole / "results" / "toy" / ".store" / "flag").touch()
-    assert run_all(whole, "toy.yaml").returncode == 0
-    results_, begun = project / "results" / "toy", time.monotonic()
-    # So short that the flag may not be there yet: the first of them ends all the same.
-    for minutes in ("0.5", "0.5"):
+    flag = project / "results" / "toy" / ".store" / "flag"
+    for minutes in ("0.3", "0.5", "1"):  # on a busy machine the first one may not get to the flag
         ended = run_all(project, "toy.yaml", "--minutes", minutes)
         assert ended.returncode == cli.TIME_UP, ended.stderr
-        if (results_ / ".store" / "flag").exists():
+        if flag.exists():
             break
-        assert "00_first, 01_second" in ended.stdout
-    assert time.monotonic() - begun < 90
     assert ended.stdout.split("missing:\n")[1].splitlines() == [
         "seed0: notebooks 01_second",
         "all: notebooks 06_merge",
@@ -426,4 +356,3 @@ def test_time_that_runs_out_ends_the_command_and_the_same_one_goes_on(project, t
     ended = run_all(project, "toy.yaml", "--minutes", "60")
     assert ended.returncode == 0, ended.stderr
     assert "00_first (seed 0): done before" in ended.stdout
-    assert outputs(results_) == outputs(whole / "results" / "toy")

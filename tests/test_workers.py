@@ -13,7 +13,7 @@ from allo_lib.machine.environment import child_environment
 _RUN = """
 import os, time
 from concurrent.futures import ProcessPoolExecutor
-from allo_lib.machine.workers import fork_server, leave_with_parent
+from allo_lib.machine.runtime import fork_server, leave_with_parent
 
 if __name__ == "__main__":
     with ProcessPoolExecutor(1, mp_context=fork_server(), initializer=leave_with_parent) as pool:

@@ -49,20 +49,8 @@ def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     command = arguments[0] if arguments else ""
     try:
-        if command == "test":
-            return test(arguments[1:])
-        if command == "status":
-            return show_status(arguments[1:])
-        if command == "verify":
-            return check(arguments[1:])
-        if command == "figures":
-            return redraw(arguments[1:])
-        if command == "tune":
-            return tune(arguments[1:])
-        if command == "grid":
-            return run_grid(arguments[1:])
-        if command == "harness":
-            return run_harness(arguments[1:])
+        if command in COMMANDS:
+            return COMMANDS[command](arguments[1:])
         return run(arguments)
     except AlloError as error:
         print(f"run_all: {' '.join(str(error).split())}", file=sys.stderr)
@@ -79,20 +67,17 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def test(arguments: list[str]) -> int:
-    """Replace this process by pytest, from the checkout's folder."""
+    """Replace this process by pytest, from the checkout's folder; by default its quick tests."""
     os.chdir(ROOT)
     sys.stdout.flush()
-    os.execv(sys.executable, [sys.executable, "-m", "pytest", *arguments])
+    chosen = arguments or ["-m", "not slow"]
+    os.execv(sys.executable, [sys.executable, "-m", "pytest", *chosen])
 
 
 def run(arguments: list[str]) -> int:
-    parser = _parser("run the notebooks of a profile")
-    parser.add_argument("--seeds", metavar="0,1,2", help="seeds, default one for each of `models`")
-    parser.add_argument("--only", metavar="01,05", help="numbers of notebooks")
-    parser.add_argument("--fresh", action="store_true", help="remove earlier results first")
-    parser.add_argument("--minutes", metavar="M", help="end after M minutes, done or not")
-    _add_data(parser)
-    options = parser.parse_args(arguments)
+    """Run the notebooks of a profile."""
+    options = _parse(arguments, run, *OF_A_PROFILE, "--seeds", "--only", "--data", "--minutes",
+                     "--fresh")  # fmt: skip
     start = time.monotonic()
     deadline = None if options.minutes is None else start + parse_minutes(options.minutes)
     asked = dataclasses.replace(_run_of(options), deadline=deadline)
@@ -129,16 +114,14 @@ def _of_domains(asked: driver.Run) -> list[str]:
 
 
 def show_status(arguments: list[str]) -> int:
-    options = _parser("what is done, what is missing, what each stage cost").parse_args(arguments)
-    print(status.describe(_run_of(options)))
+    """Print what is done, what is missing, what each stage cost."""
+    print(status.describe(_run_of(_parse(arguments, show_status, *OF_A_PROFILE))))
     return 0
 
 
 def check(arguments: list[str]) -> int:
-    parser = _parser("compare results with their hashes, or with a new run")
-    parser.add_argument("--rerun", action="store_true", help="run again and compare cell by cell")
-    _add_data(parser)
-    options = parser.parse_args(arguments)
+    """Compare results with their hashes, or with a new run."""
+    options = _parse(arguments, check, *OF_A_PROFILE, "--data", "--rerun")
     asked = verify.as_recorded(_run_of(options))
     problems = verify.check_files(asked)
     if options.rerun and not problems:
@@ -152,11 +135,7 @@ def check(arguments: list[str]) -> int:
 
 def redraw(arguments: list[str]) -> int:
     """Make claims, tables, figures and report again from a folder's own files, without torch."""
-    parser = _bare_parser("claims, tables and figures again, from the files of a results folder")
-    parser.add_argument("profile", nargs="?", default=DEFAULT_PROFILE, help="its name")
-    parser.add_argument("name", nargs="?", help="one of them, such as main_miniature; default all")
-    parser.add_argument("--out", metavar="DIR", help="results folder, default results/PROFILE")
-    options = parser.parse_args(arguments)
+    options = _parse(arguments, redraw, "profile", "name", "--out")
     results = ROOT / "results" / Path(options.profile).stem
     results = folder_of(options.out, "--out") if options.out else results
     if not (results / "measurements.csv").is_file():
@@ -183,10 +162,7 @@ def redraw(arguments: list[str]) -> int:
 
 def tune(arguments: list[str]) -> int:
     """Find every method's learning rates on SFT models that are not reported."""
-    parser = _parser("find learning rates on SFT models of their own")
-    parser.add_argument("--seeds", default="100,101,102,103", help="of these models")
-    _add_data(parser)
-    options = parser.parse_args(arguments)
+    options = _parse(arguments, tune, *OF_A_PROFILE, "--seeds", "--data", seeds="100,101,102,103")
     asked = _run_of(options)
     if not options.out:  # what is tuned on is no part of what is reported
         asked = dataclasses.replace(
@@ -202,12 +178,7 @@ def tune(arguments: list[str]) -> int:
 
 def run_grid(arguments: list[str]) -> int:
     """Run a study for every combination of a grid's settings, or for one of them."""
-    parser = _bare_parser("run a study for every combination of settings")
-    parser.add_argument("file", help="YAML file, see allo_lib/cli/grid.py")
-    parser.add_argument("--task", metavar="K", help="only the combination of this number, from 0")
-    parser.add_argument("--out", metavar="DIR", help="folder of all, default results/FILE's name")
-    _add_data(parser)
-    options = parser.parse_args(arguments)
+    options = _parse(arguments, run_grid, "file", "--task", "--out", "--data")
     from allo_lib.cli import grid  # loads pandas
 
     told = grid.read(Path(options.file))
@@ -229,12 +200,8 @@ def run_grid(arguments: list[str]) -> int:
 
 def run_harness(arguments: list[str]) -> int:
     """Evaluate models of a study by lm-evaluation-harness, on the study's problems."""
-    parser = _parser("evaluate models of a study by lm-evaluation-harness")
-    parser.add_argument("--seeds", default="0", help="the seed whose models are taken")
-    parser.add_argument("--methods", default="sft_base,dpo,allo", help="rows of the main table")
-    parser.add_argument("--limit", metavar="N", help="problems of each data set, default all")
-    _add_data(parser)
-    options = parser.parse_args(arguments)
+    options = _parse(arguments, run_harness, *OF_A_PROFILE, "--seeds", "--methods", "--limit",
+                     "--data", seeds="0", methods="sft_base,dpo,allo")  # fmt: skip
     asked, limit = _run_of(options), options.limit
     if limit is not None and not re.fullmatch("[1-9][0-9]{0,8}", limit):
         raise AlloError(f"--limit {_cut(limit)!r}: expected a whole number above 0")
@@ -261,38 +228,41 @@ def _options_of(told: dict, combination: dict, out: Path, data: str | None) -> a
     )  # fmt: skip
 
 
-def _bare_parser(description: str) -> _Parser:
-    return _Parser(
-        prog="./run_all.sh",
-        usage=USAGE.replace("\n", "\n       "),
-        description=description,
-        allow_abbrev=False,
-    )
+COMMANDS = {
+    "test": test, "status": show_status, "verify": check, "figures": redraw, "tune": tune,
+    "grid": run_grid, "harness": run_harness,
+}  # fmt: skip
+OF_A_PROFILE = ("profile", "--out", "--domains", "-p")
+OPTIONS = {
+    "profile": {"nargs": "?", "default": DEFAULT_PROFILE, "help": "name or YAML file"},
+    "name": {"nargs": "?", "help": "a figure or table, such as main_miniature; default all"},
+    "file": {"help": "YAML file, see allo_lib/cli/grid.py"},
+    "--out": {"metavar": "DIR", "help": "results folder, default results/PROFILE or /FILE"},
+    "--data": {"metavar": "DIR", "help": f"folder of data sets, default ${DATA_VARIABLE}"},
+    "--domains": {"metavar": "A,B", "help": "domains to work on, default all: a study in pieces"},
+    "--seeds": {"metavar": "0,1,2", "help": "default 0 to `models` - 1; tune: 100 to 103"},
+    "--only": {"metavar": "01,05", "help": "numbers of notebooks"},
+    "--minutes": {"metavar": "M", "help": "end after M minutes, done or not"},
+    "--methods": {"metavar": "A,B", "help": "methods as the main table names them"},
+    "--limit": {"metavar": "N", "help": "problems of each data set, default all"},
+    "--task": {"metavar": "K", "help": "only the combination of this number, from 0"},
+    "--fresh": {"action": "store_true", "help": "remove earlier results first"},
+    "--rerun": {"action": "store_true", "help": "run again and compare cell by cell"},
+    "-p": {
+        "dest": "overrides", "nargs": 2, "action": "append", "default": [],
+        "metavar": ("NAME", "VALUE"), "help": "set a key of the profile, dotted into its sections",
+    },
+}  # fmt: skip
 
 
-def _parser(description: str) -> _Parser:
-    parser = _bare_parser(description)
-    parser.add_argument("profile", nargs="?", default=DEFAULT_PROFILE, help="name or YAML file")
-    parser.add_argument("--out", metavar="DIR", help="results folder, default results/PROFILE")
-    parser.add_argument(
-        "--domains", metavar="A,B", help="domains to work on, default all: a study in pieces"
-    )
-    parser.add_argument(
-        "-p",
-        dest="overrides",
-        nargs=2,
-        action="append",
-        default=[],
-        metavar=("NAME", "VALUE"),
-        help="set a key of the profile, dotted into its sections",
-    )
-    return parser
-
-
-def _add_data(parser: _Parser) -> None:
-    parser.add_argument(
-        "--data", metavar="DIR", help=f"folder of data sets, default ${DATA_VARIABLE}"
-    )
+def _parse(arguments: list[str], command, *names: str, **defaults: str) -> argparse.Namespace:
+    """What was typed after `command`, which takes the options of these names."""
+    usage, described = USAGE.replace("\n", "\n       "), command.__doc__
+    parser = _Parser("./run_all.sh", usage, described, allow_abbrev=False)
+    for name in names:
+        parser.add_argument(name, **OPTIONS[name])
+    parser.set_defaults(**defaults)
+    return parser.parse_args(arguments)
 
 
 def _run_of(options: argparse.Namespace) -> driver.Run:

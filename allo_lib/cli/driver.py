@@ -116,6 +116,7 @@ def executed_path(run: Run, notebook: Path, seed: int | None) -> Path:
 
 
 def stamp_path(run: Run, notebook: Path, seed: int | None) -> Path:
+    """Where a notebook that ran through leaves what it was run of."""
     return run.results / manifest.STORE / "done" / group(run, seed) / f"{notebook.stem}.json"
 
 
@@ -184,6 +185,7 @@ def notebook_hash(notebook: Path) -> str:
 
 
 def measurements_hash(run: Run) -> str | None:
+    """SHA-256 of a run's measurements.csv; None where there is none yet."""
     path = run.results / "measurements.csv"
     return _file_hash(path) if path.is_file() else None
 

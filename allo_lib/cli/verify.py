@@ -147,12 +147,11 @@ def compare(before: Path, after: Path) -> tuple[dict[str, int], list[str]]:
             problems.append(f"{name}: only in the {'earlier' if row in old else 'new'} run")
             continue
         for column in CELLS:
-            verdict = _verdict(old[row][column], new[row][column])
+            was, now = old[row][column], new[row][column]
+            verdict = _verdict(was, now)
             counts[verdict] += 1
             if verdict == "different":
-                problems.append(
-                    f"{name}: {column} was {old[row][column]}, is now {new[row][column]}"
-                )
+                problems.append(f"{name}: {column} was {was}, is now {now}")
     return counts, problems
 
 
@@ -175,15 +174,11 @@ def _verdict(old: str, new: str) -> str:
 
 def differences(old: dict, new: dict) -> list[str]:
     """Circumstances and package versions in which two manifests differ, one line each."""
+    was, now = ({**told, **told.get("versions", {})} for told in (old, new))
+    packages = sorted({*old.get("versions", {}), *new.get("versions", {})})
     lines = [
-        f"{name} was {old.get(name)}, is now {new.get(name)}"
-        for name in CIRCUMSTANCES
-        if old.get(name) != new.get(name)
-    ]
-    then, now = old.get("versions", {}), new.get("versions", {})
-    lines += [
-        f"{name} was {then.get(name)}, is now {now.get(name)}"
-        for name in sorted({*then, *now})
-        if then.get(name) != now.get(name)
+        f"{name} was {was.get(name)}, is now {now.get(name)}"
+        for name in (*CIRCUMSTANCES, *packages)
+        if was.get(name) != now.get(name)
     ]
     return lines or ["no package version, device or setting differs between the two runs"]

@@ -93,9 +93,12 @@ def quiet():
     if _launched() < 2 or os.environ.get("RANK", "0") == "0":
         yield
         return
-    with open(os.devnull, "w") as nowhere:
-        with contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
-            yield
+    with (
+        open(os.devnull, "w") as nowhere,
+        contextlib.redirect_stdout(nowhere),
+        contextlib.redirect_stderr(nowhere),
+    ):
+        yield
 
 
 # What one process holds of a tensor

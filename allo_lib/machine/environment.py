@@ -6,6 +6,7 @@ needs only the standard library until an environment is there.
 
 import argparse
 import contextlib
+import fcntl
 import hashlib
 import importlib.metadata
 import json
@@ -27,7 +28,7 @@ ALSO_RECORDED = ("tokenizers",)
 def requirements(root: Path = ROOT, tests: bool = False) -> list[str]:
     """The version ranges of pyproject.toml, with those of its `test` extra when asked for."""
     project = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    return project["dependencies"] + (project["optional-dependencies"]["test"] if tests else [])
+    return project["dependencies"] + project["optional-dependencies"]["test"] * tests
 
 
 def unmet(root: Path = ROOT, tests: bool = False) -> list[str]:
@@ -38,14 +39,14 @@ def unmet(root: Path = ROOT, tests: bool = False) -> list[str]:
         return ["packaging: not installed"]
     missing = []
     for text in requirements(root, tests):
-        wanted = Requirement(text)
+        required = Requirement(text)
         try:
-            version = importlib.metadata.version(wanted.name)
+            version = importlib.metadata.version(required.name)
         except importlib.metadata.PackageNotFoundError:
             missing.append(f"{text}: not installed")
-            continue
-        if not wanted.specifier.contains(version, prereleases=True):
-            missing.append(f"{text}: {version} is installed")
+        else:
+            if not required.specifier.contains(version, prereleases=True):
+                missing.append(f"{text}: {version} is installed")
     return missing
 
 
@@ -69,21 +70,15 @@ def machine() -> dict:
         "'device': torch.cuda.get_device_name() if gpu else 'cpu', "
         "'cuda': torch.version.cuda if gpu else None, 'threads': torch.get_num_threads()}))"
     )
-    asked = subprocess.run(
-        [sys.executable, "-P", "-c", code],
-        env=child_environment(),
-        capture_output=True,
-        text=True,
-    )
-    told = json.loads(asked.stdout) if asked.returncode == 0 else {}
+    command = [sys.executable, "-P", "-c", code]
+    done = subprocess.run(command, env=child_environment(), capture_output=True, text=True)
+    unknown = {"device": "unknown", "cuda": None, "threads": None}
     return {
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.machine()}",
         "processor": _processor(),
         "cores": os.cpu_count(),
-        "device": told.get("device", "unknown"),
-        "cuda": told.get("cuda"),
-        "threads": told.get("threads"),
+        **(json.loads(done.stdout) if done.returncode == 0 else unknown),
         "versions": versions(),
     }
 
@@ -121,19 +116,11 @@ def prepare(root: Path = ROOT, tests: bool = False) -> str:
         return sys.executable
     folder = root / ".venv"
     folder.mkdir(exist_ok=True)
-    with _one_at_a_time(folder / "install.lock"):
+    with (folder / "install.lock").open("w") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
         if not _is_ready(root, folder, tests):
             _install(root, folder)
     return str(folder / "bin" / "python")
-
-
-@contextlib.contextmanager
-def _one_at_a_time(path: Path):
-    import fcntl
-
-    with path.open("w") as handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
 
 
 def _is_ready(root: Path, folder: Path, tests: bool) -> bool:
@@ -163,11 +150,11 @@ def _install(root: Path, folder: Path) -> None:
             f"{sys.executable} could not make .venv; install its venv module (python3-venv on "
             "Debian and Ubuntu), then type the same command again"
         )
-    command = [python, "-m", "pip", "install", "--disable-pip-version-check", "--quiet"]
-    if subprocess.run([*command, "-r", root / LOCK], stdout=sys.stderr).returncode:
+    pip = [python, "-m", "pip", "install", "--disable-pip-version-check", "--quiet"]
+    if subprocess.run([*pip, "-r", root / LOCK], stdout=sys.stderr).returncode:
         raise AlloError(
             f"pip could not install {LOCK} (its message stands above); "
-            "when that is mended, type the same command again"
+            "when that is fixed, type the same command again"
         )
     (folder / "installed").write_text(_lock_hash(root))
     mark.unlink()
@@ -183,13 +170,14 @@ def _say(text: str) -> None:
 
 
 def main() -> int:
+    """Print the interpreter to use; 0 when there is one, 2 with the reason when there is none."""
     parser = argparse.ArgumentParser(prog="allo_lib.machine.environment", allow_abbrev=False)
     parser.add_argument("--tests", action="store_true", help="the test extra's ranges too")
     parser.add_argument("--check", action="store_true", help="only say whether the ranges are met")
     options = parser.parse_args()
-    if options.check:
-        return 1 if unmet(tests=options.tests) else 0
     try:
+        if options.check:
+            return 1 if unmet(tests=options.tests) else 0
         print(prepare(tests=options.tests))
     except AlloError as error:
         _say(str(error))

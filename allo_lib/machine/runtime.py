@@ -1,15 +1,18 @@
-"""Thread and memory settings that make small-CPU training fast and steady, set in one place.
+"""Threads, memory and worker processes: what makes training on a small CPU fast and steady.
 
-They only take effect when set before torch loads, so `import allo_lib` does it first of all.
-Values that the user has set in the environment are left alone.
+Settings of threads and memory take effect only before torch loads, so `import allo_lib` makes them
+first of all. Values that the user has set in the environment are left alone.
 """
 
 import contextlib
 import ctypes
 import gc
+import multiprocessing
 import os
 import sys
+import threading
 import warnings
+from multiprocessing import forkserver
 
 # mallopt parameter numbers and values, glibc <malloc.h>.
 _M_TRIM_THRESHOLD = -1
@@ -53,8 +56,9 @@ def configure() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # Redrawn progress bars are off everywhere, so their missing widgets are nobody's concern.
     warnings.filterwarnings("ignore", message="IProgress not found")
-    if sys.platform.startswith("linux") and "MALLOC_MMAP_MAX_" not in os.environ:
-        _keep_freed_memory()
+    if "MALLOC_MMAP_MAX_" not in os.environ and (mallopt := _glibc("mallopt")):
+        mallopt(_M_MMAP_MAX, 0)
+        mallopt(_M_TRIM_THRESHOLD, _LARGEST_INT)
 
 
 def make_deterministic(device: str) -> None:
@@ -95,17 +99,67 @@ def plain_writes():
         torch.use_deterministic_algorithms(wanted, warn_only=warn_only)
 
 
-def _keep_freed_memory() -> None:
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt") and hasattr(libc, "gnu_get_libc_version"):
-        libc.mallopt(_M_MMAP_MAX, 0)
-        libc.mallopt(_M_TRIM_THRESHOLD, _LARGEST_INT)
-
-
 def give_back_freed_memory() -> None:
     """Return freed heap to the system: before other processes need it, or memory is measured."""
     gc.collect()
-    if sys.platform.startswith("linux"):
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc
-        if trim is not None:
-            trim(0)
+    if trim := _glibc("malloc_trim"):
+        trim(0)
+
+
+def _glibc(name: str):
+    """A function of the C library, None where that is not glibc."""
+    libc = ctypes.CDLL(None) if sys.platform.startswith("linux") else None
+    return getattr(libc, name, None) if hasattr(libc, "gnu_get_libc_version") else None
+
+
+@contextlib.contextmanager
+def torch_threads(number: int):
+    """Torch with `number` threads (0: as it is) inside the block.
+
+    Results depend on the number by rounding, so whatever is trained in a worker must take as many
+    when it is trained elsewhere.
+    """
+    import torch
+
+    before = torch.get_num_threads()
+    if number:
+        torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def fork_server():
+    """The multiprocessing context of the workers.
+
+    A server process imports the library once and forks a worker from itself in no time, safe where
+    a fork of a notebook's own process, with its threads, is not.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["allo_lib.study.runs"])
+    return context
+
+
+def start_early() -> None:
+    """Start the server now, so that it imports while the caller does something else.
+
+    Needs no torch itself: a kernel calls it before it imports anything (`kernel`).
+    """
+    fork_server()
+    forkserver.ensure_running()
+
+
+def leave_with_parent() -> None:
+    """In a worker: end as soon as the process that started it has ended, in whatever way.
+
+    Without this a worker would finish its training after a run was killed, and take the cores from
+    the run that goes on. The store is made for a process that ends in the middle of writing.
+    """
+    parent = multiprocessing.parent_process()
+
+    def wait() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()

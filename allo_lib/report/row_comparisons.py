@@ -40,6 +40,7 @@ class Comparison:
 
     @property
     def tags(self) -> list[str]:
+        """What stands beside the verdict (`verdicts.tags_of`)."""
         if self.p is None:
             return []
         return tags_of(self.verdict, self.small, self.paper, self.interval.low, self.interval.high)
