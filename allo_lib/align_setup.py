@@ -60,7 +60,7 @@ class AlignConfig:
     rewriter_neurons: Literal["all", "kept"] = "all"
     beta: Rate = 0.1
     key_share: Share = 0.2  # epsilon of the learning stage
-    # See token_rewards.unaligned_weights.
+    # See tokens.unaligned_weights.
     token_rule: Literal["threshold", "soft", "released"] = "threshold"
     token_threshold: Fraction = 0.5
     batch_size: Positive = 16  # pairs per step; official code: 128

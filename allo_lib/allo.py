@@ -15,24 +15,30 @@ log pi(y_t) - log pi_ref(y_t) of one response token.
 The study (`study.arms`) and `align` (`alignment`) call these functions. Both stages start from the
 weights that the one before left, and those are their reference. One stage of any method is
 `run_stage`: rows and the name of a loss in, a trained model and its log out; the losses stand in
-`method.objectives`.
+`method.losses`.
 """
 
 from dataclasses import replace
 
 import torch
 
-from allo_lib.engine.batches import Layout, collate, pair_batch, rejected_batch
+from allo_lib.engine.batching import Layout, collate, pair_batch, rejected_batch
 from allo_lib.engine.forward import layout_of, response_logps, to_device
-from allo_lib.engine.training import Log, Schedule, train
+from allo_lib.engine.trainer import Log, Schedule, train
 from allo_lib.errors import AlloError
 from allo_lib.machine import devices
-from allo_lib.method import importance
-from allo_lib.method.importance import NeuronMask
-from allo_lib.method.losses import GAMMA
-from allo_lib.method.objectives import INDIVISIBLE, ON_REJECTED, ON_SOLUTIONS, objective, terms_of
-from allo_lib.method.optim import MaskedAdamW
-from allo_lib.method.token_rewards import unaligned_weights
+from allo_lib.method import neurons
+from allo_lib.method.losses import (
+    GAMMA,
+    INDIVISIBLE,
+    ON_REJECTED,
+    ON_SOLUTIONS,
+    objective,
+    terms_of,
+)
+from allo_lib.method.masked_adamw import MaskedAdamW
+from allo_lib.method.neurons import NeuronMask
+from allo_lib.method.tokens import unaligned_weights
 
 # --- 1. neurons --------------------------------------------------------------------------------
 
@@ -64,7 +70,7 @@ def delta_of_dpo(model, pairs, *, lr, beta, batch_size, epochs, seed, pad_token_
         after=lambda optimizer: after.update(optimizer.master_weights()),
         checkpoints=checkpoints,
     )
-    scores = importance.delta_scores(before, after, lr)
+    scores = neurons.delta_scores(before, after, lr)
     record = {"loss": log.loss, "lr": lr} | _moved(before, after)
     return {name: devices.like(score, parameters[name]) for name, score in scores.items()}, record
 
@@ -125,15 +131,15 @@ def gradient_scores(model, pairs, *, beta, batch_size, seed, pad_token_id, steps
 def find_neurons(
     scores: dict[str, torch.Tensor], share: float, *, granularity="scalar", scope="global", **which
 ) -> tuple[NeuronMask, dict]:
-    """Keep the share of the neurons with the highest scores (`importance.select_neurons`).
+    """Keep the share of the neurons with the highest scores (`neurons.select_neurons`).
 
     Returns:
         (mask, how many scores are 0 or tie at its edge). One edge, at which scores can tie, is
         there only where single neurons of all tensors are ranked together; else the dict is empty.
     """
-    mask = importance.select_neurons(scores, share, granularity=granularity, scope=scope, **which)
+    mask = neurons.select_neurons(scores, share, granularity=granularity, scope=scope, **which)
     ranked = (granularity, scope) == ("scalar", "global")
-    return mask, importance.count_ties(scores, mask) if ranked else {}
+    return mask, neurons.count_ties(scores, mask) if ranked else {}
 
 
 # --- 2. tokens ---------------------------------------------------------------------------------
@@ -145,7 +151,7 @@ def token_weights(
     """w_t of each token of each rejected response, from the rewriter's probability p_t of it.
 
     A token that the rewriter would not keep is unaligned: by the rule "threshold" w_t = 1 where
-    p_t < threshold, else 0; for the other rules see `token_rewards.unaligned_weights`.
+    p_t < threshold, else 0; for the other rules see `tokens.unaligned_weights`.
     """
     return [
         unaligned_weights(
@@ -241,7 +247,7 @@ def run_stage(
         masters: float32 values where the weights hold them rounded, see MaskedAdamW: the stage
             starts from those in the dict and leaves its own there, for the next one.
         after: called with the optimizer before it is closed, for those who want its masters.
-        checkpoints: see `training.train`.
+        checkpoints: see `trainer.train`.
 
     Several processes (`devices`) train it together, each on its share of every batch. The first
     step of a rate that rises has rate 0: where it would be the only one, none rises.

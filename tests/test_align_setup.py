@@ -6,6 +6,7 @@ import types
 
 import pytest
 import torch
+from allo_lib.method.masked_adamw import MaskedAdamW
 from refusals import refused
 from test_bad_models import PAIRS, QUICK, words
 from tiny_models import VOCABULARY, tiny_llama, weights_of
@@ -23,7 +24,6 @@ from transformers import (
 from allo_lib import align, align_setup, allo
 from allo_lib.engine.checkpoints import Checkpoints
 from allo_lib.errors import Diverged
-from allo_lib.method.optim import MaskedAdamW
 
 SIZES = dict(
     vocab_size=VOCABULARY, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
@@ -303,9 +303,9 @@ def test_other_gpus_are_told_of_where_no_launcher_shares_them(device, count, env
 
 def test_a_trainer_uses_one_gpu_where_it_sees_two(monkeypatch):
     """Trainer would wrap the model in DataParallel, which has no config."""
-    from allo_lib.engine import training
+    from allo_lib.engine import trainer
 
     made = types.SimpleNamespace(n_gpu=2, _n_gpu=2)
-    monkeypatch.setattr(training, "TrainingArguments", lambda **_: made)
-    schedule = training.Schedule(1e-3, 1, 4, 0)
-    assert training._arguments("x", schedule, torch.device("cuda"), 8)._n_gpu == 1
+    monkeypatch.setattr(trainer, "TrainingArguments", lambda **_: made)
+    schedule = trainer.Schedule(1e-3, 1, 4, 0)
+    assert trainer._arguments("x", schedule, torch.device("cuda"), 8)._n_gpu == 1

@@ -2,10 +2,9 @@
 
 import pytest
 import torch
+from allo_lib.engine.batching import Layout, collate, pair_batch, rejected_batch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-from allo_lib.engine.batches import Layout, collate, pair_batch, rejected_batch
 
 PAD = 0
 PLAIN, SHARED = Layout(PAD), Layout(PAD, shared=True, width=64)

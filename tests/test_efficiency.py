@@ -10,25 +10,24 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from allo_lib.engine.batching import Layout, pair_batch
+from allo_lib.method.masked_adamw import DenseMaskedAdamW, MaskedAdamW
+from allo_lib.method.neurons import select_neurons
 from hypothesis import given
 from hypothesis import strategies as st
 from peft import get_peft_model
 from refusals import refused
-from test_training import pairs
+from test_trainer import pairs
 from tiny_models import tiny_llama, weights_of
 from tiny_study import DOMAIN, open_study
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from allo_lib.data import miniature
-from allo_lib.engine.batches import Layout, pair_batch
 from allo_lib.engine.encoding import encode_pairs
 from allo_lib.engine.forward import response_logps
 from allo_lib.engine.models import micro_llama
 from allo_lib.errors import AlloError
-from allo_lib.method.dense_masked import DenseMaskedAdamW
-from allo_lib.method.importance import select_neurons
-from allo_lib.method.objectives import objective
-from allo_lib.method.optim import MaskedAdamW
+from allo_lib.method.losses import objective
 from allo_lib.profiles.config import Timing
 from allo_lib.profiles.profile_files import load_profile
 from allo_lib.report import notebook

@@ -5,20 +5,20 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from safetensors.torch import load_file, save_file
-from tiny_models import tiny_llama, weights_of
-
-from allo_lib.errors import AlloError
-from allo_lib.method import importance
-from allo_lib.method.importance import (
+from allo_lib.method.neurons import (
     NeuronMask,
     chance_overlap,
     count_ties,
     delta_scores,
     select_neurons,
 )
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from tiny_models import tiny_llama, weights_of
+
+from allo_lib.errors import AlloError
+from allo_lib.method import neurons
 
 NAN, INF = float("nan"), float("inf")
 # Few distinct values: nearly every threshold falls into a tie.
@@ -143,7 +143,7 @@ def test_at_least_one_neuron_is_kept():
 
 
 def test_large_tensors_are_handled_in_chunks_without_a_seam(monkeypatch):
-    monkeypatch.setattr(importance, "_CHUNK", 7)
+    monkeypatch.setattr(neurons, "_CHUNK", 7)
     scores = random_scores(sizes=((4, 9), (7,), (15,)))
     for share in (0.02, 0.1, 0.5):
         assert lists(select_neurons(scores, share)) == slow_choice(scores, share)

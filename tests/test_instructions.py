@@ -14,7 +14,7 @@ from test_judges import classifier, saved
 from tiny_study import open_study
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from allo_lib.engine import notes
+from allo_lib.engine import provenance
 from allo_lib.engine.encoding import encode_prompt, encode_response
 from allo_lib.evaluation import comparisons, outcomes
 from allo_lib.profiles.config import fingerprint
@@ -187,7 +187,7 @@ def test_results_hang_on_the_instructions_but_candidates_and_the_judge_do_not(fo
     stages = arms.stages_of("dpo", study.profile)
     assert "instructions" not in arms._stage_inputs(study, DOMAIN, stages)
     assert arms._method_inputs(judged(folder, "longer"), DOMAIN, "dpo") == inputs
-    noted = notes.collect(study.store.folder, notes.DATA)[f"{DOMAIN}.instructions"]
+    noted = provenance.collect(study.store.folder, provenance.DATA)[f"{DOMAIN}.instructions"]
     counts = {name: one["rows"] for name, one in noted.items()}
     assert counts == {"alpaca_eval/test": 15, "arena_hard/test": 15}
 

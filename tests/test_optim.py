@@ -5,12 +5,12 @@ import math
 
 import pytest
 import torch
+from allo_lib.method.masked_adamw import MaskedAdamW
+from allo_lib.method.neurons import NeuronMask, select_neurons
 from tiny_models import tiny_llama, token_batch, weights_of
 from torch import nn
 
 from allo_lib.errors import AlloError
-from allo_lib.method.importance import NeuronMask, select_neurons
-from allo_lib.method.optim import MaskedAdamW
 
 STEPS = 5
 KINDS = [torch.float32, torch.bfloat16]

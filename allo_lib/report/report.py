@@ -12,7 +12,7 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from allo_lib.engine import notes
+from allo_lib.engine import provenance
 from allo_lib.errors import AlloError
 from allo_lib.evaluation import claims as claims_module
 from allo_lib.evaluation import outcomes
@@ -274,7 +274,7 @@ def _profile(folder: Path, models: int | None) -> dict:
         "anchor": _anchor(folder.name),
         "short": _in_short(claims, models),
         "provenance": _inline(_provenance(folder, models)),
-        "devices": notes.several_devices(manifest.noted(folder)["cells"]),
+        "devices": provenance.several_devices(manifest.noted(folder)["cells"]),
         "facts": {
             "commit": f"{told.get('commit')}{' (changed)' * bool(told.get('dirty'))}",
             "settings": f"profile hash {told.get('profile_hash')}, size {told.get('size')}",

@@ -27,8 +27,8 @@ from allo_lib.engine.store import Artifact, NotMade, write_json
 from allo_lib.errors import AlloError
 from allo_lib.evaluation.stats import LEVEL
 from allo_lib.machine import weights
-from allo_lib.method import importance
-from allo_lib.method.importance import NeuronMask
+from allo_lib.method import neurons
+from allo_lib.method.neurons import NeuronMask
 from allo_lib.seeds import derive
 
 FAMILY = "family:"
@@ -116,7 +116,7 @@ class KeyNeurons:
         granularity: str = "scalar",
         scope: str = "global",
     ) -> NeuronMask:
-        """The kept neurons of a domain (`importance.select_neurons`)."""
+        """The kept neurons of a domain (`neurons.select_neurons`)."""
         kept = self.kept_neurons(name, order, share, variant, granularity, scope)
         return NeuronMask.load(kept.file("mask.safetensors"))
 
@@ -242,7 +242,7 @@ def compare(study, name: str) -> list[Overlap]:
 
     rows = [overlap(label, a, b, mask(a), mask(b)) for label, a, b in comparisons(study, name)]
     for seed, scores in scores_of_earlier_seeds(study, name).items():
-        other = importance.select_neurons(scores, share)
+        other = neurons.select_neurons(scores, share)
         rows.append(overlap(f"seed {seed}", "delta", "delta", mask("delta"), other))
     return rows
 

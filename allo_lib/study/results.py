@@ -7,13 +7,13 @@ from pathlib import Path
 
 import numpy as np
 
-from allo_lib.engine import notes
+from allo_lib.engine import provenance
 from allo_lib.engine.store import write_json
 from allo_lib.evaluation import outcomes
 from allo_lib.evaluation.outcomes import Measurement
 from allo_lib.evaluation.stats import Interval, mean_and_error, mean_interval
-from allo_lib.method import importance
-from allo_lib.method.importance import NeuronMask
+from allo_lib.method import neurons
+from allo_lib.method.neurons import NeuronMask
 from allo_lib.profiles.profile_files import Part
 from allo_lib.study import arms, judges, scoring
 from allo_lib.study.key_neurons import chance_within
@@ -50,8 +50,8 @@ def seed_rows(study: Study) -> list[Measurement]:
         judges.write_replies(study, name, runs[0])
         rows += judges.reply_rows(study, name, runs[0])
         rows += overlap_rows(study, name)
-        note = f"{notes.CELLS}seed{study.seed}.{name}"
-        notes.leave(study.store.folder, note, notes.cells_of(runs[0]))
+        note = f"{provenance.CELLS}seed{study.seed}.{name}"
+        provenance.leave(study.store.folder, note, provenance.cells_of(runs[0]))
     return rows
 
 
@@ -172,7 +172,7 @@ def _overlap(study: Study, name: str, first: str, second: str) -> dict:
     def make(folder: Path) -> None:
         one, other = (NeuronMask.load(mask.file("mask.safetensors")) for mask in masks)
         found = {"mask_overlap": one.overlap(other), "kept": one.kept}
-        found["mask_overlap_chance"] = importance.chance_overlap(one.share)
+        found["mask_overlap_chance"] = neurons.chance_overlap(one.share)
         found[outcomes.CHANCE_IN_TENSORS] = chance_within(one, other)
         write_json(folder / "record.json", found)
 

@@ -12,10 +12,10 @@ from functools import lru_cache
 
 from allo_lib.data.benchmarks import data_hash, load_rows
 from allo_lib.data.tasks import counts_of_test
-from allo_lib.engine import notes
+from allo_lib.engine import provenance
 from allo_lib.engine.encoding import encode_prompt, encode_response
-from allo_lib.engine.evaluation import Answers, answer, implicit_margins
-from allo_lib.engine.generation import generate
+from allo_lib.engine.forward import implicit_margins
+from allo_lib.engine.generation import Answers, answer, generate
 from allo_lib.errors import AlloError
 from allo_lib.seeds import derive
 
@@ -162,7 +162,7 @@ def _loaded(study, name: str) -> dict[str, list[dict]]:
         f"{dataset}/test": {"rows": len(rows), "sha256": data_hash(rows)}
         for dataset, rows in loaded.items()
     }
-    notes.leave(study.store.folder, f"{notes.DATA}{name}.instructions", summary)
+    provenance.leave(study.store.folder, f"{provenance.DATA}{name}.instructions", summary)
     return loaded
 
 

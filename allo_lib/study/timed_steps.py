@@ -16,11 +16,10 @@ from contextlib import AbstractContextManager
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from allo_lib.engine.batches import pair_batch
+from allo_lib.engine.batching import pair_batch
 from allo_lib.engine.forward import layout_of, response_logps, to_device
-from allo_lib.method.dense_masked import DenseMaskedAdamW
-from allo_lib.method.objectives import objective
-from allo_lib.method.optim import MaskedAdamW
+from allo_lib.method.losses import objective
+from allo_lib.method.masked_adamw import DenseMaskedAdamW, MaskedAdamW
 
 # Of the square matrices: a tenth of a second in all on a CPU; on a GPU so large that starting the
 # product takes no time beside it.
