@@ -24,8 +24,7 @@ from allo_lib import delta
 from allo_lib.data.preferences import SIDES, Given, read_pairs
 from allo_lib.engine import models, rewriter
 from allo_lib.engine.checkpoints import Checkpoints
-from allo_lib.engine.evaluation import implicit_margins
-from allo_lib.engine.forward import layout_of, pair_logps
+from allo_lib.engine.forward import implicit_margins, layout_of, pair_logps
 from allo_lib.engine.given_model import (
     as_found,
     check_model,
@@ -41,13 +40,13 @@ from allo_lib.engine.given_model import (
 from allo_lib.engine.reference import rows_hash, weights_hash, with_reference
 from allo_lib.engine.stages import run_stage
 from allo_lib.engine.store import Store, write_json
-from allo_lib.engine.training import Log, Schedule
+from allo_lib.engine.trainer import Log, Schedule
 from allo_lib.engine.warmup import delta_of_dpo, gradient_scores
 from allo_lib.errors import AlloError, Diverged
 from allo_lib.evaluation.stats import mean_and_error, mean_interval
 from allo_lib.machine import devices
-from allo_lib.method.importance import NeuronMask, count_ties, select_neurons
-from allo_lib.method.token_rewards import unaligned_weights
+from allo_lib.method.neurons import NeuronMask, count_ties, select_neurons
+from allo_lib.method.tokens import unaligned_weights
 from allo_lib.profiles import settings
 from allo_lib.profiles.config import fingerprint
 from allo_lib.profiles.settings import (
@@ -92,7 +91,7 @@ class AlignConfig:
     rewriter_neurons: Literal["all", "kept"] = "all"
     beta: Rate = 0.1
     key_share: Share = 0.2  # epsilon of the learning stage
-    # See token_rewards.unaligned_weights.
+    # See tokens.unaligned_weights.
     token_rule: Literal["threshold", "soft", "released"] = "threshold"
     token_threshold: Fraction = 0.5
     batch_size: Positive = 16  # pairs per step; official code: 128

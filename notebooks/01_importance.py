@@ -53,9 +53,9 @@ import torch
 import torch.nn.functional as F
 
 from allo_lib.machine import weights
-from allo_lib.method import importance
+from allo_lib.method import neurons
 from allo_lib.method.losses import dpo_loss
-from allo_lib.method.optim import MaskedAdamW
+from allo_lib.method.masked_adamw import MaskedAdamW
 from allo_lib.report import figures, method_figures, warning_signs
 from allo_lib.report.notebook import draw, percent, say, table
 from allo_lib.study import analysis, arms, parallel, results, scoring
@@ -138,15 +138,15 @@ masks = {
     "last": {name: s <= flat.kthvalue(kept).values for name, s in scores.items()},
 }
 told = [{"neurons": "none: before", "mean loss": math.log(2)}]
-for kind, neurons in masks.items():
+for kind, picked in masks.items():
     trained = copy.deepcopy(sft)
     optimizer = torch.optim.AdamW(trained.parameters(), lr=lr, weight_decay=0.0)
     for i in range(len(pairs)):
-        masked_step(trained, i, optimizer, neurons)
+        masked_step(trained, i, optimizer, picked)
     with torch.no_grad():
         told.append({"neurons": kind, "mean loss": sum(loss_of(trained, i).item() for i in range(len(pairs))) / len(pairs)})
     for name, p in trained.named_parameters():  # the others did not move by a bit
-        assert torch.equal(p[~neurons[name]], before[name][~neurons[name]])
+        assert torch.equal(p[~picked[name]], before[name][~picked[name]])
 table(told, "Mean DPO loss of the eight pairs after eight steps, all at the same learning rate.")
 
 # %% [markdown]
@@ -160,15 +160,15 @@ table(told, "Mean DPO loss of the eight pairs after eight steps, all at the same
 #
 # ## The same with the library
 #
-# - `importance.delta_scores` and `importance.select_neurons` are the scores and the mask. The library
+# - `neurons.delta_scores` and `neurons.select_neurons` are the scores and the mask. The library
 #   keeps *exactly* the asked number: where scores tie at the cut, the order of the tensors decides.
-# - `optim.MaskedAdamW` is the masked step. It holds moments for kept neurons only, so it also saves the
+# - `masked_adamw.MaskedAdamW` is the masked step. It holds moments for kept neurons only, so it also saves the
 #   memory that multiplying gradients by zeros does not.
 # - `losses.dpo_loss` takes summed log-probabilities of whole responses.
 
 # %%
-library_scores = importance.delta_scores(before, after, lr)
-library_mask = importance.select_neurons(library_scores, share)
+library_scores = neurons.delta_scores(before, after, lr)
+library_mask = neurons.select_neurons(library_scores, share)
 for name, score in scores.items():
     torch.testing.assert_close(library_scores[name], score)
     assert not (library_mask.dense(name).to(score.device) & ~mask[name]).any(), name
@@ -207,7 +207,7 @@ draw(method_figures.score_histogram(values.numpy(), lowest, f"{domain}, seed {se
      "there is no gap at it, the share is a choice.")
 say(f"**The warm-up moved {percent(record['moved_float32'])} of the neurons in float32; of the same run, rounded to "
     f"bfloat16, {percent(record['moved_bfloat16'])} would be seen to move.**")
-ties = importance.count_ties(scores, mask)
+ties = neurons.count_ties(scores, mask)
 arbitrary = warning_signs.arbitrary_mask(**ties, kept=mask.kept, total=mask.total)
 say(f"The mask is partly arbitrary: {arbitrary}." if arbitrary else f"{ties['zeros']} scores are exactly 0, and "
     f"{ties['tied_kept']} of {mask.kept} kept ones tie at the cut: which neurons are kept hardly hangs on how ties are broken.")
@@ -234,7 +234,7 @@ draw(figures.importance_heatmap(matrix, layers, modules, share, title=f"key neur
 # $s / (2 - s)$.
 
 # %%
-masks, chance = results.top_masks(study, domain), importance.chance_overlap(share)
+masks, chance = results.top_masks(study, domain), neurons.chance_overlap(share)
 meant = {"delta": "the warm-up's |delta|", "order": "the same with the pairs in another order", "half_a": "on the first half of the pairs",
          "half_b": "on the second half", "gradient": "accumulated |gradient|", "magnitude": "|weight|"}
 draw(figures.overlap_matrix(list(masks), analysis.overlaps(masks), chance, title=domain),

@@ -52,7 +52,7 @@ import torch
 from allo_lib.engine import rewriter
 from allo_lib.engine.encoding import encode_response
 from allo_lib.evaluation import stats
-from allo_lib.method.token_rewards import unaligned_weights
+from allo_lib.method.tokens import unaligned_weights
 from allo_lib.profiles import methods
 from allo_lib.report import figures, method_figures, warning_signs
 from allo_lib.report.notebook import draw, percent, say, table

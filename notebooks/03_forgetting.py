@@ -51,9 +51,9 @@ import torch
 import torch.nn.functional as F
 
 from allo_lib.engine import forward
-from allo_lib.engine.batches import rejected_batch
+from allo_lib.engine.batching import rejected_batch
 from allo_lib.method import losses
-from allo_lib.method.optim import MaskedAdamW
+from allo_lib.method.masked_adamw import MaskedAdamW
 from allo_lib.profiles import methods
 from allo_lib.report import method_figures, warning_signs
 from allo_lib.report.notebook import draw, percent, say, table
@@ -134,7 +134,7 @@ print(f"{1 - neurons.share:.0%} of the weights did not move by a bit")
 # %% [markdown]
 # ## The same with the library
 #
-# `losses.npo_loss` takes batches, `[B, T]`, with the weight 0 outside the responses; `optim.MaskedAdamW` is
+# `losses.npo_loss` takes batches, `[B, T]`, with the weight 0 outside the responses; `masked_adamw.MaskedAdamW` is
 # AdamW and the mask in one.
 
 # %%

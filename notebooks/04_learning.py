@@ -46,8 +46,8 @@ import math
 import torch
 import torch.nn.functional as F
 
-from allo_lib.method import losses, token_rewards
-from allo_lib.method.optim import MaskedAdamW
+from allo_lib.method import losses, tokens
+from allo_lib.method.masked_adamw import MaskedAdamW
 from allo_lib.profiles import methods
 from allo_lib.report import method_figures, warning_signs
 from allo_lib.report.notebook import draw, percent, say, table
@@ -123,7 +123,7 @@ for step in range(10):
 # %% [markdown]
 # ## The same with the library
 #
-# `token_rewards.key_tokens` and `losses.token_dpo_loss` take batches, `[B, T]`. With both masks the whole
+# `tokens.key_tokens` and `losses.token_dpo_loss` take batches, `[B, T]`. With both masks the whole
 # responses the loss is that of DPO.
 
 # %%
@@ -136,7 +136,7 @@ optimizer = MaskedAdamW(again, neurons, lr=rate)
 inside_chosen, inside = pad(torch.ones_like(chosen).bool()), pad(torch.ones_like(rejected).bool())
 for _ in range(10):
     ratios = [pad(response_logps(again, prompt, side) - ref) for side, ref in ((chosen, ref_chosen), (rejected, ref_rejected))]
-    key = token_rewards.key_tokens(ratios[1], inside, stage.key_share)
+    key = tokens.key_tokens(ratios[1], inside, stage.key_share)
     losses.token_dpo_loss(*ratios, inside_chosen, key, beta).mean().backward()
     optimizer.step()
 optimizer.close()

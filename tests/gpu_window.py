@@ -10,7 +10,7 @@ Made for a bare machine without a network that is there for some minutes. To be 
 - with --wheels what its Python lacks of pyproject.toml; beside torch, transformers, accelerate,
   peft, pandas, matplotlib and pytest those are 43 wheels, 17 MB, installed for this window alone;
 - with --data (or ALLO_DATA) the data sets, 11 MB;
-- for smollm2 its weights, 98 MB: the GGUF file that `packaged_weights` names, in a folder that the
+- for smollm2 its weights, 98 MB: the GGUF file that `engine.models` names, in a folder that the
   environment variable ALLO_CACHE names. Half a minute makes the float32 folder of it there.
 
 DIR is what comes back, whatever ends the window, if only a kill: at most 8 files of at most 16 MB,

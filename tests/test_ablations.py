@@ -14,8 +14,8 @@ from tiny_study import DOMAIN, PROFILE, open_study
 from allo_lib.errors import AlloError
 from allo_lib.evaluation import ablations, measurements
 from allo_lib.machine import weights
-from allo_lib.method import importance
-from allo_lib.method.importance import NeuronMask
+from allo_lib.method import neurons
+from allo_lib.method.neurons import NeuronMask
 from allo_lib.profiles.methods import (
     ESTIMATORS,
     Stage,
@@ -275,7 +275,7 @@ def test_random_masks_overlap_by_chance():
         overlaps.overlap("x", "a", "b", random_mask(2 * i, even), random_mask(2 * i + 1, even))
         for i in range(20)
     ]
-    assert found[0].chance == pytest.approx(importance.chance_overlap(0.1), rel=1e-3)
+    assert found[0].chance == pytest.approx(neurons.chance_overlap(0.1), rel=1e-3)
     assert found[0].within == pytest.approx(found[0].chance, rel=1e-3)
     assert np.mean([one.value for one in found]) == pytest.approx(found[0].chance, rel=0.03)
     assert all(one.low <= one.value <= one.high for one in found)
@@ -307,7 +307,7 @@ def test_compared_are_orders_data_tasks_warm_ups_and_estimators(tiny_study):
     assert tasks | {"order of the data", "sum of |gradient|"} <= set(labels)
     assert labels.count("thirds of the pairs") == 3 and not any("seed" in word for word in labels)
     for one in rows:
-        assert one.chance == pytest.approx(importance.chance_overlap(0.1), rel=1e-3)
+        assert one.chance == pytest.approx(neurons.chance_overlap(0.1), rel=1e-3)
         assert 0 <= one.low <= one.value <= one.high <= 1
     orders = rows[labels.index("order of the data")]
     masks = [tiny_study.mask(DOMAIN, "top", 0.1, v) for v in ("delta", "order")]

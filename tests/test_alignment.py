@@ -22,8 +22,8 @@ from allo_lib.engine import models
 from allo_lib.engine.checkpoints import Checkpoints
 from allo_lib.errors import AlloError
 from allo_lib.machine import weights
-from allo_lib.method.importance import NeuronMask
-from allo_lib.method.optim import MaskedAdamW
+from allo_lib.method.masked_adamw import MaskedAdamW
+from allo_lib.method.neurons import NeuronMask
 from allo_lib.profiles.profile_files import load_profile
 
 FAST = {"batch_size": 4, "importance_rate": 1e-3, "forgetting_rate": 1e-2, "learning_rate": 1e-2}

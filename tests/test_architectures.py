@@ -8,7 +8,7 @@ from tiny_models import weights_of
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from allo_lib import align
-from allo_lib.engine.batches import collate, pair_batch
+from allo_lib.engine.batching import collate, pair_batch
 from allo_lib.engine.forward import layout_of, response_logps
 from allo_lib.errors import AlloError
 

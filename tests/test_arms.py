@@ -9,10 +9,10 @@ import torch
 from tiny_study import DOMAIN, PROFILE, open_study
 
 from allo_lib.engine import on_policy
-from allo_lib.engine.evaluation import implicit_margins
+from allo_lib.engine.forward import implicit_margins
 from allo_lib.engine.generation import Response
 from allo_lib.engine.stages import run_stage
-from allo_lib.engine.training import Diverged, Log
+from allo_lib.engine.trainer import Diverged, Log
 from allo_lib.errors import AlloError
 from allo_lib.machine import weights
 from allo_lib.profiles import methods

@@ -11,7 +11,7 @@ from refusals import read_or_refused, refused, tree
 from tiny_models import tiny_llama, weights_of
 
 from allo_lib.machine import weights
-from allo_lib.method.importance import NeuronMask, delta_scores, select_neurons
+from allo_lib.method.neurons import NeuronMask, delta_scores, select_neurons
 
 WRITTEN = {"format": 1, "granularity": "scalar", "shapes": {"w": [2, 2]}}
 fuzzing = settings(

@@ -15,12 +15,12 @@ from torch import multiprocessing
 
 from allo_lib import align
 from allo_lib.data import miniature
-from allo_lib.engine import models, stages, training
+from allo_lib.engine import models, stages, trainer
 from allo_lib.engine.checkpoints import Checkpoints
 from allo_lib.engine.forward import response_logps
 from allo_lib.errors import AlloError, Diverged
 from allo_lib.machine import devices, weights, workers
-from allo_lib.method.importance import NeuronMask, count_ties, select_neurons
+from allo_lib.method.neurons import NeuronMask, count_ties, select_neurons
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 SETTINGS = {
@@ -240,7 +240,7 @@ def _diverge_in_one(folder: Path) -> None:
         return response_logps(model, batch) * (float("nan") if devices.rank() == 1 else 1.0)
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Diverged, match="rewriter|sft"):
-        patch.setattr(training, "response_logps", not_finite_in_one)
+        patch.setattr(trainer, "response_logps", not_finite_in_one)
         aligned(folder, estimator="gradient")
 
 

@@ -6,16 +6,15 @@ import mmap
 
 import pytest
 import torch
-from test_training import pairs
+from test_trainer import pairs
 from tiny_models import tiny_llama, weights_of
 
-from allo_lib.engine.batches import Layout, pair_batch
+from allo_lib.engine.batching import Layout, pair_batch
 from allo_lib.engine.forward import response_logps
 from allo_lib.errors import AlloError
-from allo_lib.method.dense_masked import DenseMaskedAdamW
-from allo_lib.method.importance import select_neurons
-from allo_lib.method.objectives import objective
-from allo_lib.method.optim import MaskedAdamW
+from allo_lib.method.losses import objective
+from allo_lib.method.masked_adamw import DenseMaskedAdamW, MaskedAdamW
+from allo_lib.method.neurons import select_neurons
 from allo_lib.report import notebook
 from allo_lib.report.notebook import percent
 from allo_lib.study import efficiency

@@ -11,9 +11,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from allo_lib.engine.forward import layout_of, response_logps
 from allo_lib.engine.stages import collator_of
-from allo_lib.method.importance import select_neurons
-from allo_lib.method.objectives import objective
-from allo_lib.method.optim import MaskedAdamW
+from allo_lib.method.losses import objective
+from allo_lib.method.masked_adamw import MaskedAdamW
+from allo_lib.method.neurons import select_neurons
 
 BETA, KEY_SHARE = 0.1, 0.4
 

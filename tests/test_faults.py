@@ -27,7 +27,7 @@ from allo_lib.engine.store import MANIFEST, Store, write_json
 from allo_lib.errors import AlloError
 from allo_lib.evaluation import measurements
 from allo_lib.machine import weights
-from allo_lib.method.importance import NeuronMask
+from allo_lib.method.neurons import NeuronMask
 from allo_lib.study import manifest
 
 ERRORS = {"full": errno.ENOSPC, "broken": errno.EIO}

@@ -11,11 +11,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig
 
-from allo_lib.engine.batches import Layout, pair_batch
+from allo_lib.engine.batching import Layout, pair_batch
 from allo_lib.engine.forward import response_logps
 from allo_lib.errors import AlloError
-from allo_lib.method.importance import select_neurons
-from allo_lib.method.optim import MaskedAdamW
+from allo_lib.method.masked_adamw import MaskedAdamW
+from allo_lib.method.neurons import select_neurons
 from allo_lib.study import efficiency
 from allo_lib.study import footprint as module
 from allo_lib.study.footprint import KNOWN, _model, _rows, footprint, random_mask, saved_bytes

@@ -23,7 +23,7 @@ from transformers import (
 from allo_lib import align, alignment
 from allo_lib.engine import given_model
 from allo_lib.errors import Diverged
-from allo_lib.method.optim import MaskedAdamW
+from allo_lib.method.masked_adamw import MaskedAdamW
 
 SIZES = dict(
     vocab_size=VOCABULARY, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
@@ -288,9 +288,9 @@ def test_other_gpus_are_told_of_where_no_launcher_shares_them(device, count, env
 
 def test_a_trainer_uses_one_gpu_where_it_sees_two(monkeypatch):
     """Trainer would wrap the model in DataParallel, which has no config."""
-    from allo_lib.engine import training
+    from allo_lib.engine import trainer
 
     made = types.SimpleNamespace(n_gpu=2, _n_gpu=2)
-    monkeypatch.setattr(training, "TrainingArguments", lambda **_: made)
-    schedule = training.Schedule(1e-3, 1, 4, 0)
-    assert training._arguments("x", schedule, torch.device("cuda"), 8)._n_gpu == 1
+    monkeypatch.setattr(trainer, "TrainingArguments", lambda **_: made)
+    schedule = trainer.Schedule(1e-3, 1, 4, 0)
+    assert trainer._arguments("x", schedule, torch.device("cuda"), 8)._n_gpu == 1

@@ -17,7 +17,7 @@ from test_checkpoints import train as train_with_checkpoints
 from test_forward import families, gradients, plainly
 from test_notebooks import PROFILE, driver
 from test_on_policy import WORD
-from test_training import pairs
+from test_trainer import pairs
 from tiny_models import VOCABULARY, tiny_llama, weights_of
 from torch import nn
 from torch.nn.attention.flex_attention import flex_attention
@@ -25,21 +25,21 @@ from transformers.integrations import flex_attention as flex_integration
 
 from allo_lib import align
 from allo_lib.data import miniature
-from allo_lib.engine import generation, head, models
-from allo_lib.engine.batches import Layout, collate
+from allo_lib.engine import forward, generation, models
+from allo_lib.engine.batching import Layout, collate
 from allo_lib.engine.checkpoints import Checkpoints
 from allo_lib.engine.encoding import encode_prompt
 from allo_lib.engine.forward import layout_of, response_logps, to_device
 from allo_lib.engine.on_policy import run_on_policy
 from allo_lib.engine.stages import run_stage
-from allo_lib.engine.training import Schedule
+from allo_lib.engine.trainer import Schedule
 from allo_lib.errors import Diverged
 from allo_lib.machine.environment import device_name
 from allo_lib.machine.runtime import make_deterministic
-from allo_lib.method import losses
-from allo_lib.method.importance import NeuronMask, select_neurons
-from allo_lib.method.objectives import ON_PAIRS, ON_REJECTED, ON_SOLUTIONS, objective
-from allo_lib.method.optim import MaskedAdamW
+from allo_lib.method import checks
+from allo_lib.method.losses import ON_PAIRS, ON_REJECTED, ON_SOLUTIONS, objective
+from allo_lib.method.masked_adamw import MaskedAdamW
+from allo_lib.method.neurons import NeuronMask, select_neurons
 from allo_lib.method.row_linear import RowLinear
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -216,7 +216,7 @@ def test_the_gradient_of_rows_is_the_product_in_float64(device, dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_head_in_chunks_is_log_softmax_in_float64(device, dtype, monkeypatch):
     count, vocabulary, width = 50, 211, 32
-    monkeypatch.setattr(head, "CHUNK_BYTES", 4 * vocabulary * 7)
+    monkeypatch.setattr(forward, "CHUNK_BYTES", 4 * vocabulary * 7)
     generator = torch.Generator().manual_seed(0)
     parts = [
         (torch.randn(*shape, generator=generator) * scale).to(device, dtype).requires_grad_()
@@ -224,7 +224,7 @@ def test_the_head_in_chunks_is_log_softmax_in_float64(device, dtype, monkeypatch
     ]
     targets = torch.randint(vocabulary, (count,), generator=generator)
     gradient = torch.randn(count, generator=generator) * (torch.arange(count) % 3 > 0)
-    found = head.target_logps(*parts, targets.to(device))
+    found = forward.target_logps(*parts, targets.to(device))
     found.backward(gradient.to(device))
     doubles = [part.detach().cpu().double().requires_grad_() for part in parts]
     expected = nn.functional.linear(*doubles).log_softmax(dim=-1).gather(1, targets[:, None])[:, 0]
@@ -237,7 +237,7 @@ def test_the_head_in_chunks_is_log_softmax_in_float64(device, dtype, monkeypatch
     hidden, weight, bias = (double.detach() for double in doubles)
     if dtype == torch.float32:
         likeliest = nn.functional.linear(hidden, weight, bias).argmax(dim=-1)
-        assert torch.equal(head.likeliest(*(p.detach() for p in parts)).cpu(), likeliest)
+        assert torch.equal(forward.argmax_tokens(*(p.detach() for p in parts)).cpu(), likeliest)
 
 
 @contextlib.contextmanager
@@ -263,7 +263,7 @@ def test_no_step_waits_for_the_device(device, kind, name):
     batch = to_device(collate(rows, layout_of(model, 0)), model)
     loss_of, steps = objective(name, beta=0.1, key_share=0.3), []
     for wait in (contextlib.nullcontext(), nothing_to_wait_for(device)):
-        with wait, losses.values_unread():  # at its first use a library may set itself up
+        with wait, checks.values_unread():  # at its first use a library may set itself up
             logps = response_logps(model, batch)
             loss, told = loss_of(logps, batch)
             optimizer.guard(loss)

@@ -11,7 +11,7 @@ from instructed import DOMAIN, METHODS, open_instructed, results_of
 from refusals import refused, tree
 
 from allo_lib.cli import cli
-from allo_lib.engine import notes
+from allo_lib.engine import provenance
 from allo_lib.engine.encoding import encode_prompt
 from allo_lib.evaluation import comparisons, measurements, outcomes
 from allo_lib.profiles.config import fingerprint
@@ -155,7 +155,7 @@ def test_long_instructions_share_a_batch_with_fewer(study):
 
 
 def test_the_manifest_is_told_of_the_data(study):
-    told = notes.collect(study.store.folder, notes.DATA)[f"{DOMAIN}.instructions"]
+    told = provenance.collect(study.store.folder, provenance.DATA)[f"{DOMAIN}.instructions"]
     assert {name: one["rows"] for name, one in told.items()} == {
         "alpaca_eval/test": 15, "arena_hard/test": 15,
     }  # fmt: skip

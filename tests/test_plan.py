@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig, Qwen3
 
 from allo_lib.alignment import STAGES, checked, parts_of
 from allo_lib.cli import plan
-from allo_lib.engine.batches import Layout, pair_batch
+from allo_lib.engine.batching import Layout, pair_batch
 from allo_lib.engine.forward import response_logps
 from allo_lib.study.footprint import count, footprint
 

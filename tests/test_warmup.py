@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_training import pairs
+from test_trainer import pairs
 from tiny_models import tiny_llama, weights_of
 
 from allo_lib.engine.warmup import delta_of_dpo, gradient_scores, warmup_seed

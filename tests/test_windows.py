@@ -20,7 +20,7 @@ from test_store import never
 from tiny_study import DOMAIN, open_study
 
 from allo_lib.cli import cli, driver, status, verify
-from allo_lib.engine import notes, stages
+from allo_lib.engine import provenance, stages
 from allo_lib.engine.store import MANIFEST, NotMade, Store, sha256, write_json
 from allo_lib.errors import AlloError
 from allo_lib.machine import weights
@@ -297,15 +297,18 @@ def test_weights_with_other_bits_are_told(measured, tmp_path, monkeypatch, capsy
 def test_one_device_and_two_sft_models_are_told_too():
     starts = {"dpo": "aa", "npo": "bb"}
     found = {method: {"device": "GPU", "sft": sft} for method, sft in starts.items()}
-    cells = notes.cells_of(found | {"old": {}})
+    cells = provenance.cells_of(found | {"old": {}})
     assert cells == {
         "GPU, SFT model aa": ["dpo"],
         "GPU, SFT model bb": ["npo"],
         "not told, SFT model not told": ["old"],
     }
-    line = notes.several_devices({"seed0": {place: {"toy": m} for place, m in cells.items()}})
+    line = provenance.several_devices({"seed0": {place: {"toy": m} for place, m in cells.items()}})
     assert "GPU, SFT model bb: seed0, toy: npo" in line
-    assert notes.cells_of({"dpo": found["dpo"], "old": {}}) == {"GPU": ["dpo"], "not told": ["old"]}
+    assert provenance.cells_of({"dpo": found["dpo"], "old": {}}) == {
+        "GPU": ["dpo"],
+        "not told": ["old"],
+    }
 
 
 def test_a_study_that_was_finished_on_another_device_says_so(measured, tmp_path):

@@ -17,8 +17,8 @@ from transformers import AutoModelForCausalLM
 
 from allo_lib.alignment import TRAINED, AlignConfig
 from allo_lib.data.preferences import SIDES, Given
-from allo_lib.engine.prefix_tree import shared_length
-from allo_lib.engine.training import Schedule
+from allo_lib.engine.batching import shared_length
+from allo_lib.engine.trainer import Schedule
 from allo_lib.errors import AlloError
 from allo_lib.study.footprint import Counted, Footprint, count
 

@@ -13,8 +13,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 from allo_lib.engine import encoding, rewriter
+from allo_lib.engine.batching import shared_length
 from allo_lib.engine.encoding import BEFORE_A_REPLY, check_messages, encode_chat, encode_text
-from allo_lib.engine.prefix_tree import shared_length
 from allo_lib.errors import AlloError
 
 SIDES = ("chosen", "rejected")

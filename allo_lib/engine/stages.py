@@ -2,14 +2,20 @@
 
 from dataclasses import replace
 
-from allo_lib.engine.batches import Layout, collate, pair_batch, rejected_batch
+from allo_lib.engine.batching import Layout, collate, pair_batch, rejected_batch
 from allo_lib.engine.forward import layout_of
-from allo_lib.engine.training import Log, Schedule, train
+from allo_lib.engine.trainer import Log, Schedule, train
 from allo_lib.errors import AlloError
 from allo_lib.machine import devices
-from allo_lib.method.losses import GAMMA
-from allo_lib.method.objectives import INDIVISIBLE, ON_REJECTED, ON_SOLUTIONS, objective, terms_of
-from allo_lib.method.optim import MaskedAdamW
+from allo_lib.method.losses import (
+    GAMMA,
+    INDIVISIBLE,
+    ON_REJECTED,
+    ON_SOLUTIONS,
+    objective,
+    terms_of,
+)
+from allo_lib.method.masked_adamw import MaskedAdamW
 
 
 def collator_of(objective_name: str, layout: Layout):
@@ -46,7 +52,7 @@ def run_stage(
     `chosen_reference` and `rejected_reference`, and what the objective reads besides.
     masters: float32 values where the weights hold them rounded, see MaskedAdamW: the stage starts
     from those in the dict and leaves its own there, for the next one.
-    checkpoints: see `training.train`.
+    checkpoints: see `trainer.train`.
     after: called with the optimizer before it is closed, for those who want its float32 masters.
 
     Several processes (`devices`) train it together, each on its share of every batch.

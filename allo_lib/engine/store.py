@@ -220,7 +220,7 @@ class Store:
             # there without its tensors.
             _put_back(temporary, path, changed)
             return
-        _fsync(path.parent)
+        fsync(path.parent)
 
 
 def _inspect(path: Path) -> tuple[str | None, float]:
@@ -270,7 +270,7 @@ def _put_back(made: Path, path: Path, changed: Callable[[], None]) -> None:
         for name in names:
             (path / name).parent.mkdir(parents=True, exist_ok=True)
             os.replace(made / name, path / name)
-            _fsync((path / name).parent)
+            fsync((path / name).parent)
 
 
 @contextlib.contextmanager
@@ -331,14 +331,14 @@ def seal(folder: Path, manifest: dict) -> None:
     """
     files = sorted(p for p in folder.rglob("*") if p.is_file())
     for path in files:
-        _fsync(path)
+        fsync(path)
         _check_whole(path)
     manifest["files"] = {str(p.relative_to(folder)): sha256(p) for p in files}
     manifest["bytes"] = sum(p.stat().st_size for p in files)
     write_json(folder / MANIFEST, manifest)
-    _fsync(folder / MANIFEST)
+    fsync(folder / MANIFEST)
     _check_whole(folder / MANIFEST)
-    _fsync(folder)
+    fsync(folder)
 
 
 def _check_whole(path: Path) -> None:
@@ -353,7 +353,8 @@ def _check_whole(path: Path) -> None:
         raise OSError(errno.EIO, "less arrived than was written", str(path)) from error
 
 
-def _fsync(path: Path) -> None:
+def fsync(path: Path) -> None:
+    """Have the disk take what was written to a file or folder; OSError when it does not."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -2,19 +2,19 @@
 
 import torch
 
-from allo_lib.engine.batches import pair_batch
+from allo_lib.engine.batching import pair_batch
 from allo_lib.engine.forward import layout_of, response_logps, to_device
 from allo_lib.engine.stages import run_stage
-from allo_lib.engine.training import Schedule
+from allo_lib.engine.trainer import Schedule
 from allo_lib.machine import devices
-from allo_lib.method import importance
-from allo_lib.method.objectives import objective, terms_of
+from allo_lib.method import neurons
+from allo_lib.method.losses import objective, terms_of
 from allo_lib.seeds import derive
 
 
 def delta_of_dpo(model, rows, *, lr, beta, batch_size, epochs, seed, pad_token_id, label, clip,
                  checkpoints=None, accumulation=1, max_steps=None):  # fmt: skip
-    """Scores |theta' - theta| / lr of vanilla DPO on every entry (`importance.delta_scores`).
+    """Scores |theta' - theta| / lr of vanilla DPO on every entry (`neurons.delta_scores`).
 
     `model` holds theta, which is also the reference of `rows` (encoded pairs with
     `chosen_reference` and `rejected_reference`); afterwards it holds theta'. Both are compared in
@@ -39,7 +39,7 @@ def delta_of_dpo(model, rows, *, lr, beta, batch_size, epochs, seed, pad_token_i
         after=lambda optimizer: after.update(optimizer.master_weights()),
         checkpoints=checkpoints,
     )
-    scores = importance.delta_scores(before, after, lr)
+    scores = neurons.delta_scores(before, after, lr)
     record = {"loss": log.loss, "lr": lr} | _moved(before, after)
     return {name: devices.like(score, parameters[name]) for name, score in scores.items()}, record
 

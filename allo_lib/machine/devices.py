@@ -266,7 +266,7 @@ def merged(results: list[list]) -> list[list]:
 def split(collator: Callable, objective: Callable, terms: Callable):
     """All three for a process that reads and judges its share of a batch.
 
-    terms: batch -> what the loss is a mean over (`objectives.terms_of`); afterwards of the whole
+    terms: batch -> what the loss is a mean over (`losses.terms_of`); afterwards of the whole
     batch. The loss and metrics that a process gets are weighted so that their means over the
     processes are those of the whole batch. A process without a row of its own reads one of
     another's, and counts none of it: all take the same steps.

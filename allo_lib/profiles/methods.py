@@ -56,7 +56,7 @@ class Stage:
     share of all neurons, "global", or of each "tensor"'s. estimator: variant of the scores.
     tokens: what forgetting weighs tokens by: "rewriter", "all", "random", "oracle", or "kept" for
     the very tokens that the rewriter would keep.
-    reward_model: quality of the rewriter, see `rewriter`. rule: see token_rewards.
+    reward_model: quality of the rewriter, see `rewriter`. rule: see `tokens`.
     key: whence the key tokens of learning: "policy", "reference" (a DPO model), "random", "oracle";
     pairs: "train"; "all", which adds those of the importance scores and the reward model; "wrong"
     for every distinct wrong sample, also to questions without a right one (forgetting only).

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from allo_lib.engine import notes
+from allo_lib.engine import provenance
 from allo_lib.errors import AlloError
 from allo_lib.evaluation import claims as claims_module
 from allo_lib.evaluation import outcomes, published
@@ -229,7 +229,7 @@ def build(results_dir: str | Path, models: int | None = None) -> Path:
         _figure_html(folder / "figures" / "claims.png"),
         _figure_html(folder / "figures" / "relative_change.png"),
         "<h2>Tables</h2>",
-        _note_html(notes.several_devices(manifest.noted(folder)["cells"])),
+        _note_html(provenance.several_devices(manifest.noted(folder)["cells"])),
         *[_table_html(path) for path in sorted((folder / "tables").glob("*.md"))],
         "<h2>Figures</h2>",
         *_figures_html(folder / "figures"),

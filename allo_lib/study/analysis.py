@@ -13,7 +13,7 @@ from allo_lib.engine.store import NotMade
 from allo_lib.errors import AlloError
 from allo_lib.evaluation import measurements
 from allo_lib.evaluation.stats import concentration
-from allo_lib.method.importance import NeuronMask
+from allo_lib.method.neurons import NeuronMask
 from allo_lib.profiles.methods import ROWS, share_name, stages_of
 from allo_lib.study import arms, results
 from allo_lib.study.study import Study

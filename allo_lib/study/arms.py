@@ -11,14 +11,13 @@ from allo_lib.engine import on_policy
 from allo_lib.engine.encoding import encode_demonstration
 from allo_lib.engine.stages import run_stage
 from allo_lib.engine.store import MANIFEST, Artifact, write_json
-from allo_lib.engine.training import Diverged, Log, Schedule
+from allo_lib.engine.trainer import Diverged, Log, Schedule
 from allo_lib.errors import AlloError
 from allo_lib.machine import weights
 from allo_lib.machine.environment import device_name
 from allo_lib.machine.workers import torch_threads
-from allo_lib.method.losses import GAMMA
-from allo_lib.method.objectives import ON_POLICY, ON_REJECTED, ON_SOLUTIONS
-from allo_lib.method.token_rewards import key_tokens
+from allo_lib.method.losses import GAMMA, ON_POLICY, ON_REJECTED, ON_SOLUTIONS
+from allo_lib.method.tokens import key_tokens
 from allo_lib.profiles.methods import (
     PAPER_PROTOCOL,
     Stage,

@@ -13,11 +13,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from allo_lib.engine.batches import Layout, pair_batch
-from allo_lib.engine.forward import response_logps, to_device
-from allo_lib.engine.head import CHUNK_BYTES
+from allo_lib.engine.batching import Layout, pair_batch
+from allo_lib.engine.forward import CHUNK_BYTES, response_logps, to_device
 from allo_lib.errors import AlloError
-from allo_lib.method.importance import NeuronMask
+from allo_lib.method.neurons import NeuronMask
 from allo_lib.study import efficiency
 from allo_lib.study.timed_steps import OwnSteps
 

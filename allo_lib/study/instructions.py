@@ -11,7 +11,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from allo_lib.data import realdata, shares
-from allo_lib.engine import notes
+from allo_lib.engine import provenance
 from allo_lib.engine.encoding import encode_prompt, encode_response
 from allo_lib.engine.generation import generate
 from allo_lib.errors import AlloError
@@ -85,7 +85,7 @@ def _loaded(study, name: str) -> dict[str, list[dict]]:
         f"{dataset}/test": {"rows": len(rows), "sha256": realdata.data_hash(rows)}
         for dataset, rows in loaded.items()
     }
-    notes.leave(study.store.folder, f"{notes.DATA}{name}.instructions", told)
+    provenance.leave(study.store.folder, f"{provenance.DATA}{name}.instructions", told)
     return loaded
 
 

@@ -5,8 +5,8 @@ from pathlib import Path
 from allo_lib.engine.store import Artifact, write_json
 from allo_lib.engine.warmup import delta_of_dpo, gradient_scores, warmup_seed
 from allo_lib.machine import weights
-from allo_lib.method import importance
-from allo_lib.method.importance import NeuronMask
+from allo_lib.method import neurons
+from allo_lib.method.neurons import NeuronMask
 from allo_lib.seeds import derive
 from allo_lib.study import score_variants
 
@@ -69,7 +69,7 @@ class KeyNeurons:
         granularity: str = "scalar",
         scope: str = "global",
     ) -> NeuronMask:
-        """The kept neurons of a domain (`importance.select_neurons`)."""
+        """The kept neurons of a domain (`neurons.select_neurons`)."""
         kept = self.kept_neurons(name, order, share, variant, granularity, scope)
         return NeuronMask.load(kept.file("mask.safetensors"))
 
@@ -94,7 +94,7 @@ class KeyNeurons:
 
     def _make_mask(self, name, order, share, variant, granularity, scope, folder: Path) -> None:
         scores = weights.read_tensors(self.scores(name, variant).file("scores.safetensors"))
-        mask = importance.select_neurons(
+        mask = neurons.select_neurons(
             scores,
             share,
             order=order,
@@ -105,5 +105,5 @@ class KeyNeurons:
         mask.save(folder / "mask.safetensors")
         # One threshold, at which scores can tie, is there only where all entries are ranked.
         ranked = granularity == "scalar" and scope == "global"
-        record = importance.count_ties(scores, mask) if ranked else {}
+        record = neurons.count_ties(scores, mask) if ranked else {}
         write_json(folder / "record.json", record | {"kept": mask.kept, "total": mask.total})

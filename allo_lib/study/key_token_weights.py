@@ -9,7 +9,7 @@ from allo_lib.engine import rewriter
 from allo_lib.engine.store import Artifact, write_json
 from allo_lib.errors import AlloError
 from allo_lib.machine import weights
-from allo_lib.method import token_rewards
+from allo_lib.method import tokens
 from allo_lib.profiles.methods import Stage
 from allo_lib.seeds import derive
 
@@ -66,7 +66,7 @@ class KeyTokenWeights:
         if stage.tokens == "oracle":
             return self.oracle_tokens(name, split)
         chosen = [
-            token_rewards.unaligned_weights(
+            tokens.unaligned_weights(
                 torch.tensor([values]),
                 torch.ones(1, len(values), dtype=torch.bool),
                 stage.rule,

@@ -9,7 +9,7 @@ import re
 import subprocess
 from pathlib import Path
 
-from allo_lib.engine import notes
+from allo_lib.engine import provenance
 from allo_lib.errors import AlloError
 from allo_lib.machine import runtime
 
@@ -130,12 +130,14 @@ def noted(results: Path) -> dict:
     """
     store, before = results / STORE, read(results) or {}
     found = {
-        "weights": list(notes.collect(store, notes.WEIGHTS).values()),
-        "data": notes.collect(store, notes.DATA),
+        "weights": list(provenance.collect(store, provenance.WEIGHTS).values()),
+        "data": provenance.collect(store, provenance.DATA),
     }
     known = {key: value or before.get(key, type(value)()) for key, value in found.items()}
-    cells = notes.with_cells(before.get("cells", {}), notes.collect(store, notes.CELLS))
-    again = before.get("trained_again", {}) | notes.collect(store, notes.AGAIN)
+    cells = provenance.with_cells(
+        before.get("cells", {}), provenance.collect(store, provenance.CELLS)
+    )
+    again = before.get("trained_again", {}) | provenance.collect(store, provenance.AGAIN)
     return known | {"cells": cells} | ({"trained_again": again} if again else {})
 
 

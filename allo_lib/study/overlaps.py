@@ -15,8 +15,8 @@ import torch
 from allo_lib.engine.store import NotMade
 from allo_lib.evaluation.stats import LEVEL
 from allo_lib.machine import weights
-from allo_lib.method import importance
-from allo_lib.method.importance import NeuronMask
+from allo_lib.method import neurons
+from allo_lib.method.neurons import NeuronMask
 from allo_lib.study.score_variants import FAMILY
 from allo_lib.study.study import Study
 
@@ -110,7 +110,7 @@ def compare(study: Study, name: str) -> list[Overlap]:
 
     rows = [overlap(label, a, b, mask(a), mask(b)) for label, a, b in comparisons(study, name)]
     for seed, scores in scores_of_earlier_seeds(study, name).items():
-        other = importance.select_neurons(scores, share)
+        other = neurons.select_neurons(scores, share)
         rows.append(overlap(f"seed {seed}", "delta", "delta", mask("delta"), other))
     return rows
 

@@ -8,14 +8,14 @@ from pathlib import Path
 
 import numpy as np
 
-from allo_lib.engine import notes
+from allo_lib.engine import provenance
 from allo_lib.engine.store import write_json
 from allo_lib.errors import AlloError
 from allo_lib.evaluation import measurements, outcomes
 from allo_lib.evaluation.measurements import Measurement, seeds_of
 from allo_lib.evaluation.stats import Interval, mean_and_error, mean_interval
-from allo_lib.method import importance
-from allo_lib.method.importance import NeuronMask
+from allo_lib.method import neurons
+from allo_lib.method.neurons import NeuronMask
 from allo_lib.profiles.config import Profile
 from allo_lib.profiles.parts import Part
 from allo_lib.study import arms, instructions, scoring, win_rates
@@ -80,8 +80,8 @@ def seed_rows(study: Study) -> list[Measurement]:
         instructions.write_outputs(study, name, runs[0])
         rows += win_rates.rows(study, name, runs[0])
         rows += overlap_rows(study, name)
-        note = f"{notes.CELLS}seed{study.seed}.{name}"
-        notes.leave(study.store.folder, note, notes.cells_of(runs[0]))
+        note = f"{provenance.CELLS}seed{study.seed}.{name}"
+        provenance.leave(study.store.folder, note, provenance.cells_of(runs[0]))
     return rows
 
 
@@ -218,7 +218,7 @@ def _overlap(study: Study, name: str, first: str, second: str) -> dict:
     def make(folder: Path) -> None:
         one, other = (NeuronMask.load(mask.file("mask.safetensors")) for mask in masks)
         found = {"mask_overlap": one.overlap(other), "kept": one.kept}
-        found["mask_overlap_chance"] = importance.chance_overlap(one.share)
+        found["mask_overlap_chance"] = neurons.chance_overlap(one.share)
         found[measurements.CHANCE_IN_TENSORS] = chance_within(one, other)
         write_json(folder / "record.json", found)
 

@@ -1,7 +1,8 @@
 """What is measured of a trained model: its score for the search, test answers, held-out margins,
 and replies to instructions."""
 
-from allo_lib.engine.evaluation import Answers, answer, implicit_margins
+from allo_lib.engine.forward import implicit_margins
+from allo_lib.engine.generation import Answers, answer
 from allo_lib.study import instructions
 from allo_lib.study.study import Study
 

@@ -14,14 +14,14 @@ import torch
 
 from allo_lib.data.pairs import Pairs, make_pairs, train_split, wrong_split
 from allo_lib.data.tasks import open_task
-from allo_lib.engine import models, notes, reference
+from allo_lib.engine import models, provenance, reference
 from allo_lib.engine.checkpoints import Checkpoints
 from allo_lib.engine.encoding import encode_demonstration, encode_pairs, encode_response
 from allo_lib.engine.forward import pair_logps
 from allo_lib.engine.generation import generate
 from allo_lib.engine.stages import run_stage
 from allo_lib.engine.store import Artifact, Store, partial_of, write_json
-from allo_lib.engine.training import Schedule
+from allo_lib.engine.trainer import Schedule
 from allo_lib.errors import AlloError
 from allo_lib.machine import weights, workers
 from allo_lib.machine.environment import device_name
@@ -153,7 +153,7 @@ class Study(KeyNeurons, KeyTokenWeights):
 
     def _note_weights(self, note: dict) -> None:
         """Leave for the manifest which weights the study started from."""
-        notes.leave(self.store.folder, notes.WEIGHTS, note)
+        provenance.leave(self.store.folder, provenance.WEIGHTS, note)
 
     @property
     def model(self):
@@ -199,8 +199,8 @@ class Study(KeyNeurons, KeyTokenWeights):
 
         def changed() -> None:
             if name:
-                note = f"{notes.AGAIN}seed{self.seed}.{name}.{kind}"
-                notes.leave(self.store.folder, note, device_name(self.device))
+                note = f"{provenance.AGAIN}seed{self.seed}.{name}.{kind}"
+                provenance.leave(self.store.folder, note, device_name(self.device))
 
         return self.store.get(kind, inputs, make_and_restore, changed)
 
@@ -248,7 +248,7 @@ class Study(KeyNeurons, KeyTokenWeights):
 
         parts = {(d, s): realdata.load_rows(d, s, self.data_dir) for d in domain.datasets
                  for s in ("train", "test")}  # fmt: skip
-        notes.leave(self.store.folder, f"{notes.DATA}{name}", {
+        provenance.leave(self.store.folder, f"{provenance.DATA}{name}", {
             f"{dataset}/{split}": {"rows": len(rows), "sha256": realdata.data_hash(rows)}
             for (dataset, split), rows in parts.items()
         })  # fmt: skip

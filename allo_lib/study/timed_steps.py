@@ -2,11 +2,10 @@
 
 import time
 
-from allo_lib.engine.batches import pair_batch
+from allo_lib.engine.batching import pair_batch
 from allo_lib.engine.forward import layout_of, response_logps, to_device
-from allo_lib.method.dense_masked import DenseMaskedAdamW
-from allo_lib.method.objectives import objective
-from allo_lib.method.optim import MaskedAdamW
+from allo_lib.method.losses import objective
+from allo_lib.method.masked_adamw import DenseMaskedAdamW, MaskedAdamW
 from allo_lib.study import arithmetic
 
 

@@ -1,7 +1,12 @@
-"""AdamW that trains a mask: state for kept entries only, all others never change by a bit."""
+"""AdamW that trains a mask: state for kept entries only, all others never change by a bit.
+
+`DenseMaskedAdamW` is what the released code does, to compare with.
+"""
 
 import hashlib
+from collections.abc import Callable
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -9,10 +14,12 @@ from torch import Tensor, nn
 from allo_lib.errors import AlloError
 from allo_lib.machine import devices
 from allo_lib.machine.runtime import plain_writes
-from allo_lib.method.importance import NeuronMask
+from allo_lib.method.neurons import NeuronMask
 from allo_lib.method.row_linear import RowLinear, whole_rows
 
 _WATCHED = 2**20  # kept entries, about, that `moved` looks at
+
+Masters = dict[str, tuple[Tensor | None, Tensor]]  # name -> (flat places or None for all, values)
 
 
 class MaskedAdamW(torch.optim.AdamW):
@@ -64,7 +71,7 @@ class MaskedAdamW(torch.optim.AdamW):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         max_grad_norm: float | None = None,
-        masters: dict[str, tuple[Tensor | None, Tensor]] | None = None,
+        masters: Masters | None = None,
     ):
         kept = None
         if mask is not None:
@@ -106,17 +113,12 @@ class MaskedAdamW(torch.optim.AdamW):
         # From here on nothing can fail: a refused call leaves the model as it was.
         for packed in self._packed:
             packed.attach()
-        names = {packed.name for packed in self._packed}
-        self._frozen = [
-            parameter
-            for name, parameter in model.named_parameters()
-            if parameter.requires_grad and name not in names
-        ]
-        for parameter in self._frozen:
-            parameter.requires_grad_(False)
+        taken = {id(packed.parameter) for packed in self._packed}
+        others = (p for p in model.parameters() if p.requires_grad and id(p) not in taken)
+        self._frozen = [parameter.requires_grad_(False) for parameter in others]
 
     @torch.no_grad()
-    def step(self, closure=None):
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Clip, update the masters, write them into the model; returns the closure's loss."""
         loss = None
         if closure is not None:
@@ -179,7 +181,7 @@ class MaskedAdamW(torch.optim.AdamW):
         """name -> float32 copy of each trained parameter, unkept entries taken from the model."""
         return {packed.name: packed.full() for packed in self._packed}
 
-    def packed_masters(self) -> dict[str, tuple[Tensor | None, Tensor]]:
+    def packed_masters(self) -> Masters:
         """name -> (int32 places in the flattened tensor, float32 values), of kept entries only.
 
         The places are None where a tensor is kept whole. The values are the optimizer's own, not
@@ -198,12 +200,12 @@ class MaskedAdamW(torch.optim.AdamW):
             held += packed.master.numel() * 4  # the packed gradient, alive from backward to step
         return held
 
-    def state_dict(self) -> dict:
+    def state_dict(self) -> dict[str, Any]:
         """Torch's state, the masters (bf16 weights do not determine them), the mask's hash."""
         masters = [packed.master.detach() for packed in self._packed]
         return super().state_dict() | {"masters": masters, "mask": self._mask_hash}
 
-    def load_state_dict(self, state_dict: dict) -> None:
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the `state_dict` of the same model and mask; AlloError for any other."""
         state_dict = dict(state_dict)
         masters = state_dict.pop("masters", [])
@@ -244,7 +246,14 @@ class _Packed:
     it keeps whole ones (`linear` is then that layer), or flat places.
     """
 
-    def __init__(self, name: str, parameter: nn.Parameter, index, before, linear):
+    def __init__(
+        self,
+        name: str,
+        parameter: nn.Parameter,
+        index: Tensor | None,
+        before: tuple[Tensor | None, Tensor] | None,
+        linear: nn.Linear | None,
+    ):
         self.name, self.parameter = name, parameter
         own = devices.local(parameter)
         index = None if index is None else devices.held(index, parameter)
@@ -356,3 +365,47 @@ def _kept_anywhere(mask: NeuronMask) -> set[str]:
     counts = [index.numel() for index in mask.indices.values()]
     found = devices.total(torch.tensor(counts, dtype=torch.int64)).tolist()
     return {name for name, number in zip(mask.indices, found, strict=True) if number}
+
+
+class DenseMaskedAdamW:
+    """What the released code does: AdamW with dense moments whose update is times a dense mask.
+
+    Its mask is bfloat16 and its masters are float32, as there. It saves neither memory nor time;
+    here it is the thing to compare with. `step` reads `parameter.grad`.
+    """
+
+    def __init__(self, model, mask, lr: float, betas=(0.9, 0.999), eps: float = 1e-8):
+        self.lr, self.betas, self.eps, self.count = lr, betas, eps, 0
+        self.rows = []
+        for name, parameter in model.named_parameters():
+            dense = mask.dense(name).to(parameter.device, torch.bfloat16)
+            whole = parameter.dtype == torch.float32
+            master = parameter.detach() if whole else parameter.detach().float()
+            moments = torch.zeros_like(master), torch.zeros_like(master)
+            self.rows.append((parameter, dense, master, *moments))
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """AdamW without decay (arXiv 1711.05101, algorithm 2), the update times the mask."""
+        self.count += 1
+        first, second = (1 - beta**self.count for beta in self.betas)
+        for parameter, mask, master, mean, square in self.rows:
+            gradient = parameter.grad.float()
+            mean.lerp_(gradient, 1 - self.betas[0])
+            square.mul_(self.betas[1]).addcmul_(gradient, gradient, value=1 - self.betas[1])
+            update = (mean / first) / ((square / second).sqrt_() + self.eps)
+            master.sub_(update * mask, alpha=self.lr)
+            if master.data_ptr() != parameter.data_ptr():
+                parameter.copy_(master)
+            parameter.grad = None
+
+    def state_bytes(self) -> int:
+        """Mask, moments, masters where they are copies, and the dense gradient."""
+        return sum(
+            mask.nbytes
+            + mean.nbytes
+            + square.nbytes
+            + (0 if master.data_ptr() == parameter.data_ptr() else master.nbytes)
+            + parameter.nbytes
+            for parameter, mask, master, mean, square in self.rows
+        )

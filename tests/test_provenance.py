@@ -4,7 +4,7 @@ import json
 
 from tiny_study import DOMAIN, open_study
 
-from allo_lib.engine import notes
+from allo_lib.engine import provenance
 from allo_lib.evaluation import claims
 from allo_lib.report import report
 from allo_lib.study import manifest
@@ -13,35 +13,35 @@ CELLS = {"seed0": {"GPU <1>": {"toy": ["dpo", "allo"]}}, "seed1": {"CPU": {"toy"
 
 
 def test_a_note_is_whole_and_is_read_back(tmp_path):
-    notes.leave(tmp_path, "data-toy", {"toy/train": {"rows": 3}})
-    (tmp_path / notes.FOLDER / "data-broken.json").write_text("{")
-    assert notes.collect(tmp_path, notes.DATA) == {"toy": {"toy/train": {"rows": 3}}}
-    assert {p.name for p in (tmp_path / notes.FOLDER).iterdir()} == {
+    provenance.leave(tmp_path, "data-toy", {"toy/train": {"rows": 3}})
+    (tmp_path / provenance.FOLDER / "data-broken.json").write_text("{")
+    assert provenance.collect(tmp_path, provenance.DATA) == {"toy": {"toy/train": {"rows": 3}}}
+    assert {p.name for p in (tmp_path / provenance.FOLDER).iterdir()} == {
         "data-toy.json", "data-broken.json"}  # fmt: skip
 
 
 def test_cells_are_told_by_device():
     results = {"dpo": {"device": "CPU"}, "allo": {"device": "GPU"}, "sft": {}}
-    assert notes.cells_of(results) == {"CPU": ["dpo"], "GPU": ["allo"], "not told": ["sft"]}
+    assert provenance.cells_of(results) == {"CPU": ["dpo"], "GPU": ["allo"], "not told": ["sft"]}
 
 
 def test_a_domain_measured_elsewhere_replaces_only_itself():
     known = {"seed0": {"CPU": {"a": ["dpo"], "b": ["dpo"]}, "old": {"b": ["allo"]}}}
     found = {"seed0.b": {"GPU": ["dpo", "allo"]}, "seed1.a": {"CPU": ["dpo"]}}
-    assert notes.with_cells(known, found) == {
+    assert provenance.with_cells(known, found) == {
         "seed0": {"CPU": {"a": ["dpo"]}, "GPU": {"b": ["dpo", "allo"]}},
         "seed1": {"CPU": {"a": ["dpo"]}},
     }
-    assert notes.with_cells(known, {"seed0": {"CPU": {"a": ["npo"]}}}) == {
+    assert provenance.with_cells(known, {"seed0": {"CPU": {"a": ["npo"]}}}) == {
         "seed0": {"CPU": {"a": ["npo"]}}}  # fmt: skip
 
 
 def test_only_several_devices_are_worth_a_line():
-    assert notes.several_devices({}) == ""
-    assert notes.several_devices({"seed0": {"CPU": {"toy": ["dpo"]}}}) == ""
-    older = {"seed0": {"CPU": {"toy": ["dpo"]}, notes.UNKNOWN: {"toy": ["sft"]}}}
-    assert notes.several_devices(older) == ""
-    line = notes.several_devices(CELLS)
+    assert provenance.several_devices({}) == ""
+    assert provenance.several_devices({"seed0": {"CPU": {"toy": ["dpo"]}}}) == ""
+    older = {"seed0": {"CPU": {"toy": ["dpo"]}, provenance.UNKNOWN: {"toy": ["sft"]}}}
+    assert provenance.several_devices(older) == ""
+    line = provenance.several_devices(CELLS)
     assert "GPU <1>: seed0, toy: dpo, allo" in line and "CPU: seed1, toy: dpo" in line
 
 
@@ -49,7 +49,7 @@ def test_cells_of_earlier_runs_stay_in_the_manifest_and_are_marked_in_the_report
     told = {"profile": "x", "profile_hash": "", "seeds": [], "files": {}}
     told["cells"] = {"seed0": CELLS["seed0"]}
     (tmp_path / manifest.NAME).write_text(json.dumps(told))
-    notes.leave(tmp_path / manifest.STORE, "cells-seed1", CELLS["seed1"])
+    provenance.leave(tmp_path / manifest.STORE, "cells-seed1", CELLS["seed1"])
     assert manifest.noted(tmp_path)["cells"] == CELLS
     claims.write(tmp_path / "claims.csv", [])
     page = report.build(tmp_path).read_text()
