@@ -149,20 +149,6 @@ def test_bf16_weights_are_trained_through_float32_masters():
     assert seen[0] == 1.0 > seen[-1]  # a single step is lost in bf16, six are not
 
 
-@pytest.mark.parametrize("dtype", KINDS)
-@pytest.mark.parametrize("share", [None, 0.1])
-def test_master_weights_round_to_the_model(dtype, share):
-    model = tiny_llama(dtype=dtype)
-    optimizer = MaskedAdamW(model, share and random_mask(model, share), lr=0.01)
-    after = train(model, optimizer)
-    masters = optimizer.master_weights()
-    assert all(master.dtype == torch.float32 for master in masters.values())
-    assert_equal({name: master.to(dtype) for name, master in masters.items()}, after)
-    for master in masters.values():
-        master.zero_()
-    assert_equal(weights_of(model), after)  # they are copies
-
-
 @pytest.mark.parametrize("second", [0.1, 0.3, None])
 @pytest.mark.parametrize("first", [0.1, None])
 def test_masters_handed_over_go_on_where_rounded_weights_would_not(first, second):
@@ -320,14 +306,6 @@ def test_parameters_without_kept_entries_are_frozen_until_close():
     assert all((p.grad is not None) == before[name] for name, p in model.named_parameters())
     optimizer.close()  # once more does no harm
     assert flags(model) == before
-
-
-def test_parameters_that_the_mask_does_not_name_are_frozen_too():
-    model = tiny_llama()
-    name = "model.layers.0.mlp.down_proj.weight"
-    mask = NeuronMask({name: torch.tensor([0, 5])}, {name: (16, 24)})
-    MaskedAdamW(model, mask)
-    assert [n for n, on in flags(model).items() if on] == [name]
 
 
 def test_backward_ends_at_the_lowest_kept_parameter():

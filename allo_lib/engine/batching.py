@@ -286,9 +286,7 @@ class TreeByTree(TorchFunctionMode):
         own = (ends[0] - starts.repeat_interleave(sizes)).split(self.sizes)  # [l] each
         self.masks = [attention_mask(one[None]) for one in own]  # bool [1, 1, l, l]
 
-    def __torch_function__(  # type: ignore[no-untyped-def]
-        self, func, types, args=(), kwargs=None
-    ):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Called by torch in place of each of its functions; only attention is another one."""
         if func is F.scaled_dot_product_attention:
             return self._attend(*args, **(kwargs or {}))

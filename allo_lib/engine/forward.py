@@ -309,20 +309,20 @@ def argmax_tokens(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor
 
 class _TargetLogps(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[no-untyped-def]
-        ctx, hidden, weight, bias, targets
-    ):
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor
+    ) -> Tensor:
         total = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
         logps = torch.empty_like(total)
         for part in _chunks(len(targets), weight):
-            logits = _logits(hidden[part], weight, bias)
-            total[part] = logits.logsumexp(dim=-1)
+            logits = _logits(hidden[part], weight, bias)  # [chunk, V]
+            total[part] = logits.logsumexp(dim=-1)  # [chunk]
             logps[part] = logits.gather(1, targets[part, None])[:, 0] - total[part]
         ctx.save_for_backward(hidden, weight, bias, targets, total)
         return logps
 
     @staticmethod
-    def backward(ctx, gradient):
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, targets, total = ctx.saved_tensors
         needs_hidden, needs_weight, needs_bias, _ = ctx.needs_input_grad
         to_hidden = torch.zeros_like(hidden) if needs_hidden else None

@@ -31,6 +31,7 @@ from transformers import (
     LlamaForCausalLM,
 )
 
+from allo_lib.engine.encoding import check_tokenizer, choose_pad
 from allo_lib.engine.store import fsync, sha256
 from allo_lib.errors import AlloError
 from allo_lib.machine import devices
@@ -46,14 +47,10 @@ _PART = ".part-"
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
-# Tokens that published models reserve for padding; then, for models that pad with their end token,
-# others that never occur inside a text.
-_MADE_FOR_PADDING = ("<pad>", "[PAD]", "<|pad|>", "<|PAD|>", "<|finetune_right_pad_id|>")
 _MODELS = (
     f"{NAME!r}, a hub id that is reachable or cached, or a folder with "
     "config.json, tokenizer files and safetensors weights"
 )
-_NEVER_IN_TEXT = ("<|endoftext|>", "<unk>", "[UNK]", "<|unk|>")
 
 
 # Architectures that a micro model can have, each with what it needs besides the common sizes.
@@ -270,60 +267,6 @@ def _readable(named: str, expected: str) -> Iterator[None]:
         # Each of hub, configuration, tokenizer and weights has exceptions of its own for damage.
         reason = " ".join(str(error).split())[:300]
         raise AlloError(f"{named} cannot be loaded ({reason}); expected {expected}") from error
-
-
-def choose_pad(tokenizer: Any) -> None:
-    """Give a tokenizer a pad token of its own where its vocabulary has a suitable one."""
-    shared = tokenizer.pad_token is not None
-    if shared and tokenizer.pad_token != tokenizer.eos_token:
-        return
-    vocabulary = tokenizer.get_vocab()
-    for token in _MADE_FOR_PADDING + (_NEVER_IN_TEXT if shared else ()):
-        if token in vocabulary and token != tokenizer.eos_token:
-            tokenizer.pad_token = token
-            return
-
-
-def check_tokenizer(tokenizer: Any, model: Any) -> None:
-    """Make sure that training and generation can tell text, end and padding apart.
-
-    A response's end token is learned and padding is not, so the two must differ.
-
-    Raises:
-        AlloError: no pad or end token, the same one for both, token ids beyond the embedding, or
-            not a language model with its tokenizer at all.
-    """
-    if not hasattr(tokenizer, "eos_token_id") or not hasattr(tokenizer, "get_vocab"):
-        raise AlloError(
-            f"the tokenizer is a {type(tokenizer).__name__}; expected one of transformers, such as "
-            "AutoTokenizer.from_pretrained gives"
-        )
-    if tokenizer.eos_token_id is None:
-        raise AlloError(
-            "the tokenizer has no end token; expected one that ends a response: set it with "
-            "tokenizer.eos_token = '<a token of its vocabulary>'"
-        )
-    if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
-        found = "no pad token" if tokenizer.pad_token_id is None else "one token for pad and end"
-        raise AlloError(
-            f"the tokenizer has {found}; expected a pad token other than the end token "
-            f"{tokenizer.eos_token!r}: set it with tokenizer.pad_token = '<a token of its "
-            "vocabulary that no text contains>'"
-        )
-    try:
-        rows = model.get_input_embeddings().weight.shape[0]
-    except (AttributeError, NotImplementedError, TypeError) as error:
-        raise AlloError(
-            f"the model is a {type(model).__name__} without token embeddings; expected a causal "
-            "language model of transformers, such as AutoModelForCausalLM.from_pretrained gives"
-        ) from error
-    highest = max(tokenizer.get_vocab().values(), default=-1)
-    if highest >= rows:
-        raise AlloError(
-            f"the tokenizer's highest token id is {highest}, the model's embedding has {rows} "
-            f"rows; expected ids below that: call model.resize_token_embeddings({highest + 1}) and "
-            "train the new rows, or use the tokenizer that belongs to the model"
-        )
 
 
 def check_finite(model: torch.nn.Module) -> None:

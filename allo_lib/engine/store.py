@@ -20,9 +20,10 @@ import shutil
 import sys
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
@@ -67,7 +68,7 @@ class Artifact:
                 )
         return path
 
-    def json(self, name: str = "record.json"):
+    def json(self, name: str = "record.json") -> Any:
         """A JSON file of the artifact, parsed; AlloError when it was damaged after its check."""
         try:
             return json.loads(self.file(name).read_text(encoding="utf-8"))
@@ -93,7 +94,7 @@ class Store:
     def get(
         self,
         kind: str,
-        inputs: dict,
+        inputs: dict[str, Any],
         make: Callable[[Path], None],
         changed: Callable[[], None] = lambda: None,
     ) -> Artifact:
@@ -129,7 +130,7 @@ class Store:
         return self._checked[path]
 
     @contextlib.contextmanager
-    def only_reading(self):
+    def only_reading(self) -> Iterator[None]:
         """Inside it nothing is made, neither what is asked for nor what its key depends on."""
         before, self._only_reading = self._only_reading, True
         try:
@@ -137,7 +138,7 @@ class Store:
         finally:
             self._only_reading = before
 
-    def has(self, kind: str, inputs: dict) -> bool:
+    def has(self, kind: str, inputs: dict[str, Any]) -> bool:
         """Whether `get` would find the artifact without making it; its tensors may be lost."""
         key = fingerprint({"kind": kind, "inputs": inputs})[:_KEY_LENGTH]
         path = self.folder / kind / key
@@ -169,7 +170,15 @@ class Store:
         print(f"{kind}/{key}: {damaged} is damaged; set aside, made anew", file=sys.stderr)
         return None
 
-    def _make(self, kind, key, path, inputs, make, changed) -> float:
+    def _make(
+        self,
+        kind: str,
+        key: str,
+        path: Path,
+        inputs: dict[str, Any],
+        make: Callable[[Path], None],
+        changed: Callable[[], None],
+    ) -> float:
         temporary = path.with_name(f".{key}.{uuid.uuid4().hex[:8]}")
         start = time.perf_counter()
         try:
@@ -210,7 +219,7 @@ class Store:
             return Path(error.filename).absolute().is_relative_to(self.folder.absolute())
         return error.errno in _FULL_OR_BROKEN  # a failing write names no file
 
-    def _publish(self, temporary: Path, path: Path, changed) -> None:
+    def _publish(self, temporary: Path, path: Path, changed: Callable[[], None]) -> None:
         try:
             temporary.rename(path)
         except OSError:
@@ -274,7 +283,7 @@ def _put_back(made: Path, path: Path, changed: Callable[[], None]) -> None:
 
 
 @contextlib.contextmanager
-def _alone(folder: Path):
+def _alone(folder: Path) -> Iterator[None]:
     """Hold a lock on a folder of the store."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
@@ -308,7 +317,7 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def write_json(path: Path, value) -> None:
+def write_json(path: Path, value: Any) -> None:
     """JSON with sorted keys, one value per line, LF at the end."""
     text = json.dumps(value, sort_keys=True, indent=1, allow_nan=False, ensure_ascii=False)
     path.write_text(text + "\n", encoding="utf-8")
@@ -324,7 +333,7 @@ def partial_of(folder: Path) -> Path:
     return folder.with_name(f".{key}.partial")
 
 
-def seal(folder: Path, manifest: dict) -> None:
+def seal(folder: Path, manifest: dict[str, Any]) -> None:
     """Write the manifest of a folder, with the hashes of its files, and all of it to the disk.
 
     Raises OSError when the disk does not take it all.

@@ -374,7 +374,14 @@ class DenseMaskedAdamW:
     here it is the thing to compare with. `step` reads `parameter.grad`.
     """
 
-    def __init__(self, model, mask, lr: float, betas=(0.9, 0.999), eps: float = 1e-8):
+    def __init__(
+        self,
+        model: nn.Module,
+        mask: NeuronMask,
+        lr: float,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+    ):
         self.lr, self.betas, self.eps, self.count = lr, betas, eps, 0
         self.rows = []
         for name, parameter in model.named_parameters():
