@@ -179,7 +179,7 @@ class _Decoding:
             past_key_values=self.cache,
             use_cache=True,
         )
-        hidden = output.last_hidden_state[:, width - 1 :]
+        hidden = output.last_hidden_state[:, width - 1 :]  # [rows, length + 1, H]
         head = self.model.get_output_embeddings()
         own = argmax_tokens(hidden.flatten(0, 1), head.weight, getattr(head, "bias", None))
         own = own.view(len(drafts), length + 1)  # [rows * (length + 1)] -> [rows, length + 1]
@@ -232,7 +232,7 @@ class _Decoding:
             use_cache=True,
             logits_to_keep=1,
         )
-        return output.logits[:, -1].float()
+        return output.logits[:, -1].float()  # [rows, 1, V] -> [rows, V]
 
     def keep(self, rows: Tensor) -> None:
         self.cache.batch_select_indices(rows)
@@ -243,8 +243,8 @@ class _Decoding:
         """The next token: the argmax, or the one where the draw falls in the cumulative odds."""
         if self.draws is None:
             return logits.argmax(dim=-1)
-        odds = torch.softmax(logits / self.temperature, dim=-1).cumsum(dim=-1)
-        drawn = self.draws[self.rows, self.lengths.clamp_max(self.limit - 1)]
+        odds = torch.softmax(logits / self.temperature, dim=-1).cumsum(dim=-1)  # [rows, V]
+        drawn = self.draws[self.rows, self.lengths.clamp_max(self.limit - 1)]  # [rows]
         point = drawn[:, None] * odds[:, -1:]
         return torch.searchsorted(odds, point, right=True)[:, 0].clamp_max(odds.shape[1] - 1)
 

@@ -202,11 +202,11 @@ class _Rollouts:
         batch = to_device(collate(rows, self.layout), self.model)
         mask = batch["labels"] != IGNORED
         right = torch.tensor(right, device=mask.device)
-        policy = response_logps(self.model, batch)
+        policy = response_logps(self.model, batch)  # [B, T]
         reference = response_logps(self.reference, batch)
         rewards = penalised_rewards(right, policy, reference, mask, self.settings.kl)
-        seen = returns(rewards)[mask]
-        hidden = before_responses(self.model, batch)
+        seen = returns(rewards)[mask]  # [B, T] -> [N]
+        hidden = before_responses(self.model, batch)  # [N, H]
         values = torch.zeros_like(rewards)
         values[mask] = self.critic.values(hidden)
         raw = advantages(rewards, values, mask, self.settings.decay)

@@ -56,7 +56,7 @@ def token_logps(logits: Tensor, labels: Tensor) -> Tensor:
             f"token_logps: label {int(unknown[0])} is outside the vocabulary of "
             f"{logits.shape[-1]}; use the model's own tokenizer"
         )
-    # cross_entropy fuses log-softmax and gather; an ignored target gives exactly 0.
+    # cross_entropy fuses log-softmax and gather; an ignored target gives exactly 0: [B, T - 1].
     logps = -F.cross_entropy(
         logits[:, :-1].float().transpose(1, 2), targets, ignore_index=IGNORED, reduction="none"
     )
@@ -96,7 +96,7 @@ def token_dpo_loss(
     """
     check("token_dpo_loss", chosen_ratio, chosen_mask, beta=beta)
     check("token_dpo_loss", rejected_ratio, rejected_mask, beta=beta)
-    chosen = (chosen_ratio * chosen_mask).sum(dim=1)
+    chosen = (chosen_ratio * chosen_mask).sum(dim=1)  # [B, T] -> [B]
     rejected = (rejected_ratio * rejected_mask).sum(dim=1)
     return -F.logsigmoid(beta * (chosen - rejected))
 

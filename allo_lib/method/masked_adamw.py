@@ -291,7 +291,7 @@ class _Packed:
             return self.index
         columns = self.parameter.shape[1]
         inside = torch.arange(columns, device=self.index.device, dtype=self.index.dtype)
-        return (self.index[:, None] * columns + inside).view(-1)
+        return (self.index[:, None] * columns + inside).view(-1)  # [rows, columns] -> flat
 
     def _gather(self, dense: Tensor) -> Tensor:
         if self.linear is not None:
