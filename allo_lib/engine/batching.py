@@ -301,11 +301,11 @@ class TreeByTree(TorchFunctionMode):
         **settings: Any,
     ) -> Tensor:
         # [1, heads, L, head size] -> one [1, heads, l, head size] a tree
-        parts = (part.split(self.sizes, dim=-2) for part in (query, key, value))
+        parts = zip(*(part.split(self.sizes, dim=-2) for part in (query, key, value)), strict=True)
         return torch.cat(
             [
-                F.scaled_dot_product_attention(*own, attn_mask=mask, **settings)
-                for *own, mask in zip(*parts, self.masks, strict=True)
+                F.scaled_dot_product_attention(q, k, v, attn_mask=mask, **settings)
+                for (q, k, v), mask in zip(parts, self.masks, strict=True)
             ],
             dim=-2,
         )

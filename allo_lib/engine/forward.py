@@ -336,12 +336,12 @@ class _TargetLogps(torch.autograd.Function):
             by_logits = _gradient_of_logits(
                 _logits(hidden[rows], weight, bias), total[rows], targets[rows], gradient[rows]
             )
-            if needs_bias:
+            if to_bias is not None:
                 to_bias += by_logits.sum(dim=0)
             by_logits = by_logits.to(weight.dtype)
-            if needs_hidden:
+            if to_hidden is not None:
                 to_hidden[rows] = by_logits @ weight
-            if needs_weight:
+            if to_weight is not None:
                 to_weight.addmm_(by_logits.T, hidden[rows])
         return to_hidden, to_weight, None if to_bias is None else to_bias.to(bias.dtype), None
 

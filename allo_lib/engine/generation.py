@@ -131,8 +131,13 @@ class _Decoding:
     """One batch. Lists and tensors over `rows`, the responses that have not left, by number.
 
     chosen: the next token of each. lengths: tokens of its response before that. over: whether the
-    response has come to its end or its limit. positions: [rows, 1], of the last token read.
+    response has come to its end or its limit. positions: [rows, 1], of the last token read. mask:
+    [rows, places], 1 where the cache holds a token; ids: tokens of all responses.
     """
+
+    chosen: Tensor
+    positions: Tensor
+    mask: Tensor
 
     def __init__(self, model: Any, end: int, limit: int):
         self.model, self.end, self.limit = model, end, limit

@@ -143,7 +143,9 @@ def dtype_on(device: str | torch.device, wanted: str = "auto") -> str:
         return wanted
     if torch.device(device).type != "cpu":
         return "bfloat16"
-    units = getattr(torch.cpu, "get_capabilities", dict)()  # torch before 2.12 may not have it
+    units: dict[str, bool] = getattr(
+        torch.cpu, "get_capabilities", dict
+    )()  # torch before 2.12 may not have it
     return "bfloat16" if units.get("avx512_bf16") or units.get("amx_bf16") else "float32"
 
 

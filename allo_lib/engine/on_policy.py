@@ -177,7 +177,7 @@ def _explained(values: Tensor, seen: Tensor) -> Tensor:
 class _Rollouts:
     """Makes rollouts of a policy; keeps the model it started from, and the critic."""
 
-    decoding: dict[str, int]  # of `generate`: max_new_tokens, batch_size
+    decoding: dict[str, Any]  # of `generate`: max_new_tokens, batch_size
 
     def __init__(
         self,
@@ -198,10 +198,10 @@ class _Rollouts:
     @torch.no_grad()
     def sample(self, numbers: list[int], step: int) -> tuple[Batch, dict[str, Tensor]]:
         """The batch of the responses to these questions, and what there is to log of it."""
-        rows, right = self._responses(numbers, step)
+        rows, verdicts = self._responses(numbers, step)
         batch = to_device(collate(rows, self.layout), self.model)
         mask = batch["labels"] != IGNORED
-        right = torch.tensor(right, device=mask.device)
+        right = torch.tensor(verdicts, device=mask.device)  # [B]
         policy = response_logps(self.model, batch)  # [B, T]
         reference = response_logps(self.reference, batch)
         rewards = penalised_rewards(right, policy, reference, mask, self.settings.kl)

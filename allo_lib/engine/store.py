@@ -198,7 +198,7 @@ class Store:
             shutil.rmtree(temporary, ignore_errors=True)
         return seconds
 
-    def _failure(self, kind: str, error: Exception) -> str:
+    def _failure(self, kind: str, error: OSError | SafetensorError) -> str:
         """One line that blames the store's disk only for what happened there."""
         if self._happened_here(error):
             return (
@@ -210,7 +210,7 @@ class Store:
             "kept"
         )
 
-    def _happened_here(self, error: Exception) -> bool:
+    def _happened_here(self, error: OSError | SafetensorError) -> bool:
         if isinstance(error, SafetensorError):
             return True
         if isinstance(error, FileNotFoundError):  # what was to be read, nothing that was written

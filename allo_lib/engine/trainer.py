@@ -210,7 +210,7 @@ class _Trainer(Trainer):
         """The batches of one step; of several also how many terms their losses together have."""
         batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
         if len(batches) > 1:
-            count = sum(self.terms(batch) for batch in batches).clamp(min=1)
+            count = torch.stack([self.terms(batch) for batch in batches]).sum().clamp(min=1)
         return batches, count
 
     def compute_loss(
@@ -349,7 +349,7 @@ class Numbers:
         error = Diverged(
             f"{self.label}: the {what} became {value} at step {step}; lower the learning rate{told}"
         )
-        error.batch = kept
+        error.batch = kept  # type: ignore[assignment]
         raise error
 
     def _keep(self, step: int) -> Path | None:

@@ -317,25 +317,28 @@ def _learning(logps: Tensor, batch: Batch, beta: float, key_share: float) -> Res
 def _merged(logps: Tensor, batch: Batch, beta: float, key_share: float) -> Result:
     """Both stages' losses in one step; the batch of pairs carries forgetting's `weights`."""
     loss, metrics = _learning(logps, batch, beta, key_share)
-    rejected = (values.chunk(2)[1] for values in (logps, batch["reference"], batch["weights"]))
-    return loss + npo_loss(*rejected, beta=beta), metrics
+    policy, reference, weights = (
+        values.chunk(2)[1] for values in (logps, batch["reference"], batch["weights"])
+    )
+    return loss + npo_loss(policy, reference, weights, beta), metrics
 
 
 def _pairs(name: str, logps: Tensor, batch: Batch, beta: float, gamma: float) -> Result:
-    policy = logps.sum(dim=1).chunk(2)  # [2B, T] -> two of [B]
-    reference = batch["reference"].sum(dim=1).chunk(2)
-    lengths = _response(batch).sum(dim=1).chunk(2)
+    chosen, rejected = logps.sum(dim=1).chunk(2)  # [2B, T] -> two of [B]
+    ref_chosen, ref_rejected = batch["reference"].sum(dim=1).chunk(2)
+    chosen_length, rejected_length = _response(batch).sum(dim=1).chunk(2)
+    four = chosen, rejected, ref_chosen, ref_rejected
     if name == "dpo":
-        rows = dpo_loss(*policy, *reference, beta=beta)
+        rows = dpo_loss(*four, beta=beta)
     elif name == "rdpo":
-        rows = rdpo_loss(*policy, *reference, *lengths, beta=beta)
+        rows = rdpo_loss(*four, chosen_length, rejected_length, beta=beta)
     elif name == "ipo":
-        rows = ipo_loss(*policy, *reference, *lengths, beta=beta)
+        rows = ipo_loss(*four, chosen_length, rejected_length, beta=beta)
     elif name == "bco":
-        rows = bco_loss(*policy, *reference, beta=beta)
+        rows = bco_loss(*four, beta=beta)
     else:
-        rows = simpo_loss(*policy, *lengths, gamma=gamma)
-    return rows.mean(), _margin(policy[0] - reference[0], policy[1] - reference[1], beta)
+        rows = simpo_loss(chosen, rejected, chosen_length, rejected_length, gamma=gamma)
+    return rows.mean(), _margin(chosen - ref_chosen, rejected - ref_rejected, beta)
 
 
 def _margin(chosen_ratio: Tensor, rejected_ratio: Tensor, beta: float) -> dict[str, Tensor]:

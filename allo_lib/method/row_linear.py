@@ -24,7 +24,7 @@ class RowLinear:
     def attach(self) -> None:
         """From now on the module's weight is frozen and its rows' gradient goes to the masters."""
         self.module.weight.requires_grad_(False)
-        self.module.forward = self._forward
+        self.module.forward = self._forward  # type: ignore[assignment,method-assign]
 
     def detach(self) -> None:
         """Give the module its own forward pass and its trainable weight back."""
@@ -32,7 +32,9 @@ class RowLinear:
         self.module.weight.requires_grad_(True)
 
     def _forward(self, x: Tensor) -> Tensor:
-        weight, bias, kind = self.module.weight, self.module.bias, x.device.type
+        weight: Tensor = self.module.weight
+        bias: Tensor | None = self.module.bias
+        kind = x.device.type
         if torch.is_autocast_enabled(kind):  # as it does for the product itself, backward included
             dtype = torch.get_autocast_dtype(kind)
             x, weight = x.to(dtype), weight.to(dtype)
