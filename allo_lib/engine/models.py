@@ -23,13 +23,7 @@ from typing import Any
 import torch
 from filelock import FileLock
 from tokenizers import pre_tokenizers
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    GenerationConfig,
-    LlamaForCausalLM,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from allo_lib.engine.encoding import check_tokenizer, choose_pad
 from allo_lib.engine.store import fsync, sha256
@@ -398,6 +392,8 @@ def _convert(gguf: Path, folder: Path) -> None:
 
 
 def _read_gguf(gguf: Path) -> tuple[Any, Any]:
+    from transformers import LlamaForCausalLM  # slow to load, seldom used
+
     # As loaded the model counts as quantized and refuses .float() and save_pretrained, although its
     # tensors are plain float32 by then: a new model takes over config and tensors without the flag.
     safe = {"gguf_file": gguf.name, "trust_remote_code": False}
