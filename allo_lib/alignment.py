@@ -21,11 +21,7 @@ import torch
 from pydantic import Field
 
 from allo_lib import delta
-from allo_lib.data.preferences import SIDES, Given, read_pairs
-from allo_lib.engine import models, rewriter
-from allo_lib.engine.checkpoints import Checkpoints
-from allo_lib.engine.forward import implicit_margins, layout_of, pair_logps
-from allo_lib.engine.given_model import (
+from allo_lib.align_setup import (
     as_found,
     check_model,
     check_trainable,
@@ -37,19 +33,20 @@ from allo_lib.engine.given_model import (
     undone_if_stopped,
     weights_back,
 )
+from allo_lib.allo import delta_of_dpo, gradient_scores, run_stage
+from allo_lib.data.preferences import SIDES, Encoded, read_pairs
+from allo_lib.engine import models, rewriter
+from allo_lib.engine.checkpoints import Checkpoints
+from allo_lib.engine.forward import implicit_margins, layout_of, pair_logps
 from allo_lib.engine.reference import rows_hash, weights_hash, with_reference
-from allo_lib.engine.stages import run_stage
 from allo_lib.engine.store import Store, write_json
 from allo_lib.engine.trainer import Log, Schedule
-from allo_lib.engine.warmup import delta_of_dpo, gradient_scores
 from allo_lib.errors import AlloError, Diverged
 from allo_lib.evaluation.stats import mean_and_error, mean_interval
 from allo_lib.machine import devices
 from allo_lib.method.neurons import NeuronMask, count_ties, select_neurons
 from allo_lib.method.tokens import unaligned_weights
-from allo_lib.profiles import settings
-from allo_lib.profiles.config import fingerprint
-from allo_lib.profiles.settings import (
+from allo_lib.profiles.config import (
     STRICT,
     BelowOne,
     Count,
@@ -59,6 +56,8 @@ from allo_lib.profiles.settings import (
     Positive,
     Rate,
     Share,
+    check_settings,
+    fingerprint,
 )
 from allo_lib.report import warning_signs
 from allo_lib.seeds import derive
@@ -489,7 +488,7 @@ class _Run:
 
 
 def parts_of(pairs, tokenizer, context: int | None, config: AlignConfig, stages):
-    """(pairs to train on, held-out ones, development ones), each `preferences.Given`.
+    """(pairs to train on, held-out ones, development ones), each `preferences.Encoded`.
 
     Raises:
         AlloError: what `read_pairs` raises, no pair left to train on, or to forget of.
@@ -513,13 +512,13 @@ def parts_of(pairs, tokenizer, context: int | None, config: AlignConfig, stages)
     return given, held_out, development
 
 
-def not_forgotten(given: Given) -> list[int]:
+def not_forgotten(given: Encoded) -> list[int]:
     """Numbers of the pairs that take no part in forgetting."""
     pairs = zip(given.numbers, given.corrections, strict=True)
     return [number for number, correction in pairs if correction is None]
 
 
-def lines_about(given: Given, held_out: Given, development: Given, stages) -> list[str]:
+def lines_about(given: Encoded, held_out: Encoded, development: Encoded, stages) -> list[str]:
     """What a user should know of the pairs."""
     overlong, unread = given.overlong, not_forgotten(given)
     told = []
@@ -566,7 +565,7 @@ def checked(config) -> AlignConfig:
             f"align: config is a {type(config).__name__}; expected an AlignConfig or a dict"
         )
     given = asdict(config) if isinstance(config, AlignConfig) else dict(config or {})
-    config = settings.checked(AlignConfig, given, "align")
+    config = check_settings(AlignConfig, given, "align")
     if config.batch_size % config.accumulation:
         raise AlloError(
             f"align: batch_size {config.batch_size} is no multiple of accumulation "

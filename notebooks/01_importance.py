@@ -56,9 +56,9 @@ from allo_lib.machine import weights
 from allo_lib.method import neurons
 from allo_lib.method.losses import dpo_loss
 from allo_lib.method.masked_adamw import MaskedAdamW
-from allo_lib.report import figures, method_figures, warning_signs
+from allo_lib.report import method_figures, warning_signs
 from allo_lib.report.notebook import draw, percent, say, table
-from allo_lib.study import analysis, arms, parallel, results, scoring
+from allo_lib.study import analysis, arms, results, runs, scoring
 from allo_lib.study.study import Study
 
 study = Study.open(profile, seed, results_dir, overrides)
@@ -223,7 +223,7 @@ say(f"The mask is partly arbitrary: {arbitrary}." if arbitrary else f"{ties['zer
 
 # %%
 matrix, layers, modules = analysis.where_kept(mask)
-draw(figures.importance_heatmap(matrix, layers, modules, share, title=f"key neurons, {domain}"),
+draw(method_figures.importance_heatmap(matrix, layers, modules, share, title=f"key neurons, {domain}"),
      f"Share of each tensor that is kept; neurons spread evenly would give {percent(share, 0)} everywhere.")
 
 # %% [markdown]
@@ -237,7 +237,7 @@ draw(figures.importance_heatmap(matrix, layers, modules, share, title=f"key neur
 masks, chance = results.top_masks(study, domain), neurons.chance_overlap(share)
 meant = {"delta": "the warm-up's |delta|", "order": "the same with the pairs in another order", "half_a": "on the first half of the pairs",
          "half_b": "on the second half", "gradient": "accumulated |gradient|", "magnitude": "|weight|"}
-draw(figures.overlap_matrix(list(masks), analysis.overlaps(masks), chance, title=domain),
+draw(method_figures.overlap_matrix(list(masks), analysis.overlaps(masks), chance, title=domain),
      "Masks of one model by several scores: " + "; ".join(f"{key}: {meant.get(key, '')}" for key in masks) + ".")
 compared = {row.method: row.value for row in results.overlap_rows(study, domain) if row.metric == "mask_overlap"}
 say("**Overlap, chance being " + f"{chance:.3f}: " + ", ".join(f"{key} {value:.3f}" for key, value in compared.items()) + ".**")
@@ -261,9 +261,9 @@ if "estimators" in weak:
 # %%
 percentage = f"{share * 100:g}".replace(".", "p")
 arms_of_study = [a for a in ("dpo", *(f"dpo_{kind}{percentage}" for kind in ("top", "random", "last")))
-                 if a in results.methods_of(study, domain)]
-paper_arms = [f"{a}_paper" for a in arms_of_study if f"{a}_paper" in results.methods_of(study, domain)]
-found = parallel.run_methods(study, {domain: [*arms_of_study, *paper_arms]})[domain]
+                 if a in runs.methods_of(study, domain)]
+paper_arms = [f"{a}_paper" for a in arms_of_study if f"{a}_paper" in runs.methods_of(study, domain)]
+found = runs.run_methods(study, {domain: [*arms_of_study, *paper_arms]})[domain]
 fair = {a: analysis.score_of(found[a]) for a in arms_of_study}
 paper = {a.removesuffix("_paper"): analysis.score_of(found[a]) for a in paper_arms}
 curves = {a.removesuffix("_paper"): found[a]["loss"][-1] for a in paper_arms} or {a: found[a]["loss"][-1] for a in arms_of_study}

@@ -54,9 +54,9 @@ from allo_lib.engine.encoding import encode_response
 from allo_lib.evaluation import stats
 from allo_lib.method.tokens import unaligned_weights
 from allo_lib.profiles import methods
-from allo_lib.report import figures, method_figures, warning_signs
+from allo_lib.report import method_figures, warning_signs
 from allo_lib.report.notebook import draw, percent, say, table
-from allo_lib.study import analysis, parallel
+from allo_lib.study import analysis, runs
 from allo_lib.study.study import Study
 
 study = Study.open(profile, seed, results_dir, overrides)
@@ -207,11 +207,11 @@ if nothing:
 # all. The learning stage (04) keeps the tokens with the lowest $\Delta_t$.
 
 # %%
-parallel.run_methods(study, {domain: ["dpo_long"]})
+runs.run_methods(study, {domain: ["dpo_long"]})
 ratios = analysis.log_ratios(study, domain, "dpo_long", "heldout")
 held = analysis.concentration_of(ratios)
 curve = stats.concentration([value for one in ratios for value in one])
-draw(figures.concentration_curve({domain: curve}, mark=analysis.LOWEST),
+draw(method_figures.concentration_curve({domain: curve}, mark=analysis.LOWEST),
      "Share of the negative log-ratio of held-out rejected responses that the lowest tokens hold, after plain DPO.")
 say(f"**After plain DPO the lowest {percent(analysis.LOWEST, 0)} of the rejected tokens hold {percent(held['pooled'])} "
     f"of the negative log-ratio** (counted within each response: {percent(held['per_response'])}).")

@@ -57,14 +57,14 @@ from allo_lib.method.masked_adamw import MaskedAdamW
 from allo_lib.profiles import methods
 from allo_lib.report import method_figures, warning_signs
 from allo_lib.report.notebook import draw, percent, say, table
-from allo_lib.study import analysis, arms, parallel, results
+from allo_lib.study import analysis, arms, results, runs
 from allo_lib.study.study import Study
 
 study = Study.open(profile, seed, results_dir, overrides)
 domain = domain or next(iter(study.profile.domains))
 beta, threshold = study.profile.method.beta, study.profile.method.token_threshold
 stage = methods.stages_of("allo", study.profile)[0]  # what ALLO's first stage is set to
-rate = parallel.run_methods(study, {domain: ["allo"]})[domain]["allo"]["rates"][0]  # that its search chose
+rate = runs.run_methods(study, {domain: ["allo"]})[domain]["allo"]["rates"][0]  # that its search chose
 
 # %% [markdown]
 # ## The loss, by hand
@@ -202,8 +202,8 @@ say(f"**Forgetting changed the log-probability of selected tokens by {selected[-
 
 # %%
 here = ("allo_no_learning", "allo", "allo_all_tokens_forgetting")
-run = [method for method in here if method in results.methods_of(study, domain)]
-found = parallel.run_methods(study, {domain: ["sft_base", *run]})[domain]
+run = [method for method in here if method in runs.methods_of(study, domain)]
+found = runs.run_methods(study, {domain: ["sft_base", *run]})[domain]
 scores = {method: analysis.score_of(one) for method, one in found.items()}
 draw(method_figures.method_dots(scores, xlabel=f"{results.unit(found['allo'])} (%)"),
      f"Forgetting alone, ALLO, and ALLO without a choice of tokens in forgetting; {domain}, seed {seed}.")

@@ -51,14 +51,14 @@ from allo_lib.method.masked_adamw import MaskedAdamW
 from allo_lib.profiles import methods
 from allo_lib.report import method_figures, warning_signs
 from allo_lib.report.notebook import draw, percent, say, table
-from allo_lib.study import analysis, arms, parallel, results
+from allo_lib.study import analysis, arms, results, runs
 from allo_lib.study.study import Study
 
 study = Study.open(profile, seed, results_dir, overrides)
 domain = domain or next(iter(study.profile.domains))
 beta, threshold = study.profile.method.beta, study.profile.method.token_threshold
 first, stage = methods.stages_of("allo", study.profile)  # what ALLO's two stages are set to
-rate = parallel.run_methods(study, {domain: ["allo"]})[domain]["allo"]["rates"][1]  # chosen by its search
+rate = runs.run_methods(study, {domain: ["allo"]})[domain]["allo"]["rates"][1]  # chosen by its search
 
 # %% [markdown]
 # ## Key tokens, by hand
@@ -204,8 +204,8 @@ table([{"key tokens among": text, "share of the key tokens": percent(ours), "of 
 
 # %%
 wanted = ("dpo", "dpo_long", "allo_no_learning", "allo_no_forgetting", "allo_all_tokens_learning", "allo")
-run = [method for method in wanted if method in results.methods_of(study, domain)]
-found = parallel.run_methods(study, {domain: ["sft_base", *dict.fromkeys(["dpo_long", "allo", *run])]})[domain]
+run = [method for method in wanted if method in runs.methods_of(study, domain)]
+found = runs.run_methods(study, {domain: ["sft_base", *dict.fromkeys(["dpo_long", "allo", *run])]})[domain]
 scores = {method: analysis.score_of(found[method]) for method in ("sft_base", *run)}
 draw(method_figures.method_dots(scores, xlabel=f"{results.unit(found['allo'])} (%)"), f"ALLO and its parts; {domain}, seed {seed}.")
 (allo, error), (long, noise) = (analysis.score_of(found[method]) for method in ("allo", "dpo_long"))

@@ -17,17 +17,17 @@ import time
 from pathlib import Path
 
 import torch
+from allo_lib.allo import run_stage
 from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from allo_lib.data import miniature
 from allo_lib.engine import generation, models
-from allo_lib.engine.stages import run_stage
 from allo_lib.engine.trainer import Schedule
 from allo_lib.machine.environment import device_name
 from allo_lib.method.neurons import select_neurons
 from allo_lib.profiles.profile_files import load_profile
-from allo_lib.study import arithmetic
+from allo_lib.study import timed_steps
 from allo_lib.study.study import Study
 
 STEPS, WARM_UP = 20, 2
@@ -109,10 +109,10 @@ def decode(study: Study, model, tokenizer):
 
 
 def seconds(work, device) -> float:
-    arithmetic.wait_for(device)
+    timed_steps.wait_for(device)
     start = time.perf_counter()
     work()
-    arithmetic.wait_for(device)
+    timed_steps.wait_for(device)
     return time.perf_counter() - start
 
 

@@ -12,7 +12,7 @@ from matplotlib.text import Text
 from tiny_study import DOMAIN, PROFILE, open_study
 
 from allo_lib.errors import AlloError
-from allo_lib.evaluation import ablations, measurements
+from allo_lib.evaluation import ablations, outcomes
 from allo_lib.machine import weights
 from allo_lib.method import neurons
 from allo_lib.method.neurons import NeuronMask
@@ -28,8 +28,8 @@ from allo_lib.profiles.methods import (
 )
 from allo_lib.profiles.profile_files import load_profile
 from allo_lib.report import ablation_figures as drawing
-from allo_lib.report import ablation_numbers as numbers
-from allo_lib.study import overlaps, score_variants
+from allo_lib.report import ablation_figures as numbers
+from allo_lib.study import key_neurons
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +66,7 @@ def test_names_of_key_tokens_give_the_share_back(share):
 def test_names_of_rates_give_the_factors_back(forgetting, learning):
     name = rates_name(forgetting, learning)
     assert relative_rates(name) == ("allo", (forgetting, learning))
-    assert measurements._NAME.fullmatch(name)
+    assert outcomes._NAME.fullmatch(name)
     assert waits_for(name) == "allo"
 
 
@@ -115,7 +115,7 @@ def test_each_new_row_changes_what_it_says(profile):
     assert changed("allo_rm_half") == [{"reward_model": "half"}, {}]
     for word in ESTIMATORS:
         assert changed(f"allo_scores_{word.replace('.', 'p')}") == [{"estimator": word}] * 2
-        score_variants.check(word, ())
+        key_neurons.check_variant(word, ())
     assert stages_of("allo_reversed", profile) == whole[::-1]
 
 
@@ -182,7 +182,7 @@ def test_every_row_of_every_figure_is_a_method(profile):
     for figure in ablations.figures_of(profile).values():
         assert figure.own and set(figure.own) <= set(figure.rows)
         for row in figure.rows:
-            assert stages_of(row, profile) and measurements._NAME.fullmatch(row)
+            assert stages_of(row, profile) and outcomes._NAME.fullmatch(row)
 
 
 def test_points_of_sweeps_find_the_rows_that_have_other_names(profile):
@@ -221,14 +221,14 @@ def test_costs_count_models_and_what_is_there_already():
 
 def test_variants_see_the_pairs_they_name():
     rows, families = list(range(7)), list("abcabca")
-    seen = {v: score_variants.pairs_of(v, rows, families) for v in score_variants.VARIANTS}
+    seen = {v: key_neurons.pairs_of(v, rows, families) for v in key_neurons.VARIANTS}
     assert seen["half_a"] + seen["half_b"] == rows
     assert sorted(seen["third_a"] + seen["third_b"] + seen["third_c"]) == rows
-    assert score_variants.pairs_of("family:b", rows, families) == [1, 4]
+    assert key_neurons.pairs_of("family:b", rows, families) == [1, 4]
     parts = ("half_a", "half_b", "third_a", "third_b", "third_c")
-    assert all(seen[v] == rows for v in score_variants.VARIANTS if v not in parts)
+    assert all(seen[v] == rows for v in key_neurons.VARIANTS if v not in parts)
     with pytest.raises(AlloError, match="scores 'family:d' are not known; expected one of delta"):
-        score_variants.check("family:d", ["a", "b"])
+        key_neurons.check_variant("family:d", ["a", "b"])
 
 
 def test_scores_of_variants_have_their_rate_their_length_and_their_pairs(tiny_study):
@@ -272,7 +272,7 @@ def random_mask(seed: int, shares: dict[str, float]) -> NeuronMask:
 def test_random_masks_overlap_by_chance():
     even = {name: 0.1 for name in SHAPES}
     found = [
-        overlaps.overlap("x", "a", "b", random_mask(2 * i, even), random_mask(2 * i + 1, even))
+        key_neurons.overlap("x", "a", "b", random_mask(2 * i, even), random_mask(2 * i + 1, even))
         for i in range(20)
     ]
     assert found[0].chance == pytest.approx(neurons.chance_overlap(0.1), rel=1e-3)
@@ -284,7 +284,9 @@ def test_random_masks_overlap_by_chance():
 def test_masks_that_only_agree_on_tensors_are_at_the_second_chance():
     uneven = {"a": 0.4, "b": 0.01, "c": 0.5}
     found = [
-        overlaps.overlap("x", "a", "b", random_mask(2 * i, uneven), random_mask(2 * i + 1, uneven))
+        key_neurons.overlap(
+            "x", "a", "b", random_mask(2 * i, uneven), random_mask(2 * i + 1, uneven)
+        )
         for i in range(20)
     ]
     mean = np.mean([one.value for one in found])
@@ -296,12 +298,12 @@ def test_masks_that_only_agree_on_tensors_are_at_the_second_chance():
 
 def test_a_mask_overlaps_itself_wholly():
     mask = random_mask(0, {name: 0.1 for name in SHAPES})
-    one = overlaps.overlap("x", "a", "b", mask, mask)
+    one = key_neurons.overlap("x", "a", "b", mask, mask)
     assert (one.value, one.low, one.high) == (1, 1, 1)
 
 
 def test_compared_are_orders_data_tasks_warm_ups_and_estimators(tiny_study):
-    rows = overlaps.compare(tiny_study, DOMAIN)
+    rows = key_neurons.compare(tiny_study, DOMAIN)
     labels = [one.label for one in rows]
     tasks = {"tasks: chain and scan", "tasks: chain and story", "tasks: scan and story"}
     assert tasks | {"order of the data", "sum of |gradient|"} <= set(labels)
@@ -317,13 +319,13 @@ def test_compared_are_orders_data_tasks_warm_ups_and_estimators(tiny_study):
 def test_other_seeds_are_read_where_they_are_and_never_made(begun):
     first = open_study(begun)
     second = open_study(begun, seed=1)
-    assert overlaps.scores_of_earlier_seeds(second, DOMAIN) == {}
+    assert key_neurons.scores_of_earlier_seeds(second, DOMAIN) == {}
     assert not list((second.store.folder / "scores").glob("*"))
     expected = weights.read_tensors(first.scores(DOMAIN).file("scores.safetensors"))
-    found = overlaps.scores_of_earlier_seeds(open_study(begun, seed=1), DOMAIN)
+    found = key_neurons.scores_of_earlier_seeds(open_study(begun, seed=1), DOMAIN)
     assert list(found) == [0]
     assert all(torch.equal(found[0][name], value) for name, value in expected.items())
-    assert overlaps.scores_of_earlier_seeds(first, DOMAIN) == {}  # only seeds before its own
+    assert key_neurons.scores_of_earlier_seeds(first, DOMAIN) == {}  # only seeds before its own
 
 
 # --- the numbers and the figures ---------------------------------------------------------------
@@ -358,8 +360,8 @@ def test_effects_are_paired_differences_by_label():
     assert effect == 0.5 and 0.3 < low < 0.5 < high < 0.7
 
 
-def overlap_row(label: str, value: float) -> overlaps.Overlap:
-    return overlaps.Overlap(label, "a", "b", value, value - 0.01, value + 0.02, 0.053, 0.08)
+def overlap_row(label: str, value: float) -> key_neurons.Overlap:
+    return key_neurons.Overlap(label, "a", "b", value, value - 0.01, value + 0.02, 0.053, 0.08)
 
 
 GRID = {(a, b): (0.7 + a / 50 + b / 20, 0.01) for a, b in product((0.01, 0.1, 1.0), repeat=2)}
@@ -375,7 +377,6 @@ def without(cells: dict, place) -> dict:
 
 
 FIGURES = {
-    "effects": lambda: drawing.effects_against({"soft": (0.01, 0.002, 0.02)}, "ALLO", "mini"),
     "grid": lambda: drawing.neuron_shares(GRID, 0.1, "mini"),
     "grid with a hole": lambda: drawing.neuron_shares(without(GRID, (1.0, 0.01)), 0.1),
     "cross": lambda: drawing.neuron_shares(CROSS, 0.1),

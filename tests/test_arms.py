@@ -6,19 +6,19 @@ import shutil
 
 import pytest
 import torch
+from allo_lib.allo import run_stage
 from tiny_study import DOMAIN, PROFILE, open_study
 
 from allo_lib.engine import on_policy
 from allo_lib.engine.forward import implicit_margins
 from allo_lib.engine.generation import Response
-from allo_lib.engine.stages import run_stage
 from allo_lib.engine.trainer import Diverged, Log
 from allo_lib.errors import AlloError
 from allo_lib.machine import weights
 from allo_lib.profiles import methods
 from allo_lib.profiles.methods import Stage, share_name, stages_of
 from allo_lib.profiles.profile_files import load_profile
-from allo_lib.study import arms, parallel, results, scoring
+from allo_lib.study import arms, results, runs, scoring
 
 
 @pytest.fixture
@@ -466,19 +466,19 @@ def test_methods_come_in_the_order_asked_and_dpo_before_what_reads_it(begun, mon
 
     monkeypatch.setattr(arms, "result", result)
     asked = ["dpo_paper", "sft_base", "npo"]
-    found = parallel.run_methods(study, {DOMAIN: asked})[DOMAIN]
+    found = runs.run_methods(study, {DOMAIN: asked})[DOMAIN]
     assert list(found) == asked and all(found[m]["method"] == m for m in asked)
     assert made == ["npo", "dpo", "sft_base", "dpo_paper"]  # what takes longest comes first
     made.clear()
-    assert parallel.run_methods(study, {DOMAIN: asked}) == {DOMAIN: found} and made == []
+    assert runs.run_methods(study, {DOMAIN: asked}) == {DOMAIN: found} and made == []
 
 
 @pytest.mark.slow
 def test_workers_and_one_process_find_the_same(tiny_study, begun):
     study = open_study(begun, compute__workers=2)
     asked = ["dpo", "npo", "allo", "dpo_paper"]
-    ours = parallel.run_methods(study, {DOMAIN: asked})
-    theirs = parallel.run_methods(tiny_study, {DOMAIN: asked})
+    ours = runs.run_methods(study, {DOMAIN: asked})
+    theirs = runs.run_methods(tiny_study, {DOMAIN: asked})
     assert ours == theirs
 
 
@@ -486,7 +486,7 @@ def test_workers_and_one_process_find_the_same(tiny_study, begun):
 def test_a_worker_s_error_reaches_the_user(begun):
     study = open_study(begun, compute__workers=2, search__candidates=0)
     with pytest.raises(AlloError, match="candidates is 0"):
-        parallel.fill([study], {DOMAIN: ["dpo", "npo"]})
+        runs.fill([study], {DOMAIN: ["dpo", "npo"]})
 
 
 def test_workers_begin_with_what_takes_longest(tiny_study, monkeypatch):
@@ -499,9 +499,9 @@ def test_workers_begin_with_what_takes_longest(tiny_study, monkeypatch):
             ("a", "allo", 0), ("b", "dpo_top10", 0), ("b", "dpo_top10", 1)]  # fmt: skip
     expected = ["dpo_top10", "npo", "allo", "dpo_top10", "dpo", "dpo_paper", "sft_base"]
     rows = [(tiny_study, *row) for row in rows]
-    assert [method for *_, method, _ in parallel._longest_first(rows)] == expected
+    assert [method for *_, method, _ in runs._longest_first(rows)] == expected
     with pytest.raises(AlloError, match="'orpo' is not known"):
-        parallel._longest_first([(tiny_study, "a", "orpo", 0)])
+        runs._longest_first([(tiny_study, "a", "orpo", 0)])
 
 
 def test_the_planted_fault_forgets_what_the_rewriter_keeps(tiny_study):
@@ -528,10 +528,10 @@ def groups(tiny_study, monkeypatch):
     """What `parallel` makes of rows (domain, method, replicate): groups of the same."""
     domain = tiny_study.domain(DOMAIN)
     monkeypatch.setattr(tiny_study, "domain", lambda name: domain)
-    monkeypatch.setattr(parallel, "_longest_first", list)
+    monkeypatch.setattr(runs, "_longest_first", list)
 
     def grouped(*rows):
-        found = parallel._groups([(tiny_study, *row) for row in rows])
+        found = runs._groups([(tiny_study, *row) for row in rows])
         return [[row[1:] for row in group] for group in found]
 
     return grouped

@@ -5,10 +5,10 @@ import math
 
 import pytest
 import torch
+from allo_lib.allo import run_stage
 from tiny_models import tiny_llama, weights_of
 
 from allo_lib.engine.checkpoints import Checkpoints
-from allo_lib.engine.stages import run_stage
 from allo_lib.engine.trainer import Schedule
 from allo_lib.errors import AlloError, Diverged
 from allo_lib.method.neurons import select_neurons

@@ -19,7 +19,7 @@ from allo_lib.engine import models, stages, trainer
 from allo_lib.engine.checkpoints import Checkpoints
 from allo_lib.engine.forward import response_logps
 from allo_lib.errors import AlloError, Diverged
-from allo_lib.machine import devices, weights, workers
+from allo_lib.machine import devices, runtime, weights
 from allo_lib.method.neurons import NeuronMask, count_ties, select_neurons
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -102,7 +102,7 @@ def launched(work, processes: int, config: str, *arguments) -> None:
 def _process(rank: int, environment: dict[str, str], work, arguments) -> None:
     os.environ |= environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
     torch.set_num_threads(1)
-    workers.leave_with_parent()
+    runtime.leave_with_parent()
     work(*arguments)
     torch.distributed.destroy_process_group()
 
@@ -251,4 +251,4 @@ def test_a_number_that_is_not_finite_in_one_process_ends_all(tmp_path):
 def test_a_loss_that_is_no_mean_is_refused_in_several_processes(monkeypatch):
     monkeypatch.setattr(devices, "count", lambda: 2)
     with pytest.raises(AlloError, match="bco judges whole batches"):
-        stages.run_stage(None, [], "bco", None, pad_token_id=0)
+        allo.run_stage(None, [], "bco", None, pad_token_id=0)

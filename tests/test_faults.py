@@ -22,10 +22,10 @@ import torch
 from conftest import PROFILE, write_notebook
 from safetensors import SafetensorError
 
-from allo_lib.cli import cli, driver, marks
+from allo_lib.cli import cli, driver
 from allo_lib.engine.store import MANIFEST, Store, write_json
 from allo_lib.errors import AlloError
-from allo_lib.evaluation import measurements
+from allo_lib.evaluation import outcomes
 from allo_lib.machine import weights
 from allo_lib.method.neurons import NeuronMask
 from allo_lib.study import manifest
@@ -569,17 +569,17 @@ def test_an_error_of_an_artifact_inside_another_is_told_once(tmp_path):
 @pytest.mark.parametrize("kind", KINDS[:5])
 def test_measurements_are_at_any_moment_the_old_or_the_new(kind, tmp_path, monkeypatch):
     path = tmp_path / "measurements.csv"
-    rows = [measurements.Measurement(s, "dpo", "toy", "accuracy", 0.5, 0.1, 9) for s in range(3)]
-    measurements.write(path, rows[:1])
+    rows = [outcomes.Measurement(s, "dpo", "toy", "accuracy", 0.5, 0.1, 9) for s in range(3)]
+    outcomes.write_measurements(path, rows[:1])
     with Faults(tmp_path).injected(monkeypatch) as faults:
-        measurements.write(path, rows)
+        outcomes.write_measurements(path, rows)
     for at in range(len(faults.steps)):
-        measurements.write(path, rows[:1])
+        outcomes.write_measurements(path, rows[:1])
         broken = Faults(tmp_path, kind, at)
-        run_with(broken, lambda: measurements.write(path, rows), monkeypatch, AlloError)
-        assert measurements.read(path) in (rows[:1], rows)
-        measurements.write(path, rows)
-        assert measurements.read(path) == rows
+        run_with(broken, lambda: outcomes.write_measurements(path, rows), monkeypatch, AlloError)
+        assert outcomes.read_measurements(path) in (rows[:1], rows)
+        outcomes.write_measurements(path, rows)
+        assert outcomes.read_measurements(path) == rows
 
 
 # --- marks and the manifest of the driver -------------------------------------------------------
@@ -597,7 +597,7 @@ def small_run(tmp_path, monkeypatch):
     monkeypatch.setattr(driver, "machine", lambda: machine)
     monkeypatch.setattr(manifest, "commit_of", lambda root: {"commit": "abc", "dirty": False})
     path = project / "toy.yaml"
-    run = marks.Run(str(path), cli.load_profile(str(path)), project / "results" / "toy",
+    run = driver.Run(str(path), cli.load_profile(str(path)), project / "results" / "toy",
                     notebooks=project / "notebooks")  # fmt: skip
 
     def start(kind: str = "none", at: int = -1, cut: str = "half"):
@@ -617,7 +617,7 @@ def _notebook(faults: Faults, run, job) -> None:
         target.write_text(f"{target.name}\n")
         if "seeds" in job.parameters:
             lines = "".join(f"{s},sft,toy,accuracy,0.5,0.1,9\n" for s in job.parameters["seeds"])
-            header = ",".join(measurements.COLUMNS)
+            header = ",".join(outcomes.MEASURED)
             (run.results / "measurements.csv").write_text(f"{header}\n{lines}")
 
 

@@ -11,6 +11,7 @@ import warnings
 
 import pytest
 import torch
+from allo_lib.allo import run_stage
 from test_alignment import FAST, LEAN
 from test_checkpoints import NEVER, Stop, stopping_at
 from test_checkpoints import train as train_with_checkpoints
@@ -31,7 +32,6 @@ from allo_lib.engine.checkpoints import Checkpoints
 from allo_lib.engine.encoding import encode_prompt
 from allo_lib.engine.forward import layout_of, response_logps, to_device
 from allo_lib.engine.on_policy import run_on_policy
-from allo_lib.engine.stages import run_stage
 from allo_lib.engine.trainer import Schedule
 from allo_lib.errors import Diverged
 from allo_lib.machine.environment import device_name

@@ -13,11 +13,11 @@ from refusals import refused, tree
 from allo_lib.cli import cli
 from allo_lib.engine import provenance
 from allo_lib.engine.encoding import encode_prompt
-from allo_lib.evaluation import comparisons, measurements, outcomes
+from allo_lib.evaluation import comparisons, outcomes
 from allo_lib.profiles.config import fingerprint
 from allo_lib.profiles.profile_files import load_profile
-from allo_lib.report import main_table, row_comparisons, tables
-from allo_lib.study import arms, instructions, judges, win_rates
+from allo_lib.report import row_comparisons, tables
+from allo_lib.study import arms, instructions, judges, scoring, win_rates
 from allo_lib.study.study import Study
 from tests import synthetic_results
 
@@ -137,10 +137,10 @@ def test_a_result_keeps_its_replies_which_are_those_of_its_weights(study):
         kept = found[method]["instructions"]
         assert [row[:2] for row in kept] == order
         model, _ = arms.trained_model(study, DOMAIN, method)
-        assert instructions.reply(study, DOMAIN, model) == kept  # no draft: the same
+        assert scoring.reply(study, DOMAIN, model) == kept  # no draft: the same
     assert found["dpo"]["instructions"] != study.replies(DOMAIN)
     model = study.load_sft(DOMAIN)
-    assert instructions.reply(study, DOMAIN, model, found["dpo"]["instructions"]) == study.replies(
+    assert scoring.reply(study, DOMAIN, model, found["dpo"]["instructions"]) == study.replies(
         DOMAIN
     )
 
@@ -203,7 +203,7 @@ def test_without_a_judge_win_rates_are_empty_and_say_why(study):
     assert cut.value == sum(not row[3] for row in replies) / 10 and cut.n == 10
     results = results_with(rows)
     (domain,) = results.domains
-    table = main_table.main_table(results, domain)
+    table = tables.main_table(results, domain)
     reasons = {(r["method"], r["dataset"]): r["reason"] for r in table.records}
     for method in ROWS:
         assert reasons[method, "alpaca_eval"] == "no judge was named"
@@ -218,7 +218,7 @@ def test_a_judge_of_length_gives_the_win_rates_of_word_counts(folder, name, sign
     rows, found = rows_of(study), results_of(study)
     won = by_metric(rows, "win_rate")
     assert len(won) == 2 * len(ROWS)
-    outcomes = {}
+    rights = {}
     for dataset in ("alpaca_eval", "arena_hard"):
         sides = {m: [r for r in found[m]["instructions"] if r[1] == dataset] for m in METHODS}
         theirs = [r for r in study.replies(DOMAIN) if r[1] == dataset]
@@ -227,27 +227,29 @@ def test_a_judge_of_length_gives_the_win_rates_of_word_counts(folder, name, sign
                 sign * (len(a[2].split()) - len(b[2].split()))
                 for a, b in zip(ours, theirs, strict=True)
             ]
-            outcomes[method, dataset] = [(gap > 0) + 0.5 * (gap == 0) for gap in gaps]
+            rights[method, dataset] = [(gap > 0) + 0.5 * (gap == 0) for gap in gaps]
             row = won[method, dataset]
-            assert row.value == pytest.approx(statistics.fmean(outcomes[method, dataset]))
+            assert row.value == pytest.approx(statistics.fmean(rights[method, dataset]))
             assert row.n == 10
-            error = statistics.pstdev(outcomes[method, dataset]) / 10**0.5
+            error = statistics.pstdev(rights[method, dataset]) / 10**0.5
             assert row.stderr == pytest.approx(error)
         same = won["sft_base", dataset]
         assert (same.value, same.stderr, same.n) == (0.5, 0.0, 10)
-    assert {0.5, (1 + sign) / 2} == {one for each in outcomes.values() for one in each}
-    assert len({tuple(each) for each in outcomes.values()}) > 2  # methods do differ
+    assert {0.5, (1 + sign) / 2} == {one for each in rights.values() for one in each}
+    assert len({tuple(each) for each in rights.values()}) > 2  # methods do differ
 
 
 def test_tables_name_the_judge_and_compare_win_rates(folder, tmp_path):
     study = judged(folder, "longer")
     rows = rows_of(study)
-    measurements.write(tmp_path / "measurements.csv", rows)  # names are valid, none is twice
-    assert measurements.read(tmp_path / "measurements.csv")
+    outcomes.write_measurements(
+        tmp_path / "measurements.csv", rows
+    )  # names are valid, none is twice
+    assert outcomes.read_measurements(tmp_path / "measurements.csv")
     results = results_with(rows)
     (domain,) = results.domains
     assert domain == INSTRUCTIONS
-    table = main_table.main_table(results, domain)
+    table = tables.main_table(results, domain)
     sha = judges.load_reward_model(folder / "longer").note["sha256"]
     assert f"Judge: reward model `longer` (weights {sha[:8]})." in table.caption
     assert table.body[0][0] == "SFT LLM"
@@ -261,7 +263,7 @@ def test_tables_name_the_judge_and_compare_win_rates(folder, tmp_path):
     assert results.compare("allo", "sft_base", domain).effect == pytest.approx(
         statistics.fmean(values["allo", name].value for name in domain.datasets) - 0.5
     )
-    assert {"main_instructions", "comparisons"} <= {made.name for made in tables.build(results)}
+    assert "main_instructions" in {made.name for made in tables.build(results)}
     measured = [one for one in row_comparisons.compare_rows(results) if one.interval]
     assert {(one.baseline, one.dataset) for one in measured} == {
         (baseline, dataset) for baseline in ("sft_base", "dpo")
@@ -319,12 +321,12 @@ def test_a_judge_is_asked_once_and_another_one_trains_nothing_again(folder, monk
 def test_a_study_without_instructions_has_no_rows_and_no_files(tiny_study):
     assert win_rates.rows(tiny_study, "miniature", {}) == []
     assert instructions.write_outputs(tiny_study, "miniature", {}) == []
-    assert instructions.inputs(tiny_study, "miniature") == {}
+    assert scoring.instruction_inputs(tiny_study, "miniature") == {}
     assert not (tiny_study.results_dir / "instructions").exists()
 
 
 def test_claims_of_training_keep_their_plain_ids():
-    row = measurements.Measurement(0, "allo", "arena_hard", "win_rate", 0.5, 0.1, 9)
+    row = outcomes.Measurement(0, "allo", "arena_hard", "win_rate", 0.5, 0.1, 9)
     results = comparisons.StudyResults(synthetic_results.table((0,), (), domain="own"), [row])
     assert [domain.name for domain in results.domains] == ["own", "instructions"]
 
@@ -345,6 +347,6 @@ def test_a_run_writes_replies_and_a_judge_named_later_judges_them(tmp_path, capf
     assert cli.main([*given, *judge, "--only", "06"]) == 0, capfd.readouterr().err
     assert "reward model `longer`" in page.read_text()
     assert sorted((out / ".store" / "result").iterdir()) == trained
-    rows = comparisons.index_of(measurements.read(out / "measurements.csv"))
+    rows = comparisons.index_of(outcomes.read_measurements(out / "measurements.csv"))
     assert rows[0, instructions.REFERENCE, "alpaca_eval", "win_rate"].value == 0.5
     assert 0 <= rows[0, "allo", "alpaca_eval", "win_rate"].value <= 1

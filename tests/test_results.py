@@ -9,10 +9,10 @@ import pytest
 from tiny_study import DOMAIN, open_study
 
 from allo_lib.errors import AlloError
-from allo_lib.evaluation import measurements
+from allo_lib.evaluation import outcomes
 from allo_lib.method import neurons
 from allo_lib.method.neurons import NeuronMask
-from allo_lib.study import analysis, arms, results
+from allo_lib.study import analysis, arms, manifest, results, runs
 
 METHODS = ["sft_base", "dpo", "dpo_top10", "npo", "allo"]
 
@@ -46,18 +46,18 @@ def value(rows, method, dataset, metric):
 def test_a_manifest_that_cannot_be_read_is_told(study, tmp_path, text):
     (tmp_path / "manifest.json").write_text(text)
     with pytest.raises(AlloError, match="manifest.json is not a readable manifest"):
-        results.check_folder(tmp_path, study.profile)
+        manifest.check_folder(tmp_path, study.profile)
 
 
 def test_the_folder_s_own_profile_and_a_new_folder_pass(study, tmp_path):
-    results.check_folder(tmp_path / "absent", study.profile)
+    manifest.check_folder(tmp_path / "absent", study.profile)
     manifest = {"profile_hash": study.profile.hash()}
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))
-    results.check_folder(tmp_path, study.profile)
+    manifest.check_folder(tmp_path, study.profile)
     manifest["profile_hash"] = "f" * 64
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(AlloError, match="profile hash ffffffffffff.*--fresh"):
-        results.check_folder(tmp_path, study.profile)
+        manifest.check_folder(tmp_path, study.profile)
 
 
 # --- which methods -----------------------------------------------------------------------------
@@ -66,11 +66,11 @@ def test_the_folder_s_own_profile_and_a_new_folder_pass(study, tmp_path):
 def test_methods_of_a_domain_are_asked_once_and_in_order(tiny_study):
     changes = {"methods": ["dpo", "rft"], "ablations": ["dpo", "allo_rm_oracle"]}
     both = open_study(tiny_study.results_dir, **changes)
-    assert results.methods_of(both, DOMAIN) == ["sft_base", "dpo", "rft", "allo_rm_oracle"]
+    assert runs.methods_of(both, DOMAIN) == ["sft_base", "dpo", "rft", "allo_rm_oracle"]
     real = open_study(tiny_study.results_dir, **changes, domains__miniature__kind="choice")
-    assert results.methods_of(real, DOMAIN) == ["sft_base", "dpo", "rft"]
+    assert runs.methods_of(real, DOMAIN) == ["sft_base", "dpo", "rft"]
     own = open_study(tiny_study.results_dir, **changes, domains__miniature__methods=["npo"])
-    assert results.methods_of(own, DOMAIN) == ["sft_base", "npo"]
+    assert runs.methods_of(own, DOMAIN) == ["sft_base", "npo"]
 
 
 # --- rows of a seed ----------------------------------------------------------------------------
@@ -143,7 +143,7 @@ def test_overlap_rows_stand_beside_chance(study, rows):
         ]
         sizes = [math.prod(shape) for shape in masks[0].shapes.values()]
         common = sum(a * b * n for a, b, n in zip(kept[::2], kept[1::2], sizes, strict=True))
-        within = value(rows, comparison, DOMAIN, measurements.CHANCE_IN_TENSORS)
+        within = value(rows, comparison, DOMAIN, outcomes.CHANCE_IN_TENSORS)
         assert within.value == pytest.approx(common / (2 * masks[0].kept - common))
 
 
@@ -156,19 +156,19 @@ def test_a_mask_overlaps_itself_and_only_the_asked_comparisons_are_made(tiny_stu
 
 
 def test_rows_can_be_written_and_read_and_come_again(study, rows, tmp_path):
-    measurements.write(tmp_path / "a.csv", rows)
-    measurements.write(tmp_path / "b.csv", results.seed_rows(study))
+    outcomes.write_measurements(tmp_path / "a.csv", rows)
+    outcomes.write_measurements(tmp_path / "b.csv", results.seed_rows(study))
     assert (tmp_path / "a.csv").read_bytes() == (tmp_path / "b.csv").read_bytes()
-    assert len(measurements.read(tmp_path / "a.csv")) == len(rows)
+    assert len(outcomes.read_measurements(tmp_path / "a.csv")) == len(rows)
 
 
 def test_other_seeds_stay_when_a_seed_is_written(study, rows):
     path = study.results_dir / "measurements.csv"
-    other = [measurements.Measurement(7, "dpo", "chain", "accuracy", 0.5, 0.1, 4)]
-    measurements.write(path, other)
+    other = [outcomes.Measurement(7, "dpo", "chain", "accuracy", 0.5, 0.1, 4)]
+    outcomes.write_measurements(path, other)
     written = results.update(study, [0])
-    assert measurements.read(path) == measurements.read(path)
-    assert results.seeds_of(written) == [0, 7] and len(written) == len(rows) + 1
+    assert outcomes.read_measurements(path) == outcomes.read_measurements(path)
+    assert outcomes.seeds_of(written) == [0, 7] and len(written) == len(rows) + 1
     path.unlink()
 
 
@@ -313,10 +313,10 @@ def test_test_questions_are_no_training_questions(study, monkeypatch):
 
 def test_asking_what_was_trained_before_trains_nothing(study, rows, tmp_path):
     """07_efficiency alone, on an empty store, once trained the SFT model of every domain."""
-    before = analysis.trained_before(study, DOMAIN)
+    before = runs.trained_before(study, DOMAIN)
     assert before == {m: arms.result(study, DOMAIN, m) for m in METHODS}
     fresh = open_study(tmp_path / "fresh", methods=METHODS[1:], ablations=[])
-    assert analysis.trained_before(fresh, DOMAIN) == {}
+    assert runs.trained_before(fresh, DOMAIN) == {}
     assert analysis.quality_and_cost(fresh, DOMAIN, {}) == {}
     assert not list(fresh.store.folder.rglob("manifest.json"))
     assert list(analysis.quality_and_cost(study, DOMAIN, before)) == ["scalar"]

@@ -4,12 +4,12 @@ import math
 
 import pytest
 import torch
+from allo_lib.allo import run_stage
 from tiny_models import VOCABULARY, tiny_llama, weights_of
 
 from allo_lib.engine.batching import Layout, collate
 from allo_lib.engine.checkpoints import Checkpoints
 from allo_lib.engine.forward import logps_of_rows
-from allo_lib.engine.stages import run_stage
 from allo_lib.engine.trainer import Diverged, Numbers, Schedule, train
 from allo_lib.errors import AlloError
 from allo_lib.machine import weights

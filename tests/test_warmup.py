@@ -2,10 +2,10 @@
 
 import pytest
 import torch
+from allo_lib.allo import delta_of_dpo, find_neurons, gradient_scores
 from test_trainer import pairs
 from tiny_models import tiny_llama, weights_of
 
-from allo_lib.engine.warmup import delta_of_dpo, gradient_scores, warmup_seed
 from allo_lib.method.losses import dpo_loss, token_logps
 
 COMMON = {"beta": 0.1, "batch_size": 3, "seed": 4, "pad_token_id": 0}

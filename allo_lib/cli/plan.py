@@ -16,7 +16,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from allo_lib.alignment import TRAINED, AlignConfig
-from allo_lib.data.preferences import SIDES, Given
+from allo_lib.data.preferences import SIDES, Encoded
 from allo_lib.engine.batching import shared_length
 from allo_lib.engine.trainer import Schedule
 from allo_lib.errors import AlloError
@@ -80,7 +80,7 @@ def shape_of(config) -> Shape:
     )
 
 
-def stages_of(parts: Sequence[Given], config: AlignConfig, stages, shape: Shape) -> list[Stage]:
+def stages_of(parts: Sequence[Encoded], config: AlignConfig, stages, shape: Shape) -> list[Stage]:
     """All passes of `align`, in order; parts: pairs to train on, held-out and development ones."""
     given, held_out, development = parts
     pairs = [_pair(row) for row in given.rows]
@@ -140,7 +140,7 @@ def _row(row: dict) -> tuple[int, int]:
 
 
 def memory(
-    model_config, shape: Shape, given: Given, config: AlignConfig, stages, dtype, devices: int
+    model_config, shape: Shape, given: Encoded, config: AlignConfig, stages, dtype, devices: int
 ) -> dict[str, float]:
     """Bytes on each of `devices`, by stage, when most are in use."""
     # Each part apart, so that no batch is larger.

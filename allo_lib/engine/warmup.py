@@ -2,9 +2,9 @@
 
 import torch
 
+from allo_lib.allo import run_stage
 from allo_lib.engine.batching import pair_batch
 from allo_lib.engine.forward import layout_of, response_logps, to_device
-from allo_lib.engine.stages import run_stage
 from allo_lib.engine.trainer import Schedule
 from allo_lib.machine import devices
 from allo_lib.method import neurons

@@ -11,11 +11,11 @@ from scipy.stats import mannwhitneyu
 from allo_lib.data import miniature
 from allo_lib.engine.store import NotMade
 from allo_lib.errors import AlloError
-from allo_lib.evaluation import measurements
+from allo_lib.evaluation import outcomes
 from allo_lib.evaluation.stats import concentration
 from allo_lib.method.neurons import NeuronMask
 from allo_lib.profiles.methods import ROWS, share_name, stages_of
-from allo_lib.study import arms, results
+from allo_lib.study import arms
 from allo_lib.study.study import Study
 from allo_lib.study.timed_steps import OwnSteps
 
@@ -147,18 +147,6 @@ def quality_and_cost(study: Study, name: str, found: dict) -> dict[str, list[tup
     return series
 
 
-def trained_before(study: Study, name: str) -> dict[str, dict]:
-    """Method -> result of those of the profile's methods whose results the store has.
-
-    Makes nothing: of a domain without an SFT model none is trained, and that is the answer.
-    """
-    found = {}
-    for method in results.methods_of(study, name):
-        with study.store.only_reading(), contextlib.suppress(NotMade):
-            found[method] = arms.result(study, name, method)
-    return found
-
-
 def shares_run(study: Study, methods, rows: bool = False) -> list[float]:
     """Shares of neurons that were trained by DPO, scalar ones or whole rows, in ascending order."""
     suffix = ROWS if rows else ""
@@ -169,10 +157,10 @@ def shares_run(study: Study, methods, rows: bool = False) -> list[float]:
     ]
 
 
-def accuracy_of(found: dict) -> measurements.Measurement:
+def accuracy_of(found: dict) -> outcomes.Measurement:
     """Greedy test accuracy of a result over all data sets together, with its standard error."""
-    outcomes = [row[3] for row in found["answers"]]
-    return measurements.proportion(0, found["method"], "all", "accuracy", outcomes)
+    rights = [row[3] for row in found["answers"]]
+    return outcomes.proportion(0, found["method"], "all", "accuracy", rights)
 
 
 def score_of(found: dict) -> tuple[float, float]:
@@ -187,7 +175,7 @@ def score_of(found: dict) -> tuple[float, float]:
     if found["method"] == "sft_base":
         return 0.5, 0.0
     right = [margin > 0 for margin in found["margins"]]
-    measured = measurements.proportion(0, found["method"], "all", "reward_accuracy", right)
+    measured = outcomes.proportion(0, found["method"], "all", "reward_accuracy", right)
     return measured.value, measured.stderr
 
 
@@ -198,8 +186,8 @@ def by_dataset(study: Study, name: str, methods: list[str]) -> list[dict]:
         answers = arms.result(study, name, method)["answers"]
         row: dict = {"method": method}
         for dataset in study.domain(name).datasets:
-            outcomes = [answer[3] for answer in answers if answer[1] == dataset]
-            row[dataset] = sum(outcomes) / len(outcomes)
+            rights = [answer[3] for answer in answers if answer[1] == dataset]
+            row[dataset] = sum(rights) / len(rights)
         rows.append(row)
     return rows
 

@@ -7,15 +7,15 @@ from pathlib import Path
 
 import torch
 
+from allo_lib.allo import run_stage
 from allo_lib.engine import on_policy
 from allo_lib.engine.encoding import encode_demonstration
-from allo_lib.engine.stages import run_stage
 from allo_lib.engine.store import MANIFEST, Artifact, write_json
 from allo_lib.engine.trainer import Diverged, Log, Schedule
 from allo_lib.errors import AlloError
 from allo_lib.machine import weights
 from allo_lib.machine.environment import device_name
-from allo_lib.machine.workers import torch_threads
+from allo_lib.machine.runtime import torch_threads
 from allo_lib.method.losses import GAMMA, ON_POLICY, ON_REJECTED, ON_SOLUTIONS
 from allo_lib.method.tokens import key_tokens
 from allo_lib.profiles.methods import (
@@ -27,8 +27,8 @@ from allo_lib.profiles.methods import (
     tuned_as,
 )
 from allo_lib.seeds import derive
-from allo_lib.study import instructions, scoring
-from allo_lib.study.search import Rates, Tried, best, search
+from allo_lib.study import scoring
+from allo_lib.study.search import Rates, Trial, best, search
 from allo_lib.study.study import Study
 
 # Methods whose weights stay in the store after their result is known, those of the first
@@ -45,7 +45,7 @@ def result(study: Study, name: str, method: str) -> dict:
     profile's), `tried` (rates, dev score, displacement, training margin of every candidate), `loss`
     (a list per stage), `dev`, `displacement`, `answers` (id, dataset, answered, right per test
     problem; absent without questions), `margins` (of the held-out pairs), `instructions` (rows of
-    `instructions.reply`; absent where none are asked); `device`, and `sft`: the first 12 hex digits
+    `scoring.reply`; absent where none are asked); `device`, and `sft`: the first 12 hex digits
     of the SHA-256 of the SFT weights that it started from.
     """
     inputs = _method_inputs(study, name, method)
@@ -112,7 +112,7 @@ def _method_inputs(study: Study, name: str, method: str) -> dict:
     inputs |= {"relative_to": relative} if relative else {}
     if study.domain(name).tuned:
         inputs["tuned"] = _fixed_rates(study, name, method)
-    return inputs | instructions.inputs(study, name)
+    return inputs | scoring.instruction_inputs(study, name)
 
 
 def _stage_inputs(study: Study, name: str, stages: tuple[Stage, ...]) -> dict:
@@ -140,7 +140,7 @@ def _make_result(study: Study, name: str, method: str, folder: Path) -> None:
     if reason:
         raise AlloError(f"{name}, {method}: {reason}; leave the method out of this domain")
     stages = stages_of(method, study.profile)
-    tried: list[Tried] = []
+    tried: list[Trial] = []
     candidates, records = {}, {}
 
     def evaluate(rates: Rates) -> float:
@@ -150,7 +150,7 @@ def _make_result(study: Study, name: str, method: str, folder: Path) -> None:
 
     rates = _fixed_rates(study, name, method)
     if rates is not None:
-        tried = [Tried(rates, evaluate(rates))]
+        tried = [Trial(rates, evaluate(rates))]
     else:
         settings, start = study.profile.search, centre(study, name, stages)
         tried = search(start, settings.candidates, settings.factor, evaluate)
@@ -175,7 +175,9 @@ def _make_result(study: Study, name: str, method: str, folder: Path) -> None:
         {"rates": list(one.rates)} | {
             key: records[one.rates][key] for key in ("dev", "displacement", "train_margin")}
         for one in tried]}  # fmt: skip
-    record |= scoring.of_a_ruin(study, name) if ruined else scoring.measure(study, name, model)
+    record |= (
+        scoring.measure_diverged(study, name) if ruined else scoring.measure(study, name, model)
+    )
     write_json(folder / "record.json", record)
     kept = method.removesuffix(PAPER_PROTOCOL) in KEPT and not study.replicate
     for rates, artifact in candidates.items():

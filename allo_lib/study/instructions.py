@@ -10,7 +10,8 @@ import random
 from functools import lru_cache
 from pathlib import Path
 
-from allo_lib.data import realdata, shares
+from allo_lib.data.benchmarks import data_hash, load_rows
+from allo_lib.data.tasks import counts_of_test
 from allo_lib.engine import provenance
 from allo_lib.engine.encoding import encode_prompt, encode_response
 from allo_lib.engine.generation import generate
@@ -29,14 +30,14 @@ def inputs(study, name: str) -> dict:
     """
     if not study.domain(name).instructions.datasets:
         return {}
-    data = {dataset: realdata.data_hash(rows) for dataset, rows in _loaded(study, name).items()}
+    data = {dataset: data_hash(rows) for dataset, rows in _loaded(study, name).items()}
     settings = study.profile.to_dict()["domains"][name]["instructions"]
     return {"instructions": settings | {"data": data}}
 
 
 @lru_cache
 def chosen(study, name: str) -> dict[str, list[dict]]:
-    """The instructions of each data set: rows of `realdata.load_rows`, the same for every seed.
+    """The instructions of each data set: rows of `benchmarks.load_rows`, the same for every seed.
 
     They come in an order that no seed changes. What the model cannot read with a reply after it, or
     its tokenizer cannot encode, is skipped, and so is an instruction that was there before
@@ -46,7 +47,7 @@ def chosen(study, name: str) -> dict[str, list[dict]]:
         AlloError: more are asked for than can be read.
     """
     loaded, asked = _loaded(study, name), study.domain(name).instructions
-    counts = shares.of_test(asked.count, {dataset: len(rows) for dataset, rows in loaded.items()})
+    counts = counts_of_test(asked.count, {dataset: len(rows) for dataset, rows in loaded.items()})
     found = {}
     for dataset, rows in loaded.items():
         rows = list({row["question"]: row for row in reversed(rows)}.values())
@@ -77,12 +78,12 @@ def chosen(study, name: str) -> dict[str, list[dict]]:
 def _loaded(study, name: str) -> dict[str, list[dict]]:
     """All instructions of the domain's data sets; the manifest is told which they were."""
     datasets = study.domain(name).instructions.datasets
-    loaded = {dataset: realdata.load_rows(dataset, "test", study.data_dir) for dataset in datasets}
+    loaded = {dataset: load_rows(dataset, "test", study.data_dir) for dataset in datasets}
     for dataset, rows in loaded.items():
         if "outputs" not in rows[0]:
             raise AlloError(f"{dataset} holds no instructions; expected {{id, question, outputs}}")
     told = {
-        f"{dataset}/test": {"rows": len(rows), "sha256": realdata.data_hash(rows)}
+        f"{dataset}/test": {"rows": len(rows), "sha256": data_hash(rows)}
         for dataset, rows in loaded.items()
     }
     provenance.leave(study.store.folder, f"{provenance.DATA}{name}.instructions", told)

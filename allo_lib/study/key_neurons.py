@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
+from allo_lib.allo import delta_of_dpo, find_neurons, gradient_scores
 from allo_lib.engine.store import Artifact, write_json
-from allo_lib.engine.warmup import delta_of_dpo, gradient_scores, warmup_seed
 from allo_lib.machine import weights
 from allo_lib.method import neurons
 from allo_lib.method.neurons import NeuronMask
@@ -39,7 +39,7 @@ class KeyNeurons:
         common = {
             "beta": method.beta,
             "batch_size": domain.batch_size,
-            "seed": warmup_seed(self.seed, name, variant),
+            "seed": derive(self.seed, "warm-up", name, "second" if variant == "order" else "first"),
             "pad_token_id": self.tokenizer.pad_token_id,
         }
         if variant == "magnitude":
@@ -94,7 +94,7 @@ class KeyNeurons:
 
     def _make_mask(self, name, order, share, variant, granularity, scope, folder: Path) -> None:
         scores = weights.read_tensors(self.scores(name, variant).file("scores.safetensors"))
-        mask = neurons.select_neurons(
+        mask, record = find_neurons(
             scores,
             share,
             order=order,
@@ -103,7 +103,4 @@ class KeyNeurons:
             seed=derive(self.seed, "mask", name),
         )
         mask.save(folder / "mask.safetensors")
-        # One threshold, at which scores can tie, is there only where all entries are ranked.
-        ranked = granularity == "scalar" and scope == "global"
-        record = neurons.count_ties(scores, mask) if ranked else {}
         write_json(folder / "record.json", record | {"kept": mask.kept, "total": mask.total})

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 
+from allo_lib.allo import token_weights
 from allo_lib.engine import rewriter
 from allo_lib.engine.store import Artifact, write_json
 from allo_lib.errors import AlloError
@@ -65,15 +66,8 @@ class KeyTokenWeights:
             return [[1.0] * len(row["rejected"]) for row in rows]
         if stage.tokens == "oracle":
             return self.oracle_tokens(name, split)
-        chosen = [
-            tokens.unaligned_weights(
-                torch.tensor([values]),
-                torch.ones(1, len(values), dtype=torch.bool),
-                stage.rule,
-                self.profile.method.token_threshold,
-            )[0].tolist()
-            for values in self.keep_probabilities(name, split, stage.reward_model)
-        ]
+        values = self.keep_probabilities(name, split, stage.reward_model)
+        chosen = token_weights(values, stage.rule, self.profile.method.token_threshold)
         if stage.tokens == "kept":
             return [[1.0 - weight for weight in row] for row in chosen]
         if stage.tokens == "random":

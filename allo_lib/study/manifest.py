@@ -118,7 +118,8 @@ def measured_seeds(results: Path) -> list[int]:
         with path.open(newline="", encoding="utf-8") as handle:
             texts = {row.get("seed") or "" for row in csv.DictReader(handle)}
     else:
-        texts = {f.name.removeprefix(SEED_FOLDER) for f in (results / "notebooks").glob("seed*")}
+        stems = [path.stem for path in (results / "notebooks").glob("0[0-5]_*.ipynb")]
+        texts = {(re.search(r"_seed(\d+)", stem) or ("", "0"))[1] for stem in stems}
     return sorted(int(text) for text in texts if text.isdecimal())
 
 

@@ -11,13 +11,13 @@ import numpy as np
 from allo_lib.engine import provenance
 from allo_lib.engine.store import write_json
 from allo_lib.errors import AlloError
-from allo_lib.evaluation import measurements, outcomes
-from allo_lib.evaluation.measurements import Measurement, seeds_of
+from allo_lib.evaluation import outcomes
+from allo_lib.evaluation.outcomes import Measurement, seeds_of
 from allo_lib.evaluation.stats import Interval, mean_and_error, mean_interval
 from allo_lib.method import neurons
 from allo_lib.method.neurons import NeuronMask
 from allo_lib.profiles.config import Profile
-from allo_lib.profiles.parts import Part
+from allo_lib.profiles.profile_files import Part
 from allo_lib.study import arms, instructions, scoring, win_rates
 from allo_lib.study.overlaps import chance_within
 from allo_lib.study.parallel import fill
@@ -122,7 +122,7 @@ def average_name(study: Study, name: str) -> str:
     """What the mean over a domain's data sets is called: `average` where no other has one."""
     domains = study.profile.to_dict()["domains"].values()
     several = [d for d in domains if d["kind"] != "preferences" and len(d["datasets"]) > 1]
-    return measurements.AVERAGE if len(several) < 2 else f"{measurements.AVERAGE}:{name}"
+    return outcomes.AVERAGE if len(several) < 2 else f"{outcomes.AVERAGE}:{name}"
 
 
 def datasets_of(study: Study) -> set[str] | None:
@@ -156,11 +156,11 @@ def _method_rows(study: Study, name: str, method: str, found: dict) -> list[Meas
     for metric, column in by_metric.items():
         parts = []
         for dataset in study.domain(name).datasets:
-            outcomes = [row[column] == (metric == "accuracy") for row in _of(found, dataset)]
-            parts.append(measurements.proportion(seed, method, dataset, metric, outcomes))
+            rights = [row[column] == (metric == "accuracy") for row in _of(found, dataset)]
+            parts.append(outcomes.proportion(seed, method, dataset, metric, rights))
         rows += parts
         if len(parts) > 1:
-            rows.append(measurements.average(parts, average_name(study, name)))
+            rows.append(outcomes.average(parts, average_name(study, name)))
     return rows
 
 
@@ -187,7 +187,7 @@ def _margin_rows(study: Study, name: str, method: str, margins: list[float]) -> 
     stderr = statistics.stdev(margins) / n**0.5 if n > 1 else 0.0
     mean = statistics.fmean(margins)
     return [
-        measurements.proportion(study.seed, method, place, "reward_accuracy", right),
+        outcomes.proportion(study.seed, method, place, "reward_accuracy", right),
         Measurement(study.seed, method, place, "reward_margin", mean, stderr, n),
     ]
 
@@ -204,7 +204,7 @@ def overlap_rows(study: Study, name: str) -> list[Measurement]:
     rows = []
     for comparison in study.profile.stability:
         found = _overlap(study, name, *OVERLAPS[comparison])
-        for metric in ("mask_overlap", "mask_overlap_chance", measurements.CHANCE_IN_TENSORS):
+        for metric in ("mask_overlap", "mask_overlap_chance", outcomes.CHANCE_IN_TENSORS):
             told = found[metric], 0.0, found["kept"]
             rows.append(Measurement(study.seed, comparison, name, metric, *told))
     return rows
@@ -219,7 +219,7 @@ def _overlap(study: Study, name: str, first: str, second: str) -> dict:
         one, other = (NeuronMask.load(mask.file("mask.safetensors")) for mask in masks)
         found = {"mask_overlap": one.overlap(other), "kept": one.kept}
         found["mask_overlap_chance"] = neurons.chance_overlap(one.share)
-        found[measurements.CHANCE_IN_TENSORS] = chance_within(one, other)
+        found[outcomes.CHANCE_IN_TENSORS] = chance_within(one, other)
         write_json(folder / "record.json", found)
 
     return study.store.get("overlap", {"masks": [mask.key for mask in masks]}, make).json()
@@ -231,7 +231,7 @@ def update(study: Study, seeds: list[int]) -> list[Measurement]:
     Others are rows of other seeds and, where only some domains are worked on, of other domains.
     """
     path = study.results_dir / "measurements.csv"
-    rows = measurements.read(path) if path.is_file() else []
+    rows = outcomes.read_measurements(path) if path.is_file() else []
     answers = outcomes.read(study.results_dir / outcomes.NAME)
     studies = [
         study
@@ -241,11 +241,11 @@ def update(study: Study, seeds: list[int]) -> list[Measurement]:
     ]
     fill(studies, {name: methods_of(study, name) for name in study.profile.domains})
     for of_seed in studies:
-        rows = measurements.merge(rows, seed_rows(of_seed), datasets_of(study))
+        rows = outcomes.merge_measurements(rows, seed_rows(of_seed), datasets_of(study))
         for name in study.profile.domains:
             answers = outcomes.merge(answers, outcomes_of(of_seed, name))
     path.parent.mkdir(parents=True, exist_ok=True)
-    measurements.write(path, rows)
+    outcomes.write_measurements(path, rows)
     if len(answers):
         outcomes.write(study.results_dir / outcomes.NAME, answers)
     return rows

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from allo_lib.allo import run_stage
 from allo_lib.data.pairs import Pairs, make_pairs, train_split, wrong_split
 from allo_lib.data.tasks import open_task
 from allo_lib.engine import models, provenance, reference
@@ -19,17 +20,16 @@ from allo_lib.engine.checkpoints import Checkpoints
 from allo_lib.engine.encoding import encode_demonstration, encode_pairs, encode_response
 from allo_lib.engine.forward import pair_logps
 from allo_lib.engine.generation import generate
-from allo_lib.engine.stages import run_stage
 from allo_lib.engine.store import Artifact, Store, partial_of, write_json
 from allo_lib.engine.trainer import Schedule
 from allo_lib.errors import AlloError
-from allo_lib.machine import weights, workers
+from allo_lib.machine import runtime, weights
 from allo_lib.machine.environment import device_name
 from allo_lib.machine.runtime import make_deterministic
 from allo_lib.profiles.config import Domain, Profile
 from allo_lib.profiles.profile_files import load_profile
 from allo_lib.seeds import derive
-from allo_lib.study import instructions
+from allo_lib.study import scoring
 from allo_lib.study.key_neurons import KeyNeurons
 from allo_lib.study.key_token_weights import KeyTokenWeights
 
@@ -60,7 +60,7 @@ class Study(KeyNeurons, KeyTokenWeights):
             AlloError: unknown profile or key, a bad value, or a results folder that another
                 profile filled.
         """
-        from allo_lib.study.results import check_folder
+        from allo_lib.study.manifest import check_folder
 
         if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
             raise AlloError(f"seed is {seed!r}, expected a whole number from 0")
@@ -69,7 +69,7 @@ class Study(KeyNeurons, KeyTokenWeights):
         folder = Path(results_dir) if results_dir else root / "results" / loaded.name
         check_folder(folder, loaded)
         if loaded.compute.workers > 1:
-            workers.start_early()
+            runtime.start_early()
         return cls(loaded, seed, folder, os.environ.get("ALLO_DATA"))
 
     def at(self, replicate: int) -> "Study":
@@ -192,7 +192,7 @@ class Study(KeyNeurons, KeyTokenWeights):
             # What was lost may be made again where torch has another number, which changes bits.
             other = torch.get_num_threads() != threads
             try:
-                with workers.torch_threads(threads) if other else contextlib.nullcontext():
+                with runtime.torch_threads(threads) if other else contextlib.nullcontext():
                     make(folder)
             finally:
                 weights.restore(self.model, live)
@@ -244,15 +244,15 @@ class Study(KeyNeurons, KeyTokenWeights):
         domain = self.domain(name)
         if domain.kind == "miniature":
             return "generated"
-        from allo_lib.data import realdata
+        from allo_lib.data.benchmarks import data_hash, load_rows
 
-        parts = {(d, s): realdata.load_rows(d, s, self.data_dir) for d in domain.datasets
+        parts = {(d, s): load_rows(d, s, self.data_dir) for d in domain.datasets
                  for s in ("train", "test")}  # fmt: skip
         provenance.leave(self.store.folder, f"{provenance.DATA}{name}", {
-            f"{dataset}/{split}": {"rows": len(rows), "sha256": realdata.data_hash(rows)}
+            f"{dataset}/{split}": {"rows": len(rows), "sha256": data_hash(rows)}
             for (dataset, split), rows in parts.items()
         })  # fmt: skip
-        return realdata.data_hash([row for rows in parts.values() for row in rows])
+        return data_hash([row for rows in parts.values() for row in rows])
 
     # --- supervised start --------------------------------------------------------------------
 
@@ -388,11 +388,13 @@ class Study(KeyNeurons, KeyTokenWeights):
 
     @lru_cache
     def replies(self, name: str) -> list[list]:
-        """The SFT model's replies to a domain's instructions (rows of `instructions.reply`)."""
-        inputs = self.inputs(name) | {"sft": self.sft(name).key} | instructions.inputs(self, name)
+        """The SFT model's replies to a domain's instructions (rows of `scoring.reply`)."""
+        inputs = (
+            self.inputs(name) | {"sft": self.sft(name).key} | scoring.instruction_inputs(self, name)
+        )
 
         def make(folder: Path) -> None:
-            given = instructions.reply(self, name, self.load_sft(name))
+            given = scoring.reply(self, name, self.load_sft(name))
             write_json(folder / "replies.json", given)
 
         return self._kept("replies", inputs, make).json("replies.json")
