@@ -51,11 +51,11 @@ import math
 
 import torch
 import torch.nn.functional as F
-from allo_lib.method.masked_adamw import MaskedAdamW
 
 from allo_lib.machine import weights
 from allo_lib.method import neurons
 from allo_lib.method.losses import dpo_loss
+from allo_lib.method.masked_adamw import MaskedAdamW
 from allo_lib.report import method_figures, warning_signs
 from allo_lib.report.notebook import draw, percent, say, table
 from allo_lib.study import analysis, arms, results, runs, scoring

@@ -48,11 +48,11 @@ sys.path[:0] = [str(p) for p in (Path.cwd(), *Path.cwd().parents) if (p / "allo_
 import copy
 
 import torch
-from allo_lib.method.tokens import unaligned_weights
 
 from allo_lib.engine import rewriter
 from allo_lib.engine.encoding import encode_response
 from allo_lib.evaluation import stats
+from allo_lib.method.tokens import unaligned_weights
 from allo_lib.profiles import methods
 from allo_lib.report import method_figures, warning_signs
 from allo_lib.report.notebook import draw, percent, say, table

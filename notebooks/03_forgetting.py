@@ -49,11 +49,11 @@ import math
 
 import torch
 import torch.nn.functional as F
-from allo_lib.engine.batching import rejected_batch
-from allo_lib.method.masked_adamw import MaskedAdamW
 
 from allo_lib.engine import forward
+from allo_lib.engine.batching import rejected_batch
 from allo_lib.method import losses
+from allo_lib.method.masked_adamw import MaskedAdamW
 from allo_lib.profiles import methods
 from allo_lib.report import method_figures, warning_signs
 from allo_lib.report.notebook import draw, percent, say, table

@@ -45,9 +45,9 @@ import math
 
 import torch
 import torch.nn.functional as F
-from allo_lib.method.masked_adamw import MaskedAdamW
 
 from allo_lib.method import losses, tokens
+from allo_lib.method.masked_adamw import MaskedAdamW
 from allo_lib.profiles import methods
 from allo_lib.report import method_figures, warning_signs
 from allo_lib.report.notebook import draw, percent, say, table

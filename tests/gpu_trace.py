@@ -16,13 +16,13 @@ import time
 from pathlib import Path
 
 import torch
-from allo_lib.engine.trainer import Schedule
-from allo_lib.method.neurons import select_neurons
 from torch.profiler import ProfilerActivity, profile
 
 from allo_lib.allo import run_stage
 from allo_lib.engine import generation
+from allo_lib.engine.trainer import Schedule
 from allo_lib.machine.environment import device_name
+from allo_lib.method.neurons import select_neurons
 from allo_lib.profiles.profile_files import load_profile
 from allo_lib.study import timed_steps
 from allo_lib.study.study import Study

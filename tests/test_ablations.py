@@ -6,7 +6,6 @@ from itertools import product
 import numpy as np
 import pytest
 import torch
-from allo_lib.method.neurons import NeuronMask
 from matplotlib.text import Text
 from tiny_study import DOMAIN, PROFILE, open_study
 
@@ -14,6 +13,7 @@ from allo_lib.errors import AlloError
 from allo_lib.evaluation import ablations, outcomes
 from allo_lib.machine import weights
 from allo_lib.method import neurons
+from allo_lib.method.neurons import NeuronMask
 from allo_lib.profiles.methods import (
     ESTIMATORS,
     GRID,

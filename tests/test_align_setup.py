@@ -6,7 +6,6 @@ import types
 
 import pytest
 import torch
-from allo_lib.method.masked_adamw import MaskedAdamW
 from refusals import refused
 from test_bad_models import PAIRS, QUICK, words
 from tiny_models import VOCABULARY, tiny_llama, weights_of
@@ -24,6 +23,7 @@ from transformers import (
 from allo_lib import align, align_setup, allo
 from allo_lib.engine.checkpoints import Checkpoints
 from allo_lib.errors import Diverged
+from allo_lib.method.masked_adamw import MaskedAdamW
 
 SIZES = dict(
     vocab_size=VOCABULARY, hidden_size=16, intermediate_size=24, num_hidden_layers=2,

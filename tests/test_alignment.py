@@ -6,8 +6,6 @@ import math
 
 import pytest
 import torch
-from allo_lib.method.masked_adamw import MaskedAdamW
-from allo_lib.method.neurons import NeuronMask
 from datasets import Dataset
 from refusals import refused
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig
@@ -16,6 +14,8 @@ from allo_lib import align, allo
 from allo_lib.data import miniature
 from allo_lib.engine import models
 from allo_lib.machine import weights
+from allo_lib.method.masked_adamw import MaskedAdamW
+from allo_lib.method.neurons import NeuronMask
 from allo_lib.profiles.profile_files import load_profile
 
 FAST = {"batch_size": 4, "importance_rate": 1e-3, "forgetting_rate": 1e-2, "learning_rate": 1e-2}

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from allo_lib.engine.batching import collate, pair_batch
 from refusals import assert_one_line
 from test_bad_models import WORDS, words
 from tiny_models import weights_of
@@ -10,6 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from allo_lib import align
 from allo_lib.engine import forward
+from allo_lib.engine.batching import collate, pair_batch
 from allo_lib.engine.forward import layout_of, response_logps
 from allo_lib.errors import AlloError
 

@@ -6,13 +6,13 @@ import shutil
 
 import pytest
 import torch
-from allo_lib.engine.trainer import Diverged, Log
 from tiny_study import DOMAIN, PROFILE, open_study
 
 from allo_lib import allo
 from allo_lib.engine import on_policy
 from allo_lib.engine.forward import implicit_margins
 from allo_lib.engine.generation import Response
+from allo_lib.engine.trainer import Diverged, Log
 from allo_lib.errors import AlloError
 from allo_lib.machine import weights
 from allo_lib.profiles import methods

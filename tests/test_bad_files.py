@@ -5,13 +5,13 @@ import struct
 
 import pytest
 import torch
-from allo_lib.method.neurons import NeuronMask, select_neurons
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from refusals import read_or_refused, refused, tree
 from tiny_models import tiny_llama, weights_of
 
 from allo_lib.machine import weights
+from allo_lib.method.neurons import NeuronMask, select_neurons
 
 WRITTEN = {"format": 1, "granularity": "scalar", "shapes": {"w": [2, 2]}}
 fuzzing = settings(

@@ -5,13 +5,13 @@ import math
 
 import pytest
 import torch
-from allo_lib.engine.trainer import Schedule
-from allo_lib.method.neurons import select_neurons
 from tiny_models import tiny_llama, weights_of
 
 from allo_lib.allo import run_stage
 from allo_lib.engine.checkpoints import Checkpoints
+from allo_lib.engine.trainer import Schedule
 from allo_lib.errors import AlloError, Diverged
+from allo_lib.method.neurons import select_neurons
 
 ALWAYS = 1e-9  # minutes: a checkpoint after every step
 NEVER = 1e9
@@ -60,7 +60,7 @@ def same(first, second) -> bool:
     return all(torch.equal(first[name], second[name]) for name in first)
 
 
-@pytest.mark.parametrize("stop", range(1, STEPS))
+@pytest.mark.parametrize("stop", [1, 4, STEPS - 1])
 def test_stopped_after_any_step_it_ends_with_the_same_bits(stop, tmp_path):
     whole, broken, again = tiny_llama(), tiny_llama(), tiny_llama()
     log = train(whole, tmp_path / "whole", NEVER)
@@ -73,9 +73,17 @@ def test_stopped_after_any_step_it_ends_with_the_same_bits(stop, tmp_path):
     assert resumed.metrics == log.metrics and resumed.tokens == log.tokens
 
 
-@pytest.mark.parametrize("granularity", [None, "scalar", "row"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize(
+    "granularity, dtype, accumulation",
+    [
+        (None, torch.float32, 2),
+        ("scalar", torch.float32, 1),
+        ("row", torch.float32, 2),
+        (None, torch.bfloat16, 1),
+        ("scalar", torch.bfloat16, 2),
+        ("row", torch.bfloat16, 1),
+    ],
+)
 def test_every_kind_of_optimizer_state_comes_back(granularity, dtype, accumulation, tmp_path):
     settings = {"granularity": granularity, "accumulation": accumulation}
     whole, broken, again = (tiny_llama(dtype=dtype) for _ in range(3))
@@ -181,13 +189,6 @@ def test_a_checkpoint_of_another_mask_is_refused(tmp_path):
 
 
 # --- what is watched at every step --------------------------------------------------------------
-
-
-def test_gradient_norm_and_moved_share_are_logged_at_every_step(tmp_path):
-    log = train(tiny_llama(), tmp_path, NEVER, granularity="scalar")
-    assert len(log.metrics["grad_norm"]) == len(log.metrics["moved"]) == STEPS
-    assert all(value > 0 for value in log.metrics["grad_norm"])
-    assert all(0 <= value <= 1 for value in log.metrics["moved"])
 
 
 def test_moved_is_the_share_of_kept_entries_that_changed(tmp_path):

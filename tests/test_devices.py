@@ -11,7 +11,6 @@ import pytest
 import torch
 from accelerate.commands import launch
 from accelerate.utils.launch import prepare_multi_gpu_env
-from allo_lib.method.neurons import NeuronMask, count_ties, select_neurons
 from torch import multiprocessing
 
 from allo_lib import align, allo
@@ -21,6 +20,7 @@ from allo_lib.engine.checkpoints import Checkpoints
 from allo_lib.engine.forward import response_logps
 from allo_lib.errors import AlloError, Diverged
 from allo_lib.machine import devices, runtime, weights
+from allo_lib.method.neurons import NeuronMask, count_ties, select_neurons
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 SETTINGS = {

@@ -10,9 +10,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from allo_lib.engine.batching import Layout, pair_batch
-from allo_lib.method.masked_adamw import DenseMaskedAdamW, MaskedAdamW
-from allo_lib.method.neurons import select_neurons
 from hypothesis import given
 from hypothesis import strategies as st
 from peft import get_peft_model
@@ -23,11 +20,14 @@ from tiny_study import DOMAIN, open_study
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from allo_lib.data import miniature
+from allo_lib.engine.batching import Layout, pair_batch
 from allo_lib.engine.encoding import encode_pairs
 from allo_lib.engine.forward import response_logps
 from allo_lib.engine.models import micro_llama
 from allo_lib.errors import AlloError
 from allo_lib.method.losses import objective
+from allo_lib.method.masked_adamw import DenseMaskedAdamW, MaskedAdamW
+from allo_lib.method.neurons import select_neurons
 from allo_lib.profiles.config import Timing
 from allo_lib.profiles.profile_files import load_profile
 from allo_lib.report import notebook

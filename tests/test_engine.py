@@ -4,8 +4,6 @@ gradients of which the kept entries are taken."""
 import pytest
 import torch
 import torch.nn.functional as F
-from allo_lib.method.masked_adamw import MaskedAdamW
-from allo_lib.method.neurons import select_neurons
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import VOCABULARY, tiny_llama, weights_of
@@ -14,6 +12,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from allo_lib.allo import collator_of
 from allo_lib.engine.forward import layout_of, response_logps
 from allo_lib.method.losses import objective
+from allo_lib.method.masked_adamw import MaskedAdamW
+from allo_lib.method.neurons import select_neurons
 
 BETA, KEY_SHARE = 0.1, 0.4
 

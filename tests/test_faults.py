@@ -18,7 +18,6 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from allo_lib.method.neurons import NeuronMask
 from conftest import PROFILE, write_notebook
 from safetensors import SafetensorError
 
@@ -27,6 +26,7 @@ from allo_lib.engine.store import MANIFEST, Store, write_json
 from allo_lib.errors import AlloError
 from allo_lib.evaluation import outcomes
 from allo_lib.machine import weights
+from allo_lib.method.neurons import NeuronMask
 from allo_lib.study import manifest
 
 ERRORS = {"full": errno.ENOSPC, "broken": errno.EIO}

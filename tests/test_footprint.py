@@ -2,8 +2,6 @@
 
 import pytest
 import torch
-from allo_lib.engine.batching import Layout, pair_batch
-from allo_lib.method.masked_adamw import MaskedAdamW
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from live_bytes import LiveBytes
@@ -13,8 +11,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig
 
+from allo_lib.engine.batching import Layout, pair_batch
 from allo_lib.engine.forward import response_logps
 from allo_lib.errors import AlloError
+from allo_lib.method.masked_adamw import MaskedAdamW
 from allo_lib.study import efficiency
 from allo_lib.study import footprint as module
 from allo_lib.study.footprint import KNOWN, _model, _rows, footprint, random_mask, saved_bytes

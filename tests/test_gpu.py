@@ -11,10 +11,6 @@ import warnings
 
 import pytest
 import torch
-from allo_lib.engine.batching import Layout, collate
-from allo_lib.engine.trainer import Schedule
-from allo_lib.method.masked_adamw import MaskedAdamW
-from allo_lib.method.neurons import NeuronMask, select_neurons
 from test_alignment import FAST, LEAN
 from test_checkpoints import NEVER, Stop, stopping_at
 from test_checkpoints import train as train_with_checkpoints
@@ -31,15 +27,19 @@ from allo_lib import align
 from allo_lib.allo import run_stage
 from allo_lib.data import miniature
 from allo_lib.engine import forward, generation, models
+from allo_lib.engine.batching import Layout, collate
 from allo_lib.engine.checkpoints import Checkpoints
 from allo_lib.engine.encoding import encode_prompt
 from allo_lib.engine.forward import layout_of, response_logps, to_device
 from allo_lib.engine.on_policy import run_on_policy
+from allo_lib.engine.trainer import Schedule
 from allo_lib.errors import Diverged
 from allo_lib.machine.environment import device_name
 from allo_lib.machine.runtime import make_deterministic
 from allo_lib.method import checks
 from allo_lib.method.losses import ON_PAIRS, ON_REJECTED, ON_SOLUTIONS, objective
+from allo_lib.method.masked_adamw import MaskedAdamW
+from allo_lib.method.neurons import NeuronMask, select_neurons
 from allo_lib.method.row_linear import RowLinear
 
 DTYPES = [torch.float32, torch.bfloat16]

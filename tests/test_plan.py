@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from allo_lib.engine.batching import Layout, pair_batch
 from test_bad_models import words
 from tiny_models import VOCABULARY, tiny_llama
 from torch.utils.flop_counter import FlopCounterMode
@@ -10,6 +9,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig, Qwen3
 
 from allo_lib.align_setup import STAGES, checked, parts_of
 from allo_lib.cli import plan
+from allo_lib.engine.batching import Layout, pair_batch
 from allo_lib.engine.forward import response_logps
 from allo_lib.study.footprint import count, footprint
 

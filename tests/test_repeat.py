@@ -8,17 +8,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from allo_lib.engine.trainer import Schedule
-from allo_lib.method.neurons import NeuronMask, delta_scores, select_neurons
 from tiny_study import open_study
 
 from allo_lib.allo import run_stage
 from allo_lib.cli import verify
 from allo_lib.engine import models, reference
 from allo_lib.engine.forward import pair_logps
+from allo_lib.engine.trainer import Schedule
 from allo_lib.machine import runtime, weights
 from allo_lib.machine.environment import child_environment
 from allo_lib.machine.runtime import torch_threads
+from allo_lib.method.neurons import NeuronMask, delta_scores, select_neurons
 from allo_lib.study import manifest
 from allo_lib.study.study import Study
 

@@ -6,12 +6,12 @@ import statistics
 import numpy as np
 import pytest
 import torch
-from allo_lib.method.neurons import NeuronMask
 from refusals import refused
 from tiny_study import DOMAIN, open_study
 
 from allo_lib.errors import AlloError
 from allo_lib.evaluation import outcomes
+from allo_lib.method.neurons import NeuronMask
 from allo_lib.study import analysis, arms, manifest, results, runs
 
 METHODS = ["sft_base", "dpo", "dpo_top10", "npo", "allo"]

@@ -16,7 +16,6 @@ from pathlib import Path
 import conftest
 import pytest
 import torch
-from allo_lib.method.neurons import NeuronMask
 from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -32,6 +31,7 @@ from allo_lib.engine import checkpoints, models, reference
 from allo_lib.engine.store import Artifact, Store, write_json
 from allo_lib.evaluation import claims, outcomes, published
 from allo_lib.machine import weights
+from allo_lib.method.neurons import NeuronMask
 from allo_lib.profiles.profile_files import load_profile
 from allo_lib.report import figure_style, notebook, report
 from allo_lib.study import manifest

@@ -243,21 +243,6 @@ def test_what_was_made_anew_meanwhile_stays_where_it_is(tmp_path, monkeypatch):
     assert quicker[0].json() == {"text": "anew"}
 
 
-def test_setting_aside_what_another_process_has_just_set_aside(tmp_path, monkeypatch):
-    store = Store(tmp_path)
-    made = store.get("stage", INPUTS, write())
-    made.file("record.json").write_text("{}")
-    real = type(made.path).rename
-
-    def late(self, target):
-        if ".damaged-" in str(target):
-            real(self, self.with_name("taken"))
-        return real(self, target)
-
-    monkeypatch.setattr(type(made.path), "rename", late)
-    assert Store(tmp_path).get("stage", INPUTS, write("anew")).json() == {"text": "anew"}
-
-
 def test_json_files_are_the_same_bytes_whatever_the_order_of_keys(tmp_path):
     write_json(tmp_path / "a", {"b": 1, "a": [1.5, "é"]})
     write_json(tmp_path / "b", {"a": [1.5, "é"], "b": 1})

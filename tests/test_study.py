@@ -9,7 +9,7 @@ from allo_lib.engine.forward import logps_of_rows
 from allo_lib.engine.store import write_json
 from allo_lib.errors import AlloError
 from allo_lib.machine import weights
-from allo_lib.method import importance
+from allo_lib.method import neurons
 from allo_lib.profiles.methods import stages_of
 from allo_lib.study.study import Study
 
@@ -139,7 +139,7 @@ def test_score_variants_differ_as_they_should(tiny_study):
     variants = ("delta", "order", "half_a", "half_b", "gradient", "magnitude")
     found = {v: tiny_study.scores(DOMAIN, v) for v in variants}
     masks = {v: tiny_study.mask(DOMAIN, "top", 0.1, v) for v in variants}
-    chance = importance.chance_overlap(0.1)
+    chance = neurons.chance_overlap(0.1)
     for variant in variants[1:]:
         assert masks["delta"].overlap(masks[variant]) < 1
     assert masks["delta"].overlap(masks["order"]) > 1.2 * chance

@@ -12,14 +12,17 @@ import time
 import uuid
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from torch import Tensor
 
 from allo_lib.engine.store import MANIFEST, seal, sha256, write_json
 from allo_lib.machine import devices, weights
+from allo_lib.method.masked_adamw import MaskedAdamW
 
-_STEP = "step-"
+_STEP = "step-"  # what the folders are called
 _OPTIMIZER, _TRAINER = "optimizer.safetensors", "trainer.json"
 
 
@@ -88,7 +91,7 @@ def _is_whole(path: Path) -> bool:
         return False
 
 
-def write_state(folder: Path, optimizer, scheduler, log: dict) -> None:
+def write_state(folder: Path, optimizer: MaskedAdamW, scheduler: Any, log: dict[str, Any]) -> None:
     """Optimizer, schedule, torch's random generators and the log, as safetensors and JSON."""
     state = optimizer.state_dict()
     tensors = {f"master.{i}": value for i, value in enumerate(state["masters"])}
@@ -99,40 +102,37 @@ def write_state(folder: Path, optimizer, scheduler, log: dict) -> None:
         states = enumerate(torch.cuda.get_rng_state_all())
         tensors |= {f"random.cuda.{number}": value for number, value in states}
     weights.save_tensors(tensors, folder / _OPTIMIZER)
-    told = {"groups": state["param_groups"], "mask": state["mask"], "log": log}
-    write_json(folder / _TRAINER, told | {"schedule": scheduler.state_dict()})
+    record = {"groups": state["param_groups"], "mask": state["mask"], "log": log}
+    write_json(folder / _TRAINER, record | {"schedule": scheduler.state_dict()})
 
 
-def read_state(folder: Path, optimizer, scheduler) -> dict:
+def read_state(folder: Path, optimizer: MaskedAdamW, scheduler: Any) -> dict[str, Any]:
     """Put optimizer and schedule back as `write_state` found them; returns the log.
 
     Raises:
         AlloError: the state is of another mask.
     """
-    tensors, told = weights.read_tensors(folder / _OPTIMIZER), _read(folder)
-    state: dict[int, dict] = {}
+    tensors = weights.read_tensors(folder / _OPTIMIZER)
+    record = json.loads((folder / _TRAINER).read_text(encoding="utf-8"))
+    state: dict[int, dict[str, Tensor]] = {}
     for name, value in tensors.items():
         if name.startswith("state."):
             number, key = name.split(".")[1:]
             state.setdefault(int(number), {})[key] = value
-    masters = [tensors[f"master.{i}"] for i in range(len(told["groups"][0]["params"]))]
-    groups = [group | {"betas": tuple(group["betas"])} for group in told["groups"]]
+    masters = [tensors[f"master.{i}"] for i in range(len(record["groups"][0]["params"]))]
+    groups = [group | {"betas": tuple(group["betas"])} for group in record["groups"]]
     optimizer.load_state_dict(
-        {"state": state, "param_groups": groups, "masters": masters, "mask": told["mask"]}
+        {"state": state, "param_groups": groups, "masters": masters, "mask": record["mask"]}
     )
-    scheduler.load_state_dict(told["schedule"])
-    return told["log"]
+    scheduler.load_state_dict(record["schedule"])
+    return record["log"]
 
 
 def read_random_state(folder: Path) -> None:
-    """Put torch's random generators back as `write_state` found them."""
+    """Put torch's random generators back as `write_state` left them."""
     tensors = weights.read_tensors(folder / _OPTIMIZER)
     torch.set_rng_state(tensors["random.cpu"])
-    if torch.cuda.is_available():
-        for number in range(torch.cuda.device_count()):
-            if f"random.cuda.{number}" in tensors:
-                torch.cuda.set_rng_state(tensors[f"random.cuda.{number}"], number)
-
-
-def _read(folder: Path) -> dict:
-    return json.loads((folder / _TRAINER).read_text(encoding="utf-8"))
+    for name, value in tensors.items():
+        number = name.removeprefix("random.cuda.")
+        if number != name and int(number) < torch.cuda.device_count():
+            torch.cuda.set_rng_state(value, int(number))

@@ -7,15 +7,19 @@ token itself. A tokenizer that cannot tell the two apart refuses such a text.
 
 import json
 import weakref
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from allo_lib.errors import AlloError
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 BEFORE_A_REPLY = ("user", "tool", "function")  # what the last message of a prompt may be
+# Tokens that published models reserve for padding; then, for models that pad with their end token,
+# others that never occur inside a text.
+_MADE_FOR_PADDING = ("<pad>", "[PAD]", "<|pad|>", "<|PAD|>", "<|finetune_right_pad_id|>")
+_NEVER_IN_TEXT = ("<|endoftext|>", "<unk>", "[UNK]", "<|unk|>")
 
 
-def encode_prompt(tokenizer, prompt) -> list[int]:
+def encode_prompt(tokenizer: Any, prompt: Any) -> list[int]:
     """Token ids of a prompt: a string as it stands, chat messages by the tokenizer's template.
 
     A string begins as the tokenizer begins every text, with its BOS token if it adds one.
@@ -31,7 +35,7 @@ def encode_prompt(tokenizer, prompt) -> list[int]:
     return encode_chat(tokenizer, prompt, add_generation_prompt=True)
 
 
-def beginning(tokenizer) -> list[int]:
+def beginning(tokenizer: Any) -> list[int]:
     """Ids of the special tokens that the tokenizer puts before every text: none, or BOS."""
     whole = tokenizer("a")["input_ids"]
     bare = tokenizer("a", add_special_tokens=False)["input_ids"]
@@ -39,7 +43,7 @@ def beginning(tokenizer) -> list[int]:
     return whole[: next((i for i in places if whole[i : i + len(bare)] == bare), 0)]
 
 
-def encode_response(tokenizer, response) -> list[int]:
+def encode_response(tokenizer: Any, response: Any) -> list[int]:
     """Token ids of a response, ended by the end token, which is part of it.
 
     A response may be a string or chat messages, of which the last one is the reply. Raises
@@ -51,7 +55,7 @@ def encode_response(tokenizer, response) -> list[int]:
     return [*encode_text(tokenizer, response), tokenizer.eos_token_id]
 
 
-def encode_text(tokenizer, text: str) -> list[int]:
+def encode_text(tokenizer: Any, text: str) -> list[int]:
     """Token ids of plain text, without any special token; AlloError where that cannot be."""
     check_text(text)
     special = _tokens_of(tokenizer).special
@@ -64,7 +68,7 @@ def encode_text(tokenizer, text: str) -> list[int]:
     return ids
 
 
-def check_text(text) -> None:
+def check_text(text: Any) -> None:
     """AlloError unless `text` is a string of whole characters, which tokenizers need."""
     if not isinstance(text, str):
         raise AlloError(f"{_short(text)} is no text; expected a string")
@@ -77,7 +81,7 @@ def check_text(text) -> None:
         ) from None
 
 
-def check_messages(messages, last: tuple[str, ...]) -> None:
+def check_messages(messages: Any, last: tuple[str, ...]) -> None:
     """AlloError unless `messages` are chat messages of which the last has one of the roles `last`.
 
     A message is a dict with `role`, one of ROLES, and `content`, text. A system message is first.
@@ -95,7 +99,7 @@ def check_messages(messages, last: tuple[str, ...]) -> None:
         raise AlloError(f"the last message is of role {role!r}, expected {' or '.join(last)}")
 
 
-def _check_message(message, place: str) -> None:
+def _check_message(message: Any, place: str) -> None:
     if not isinstance(message, dict) or not {"role", "content"} <= set(message):
         raise AlloError(f"{place} is {_short(message)}; expected a dict with role and content")
     if message["role"] not in ROLES:
@@ -108,7 +112,7 @@ def _check_message(message, place: str) -> None:
         raise AlloError(f"{place}: {error}") from None
 
 
-def special_tokens_in(tokenizer, text: str) -> list[str]:
+def special_tokens_in(tokenizer: Any, text: str) -> list[str]:
     """Names of the tokenizer's special tokens that a text contains, the one for unknown aside."""
     groups = _tokens_of(tokenizer).names.items()
     return [name for start, names in groups if start in text for name in names if name in text]
@@ -123,10 +127,10 @@ class _Tokens(NamedTuple):
 
 
 # tokenizer -> (what it is asked for, its tokens): some have thousands, and tell of them slowly
-_known: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+_known: weakref.WeakKeyDictionary[Any, tuple[Any, _Tokens]] = weakref.WeakKeyDictionary()
 
 
-def _tokens_of(tokenizer) -> _Tokens:
+def _tokens_of(tokenizer: Any) -> _Tokens:
     # Any word may be unknown; that one only counts where it has another meaning, too.
     meant = (tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.bos_token_id)
     state = (len(tokenizer), tokenizer.unk_token_id, *meant)
@@ -143,12 +147,12 @@ def _tokens_of(tokenizer) -> _Tokens:
     return _known[tokenizer][1]
 
 
-def added_tokens(tokenizer) -> frozenset[int]:
+def added_tokens(tokenizer: Any) -> frozenset[int]:
     """Ids of the tokens that no text is made of: special ones and those added for templates."""
     return _tokens_of(tokenizer).added
 
 
-def encode_chat(tokenizer, messages, **settings) -> list[int]:
+def encode_chat(tokenizer: Any, messages: Any, **settings: Any) -> list[int]:
     """Token ids of chat messages by the tokenizer's template; `settings` go to `render_chat`.
 
     Names of special tokens in what people wrote are letters. AlloError where that cannot be, or
@@ -164,13 +168,14 @@ def encode_chat(tokenizer, messages, **settings) -> list[int]:
     without, tools = json.loads(_without(texts, names))
     plain = settings | ({"tools": tools} if tools else {})
     special = _tokens_of(tokenizer).special
-    if _count(ids, special) != _count(render_chat(tokenizer, without, expected, **plain), special):
+    bare = render_chat(tokenizer, without, expected, **plain)
+    if sum(token in special for token in ids) != sum(token in special for token in bare):
         raise _unreadable(sorted(names)[0])
     return ids
 
 
 def render_chat(
-    tokenizer, messages, expected: str, whose: str = "tokenizer", **settings
+    tokenizer: Any, messages: Any, expected: str, whose: str = "tokenizer", **settings: Any
 ) -> list[int]:
     """Token ids of a chat, as a plain list of ints, by the chat template of a tokenizer.
 
@@ -195,10 +200,6 @@ def _without(text: str, names: list[str]) -> str:
     return text
 
 
-def _count(ids: list[int], special: frozenset[int]) -> int:
-    return sum(token in special for token in ids)
-
-
 def _unreadable(name: str) -> AlloError:
     return AlloError(
         f"the text contains the special token {name!r}, which this tokenizer cannot read as plain "
@@ -206,12 +207,12 @@ def _unreadable(name: str) -> AlloError:
     )
 
 
-def _short(value) -> str:
+def _short(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def encode_demonstration(tokenizer, prompt, response) -> dict[str, list[int]]:
+def encode_demonstration(tokenizer: Any, prompt: Any, response: Any) -> dict[str, list[int]]:
     """A row of supervised training: `prompt` and `response` as token ids."""
     return {
         "prompt": encode_prompt(tokenizer, prompt),
@@ -219,7 +220,7 @@ def encode_demonstration(tokenizer, prompt, response) -> dict[str, list[int]]:
     }
 
 
-def encode_pairs(tokenizer, pairs, max_length: int) -> list[dict[str, list[int]]]:
+def encode_pairs(tokenizer: Any, pairs: Any, max_length: int) -> list[dict[str, list[int]]]:
     """`prompt`, `chosen`, `rejected` of each pair as token ids.
 
     Raises:
@@ -230,7 +231,7 @@ def encode_pairs(tokenizer, pairs, max_length: int) -> list[dict[str, list[int]]
     return [_encode_pair(tokenizer, pair, n, max_length) for n, pair in enumerate(pairs)]
 
 
-def _encode_pair(tokenizer, pair, number: int, max_length: int) -> dict[str, list[int]]:
+def _encode_pair(tokenizer: Any, pair: Any, number: int, max_length: int) -> dict[str, list[int]]:
     row = {}
     for key in ("prompt", "chosen", "rejected"):
         try:
@@ -249,3 +250,57 @@ def _encode_pair(tokenizer, pair, number: int, max_length: int) -> dict[str, lis
             "shorten the prompt or leave the pair out"
         )
     return row
+
+
+def choose_pad(tokenizer: Any) -> None:
+    """Give a tokenizer a pad token of its own where its vocabulary has a suitable one."""
+    shared = tokenizer.pad_token is not None
+    if shared and tokenizer.pad_token != tokenizer.eos_token:
+        return
+    vocabulary = tokenizer.get_vocab()
+    for token in _MADE_FOR_PADDING + (_NEVER_IN_TEXT if shared else ()):
+        if token in vocabulary and token != tokenizer.eos_token:
+            tokenizer.pad_token = token
+            return
+
+
+def check_tokenizer(tokenizer: Any, model: Any) -> None:
+    """Make sure that training and generation can tell text, end and padding apart.
+
+    A response's end token is learned and padding is not, so the two must differ.
+
+    Raises:
+        AlloError: no pad or end token, the same one for both, token ids beyond the embedding, or
+            not a language model with its tokenizer at all.
+    """
+    if not hasattr(tokenizer, "eos_token_id") or not hasattr(tokenizer, "get_vocab"):
+        raise AlloError(
+            f"the tokenizer is a {type(tokenizer).__name__}; expected one of transformers, such as "
+            "AutoTokenizer.from_pretrained gives"
+        )
+    if tokenizer.eos_token_id is None:
+        raise AlloError(
+            "the tokenizer has no end token; expected one that ends a response: set it with "
+            "tokenizer.eos_token = '<a token of its vocabulary>'"
+        )
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
+        found = "no pad token" if tokenizer.pad_token_id is None else "one token for pad and end"
+        raise AlloError(
+            f"the tokenizer has {found}; expected a pad token other than the end token "
+            f"{tokenizer.eos_token!r}: set it with tokenizer.pad_token = '<a token of its "
+            "vocabulary that no text contains>'"
+        )
+    try:
+        rows = model.get_input_embeddings().weight.shape[0]
+    except (AttributeError, NotImplementedError, TypeError) as error:
+        raise AlloError(
+            f"the model is a {type(model).__name__} without token embeddings; expected a causal "
+            "language model of transformers, such as AutoModelForCausalLM.from_pretrained gives"
+        ) from error
+    highest = max(tokenizer.get_vocab().values(), default=-1)
+    if highest >= rows:
+        raise AlloError(
+            f"the tokenizer's highest token id is {highest}, the model's embedding has {rows} "
+            f"rows; expected ids below that: call model.resize_token_embeddings({highest + 1}) and "
+            "train the new rows, or use the tokenizer that belongs to the model"
+        )

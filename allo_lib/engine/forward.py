@@ -1,26 +1,39 @@
-"""Log-probabilities of responses under a model, with logits only where a response token stands."""
+"""Log-probabilities of responses under a model, with logits only where a response token stands.
+
+A vocabulary of 49,152 in float32 makes 0.2 MB of logits a token, and autograd keeps several copies.
+In `target_logps` logits live for one chunk of positions at a time: forward keeps their log-sum-exp
+alone, and backward makes them again where the loss has a gradient. Positions that a loss leaves out
+(tokens that are no key tokens, weights of 0) cost nothing in backward.
+"""
 
 import contextlib
 import weakref
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from allo_lib.engine.batches import Layout, collate, side
-from allo_lib.engine.head import target_logps
-from allo_lib.engine.prefix_tree import blocks, sees
-from allo_lib.engine.tree_attention import TreeByTree, no_mask
+from allo_lib.engine.batching import (
+    Layout,
+    Row,
+    TreeByTree,
+    attention_mask,
+    block_mask,
+    collate,
+    no_mask,
+)
 from allo_lib.errors import AlloError
 from allo_lib.machine import devices
-from allo_lib.method.losses import IGNORED
+from allo_lib.method.losses import IGNORED, Batch
 
 # Config keys of models that change their logits after the head, by too little to be seen while
 # those are small.
 _AFTER_HEAD = ("final_logit_softcapping", "logit_scale", "logits_scaling")
 # The attentions of transformers that take a mask for every two tokens, and how it is made.
-_MASKS = {"sdpa": sees, "flex_attention": blocks}
+_MASKS = {"sdpa": attention_mask, "flex_attention": block_mask}
 # Rows on a GPU are as long as a multiple of this: its attention copies masks of other lengths.
 _ALIGNED = 16
 # Config keys of how far back attention sees, of models that do not tell it layer by layer.
@@ -29,6 +42,9 @@ _WINDOWS = ("sliding_window", "sliding_window_size", "window_size", "attention_c
 _SAME = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 3e-2}
 # What a model raises for arguments or parts that it does not have.
 _LACKING = (TypeError, ValueError, RuntimeError, LookupError, AttributeError, NotImplementedError)
+
+
+CHUNK_BYTES = 64 * 2**20  # of float32 logits alive at once
 
 
 @dataclass(frozen=True)
@@ -45,7 +61,7 @@ class _Way:
 _WAYS = (_Way(True, True), _Way(True, False), _Way(False, True), _Way(False, False),
          _Way(False, False, False))  # fmt: skip
 # model -> (its attention, tree by tree or not) -> how it is read
-_known: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+_known: weakref.WeakKeyDictionary[Any, dict[Any, _Way]] = weakref.WeakKeyDictionary()
 _TRIAL = (
     {"prompt": [1, 2, 3], "response": [4, 5, 6, 7]},
     {"prompt": [1, 2, 3], "response": [8, 9, 10, 11, 12]},
@@ -53,8 +69,8 @@ _TRIAL = (
 )
 
 
-def response_logps(model, batch: dict[str, Tensor]) -> Tensor:
-    """Log-prob of every response token of a batch (`batches`); float32 [B, T], 0 behind the end.
+def response_logps(model: Any, batch: Batch) -> Tensor:
+    """Log-prob of every response token of a batch (`batching`); float32 [B, T], 0 behind the end.
 
     The language-model head runs on the positions before response tokens only, and once for
     positions that several responses share; but for models whose logits are more than its product.
@@ -62,23 +78,23 @@ def response_logps(model, batch: dict[str, Tensor]) -> Tensor:
     return _logps(model, batch, _way(model))
 
 
-def _logps(model, batch: dict[str, Tensor], way: _Way) -> Tensor:
+def _logps(model: Any, batch: Batch, way: _Way) -> Tensor:
     if way.matrix:
         logps = devices.inside(model, _by_matrix, model, batch, way.placed)
     else:
         logits = _read(model, model, batch, way.placed).logits.flatten(0, 1)[batch["before"]]
         logps = -F.cross_entropy(logits.float(), batch["targets"], reduction="none")
-    return torch.cat([logps, logps.new_zeros(1)])[batch["place"]]
+    return torch.cat([logps, logps.new_zeros(1)])[batch["place"]]  # [N + 1] -> [B, T]
 
 
-def _by_matrix(model, batch: dict[str, Tensor], placed: bool) -> Tensor:
+def _by_matrix(model: Any, batch: Batch, placed: bool) -> Tensor:
     hidden = _read(model, model.get_decoder(), batch, placed).last_hidden_state.flatten(0, 1)
-    hidden = hidden[batch["before"]]
+    hidden = hidden[batch["before"]]  # [R * L, H] -> [N, H]
     head = model.get_output_embeddings()
     return target_logps(hidden, head.weight, getattr(head, "bias", None), batch["targets"])
 
 
-def layout_of(model, pad_token_id: int, rows=None) -> Layout:
+def layout_of(model: Any, pad_token_id: int, rows: list[Row] | None = None) -> Layout:
     """How batches of this model are laid out: as trees if it reads those as it reads plain rows.
 
     A short trial finds the cheapest way of reading the model that gives the log-probs of its own
@@ -96,7 +112,7 @@ def layout_of(model, pad_token_id: int, rows=None) -> Layout:
     return replace(layout, shared=way.trees, one_row=way.trees and layout.one_row)
 
 
-def _trees(model, pad_token_id: int) -> Layout:
+def _trees(model: Any, pad_token_id: int) -> Layout:
     config = model.config.get_text_config()
     recomputes = any(getattr(part, "gradient_checkpointing", False) for part in model.modules())
     on_cpu = model.device.type == "cpu"
@@ -105,7 +121,7 @@ def _trees(model, pad_token_id: int) -> Layout:
     return Layout(pad_token_id, True, width, one_row, multiple, _window(config))
 
 
-def _window(config) -> int:
+def _window(config: Any) -> int:
     """Tokens up to which a row is read by full attention although it is a sliding one; 0: all."""
     if getattr(config, "layer_types", None):
         return 0  # told layer by layer
@@ -113,7 +129,7 @@ def _window(config) -> int:
     return min((one for one in found if type(one) is int and one > 0), default=0)
 
 
-def _way(model, layout: Layout | None = None, rows=None) -> _Way:
+def _way(model: Any, layout: Layout | None = None, rows: list[Row] | None = None) -> _Way:
     """The way that was found for the model, or is found now."""
     known = _known.setdefault(model, {})
     attention = model.config.get_text_config()._attn_implementation
@@ -133,7 +149,7 @@ def _way(model, layout: Layout | None = None, rows=None) -> _Way:
 
 
 @torch.no_grad()
-def _found(model, layout: Layout, rows) -> _Way:
+def _found(model: Any, layout: Layout, rows: Sequence[Row]) -> _Way:
     config = model.config.get_text_config()
     if config.vocab_size < 16 and rows is _TRIAL:
         rows = [{k: [i % config.vocab_size for i in v] for k, v in row.items()} for row in rows]
@@ -167,7 +183,7 @@ def _found(model, layout: Layout, rows) -> _Way:
     raise _no_causal(model, "what it gives of a row depends on what stands behind or beside it")
 
 
-def _own(model, row: dict) -> Tensor:
+def _own(model: Any, row: Row) -> Tensor:
     """Log-probs of one response by the model's plain forward pass of that row alone."""
     ids = torch.tensor([[*row["prompt"], *row["response"]]], device=model.device)
     logits = model(input_ids=ids, use_cache=False).logits[0, len(row["prompt"]) - 1 : -1]
@@ -180,26 +196,26 @@ def _same(found: Tensor, expected: Tensor, dtype: torch.dtype) -> bool:
     return bool(distance <= _SAME.get(dtype, 0.0))
 
 
-def _no_causal(model, why: str) -> AlloError:
+def _no_causal(model: Any, why: str) -> AlloError:
     return AlloError(
         f"{type(model).__name__} cannot be read as a causal language model: {why}; give one of "
         "transformers' ...ForCausalLM that reads from left to right"
     )
 
 
-def before_responses(model, batch: dict[str, Tensor]) -> Tensor:
-    """Hidden states before response tokens of all sequences, one after the other."""
+def before_responses(model: Any, batch: Batch) -> Tensor:
+    """Hidden states before the response tokens of all sequences, in order: [all tokens, H]."""
     batch = to_device(batch, model)
     hidden = _read(model, model.get_decoder(), batch).last_hidden_state.flatten(0, 1)
     return hidden[batch["before"][batch["place"][batch["labels"] != IGNORED]]]
 
 
-def _read(model, part, batch: dict[str, Tensor], placed: bool = True):
+def _read(model: Any, part: Any, batch: Batch, placed: bool = True) -> Any:
     """What `part` of the model (its decoder, or all of it) gives of the batch's rows."""
     reads = {"input_ids": batch["input_ids"], "use_cache": False}
     if placed:
         reads["position_ids"] = batch["position_ids"]
-    attention = contextlib.nullcontext()
+    attention: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
     if "sizes" in batch:
         attention = TreeByTree(batch["ends"], batch["sizes"])
         reads["attention_mask"] = no_mask(batch["ends"], model.dtype)
@@ -212,26 +228,28 @@ def _read(model, part, batch: dict[str, Tensor], placed: bool = True):
         return part(**reads)
 
 
-def to_device(batch: dict[str, Tensor], model) -> dict[str, Tensor]:
+def to_device(batch: Batch, model: Any) -> Batch:
     """The batch where the model is."""
     return {key: value.to(model.device) for key, value in batch.items()}
 
 
 @torch.no_grad()
-def logps_of_rows(model, rows: list[dict], pad_token_id: int, batch_size: int) -> list[list[float]]:
+def logps_of_rows(
+    model: Any, rows: list[Row], pad_token_id: int, batch_size: int
+) -> list[list[float]]:
     """Per-token log-probs of the `response` of each row, in the order of `rows`.
 
-    rows: `prompt` and `response` as token ids. Rows of the same prompt, and then of like length,
+    rows: `prompt` and `response` as token ids. Rows of the same prompt, and then of similar length,
     share a batch. Several processes share the batches, and all get the log-probs of all rows.
     """
     model.eval()
     layout = layout_of(model, pad_token_id)
-    longest: dict[tuple, int] = {}
+    longest: dict[tuple[int, ...], int] = {}
     for row in rows:
         key = tuple(row["prompt"])
         longest[key] = max(longest.get(key, 0), len(row["prompt"]) + len(row["response"]))
 
-    def length(i: int):
+    def length(i: int) -> tuple[int, tuple[int, ...], int]:
         key = tuple(rows[i]["prompt"])
         return longest[key], key, len(rows[i]["response"])
 
@@ -247,15 +265,115 @@ def logps_of_rows(model, rows: list[dict], pad_token_id: int, batch_size: int) -
     return devices.merged(result)
 
 
-def pair_logps(model, pairs: list[dict], pad_token_id: int, batch_size: int) -> list[dict]:
+def pair_logps(
+    model: Any, pairs: list[Row], pad_token_id: int, batch_size: int
+) -> list[dict[str, list[float]]]:
     """Per-token log-probs of both responses of encoded pairs: `chosen` and `rejected` lists."""
+    sides = ("chosen", "rejected")
     rows = [
-        {key: value for key, value in side(pair, which).items() if key in ("prompt", "response")}
-        for pair in pairs
-        for which in ("chosen", "rejected")
+        {"prompt": pair["prompt"], "response": pair[which]} for pair in pairs for which in sides
     ]
     values = logps_of_rows(model, rows, pad_token_id, batch_size)
     return [
         {"chosen": chosen, "rejected": rejected}
         for chosen, rejected in zip(values[::2], values[1::2], strict=True)
+    ]
+
+
+def target_logps(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
+    """log softmax(hidden @ weight.T + bias)[targets], float32 [N].
+
+    Args:
+        hidden: [N, H] last hidden states, in the dtype of the weights.
+        weight, bias: [V, H] and [V] (or None) of the head.
+        targets: int64 [N], ids below V.
+
+    The product is made in the dtype of the weights, everything after it in float32. Gradients go to
+    hidden, weight and bias, equal to those of `log_softmax` and `gather` up to rounding.
+    """
+    return _TargetLogps.apply(hidden, weight, bias, targets)
+
+
+@torch.no_grad()
+def argmax_tokens(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """argmax over the vocabulary of hidden @ weight.T + bias: int64 [N], the first of equal ones.
+
+    hidden [N, H], weight [V, H], bias [V] or None. What some models do after the head (scaling by a
+    positive number, capping) keeps the order of logits, and so this.
+    """
+    best = torch.empty(len(hidden), dtype=torch.int64, device=hidden.device)
+    for part in _chunks(len(hidden), weight):
+        best[part] = _logits(hidden[part], weight, bias).argmax(dim=-1)
+    return best
+
+
+class _TargetLogps(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor
+    ) -> Tensor:
+        total = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
+        logps = torch.empty_like(total)
+        for part in _chunks(len(targets), weight):
+            logits = _logits(hidden[part], weight, bias)  # [chunk, V]
+            total[part] = logits.logsumexp(dim=-1)  # [chunk]
+            logps[part] = logits.gather(1, targets[part, None])[:, 0] - total[part]
+        ctx.save_for_backward(hidden, weight, bias, targets, total)
+        return logps
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, bias, targets, total = ctx.saved_tensors
+        needs_hidden, needs_weight, needs_bias, _ = ctx.needs_input_grad
+        to_hidden = torch.zeros_like(hidden) if needs_hidden else None
+        to_weight = torch.zeros_like(weight) if needs_weight else None
+        to_bias = torch.zeros_like(bias, dtype=torch.float32) if needs_bias else None
+        # To count those that are used, a host would have to wait for its GPU.
+        everywhere = torch.arange(len(gradient), device=gradient.device)
+        used = everywhere if gradient.is_cuda else gradient.nonzero()[:, 0]
+        for part in _chunks(len(used), weight):
+            rows = used[part]
+            by_logits = _gradient_of_logits(
+                _logits(hidden[rows], weight, bias), total[rows], targets[rows], gradient[rows]
+            )
+            if to_bias is not None:
+                to_bias += by_logits.sum(dim=0)
+            by_logits = by_logits.to(weight.dtype)
+            if to_hidden is not None:
+                to_hidden[rows] = by_logits @ weight
+            if to_weight is not None:
+                to_weight.addmm_(by_logits.T, hidden[rows])
+        return to_hidden, to_weight, None if to_bias is None else to_bias.to(bias.dtype), None
+
+
+def _gradient_of_logits(logits: Tensor, total: Tensor, targets: Tensor, gradient: Tensor) -> Tensor:
+    """d/dlogits of sum_i g_i (logits[i, y_i] - logsumexp(logits[i])) = g (1[y] - softmax)."""
+    softmax = logits.sub_(total[:, None]).exp_()
+    softmax.mul_(-gradient[:, None])
+    return softmax.scatter_add_(1, targets[:, None], gradient[:, None])
+
+
+def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return torch.nn.functional.linear(hidden, weight, bias).float()
+
+
+def _chunks(count: int, weight: Tensor) -> Iterator[slice]:
+    rows = max(1, CHUNK_BYTES // (4 * weight.shape[0]))
+    return (slice(start, min(start + rows, count)) for start in range(0, count, rows))
+
+
+def implicit_margins(
+    policy: list[dict[str, list[float]]], reference: list[dict[str, list[float]]], beta: float
+) -> list[float]:
+    """DPO's implicit reward of chosen minus rejected, per pair: beta (Delta+ - Delta-).
+
+    policy, reference: `pair_logps` of the same pairs.
+    """
+    return [
+        beta
+        * (
+            (sum(ours["chosen"]) - sum(theirs["chosen"]))
+            - (sum(ours["rejected"]) - sum(theirs["rejected"]))
+        )
+        for ours, theirs in zip(policy, reference, strict=True)
     ]

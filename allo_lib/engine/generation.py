@@ -3,8 +3,11 @@
 The loop is our own, on the key-value cache of `transformers`, as `generate` there goes on with
 every row until the last one has ended: here a prompt is read once for all its samples, and rows
 that have ended leave the batch. Every sample draws from a generator of its own, so that it does not
-depend on which others share its batch. On a GPU, where launching kernels costs more than ended rows
-do, `static_decoding` makes the steps after the first.
+depend on which others share its batch.
+
+A small model on a GPU waits for its kernels to be launched, not for arithmetic. There the steps
+after the first are recorded as a CUDA graph and replayed (`_replay`), on a cache with a place for
+every token to come; rows that have ended stay until most have.
 
 Greedy decoding takes drafts, such as the responses of the model that a training started from. A
 draft is read together with its prompt, in one pass, and kept as far as the model would have written
@@ -12,21 +15,32 @@ it itself (greedy speculative decoding, arXiv 2211.17192): the responses are tho
 by token, up to the rounding of a near tie.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
 
-from allo_lib.engine import static_decoding
 from allo_lib.engine.encoding import encode_prompt
-from allo_lib.engine.head import likeliest
+from allo_lib.engine.forward import argmax_tokens
+from allo_lib.errors import AlloError
+from allo_lib.machine.runtime import plain_writes
+from allo_lib.method.losses import Batch
 from allo_lib.seeds import derive
 
 # Rows leave the batch together, when this share of it has ended: leaving copies the cache.
 _LEAVE_AT = 0.125
 # Tokens that a response is reckoned with, prompt included: what a batch may hold in its cache.
 _TOKENS = 512
+# Replayed steps between two looks at which rows have ended; up to as many are in vain at the end.
+_LOOK_AFTER = 8
+# A replayed batch of more rows than this begins again with those left when a quarter is: a new
+# recording and a copied cache cost about as much as a dozen steps.
+_SMALL = 32
 
 
 @dataclass(frozen=True)
@@ -38,9 +52,9 @@ class Response:
 
 
 def generate(
-    model,
-    tokenizer,
-    prompts: list,
+    model: Any,
+    tokenizer: Any,
+    prompts: list[Any],
     *,
     max_new_tokens: int,
     batch_size: int,
@@ -51,7 +65,7 @@ def generate(
 ) -> list[list[Response]]:
     """`samples` responses to each prompt, greedy when `temperature` is None, else sampled.
 
-    Prompts of like length share a batch of at most `batch_size` responses, padded on the left;
+    Prompts of similar length share a batch of at most `batch_size` responses, padded on the left;
     where prompts are long, of fewer, as memory goes by tokens. The draws of a sample follow from
     `seed`, the number of its prompt and its own number alone.
 
@@ -61,7 +75,8 @@ def generate(
     encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]
     order = sorted(range(len(encoded)), key=lambda i: (len(encoded[i]), i))
     rows = max(1, batch_size // samples)
-    drafted = drafts is not None and temperature is None and samples == 1 and _sees_all(model)
+    if temperature is not None or samples > 1 or not _sees_all(model):
+        drafts = None
     model.eval()
     results: list[list[Response]] = [[] for _ in prompts]
     with torch.inference_mode():
@@ -70,14 +85,14 @@ def generate(
         for chunk in _batches(order, widths, rows, room):
             batch = _left_padded([encoded[i] for i in chunk], tokenizer.pad_token_id, model.device)
             decoding = _Decoding(model, tokenizer.eos_token_id, max_new_tokens)
-            if drafted:
+            if drafts is not None:
                 decoding.read_drafts(batch, [drafts[i] for i in chunk])
             elif temperature is None:
                 decoding.read_prompts(batch, samples)
             else:
                 draws = _draws(chunk, samples, max_new_tokens, seed)
                 decoding.read_prompts(batch, samples, temperature, draws)
-            ids = (static_decoding.finish if _replays_steps(model) else _Decoding.run)(decoding)
+            ids = _replay(decoding) if _replays_steps(model) else decoding.run()
             for position, i in enumerate(chunk):
                 own = ids[position * samples : (position + 1) * samples]
                 results[i] = [_response(tokenizer, one) for one in own]
@@ -99,31 +114,44 @@ def _batches(order: list[int], widths: list[int], rows: int, room: int) -> list[
     return batches
 
 
-def _sees_all(model) -> bool:
+def _sees_all(model: Any) -> bool:
     """Whether every layer attends to all tokens before; rejected ones leave holes in the cache."""
     kinds = getattr(model.config.get_text_config(), "layer_types", None) or ("full_attention",)
     return set(kinds) == {"full_attention"}
 
 
-def _replays_steps(model) -> bool:
+def _replays_steps(model: Any) -> bool:
     """Whether steps can be recorded: on a GPU, by an attention that reads a mask of every two."""
     attention = model.config.get_text_config()._attn_implementation
-    return model.device.type == "cuda" and attention == "sdpa" and _sees_all(model)
+    on_gpu = model.device.type == "cuda"
+    return on_gpu and attention == "sdpa" and _sees_all(model)
 
 
 class _Decoding:
     """One batch. Lists and tensors over `rows`, the responses that have not left, by number.
 
     chosen: the next token of each. lengths: tokens of its response before that. over: whether the
-    response has come to its end or its limit. positions: [rows, 1], of the last token read.
+    response has come to its end or its limit. positions: [rows, 1], of the last token read. mask:
+    [rows, places], 1 where the cache holds a token; ids: tokens of all responses.
     """
 
-    def __init__(self, model, end: int, limit: int):
+    chosen: Tensor
+    positions: Tensor
+    mask: Tensor
+
+    def __init__(self, model: Any, end: int, limit: int):
         self.model, self.end, self.limit = model, end, limit
         self.cache = DynamicCache(config=model.config)
-        self.temperature, self.draws = None, None
+        self.temperature = 1.0
+        self.draws: Tensor | None = None  # float32 [all rows, limit]; None: greedy
 
-    def read_prompts(self, batch, samples: int, temperature=None, draws=None) -> None:
+    def read_prompts(
+        self,
+        batch: Batch,
+        samples: int,
+        temperature: float = 1.0,
+        draws: Tensor | None = None,
+    ) -> None:
         """Begin with the prompts alone, each read once for all its samples."""
         self._begin(batch, samples)
         self.temperature = temperature
@@ -138,7 +166,7 @@ class _Decoding:
             logits = logits.repeat_interleave(samples, dim=0)
         self.chosen = self.choose(logits)
 
-    def read_drafts(self, batch, drafts: list[list[int]]) -> None:
+    def read_drafts(self, batch: Batch, drafts: list[list[int]]) -> None:
         """Begin with prompts and drafts, and keep of each draft what the model agrees with."""
         self._begin(batch, 1)
         drafts = [draft[: self.limit] for draft in drafts]
@@ -156,10 +184,10 @@ class _Decoding:
             past_key_values=self.cache,
             use_cache=True,
         )
-        hidden = output.last_hidden_state[:, width - 1 :]
+        hidden = output.last_hidden_state[:, width - 1 :]  # [rows, length + 1, H]
         head = self.model.get_output_embeddings()
-        own = likeliest(hidden.flatten(0, 1), head.weight, getattr(head, "bias", None))
-        own = own.view(len(drafts), length + 1)
+        own = argmax_tokens(hidden.flatten(0, 1), head.weight, getattr(head, "bias", None))
+        own = own.view(len(drafts), length + 1)  # [rows * (length + 1)] -> [rows, length + 1]
         agreed = (own[:, :-1] == guess).long().cumprod(dim=1)
         self.lengths = agreed.sum(dim=1)
         self.mask[:, width:] = agreed
@@ -182,7 +210,7 @@ class _Decoding:
             self.take()
         return self.ids
 
-    def _begin(self, batch, samples: int) -> None:
+    def _begin(self, batch: Batch, samples: int) -> None:
         count, device = len(batch["input_ids"]) * samples, self.model.device
         self.ids: list[list[int]] = [[] for _ in range(count)]
         self.rows = torch.arange(count, device=device)
@@ -209,7 +237,7 @@ class _Decoding:
             use_cache=True,
             logits_to_keep=1,
         )
-        return output.logits[:, -1].float()
+        return output.logits[:, -1].float()  # [rows, 1, V] -> [rows, V]
 
     def keep(self, rows: Tensor) -> None:
         self.cache.batch_select_indices(rows)
@@ -217,11 +245,11 @@ class _Decoding:
             setattr(self, name, getattr(self, name)[rows])
 
     def choose(self, logits: Tensor) -> Tensor:
-        """The next token: the likeliest, or the one where the draw falls in the cumulated odds."""
+        """The next token: the argmax, or the one where the draw falls in the cumulative odds."""
         if self.draws is None:
             return logits.argmax(dim=-1)
-        odds = torch.softmax(logits / self.temperature, dim=-1).cumsum(dim=-1)
-        drawn = self.draws[self.rows, self.lengths.clamp_max(self.limit - 1)]
+        odds = torch.softmax(logits / self.temperature, dim=-1).cumsum(dim=-1)  # [rows, V]
+        drawn = self.draws[self.rows, self.lengths.clamp_max(self.limit - 1)]  # [rows]
         point = drawn[:, None] * odds[:, -1:]
         return torch.searchsorted(odds, point, right=True)[:, 0].clamp_max(odds.shape[1] - 1)
 
@@ -236,7 +264,7 @@ def _draws(prompts: list[int], samples: int, count: int, seed: int) -> Tensor:
     return torch.cat(rows)
 
 
-def _left_padded(rows: list[list[int]], pad_token_id: int, device) -> dict[str, Tensor]:
+def _left_padded(rows: list[list[int]], pad_token_id: int, device: Any) -> Batch:
     length = max(len(row) for row in rows)
     ids = torch.full((len(rows), length), pad_token_id)
     mask = torch.zeros(len(rows), length, dtype=torch.int64)
@@ -246,8 +274,146 @@ def _left_padded(rows: list[list[int]], pad_token_id: int, device) -> dict[str, 
     return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
 
 
-def _response(tokenizer, ids: list[int]) -> Response:
+def _response(tokenizer: Any, ids: list[int]) -> Response:
     ended = tokenizer.eos_token_id in ids
     if ended:
         ids = ids[: ids.index(tokenizer.eos_token_id)]
     return Response(tokenizer.decode(ids, skip_special_tokens=True), ended)
+
+
+def _replay(decoding: _Decoding) -> list[list[int]]:
+    """`_Decoding.run` by steps that are recorded once.
+
+    A recording takes tensors that stay where they are: the cache is as long from the start as it
+    will be at the end, and rows that have ended stay until most have, when the others go on as a
+    smaller batch. No step is compiled, which would take longer than a small study decodes.
+    """
+    decoding.take()
+    if bool(decoding.over.all()):
+        return decoding.ids
+    most = decoding.limit - int(decoding.lengths.min()) + 2 * _LOOK_AFTER
+    place = torch.tensor([decoding.mask.shape[1]], device=decoding.mask.device)
+    layers = decoding.cache.layers
+    decoding.cache.layers = [_Places(layer, most, place) for layer in layers]
+    decoding.mask = F.pad(decoding.mask, (0, most)).bool()[:, None, None]  # [rows, 1, 1, places]
+    with plain_writes():
+        while not bool(decoding.over.all()):
+            decoding.keep((~decoding.over).nonzero()[:, 0])
+            _go_on(decoding, place, most)
+    return decoding.ids
+
+
+def _go_on(decoding: _Decoding, place: Tensor, most: int) -> None:
+    """Go on with rows that are all under way until most of them have ended, of few rows all."""
+    rows, device = len(decoding.rows), place.device
+    left = rows // 4 if rows > _SMALL else 0
+    written = torch.full((rows, most), -1, device=device)
+    number = torch.zeros(1, dtype=torch.int64, device=device)  # of the next column of `written`
+    step = _recorded(lambda: _step(decoding, place, written, number), device)
+    while rows - int(decoding.over.sum()) > left:
+        for _ in range(_LOOK_AFTER):
+            step()
+    for row, tokens in zip(decoding.rows.tolist(), written.tolist(), strict=True):
+        decoding.ids[row].extend(token for token in tokens if token >= 0)
+
+
+def _step(decoding: _Decoding, place: Tensor, written: Tensor, number: Tensor) -> None:
+    """Read the chosen tokens and choose the next ones; every tensor is changed in its place."""
+    decoding.mask.index_fill_(3, place, True)
+    decoding.positions.add_((~decoding.over).long()[:, None])  # an ended row stays in its context
+    chosen = decoding.choose(decoding.read(decoding.chosen[:, None], decoding.positions))
+    decoding.chosen.copy_(chosen)
+    written.index_copy_(1, number, torch.where(decoding.over, -1, chosen)[:, None])
+    decoding.lengths.add_((~decoding.over).long())
+    decoding.over.logical_or_((chosen == decoding.end) | (decoding.lengths >= decoding.limit))
+    place.add_(1)
+    number.add_(1)
+
+
+def _recorded(step: Callable[[], None], device: torch.device) -> Callable[[], None]:
+    """What makes the same step again, its kernels launched together. One step is made here, as
+    whatever a kernel sets up at its first call cannot be recorded."""
+    if device.type != "cuda":
+        return step
+    beside = torch.cuda.Stream(device)
+    beside.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(beside):
+        step()
+    torch.cuda.current_stream(device).wait_stream(beside)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay
+
+
+class _Places(DynamicLayer):
+    """A layer's keys and values, [rows, heads, places, head size], with `more` places behind those
+    that are taken; the next token's go to `place`, int64 [1], which all layers share."""
+
+    def __init__(self, layer: DynamicLayer, more: int, place: Tensor):
+        super().__init__()
+        self.lazy_initialization(layer.keys, layer.values)
+        self.keys = F.pad(layer.keys, (0, 0, 0, more))
+        self.values = F.pad(layer.values, (0, 0, 0, more))
+        self.place = place
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Put the states of one token into their place; returns all, the mask says which count."""
+        self.keys.index_copy_(2, self.place, key_states)
+        self.values.index_copy_(2, self.place, value_states)
+        return self.keys, self.values
+
+
+@dataclass(frozen=True)
+class Answers:
+    """Greedy responses to questions, in their order: texts, whether read, whether right."""
+
+    texts: list[str]
+    answered: list[bool]
+    right: list[bool]
+
+    @property
+    def accuracy(self) -> float:
+        """Share of right answers; a response without an answer is wrong."""
+        return sum(self.right) / len(self.right)
+
+
+def answer(
+    model: Any,
+    tokenizer: Any,
+    task: Any,
+    questions: list[Any],
+    *,
+    max_new_tokens: int,
+    batch_size: int,
+    drafts: list[list[int]] | None = None,
+) -> Answers:
+    """Greedy decoding of every question, judged by the task; an unended response has no answer.
+
+    drafts: guesses at the responses, see `generate`.
+
+    Raises:
+        AlloError: no questions, of which there is no accuracy.
+    """
+    if not questions:
+        raise AlloError("no questions to answer; raise `dev` and `test` of the domain")
+    responses = generate(
+        model,
+        tokenizer,
+        [question.prompt for question in questions],
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        drafts=drafts,
+    )
+    texts = [group[0].text for group in responses]
+    answered = [
+        group[0].ended and task.answered(question, group[0].text)
+        for question, group in zip(questions, responses, strict=True)
+    ]
+    right = [
+        read and task.right(question, text)
+        for question, text, read in zip(questions, texts, answered, strict=True)
+    ]
+    return Answers(texts, answered, right)

@@ -3,20 +3,24 @@
 A *rollout* is the responses to one step's questions, sampled by the policy as it is then. A2C makes
 one update of it, PPO several, whose steps its clipped ratio bounds. Reward of a response: 1 if it
 has ended and is right, else 0; of a token: less a penalty for leaving the model that the training
-started from. Advantages are generalised ones (`policy_gradient`) over a linear critic.
+started from. Advantages are generalised ones (`advantages`) over a linear critic.
 
 How this differs from common practice, and so from what "Vanilla PPO" and "PPO A2C" of the paper
 are likely to be (it names them and tells no settings): the critic is a ridge regression on the
 policy's last hidden states, not a second language model; there is no reward model, no entropy
 bonus, and no clipping of values; and the training is as short as that of the methods on pairs: as
-many updates, each of as many responses, of which PPO samples only every second one anew. Its rows
-are to be called "PPO, linear critic" and "A2C, linear critic". Responses are encoded anew from
+many updates, each of as many responses, of which PPO samples only every second one again. Its rows
+are to be called "PPO, linear critic" and "A2C, linear critic". Responses are encoded again from
 their texts, as those of pairs are: ids may differ from the sampled ones where a tokenizer has
 several ways to write a text.
 
-The loop is not `training.train`: Trainer collates a batch before the update ahead of it is made,
+The loop is not `trainer.train`: Trainer collates a batch before the update ahead of it is made,
 when the policy that has to sample it does not exist yet. An interrupted training starts over, and
 ends with the same bits.
+
+Shapes: B responses, T tokens of the longest, N tokens of all of them, H the model's hidden size.
+All values of tokens are float32 [B, T], 0 behind the end of a response; `mask`, bool [B, T], is
+True on its tokens, which stand together from its start.
 """
 
 import copy
@@ -24,23 +28,25 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import get_cosine_schedule_with_warmup
 
-from allo_lib.engine.batches import collate
+from allo_lib.engine.batching import Row, collate
 from allo_lib.engine.encoding import encode_prompt, encode_response
 from allo_lib.engine.forward import before_responses, layout_of, response_logps, to_device
 from allo_lib.engine.generation import Response, generate
-from allo_lib.engine.policy_gradient import Critic, advantages, penalised_rewards, returns, whitened
-from allo_lib.engine.training import Log, Numbers, Schedule
+from allo_lib.engine.trainer import Log, Numbers, Schedule
 from allo_lib.errors import AlloError
-from allo_lib.method.losses import IGNORED, values_unread
-from allo_lib.method.objectives import objective
-from allo_lib.method.optim import MaskedAdamW
+from allo_lib.method.checks import values_unread
+from allo_lib.method.losses import IGNORED, Batch, objective
+from allo_lib.method.masked_adamw import MaskedAdamW
+from allo_lib.method.neurons import NeuronMask
 from allo_lib.seeds import derive
 
+_EPSILON = 1e-8  # keeps a batch of equal advantages from being divided by 0
 _PRINT_EVERY = 15.0  # seconds between progress lines, short runs print none
 
 
@@ -62,16 +68,16 @@ DEFAULT = OnPolicy()
 
 
 def run_on_policy(
-    model,
-    tokenizer,
-    prompts: list,
+    model: Any,
+    tokenizer: Any,
+    prompts: list[Any],
     reward: Callable[[int, Response], float],
     name: str,
     schedule: Schedule,
     *,
     max_new_tokens: int,
     generation_batch: int,
-    mask=None,
+    mask: NeuronMask | None = None,
     weight_decay: float = 0.0,
     max_grad_norm: float | None = 1.0,
     label: str = "training",
@@ -116,7 +122,14 @@ def run_on_policy(
     return log
 
 
-def _train(model, rollouts, name: str, optimizer, schedule: Schedule, label: str) -> Log:
+def _train(
+    model: Any,
+    rollouts: "_Rollouts",
+    name: str,
+    optimizer: MaskedAdamW,
+    schedule: Schedule,
+    label: str,
+) -> Log:
     steps, log = _order(len(rollouts.prompts), schedule), Log()
     warmup = schedule.warmup
     warmup = math.ceil(len(steps) * warmup) if warmup < 1 else int(warmup)  # as Trainer has it
@@ -164,9 +177,17 @@ def _explained(values: Tensor, seen: Tensor) -> Tensor:
 class _Rollouts:
     """Makes rollouts of a policy; keeps the model it started from, and the critic."""
 
-    decoding: dict  # of `generate`: max_new_tokens, batch_size
+    decoding: dict[str, Any]  # of `generate`: max_new_tokens, batch_size
 
-    def __init__(self, model, tokenizer, prompts, reward, seed: int, settings: OnPolicy):
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        prompts: list[Any],
+        reward: Callable[[int, Response], float],
+        seed: int,
+        settings: OnPolicy,
+    ):
         self.model, self.tokenizer = model, tokenizer
         self.prompts, self.reward, self.seed, self.settings = prompts, reward, seed, settings
         self.encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]
@@ -175,17 +196,17 @@ class _Rollouts:
         self.critic = Critic(settings.ridge, settings.memory)
 
     @torch.no_grad()
-    def sample(self, numbers: list[int], step: int) -> tuple[dict, dict[str, Tensor]]:
+    def sample(self, numbers: list[int], step: int) -> tuple[Batch, dict[str, Tensor]]:
         """The batch of the responses to these questions, and what there is to log of it."""
-        rows, right = self._responses(numbers, step)
+        rows, verdicts = self._responses(numbers, step)
         batch = to_device(collate(rows, self.layout), self.model)
         mask = batch["labels"] != IGNORED
-        right = torch.tensor(right, device=mask.device)
-        policy = response_logps(self.model, batch)
+        right = torch.tensor(verdicts, device=mask.device)  # [B]
+        policy = response_logps(self.model, batch)  # [B, T]
         reference = response_logps(self.reference, batch)
         rewards = penalised_rewards(right, policy, reference, mask, self.settings.kl)
-        seen = returns(rewards)[mask]
-        hidden = before_responses(self.model, batch)
+        seen = returns(rewards)[mask]  # [B, T] -> [N]
+        hidden = before_responses(self.model, batch)  # [N, H]
         values = torch.zeros_like(rewards)
         values[mask] = self.critic.values(hidden)
         raw = advantages(rewards, values, mask, self.settings.decay)
@@ -198,7 +219,7 @@ class _Rollouts:
         self.critic.learn(hidden, seen)  # last: a baseline must not know the outcome
         return batch, told
 
-    def _responses(self, numbers: list[int], step: int) -> tuple[list[dict], list[float]]:
+    def _responses(self, numbers: list[int], step: int) -> tuple[list[Row], list[float]]:
         groups = generate(
             self.model,
             self.tokenizer,
@@ -217,3 +238,89 @@ class _Rollouts:
                 rows.append({"prompt": self.encoded[number], "response": ids})
                 right.append(float(self.reward(number, response)))
         return rows, right
+
+
+def penalised_rewards(
+    right: Tensor, policy: Tensor, reference: Tensor, mask: Tensor, kl: float
+) -> Tensor:
+    """r_t = -kl (log pi(y_t) - log ref(y_t)), and at the last token the verdict besides; [B, T].
+
+    right: [B], 1 or 0. policy, reference: log-probs of the sampled tokens. Their difference is in
+    expectation the KL divergence, so that the sum over a response is what RLHF maximises
+    (arXiv 2203.02155, eq. 2). AlloError for a response without tokens.
+    """
+    lengths = mask.sum(dim=1)
+    if (lengths < 1).any():
+        raise AlloError("penalised_rewards: a response has no tokens; give it its end token")
+    rewards = -kl * (policy - reference) * mask
+    rewards[torch.arange(len(rewards), device=rewards.device), lengths - 1] += right
+    return rewards
+
+
+def returns(rewards: Tensor) -> Tensor:
+    """The sum of rewards from each token on, undiscounted; [B, T]."""
+    return rewards.flip(1).cumsum(dim=1).flip(1)
+
+
+def advantages(rewards: Tensor, values: Tensor, mask: Tensor, decay: float) -> Tensor:
+    """Generalised advantage estimation, arXiv 1506.02438, eq. 16 with gamma = 1; [B, T].
+
+    A_t = sum_l decay^l d_{t+l}, d_t = r_t + V_{t+1} - V_t, V = 0 behind the end
+    values: V_t, the expected return before token t. decay: lambda in [0, 1]; 1 is `returns` less V,
+    0 is d_t alone.
+    """
+    values = values * mask
+    after = torch.cat([values[:, 1:], torch.zeros_like(values[:, :1])], dim=1)
+    errors = (rewards + after - values) * mask
+    result, later = torch.empty_like(errors), torch.zeros_like(errors[:, 0])
+    for t in range(errors.shape[1] - 1, -1, -1):
+        later = errors[:, t] + decay * later
+        result[:, t] = later
+    return result
+
+
+def whitened(values: Tensor, mask: Tensor) -> Tensor:
+    """The values of tokens with mean 0 and standard deviation 1 over all tokens; [B, T]."""
+    own = values[mask]
+    spread = own.std(correction=0)
+    return (values - own.mean()) / (spread + _EPSILON) * mask
+
+
+class Critic:
+    """V(s) = w . [h, 1]: expected return as a linear function of the policy's last hidden state.
+
+    w is the ridge regression of all returns seen so far on the hidden states they were seen at,
+    older batches counting less, as the policy that made them is gone. It is solved for in closed
+    form, in float64 on the CPU: no learning rate to choose, no gradient into the policy.
+
+    ridge: penalty in units of the mean square of a feature. memory: weight of the batches before,
+    per batch.
+    """
+
+    def __init__(self, ridge: float, memory: float):
+        self.ridge, self.memory = ridge, memory
+        self._squares: Tensor | None = None  # [H + 1, H + 1]
+        self._products = self._weights = torch.empty(0)  # [H + 1]
+
+    def values(self, hidden: Tensor) -> Tensor:
+        """V before each token, from the hidden states [N, H]; float32 [N], 0 before any `learn`."""
+        if self._squares is None:
+            return torch.zeros(len(hidden), device=hidden.device)
+        return (_features(hidden) @ self._weights).float().to(hidden.device)
+
+    def learn(self, hidden: Tensor, seen: Tensor) -> None:
+        """Take in what came of the states [N, H]: `seen`, [N], the returns from there."""
+        features = _features(hidden)
+        squares, products = features.T @ features, features.T @ seen.double().cpu()
+        if self._squares is not None:
+            squares += self.memory * self._squares
+            products += self.memory * self._products
+        self._squares, self._products = squares, products
+        penalty = self.ridge * squares.diagonal().mean()
+        eye = torch.eye(len(squares), dtype=squares.dtype)
+        self._weights = torch.linalg.solve(squares + penalty * eye, products)
+
+
+def _features(hidden: Tensor) -> Tensor:
+    hidden = hidden.detach().double().cpu()
+    return torch.cat([hidden, hidden.new_ones(len(hidden), 1)], dim=1)  # [N, H + 1]

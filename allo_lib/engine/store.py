@@ -20,9 +20,10 @@ import shutil
 import sys
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
@@ -67,7 +68,7 @@ class Artifact:
                 )
         return path
 
-    def json(self, name: str = "record.json"):
+    def json(self, name: str = "record.json") -> Any:
         """A JSON file of the artifact, parsed; AlloError when it was damaged after its check."""
         try:
             return json.loads(self.file(name).read_text(encoding="utf-8"))
@@ -93,7 +94,7 @@ class Store:
     def get(
         self,
         kind: str,
-        inputs: dict,
+        inputs: dict[str, Any],
         make: Callable[[Path], None],
         changed: Callable[[], None] = lambda: None,
     ) -> Artifact:
@@ -129,7 +130,7 @@ class Store:
         return self._checked[path]
 
     @contextlib.contextmanager
-    def only_reading(self):
+    def only_reading(self) -> Iterator[None]:
         """Inside it nothing is made, neither what is asked for nor what its key depends on."""
         before, self._only_reading = self._only_reading, True
         try:
@@ -137,7 +138,7 @@ class Store:
         finally:
             self._only_reading = before
 
-    def has(self, kind: str, inputs: dict) -> bool:
+    def has(self, kind: str, inputs: dict[str, Any]) -> bool:
         """Whether `get` would find the artifact without making it; its tensors may be lost."""
         key = fingerprint({"kind": kind, "inputs": inputs})[:_KEY_LENGTH]
         path = self.folder / kind / key
@@ -169,7 +170,15 @@ class Store:
         print(f"{kind}/{key}: {damaged} is damaged; set aside, made anew", file=sys.stderr)
         return None
 
-    def _make(self, kind, key, path, inputs, make, changed) -> float:
+    def _make(
+        self,
+        kind: str,
+        key: str,
+        path: Path,
+        inputs: dict[str, Any],
+        make: Callable[[Path], None],
+        changed: Callable[[], None],
+    ) -> float:
         temporary = path.with_name(f".{key}.{uuid.uuid4().hex[:8]}")
         start = time.perf_counter()
         try:
@@ -189,7 +198,7 @@ class Store:
             shutil.rmtree(temporary, ignore_errors=True)
         return seconds
 
-    def _failure(self, kind: str, error: Exception) -> str:
+    def _failure(self, kind: str, error: OSError | SafetensorError) -> str:
         """One line that blames the store's disk only for what happened there."""
         if self._happened_here(error):
             return (
@@ -201,7 +210,7 @@ class Store:
             "kept"
         )
 
-    def _happened_here(self, error: Exception) -> bool:
+    def _happened_here(self, error: OSError | SafetensorError) -> bool:
         if isinstance(error, SafetensorError):
             return True
         if isinstance(error, FileNotFoundError):  # what was to be read, nothing that was written
@@ -210,7 +219,7 @@ class Store:
             return Path(error.filename).absolute().is_relative_to(self.folder.absolute())
         return error.errno in _FULL_OR_BROKEN  # a failing write names no file
 
-    def _publish(self, temporary: Path, path: Path, changed) -> None:
+    def _publish(self, temporary: Path, path: Path, changed: Callable[[], None]) -> None:
         try:
             temporary.rename(path)
         except OSError:
@@ -220,7 +229,7 @@ class Store:
             # there without its tensors.
             _put_back(temporary, path, changed)
             return
-        _fsync(path.parent)
+        fsync(path.parent)
 
 
 def _inspect(path: Path) -> tuple[str | None, float]:
@@ -270,11 +279,11 @@ def _put_back(made: Path, path: Path, changed: Callable[[], None]) -> None:
         for name in names:
             (path / name).parent.mkdir(parents=True, exist_ok=True)
             os.replace(made / name, path / name)
-            _fsync((path / name).parent)
+            fsync((path / name).parent)
 
 
 @contextlib.contextmanager
-def _alone(folder: Path):
+def _alone(folder: Path) -> Iterator[None]:
     """Hold a lock on a folder of the store."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
@@ -308,7 +317,7 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def write_json(path: Path, value) -> None:
+def write_json(path: Path, value: Any) -> None:
     """JSON with sorted keys, one value per line, LF at the end."""
     text = json.dumps(value, sort_keys=True, indent=1, allow_nan=False, ensure_ascii=False)
     path.write_text(text + "\n", encoding="utf-8")
@@ -324,21 +333,21 @@ def partial_of(folder: Path) -> Path:
     return folder.with_name(f".{key}.partial")
 
 
-def seal(folder: Path, manifest: dict) -> None:
+def seal(folder: Path, manifest: dict[str, Any]) -> None:
     """Write the manifest of a folder, with the hashes of its files, and all of it to the disk.
 
     Raises OSError when the disk does not take it all.
     """
     files = sorted(p for p in folder.rglob("*") if p.is_file())
     for path in files:
-        _fsync(path)
+        fsync(path)
         _check_whole(path)
     manifest["files"] = {str(p.relative_to(folder)): sha256(p) for p in files}
     manifest["bytes"] = sum(p.stat().st_size for p in files)
     write_json(folder / MANIFEST, manifest)
-    _fsync(folder / MANIFEST)
+    fsync(folder / MANIFEST)
     _check_whole(folder / MANIFEST)
-    _fsync(folder)
+    fsync(folder)
 
 
 def _check_whole(path: Path) -> None:
@@ -353,7 +362,8 @@ def _check_whole(path: Path) -> None:
         raise OSError(errno.EIO, "less arrived than was written", str(path)) from error
 
 
-def _fsync(path: Path) -> None:
+def fsync(path: Path) -> None:
+    """Have the disk take what was written to a file or folder; OSError when it does not."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

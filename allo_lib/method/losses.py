@@ -1,22 +1,33 @@
-"""The objectives, each a pure function beside its equation.
+"""The objectives, each a pure function beside its equation, and how a batch becomes their loss.
 
 Shapes: B rows (pairs), T tokens of a row (prompt and response), V vocabulary. Log-probs are natural
 logs in float32. Delta_t = log pi_theta(y_t) - log pi_ref(y_t) is called a (log-)ratio. Losses of
 pairs come back per row, [B]; the caller takes the mean.
 """
 
-import contextlib
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from allo_lib.errors import AlloError
+from allo_lib.method.checks import check
+from allo_lib.method.tokens import key_tokens
 
 CLIP = 0.2  # how far PPO's ratio counts on either side of 1; arXiv 1707.06347, table 1's best
 GAMMA = 1.0  # SimPO's target margin; arXiv 2405.14734 searches 0.3 to 1.6 beside a beta of 2
 IGNORED = -100  # label of positions that belong to no response; the convention of transformers
-_reads_values = True  # whether arguments are looked at, besides their shapes
+ON_PAIRS = ("dpo", "rdpo", "ipo", "bco", "simpo", "learning", "merged")
+ON_REJECTED = ("npo", "forgetting")
+ON_SOLUTIONS = ("sft", "rft")
+ON_POLICY = ("ppo", "a2c")  # on responses that the policy in training writes (`on_policy`)
+# Losses that are no mean of terms, so that no process can judge a share of a batch.
+INDIVISIBLE = ("bco", "merged", *ON_POLICY)
+
+Batch = dict[str, Tensor]
+Result = tuple[Tensor, dict[str, Tensor]]  # loss and metrics
+Objective = Callable[[Tensor, Batch], Result]
 
 
 def token_logps(logits: Tensor, labels: Tensor) -> Tensor:
@@ -45,7 +56,7 @@ def token_logps(logits: Tensor, labels: Tensor) -> Tensor:
             f"token_logps: label {int(unknown[0])} is outside the vocabulary of "
             f"{logits.shape[-1]}; use the model's own tokenizer"
         )
-    # cross_entropy fuses log-softmax and gather; an ignored target gives exactly 0.
+    # cross_entropy fuses log-softmax and gather; an ignored target gives exactly 0: [B, T - 1].
     logps = -F.cross_entropy(
         logits[:, :-1].float().transpose(1, 2), targets, ignore_index=IGNORED, reduction="none"
     )
@@ -65,8 +76,7 @@ def dpo_loss(
 
     L = -log sigma(beta [(log pi(y+) - log ref(y+)) - (log pi(y-) - log ref(y-))])
     """
-    _same_shape("dpo_loss", policy_chosen, policy_rejected, ref_chosen, ref_rejected)
-    _positive("dpo_loss", beta=beta)
+    check("dpo_loss", policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta=beta)
     margin = (policy_chosen - ref_chosen) - (policy_rejected - ref_rejected)
     return -F.logsigmoid(beta * margin)
 
@@ -84,10 +94,9 @@ def token_dpo_loss(
     chosen response and m- the key tokens of the rejected one. All arguments are [B, T]; the masks
     bool or weights. With both masks the whole responses this is `dpo_loss`.
     """
-    _same_shape("token_dpo_loss", chosen_ratio, chosen_mask)
-    _same_shape("token_dpo_loss", rejected_ratio, rejected_mask)
-    _positive("token_dpo_loss", beta=beta)
-    chosen = (chosen_ratio * chosen_mask).sum(dim=1)
+    check("token_dpo_loss", chosen_ratio, chosen_mask, beta=beta)
+    check("token_dpo_loss", rejected_ratio, rejected_mask, beta=beta)
+    chosen = (chosen_ratio * chosen_mask).sum(dim=1)  # [B, T] -> [B]
     rejected = (rejected_ratio * rejected_mask).sum(dim=1)
     return -F.logsigmoid(beta * (chosen - rejected))
 
@@ -100,8 +109,7 @@ def npo_loss(policy: Tensor, ref: Tensor, weights: Tensor, beta: float = 0.1) ->
     log-probs of rejected responses and weights, 0 outside the response. No non-zero weight: the
     loss is 0 with a zero gradient, as there is nothing to forget.
     """
-    _same_shape("npo_loss", policy, ref, weights)
-    _positive("npo_loss", beta=beta)
+    check("npo_loss", policy, ref, weights, beta=beta)
     weights = weights.to(policy.dtype)
     terms = weights * F.logsigmoid(-beta * (policy - ref))
     return -(2 / beta) * terms.sum() / (weights != 0).sum().clamp(min=1)
@@ -109,8 +117,7 @@ def npo_loss(policy: Tensor, ref: Tensor, weights: Tensor, beta: float = 0.1) ->
 
 def sequence_npo_loss(policy: Tensor, ref: Tensor, beta: float = 0.1) -> Tensor:
     """NPO on whole responses, arXiv 2404.05868, eq. 3: -(2 / beta) log sigma(-beta Delta); [B]."""
-    _same_shape("sequence_npo_loss", policy, ref)
-    _positive("sequence_npo_loss", beta=beta)
+    check("sequence_npo_loss", policy, ref, beta=beta)
     return -(2 / beta) * F.logsigmoid(-beta * (policy - ref))
 
 
@@ -130,10 +137,8 @@ def rdpo_loss(
     follows from the reward beta log-ratio + alpha |y| that the penalty leaves in the optimum: a
     pair whose chosen response is the longer one counts as partly explained, and teaches less.
     """
-    _same_shape("rdpo_loss", policy_chosen, policy_rejected, ref_chosen, ref_rejected)
-    _same_shape("rdpo_loss", policy_chosen, chosen_length, rejected_length)
-    _positive("rdpo_loss", beta=beta)
-    _lengths("rdpo_loss", chosen_length, rejected_length)
+    logps = policy_chosen, policy_rejected, ref_chosen, ref_rejected
+    check("rdpo_loss", *logps, lengths=(chosen_length, rejected_length), beta=beta)
     margin = (policy_chosen - ref_chosen) - (policy_rejected - ref_rejected)
     return -F.logsigmoid(beta * margin + alpha * (chosen_length - rejected_length))
 
@@ -152,10 +157,8 @@ def ipo_loss(
     Log-ratios are averaged over the response's tokens, as its authors advise and TRL does; lengths
     are [B] tokens, at least 1.
     """
-    _same_shape("ipo_loss", policy_chosen, policy_rejected, ref_chosen, ref_rejected)
-    _same_shape("ipo_loss", policy_chosen, chosen_length, rejected_length)
-    _positive("ipo_loss", beta=beta)
-    _lengths("ipo_loss", chosen_length, rejected_length)
+    logps = policy_chosen, policy_rejected, ref_chosen, ref_rejected
+    check("ipo_loss", *logps, lengths=(chosen_length, rejected_length), beta=beta)
     chosen = (policy_chosen - ref_chosen) / chosen_length
     rejected = (policy_rejected - ref_rejected) / rejected_length
     return (chosen - rejected - 1 / (2 * beta)) ** 2
@@ -180,8 +183,7 @@ def bco_loss(
     their prompts look like those of chosen ones; here both come to the same prompts, and that
     weight is 1.
     """
-    _same_shape("bco_loss", policy_chosen, policy_rejected, ref_chosen, ref_rejected)
-    _positive("bco_loss", beta=beta)
+    check("bco_loss", policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta=beta)
     chosen, rejected = beta * (policy_chosen - ref_chosen), beta * (policy_rejected - ref_rejected)
     delta = torch.cat([chosen, rejected]).detach().mean() if shift is None else shift
     return -(F.logsigmoid(chosen - delta) + F.logsigmoid(delta - rejected)) / 2
@@ -199,9 +201,8 @@ def simpo_loss(
 
     L = -log sigma(beta / |y+| log pi(y+) - beta / |y-| log pi(y-) - gamma)
     """
-    _same_shape("simpo_loss", policy_chosen, policy_rejected, chosen_length, rejected_length)
-    _positive("simpo_loss", beta=beta)
-    _lengths("simpo_loss", chosen_length, rejected_length)
+    lengths = chosen_length, rejected_length
+    check("simpo_loss", policy_chosen, policy_rejected, lengths=lengths, beta=beta)
     margin = policy_chosen / chosen_length - policy_rejected / rejected_length
     return -F.logsigmoid(beta * margin - gamma)
 
@@ -215,8 +216,7 @@ def ppo_loss(
     All [B, T]: log-probs of the tokens now and when they were sampled, and their advantages; mask
     is 1 for tokens of a response.
     """
-    _same_shape("ppo_loss", logps, before, advantages, mask)
-    _positive("ppo_loss", clip=clip)
+    check("ppo_loss", logps, before, advantages, mask, clip=clip)
     ratio = (logps - before).exp()
     gain = torch.minimum(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages)
     return -(gain * mask).sum() / mask.sum().clamp(min=1)
@@ -228,49 +228,123 @@ def a2c_loss(logps: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:
     L = -mean_t A_t log pi(y_t), all [B, T] as in `ppo_loss`, whose gradient at the policy that
     sampled the tokens this is.
     """
-    _same_shape("a2c_loss", logps, advantages, mask)
+    check("a2c_loss", logps, advantages, mask)
     return -(advantages * logps * mask).sum() / mask.sum().clamp(min=1)
 
 
 def supervised_loss(logps: Tensor, mask: Tensor) -> Tensor:
     """Cross-entropy per response token, a scalar: -sum m log p / sum m; both [B, T]."""
-    _same_shape("supervised_loss", logps, mask)
+    check("supervised_loss", logps, mask)
     return -(logps * mask).sum() / mask.sum().clamp(min=1)
 
 
-@contextlib.contextmanager
-def values_unread():
-    """A block in which arguments are not searched for NaN and the like: a look at a value makes the
-    host wait for a GPU. For training loops, which find such numbers in what they log."""
-    global _reads_values
-    before, _reads_values = _reads_values, False
-    try:
-        yield
-    finally:
-        _reads_values = before
+# From a batch to its loss. `logps`, float32 [R, T], are log-probs under the policy of the batch's R
+# responses; of B pairs (`batching.pair_batch`) R = 2B, the chosen ones first. `reference` in the
+# batch, [R, T], are those under the reference model, made once for all methods.
 
 
-def any_of(found: Tensor) -> bool:
-    """Whether a bool tensor holds True; False where values are not read (`values_unread`)."""
-    return _reads_values and bool(found.any())
+def objective(name: str, *, beta: float, key_share: float = 1.0, gamma: float = GAMMA) -> Objective:
+    """The function (logps, batch) -> (loss, metrics) of a method by its name.
+
+    The loss is a scalar; metrics are scalars for the log, tensors without a gradient.
+
+    gamma: SimPO's target margin, whose own beta is fixed (`simpo_loss`).
+    key_share: of the learning stage; its key tokens come from the current policy unless the batch
+    carries them as `key` (0 or 1 per token).
+    ValueError for an unknown name.
+    """
+    if name in ON_SOLUTIONS:
+        return lambda logps, batch: (supervised_loss(logps, _response(batch)), {})
+    if name == "ppo":
+        return _ppo
+    if name == "a2c":
+        return lambda logps, batch: (a2c_loss(logps, batch["advantages"], _response(batch)), {})
+    if name == "forgetting":
+        return lambda logps, batch: (
+            npo_loss(logps, batch["reference"], batch["weights"], beta),
+            {},
+        )
+    if name == "npo":
+        return lambda logps, batch: (
+            sequence_npo_loss(logps.sum(dim=1), batch["reference"].sum(dim=1), beta).mean(),
+            {},
+        )
+    if name == "merged":
+        return lambda logps, batch: _merged(logps, batch, beta, key_share)
+    if name == "learning":
+        return lambda logps, batch: _learning(logps, batch, beta, key_share)
+    if name in ON_PAIRS:
+        return lambda logps, batch: _pairs(name, logps, batch, beta, gamma)
+    known = ON_PAIRS + ON_REJECTED + ON_SOLUTIONS + ON_POLICY
+    raise ValueError(f"objective {name!r}: expected one of {known}")
 
 
-def _same_shape(name: str, *tensors: Tensor) -> None:
-    shapes = {tuple(tensor.shape) for tensor in tensors}
-    if len(shapes) > 1:
-        raise AlloError(f"{name}: shapes {sorted(shapes)} given; expected them all equal")
-    for tensor in tensors:
-        if tensor.is_floating_point() and any_of(torch.isnan(tensor)):
-            raise AlloError(f"{name}: an argument holds NaN; check the model's outputs")
+def terms_of(name: str) -> Callable[[Batch], Tensor]:
+    """The function batch -> how many terms an objective's loss is the mean of; int64 scalar.
+
+    That is tokens for the supervised objectives and forgetting, sequences for all that are means
+    over pairs or responses.
+    """
+    if name in ON_SOLUTIONS:
+        return lambda batch: _response(batch).sum()
+    if name == "forgetting":
+        return lambda batch: (batch["weights"] != 0).sum()
+    return lambda batch: torch.tensor(len(batch["labels"]))
 
 
-def _lengths(name: str, *lengths: Tensor) -> None:
-    for length in lengths:
-        if any_of(length < 1):
-            raise AlloError(f"{name}: a response has no tokens; leave such pairs out")
+def _response(batch: Batch) -> Tensor:
+    return batch["labels"] != IGNORED  # bool [R, T]
 
 
-def _positive(name: str, **values: float) -> None:
-    for key, value in values.items():
-        if not value > 0:
-            raise AlloError(f"{name}: {key} is {value}, expected a number above 0")
+def _ppo(logps: Tensor, batch: Batch) -> Result:
+    before, mask = batch["before_update"], _response(batch)
+    loss = ppo_loss(logps, before, batch["advantages"], mask)
+    beyond = ((logps.detach() - before).exp() - 1).abs() > CLIP
+    return loss, {"clipped": (beyond & mask).sum() / mask.sum()}
+
+
+def _learning(logps: Tensor, batch: Batch, beta: float, key_share: float) -> Result:
+    ratio = logps - batch["reference"]  # [2B, T]
+    (chosen, rejected), (mask, rejected_mask) = ratio.chunk(2), _response(batch).chunk(2)  # [B, T]
+    if "key" in batch:
+        key = batch["key"].chunk(2)[1].bool()
+    else:
+        key = key_tokens(rejected, rejected_mask, key_share)
+    loss = token_dpo_loss(chosen, rejected, mask, key, beta).mean()
+    return loss, _margin(chosen.sum(dim=1), rejected.sum(dim=1), beta)
+
+
+def _merged(logps: Tensor, batch: Batch, beta: float, key_share: float) -> Result:
+    """Both stages' losses in one step; the batch of pairs carries forgetting's `weights`."""
+    loss, metrics = _learning(logps, batch, beta, key_share)
+    policy, reference, weights = (
+        values.chunk(2)[1] for values in (logps, batch["reference"], batch["weights"])
+    )
+    return loss + npo_loss(policy, reference, weights, beta), metrics
+
+
+def _pairs(name: str, logps: Tensor, batch: Batch, beta: float, gamma: float) -> Result:
+    chosen, rejected = logps.sum(dim=1).chunk(2)  # [2B, T] -> two of [B]
+    ref_chosen, ref_rejected = batch["reference"].sum(dim=1).chunk(2)
+    chosen_length, rejected_length = _response(batch).sum(dim=1).chunk(2)
+    four = chosen, rejected, ref_chosen, ref_rejected
+    if name == "dpo":
+        rows = dpo_loss(*four, beta=beta)
+    elif name == "rdpo":
+        rows = rdpo_loss(*four, chosen_length, rejected_length, beta=beta)
+    elif name == "ipo":
+        rows = ipo_loss(*four, chosen_length, rejected_length, beta=beta)
+    elif name == "bco":
+        rows = bco_loss(*four, beta=beta)
+    else:
+        rows = simpo_loss(chosen, rejected, chosen_length, rejected_length, gamma=gamma)
+    return rows.mean(), _margin(chosen - ref_chosen, rejected - ref_rejected, beta)
+
+
+def _margin(chosen_ratio: Tensor, rejected_ratio: Tensor, beta: float) -> dict[str, Tensor]:
+    """Implicit rewards of DPO: beta times the log-ratio of the whole response, both [B]."""
+    margin = beta * (chosen_ratio - rejected_ratio).detach()
+    return {
+        "reward_margin": margin.mean(),
+        "reward_accuracy": (margin > 0).float().mean(),
+    }

@@ -23,7 +23,7 @@ def weak_overlap(what: str, overlap: float, chance: float) -> str | None:
 
 
 def arbitrary_mask(zeros: int, tied: int, tied_kept: int, kept: int, total: int) -> str | None:
-    """`importance.count_ties` of a mask that keeps `kept` of `total` entries."""
+    """`neurons.count_ties` of a mask that keeps `kept` of `total` entries."""
     if zeros > total - kept:
         return (
             f"{zeros} of {total} scores are exactly 0, so that the mask of {kept} keeps some of "

@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 from allo_lib.engine.store import write_json
 
@@ -14,8 +15,10 @@ FOLDER = "notes"
 WEIGHTS, DATA, CELLS, AGAIN = "weights", "data-", "cells-", "again-"
 UNKNOWN = "not told"  # the device of results that were stored before devices were noted
 
+Cells = dict[str, dict[str, dict[str, list[str]]]]  # seed -> device -> domain -> methods
 
-def leave(store: Path, name: str, value) -> None:
+
+def leave(store: Path, name: str, value: Any) -> None:
     """Write a note, whole or not at all: other processes read it while this one writes."""
     path = store / FOLDER / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -24,16 +27,16 @@ def leave(store: Path, name: str, value) -> None:
     os.replace(temporary, path)
 
 
-def collect(store: Path, prefix: str) -> dict:
+def collect(store: Path, prefix: str) -> dict[str, Any]:
     """Notes whose names start with `prefix`, by the rest of their names; unreadable ones not."""
-    found = {}
+    found: dict[str, Any] = {}
     for path in sorted((store / FOLDER).glob(f"{prefix}*.json")):
         with contextlib.suppress(ValueError, OSError):
             found[path.stem.removeprefix(prefix)] = json.loads(path.read_text(encoding="utf-8"))
     return found
 
 
-def cells_of(results: dict[str, dict]) -> dict[str, list[str]]:
+def cells_of(results: dict[str, dict[str, Any]]) -> dict[str, list[str]]:
     """device -> methods, from the results of one domain of one seed: method -> result.
 
     Methods that started from SFT models of different bits have those named beside the device.
@@ -48,7 +51,7 @@ def cells_of(results: dict[str, dict]) -> dict[str, list[str]]:
     return cells
 
 
-def with_cells(known: dict[str, dict], found: dict[str, dict]) -> dict[str, dict]:
+def with_cells(known: Cells, found: dict[str, Any]) -> Cells:
     """Devices of cells as they were known, with what the notes `found` in a store say of them.
 
     A note is of a seed ("seed0": device -> domain -> methods) or of a domain of it
@@ -70,7 +73,7 @@ def with_cells(known: dict[str, dict], found: dict[str, dict]) -> dict[str, dict
     return cells
 
 
-def several_devices(cells: dict[str, dict]) -> str:
+def several_devices(cells: Cells) -> str:
     """Which cells were measured where, in one line; "" where one device measured all of them, and
     each seed and domain from one SFT model."""
     if len({device for of_seed in cells.values() for device in of_seed} - {UNKNOWN}) < 2:

@@ -1,7 +1,12 @@
-"""AdamW that trains a mask: state for kept entries only, all others never change by a bit."""
+"""AdamW that trains a mask: state for kept entries only, all others never change by a bit.
+
+`DenseMaskedAdamW` is what the released code does, to compare with.
+"""
 
 import hashlib
+from collections.abc import Callable
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +18,8 @@ from allo_lib.method.neurons import NeuronMask
 from allo_lib.method.row_linear import RowLinear, whole_rows
 
 _WATCHED = 2**20  # kept entries, about, that `moved` looks at
+
+Masters = dict[str, tuple[Tensor | None, Tensor]]  # name -> (flat places or None for all, values)
 
 
 class MaskedAdamW(torch.optim.AdamW):
@@ -64,7 +71,7 @@ class MaskedAdamW(torch.optim.AdamW):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         max_grad_norm: float | None = None,
-        masters: dict[str, tuple[Tensor | None, Tensor]] | None = None,
+        masters: Masters | None = None,
     ):
         kept = None
         if mask is not None:
@@ -81,7 +88,8 @@ class MaskedAdamW(torch.optim.AdamW):
         self.refused: Tensor | None = None
         # Set `watch` to have every step leave in `moved` which share of the kept entries it changed
         # in the model's own dtype, by every so many of them: bf16 rounds small updates away.
-        self.watch, self.moved = False, None  # `moved` is a float64 scalar on the device
+        self.watch = False
+        self.moved: Tensor | None = None  # float64 scalar on the device
         self._seen: list[Tensor] | None = None  # what the last watched step left
         linears = _linears_by_weight(model)
         self._packed = [
@@ -106,46 +114,44 @@ class MaskedAdamW(torch.optim.AdamW):
         # From here on nothing can fail: a refused call leaves the model as it was.
         for packed in self._packed:
             packed.attach()
-        names = {packed.name for packed in self._packed}
-        self._frozen = [
-            parameter
-            for name, parameter in model.named_parameters()
-            if parameter.requires_grad and name not in names
-        ]
-        for parameter in self._frozen:
-            parameter.requires_grad_(False)
+        taken = {id(packed.parameter) for packed in self._packed}
+        others = (p for p in model.parameters() if p.requires_grad and id(p) not in taken)
+        self._frozen = [parameter.requires_grad_(False) for parameter in others]
 
     @torch.no_grad()
-    def step(self, closure=None):
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Clip, update the masters, write them into the model; returns the closure's loss."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         devices.average_gradients([p.master for p in self._packed if devices.is_copy(p.parameter)])
-        masters = [packed.master for packed in self._packed if packed.master.grad is not None]
-        self.grad_norm = nn.utils.get_total_norm([m.grad for m in masters]) if masters else None
-        if masters and self._is_sharded:
-            self.grad_norm = devices.total(self.grad_norm.square()).sqrt()
-        if masters and self.refused is not None:
-            self.guard(self.grad_norm)
+        masters = [packed.master for packed in self._packed]
+        gradients = [master.grad for master in masters if master.grad is not None]
+        norm = nn.utils.get_total_norm(gradients) if gradients else None
+        if norm is not None and self._is_sharded:
+            norm = devices.total(norm.square()).sqrt()
+        self.grad_norm = norm
+        if norm is not None and self.refused is not None:
+            self.guard(norm)
             self.found_inf = self.refused.float()  # torch's fused update reads this
-        before = (self._seen or self._sample()) if self.watch else None
-        if masters and self.max_grad_norm is not None:
-            nn.utils.clip_grads_with_norm_(masters, self.max_grad_norm, self.grad_norm)
+        before = (self._seen or self._sample()) if self.watch else []
+        if norm is not None and self.max_grad_norm is not None:
+            nn.utils.clip_grads_with_norm_(masters, self.max_grad_norm, norm)
         super().step()
         with plain_writes():
             for packed in self._packed:
                 packed.write_back()
                 packed.master.grad = None
         self._seen = self._sample() if self.watch else None
-        if self.watch:
-            changed = [(a != b).sum() for a, b in zip(before, self._seen, strict=True)]
-            looked_at = sum(values.numel() for values in before)
+        if self._seen is not None:
+            pairs = zip(before, self._seen, strict=True)
+            changed = torch.stack([(a != b).sum() for a, b in pairs]).sum()
+            looked_at: int | Tensor = sum(values.numel() for values in before)
             if self._is_sharded:
-                looked_at = devices.total(sum(changed).new_tensor(looked_at))
-                changed = [devices.total(sum(changed))]
-            self.moved = sum(changed).double() / looked_at
+                looked_at = devices.total(changed.new_tensor(looked_at))
+                changed = devices.total(changed)
+            self.moved = changed.double() / looked_at
         return loss
 
     @property
@@ -179,7 +185,7 @@ class MaskedAdamW(torch.optim.AdamW):
         """name -> float32 copy of each trained parameter, unkept entries taken from the model."""
         return {packed.name: packed.full() for packed in self._packed}
 
-    def packed_masters(self) -> dict[str, tuple[Tensor | None, Tensor]]:
+    def packed_masters(self) -> Masters:
         """name -> (int32 places in the flattened tensor, float32 values), of kept entries only.
 
         The places are None where a tensor is kept whole. The values are the optimizer's own, not
@@ -192,18 +198,18 @@ class MaskedAdamW(torch.optim.AdamW):
         held = 0
         for packed in self._packed:
             moments = self.state.get(packed.master, {})
-            tensors = [moments.get("exp_avg"), moments.get("exp_avg_sq"), packed.index]
+            tensors = [moments.get("exp_avg"), moments.get("exp_avg_sq"), packed.index, packed.rows]
             tensors += [packed.master] if packed.owns_master else []
             held += sum(tensor.nbytes for tensor in tensors if tensor is not None)
             held += packed.master.numel() * 4  # the packed gradient, alive from backward to step
         return held
 
-    def state_dict(self) -> dict:
+    def state_dict(self) -> dict[str, Any]:
         """Torch's state, the masters (bf16 weights do not determine them), the mask's hash."""
         masters = [packed.master.detach() for packed in self._packed]
         return super().state_dict() | {"masters": masters, "mask": self._mask_hash}
 
-    def load_state_dict(self, state_dict: dict) -> None:
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the `state_dict` of the same model and mask; AlloError for any other."""
         state_dict = dict(state_dict)
         masters = state_dict.pop("masters", [])
@@ -240,21 +246,29 @@ class MaskedAdamW(torch.optim.AdamW):
 class _Packed:
     """The kept entries of one parameter: where they are, their masters, their gradient.
 
-    index: None where the tensor is kept whole; else the kept rows of a linear layer's weight, if
-    it keeps whole ones (`linear` is then that layer), or flat places.
+    rows: the kept rows of the weight of the layer `linear`, where it keeps whole ones. index: else
+    flat places, None where the tensor is kept whole.
     """
 
-    def __init__(self, name: str, parameter: nn.Parameter, index, before, linear):
+    def __init__(
+        self,
+        name: str,
+        parameter: nn.Parameter,
+        index: Tensor | None,
+        before: tuple[Tensor | None, Tensor] | None,
+        linear: nn.Linear | None,
+    ):
         self.name, self.parameter = name, parameter
         own = devices.local(parameter)
         index = None if index is None else devices.held(index, parameter)
         whole = index is None or index.numel() == own.numel()
         by_row = linear is not None and not whole and not devices.is_sharded(parameter)
-        rows = whole_rows(index, parameter.shape) if by_row else None
+        rows = whole_rows(index, parameter.shape) if index is not None and by_row else None
         self.linear = None if rows is None else linear
         kind = torch.int32 if own.numel() < 2**31 else torch.int64
-        kept = index if rows is None else rows
-        self.index = None if whole else kept.to(own.device, kind)
+        self.rows = None if rows is None else rows.to(own.device, kind)
+        places = None if whole or rows is not None else index
+        self.index = None if places is None else places.to(own.device, kind)
         values = self._gather(own)
         self.owns_master = not (whole and parameter.dtype == torch.float32)
         if self.owns_master:
@@ -263,10 +277,10 @@ class _Packed:
 
     def attach(self) -> None:
         """From now on the gradient of the kept entries gathers in `master.grad`."""
-        if self.linear is None:
+        if self.linear is None or self.rows is None:
             self.hook = self.parameter.register_post_accumulate_grad_hook(self._take_gradient)
         else:
-            self.taken = RowLinear(self.linear, self.index.long(), self.master)
+            self.taken = RowLinear(self.linear, self.rows.long(), self.master)
             self.taken.attach()
 
     def detach(self) -> None:
@@ -278,19 +292,19 @@ class _Packed:
 
     def places(self) -> Tensor | None:
         """Flat places of the kept entries, in the dtype of `index`; None for all of them."""
-        if self.linear is None:
+        if self.rows is None:
             return self.index
         columns = self.parameter.shape[1]
-        inside = torch.arange(columns, device=self.index.device, dtype=self.index.dtype)
-        return (self.index[:, None] * columns + inside).view(-1)
+        inside = torch.arange(columns, device=self.rows.device, dtype=self.rows.dtype)
+        return (self.rows[:, None] * columns + inside).view(-1)  # [rows, columns] -> flat
 
     def _gather(self, dense: Tensor) -> Tensor:
-        if self.linear is not None:
-            return dense.index_select(0, self.index).view(-1)
+        if self.rows is not None:
+            return dense.index_select(0, self.rows).view(-1)
         flat = dense.view(-1)
         return flat if self.index is None else flat.index_select(0, self.index)
 
-    def _take_gradient(self, parameter: nn.Parameter) -> None:
+    def _take_gradient(self, parameter: Any) -> None:
         kept = self._gather(devices.local(parameter.grad).contiguous()).float()
         parameter.grad = None
         if self.master.grad is None:
@@ -304,8 +318,8 @@ class _Packed:
             return
         weight = devices.local(self.parameter.data)
         rounded = self.master.detach().to(weight.dtype)
-        if self.linear is not None:
-            weight.index_copy_(0, self.index.long(), rounded.view(-1, weight.shape[1]))
+        if self.rows is not None:
+            weight.index_copy_(0, self.rows.long(), rounded.view(-1, weight.shape[1]))
         elif self.index is None:
             weight.view(-1).copy_(rounded)
         else:
@@ -314,7 +328,7 @@ class _Packed:
     def sample(self, stride: int) -> Tensor:
         """Every `stride`-th master, or all of every `stride`-th kept row."""
         masters = self.master.detach()
-        if self.linear is not None:
+        if self.rows is not None:
             return masters.view(-1, self.parameter.shape[1])[::stride].flatten()
         return masters[::stride]
 
@@ -356,3 +370,54 @@ def _kept_anywhere(mask: NeuronMask) -> set[str]:
     counts = [index.numel() for index in mask.indices.values()]
     found = devices.total(torch.tensor(counts, dtype=torch.int64)).tolist()
     return {name for name, number in zip(mask.indices, found, strict=True) if number}
+
+
+class DenseMaskedAdamW:
+    """What the released code does: AdamW with dense moments whose update is times a dense mask.
+
+    Its mask is bfloat16 and its masters are float32, as there. It saves neither memory nor time;
+    here it is the thing to compare with. `step` reads `parameter.grad`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        mask: NeuronMask,
+        lr: float,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+    ):
+        self.lr, self.betas, self.eps, self.count = lr, betas, eps, 0
+        self.rows: list[tuple[Any, Tensor, Tensor, Tensor, Tensor]] = []
+        for name, parameter in model.named_parameters():
+            dense = mask.dense(name).to(parameter.device, torch.bfloat16)
+            whole = parameter.dtype == torch.float32
+            master = parameter.detach() if whole else parameter.detach().float()
+            moments = torch.zeros_like(master), torch.zeros_like(master)
+            self.rows.append((parameter, dense, master, *moments))
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """AdamW without decay (arXiv 1711.05101, algorithm 2), the update times the mask."""
+        self.count += 1
+        first, second = (1 - beta**self.count for beta in self.betas)
+        for parameter, mask, master, mean, square in self.rows:
+            gradient = parameter.grad.float()
+            mean.lerp_(gradient, 1 - self.betas[0])
+            square.mul_(self.betas[1]).addcmul_(gradient, gradient, value=1 - self.betas[1])
+            update = (mean / first) / ((square / second).sqrt_() + self.eps)
+            master.sub_(update * mask, alpha=self.lr)
+            if master.data_ptr() != parameter.data_ptr():
+                parameter.copy_(master)
+            parameter.grad = None
+
+    def state_bytes(self) -> int:
+        """Mask, moments, masters where they are copies, and the dense gradient."""
+        return sum(
+            mask.nbytes
+            + mean.nbytes
+            + square.nbytes
+            + (0 if master.data_ptr() == parameter.data_ptr() else master.nbytes)
+            + parameter.nbytes
+            for parameter, mask, master, mean, square in self.rows
+        )

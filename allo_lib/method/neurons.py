@@ -7,11 +7,13 @@ matrices are kept as the variant `granularity="row"`.
 import hashlib
 import json
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from math import inf
 from pathlib import Path
+from typing import Annotated, Literal
 
 import torch
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -27,6 +29,16 @@ _HEADER, _FORMAT = "allo_neuron_mask", 1
 # Keys are ranked by their 32 bits in two passes of 16: exact, and without a sorted copy.
 _HALF = 16
 _CHUNK = 1 << 22  # entries handled at once, so that temporaries stay small beside the scores
+
+
+def _countable(sizes: list[int]) -> list[int]:
+    if math.prod(max(size, 1) for size in sizes) >= 2**63:
+        raise ValueError("more entries than int64 can count")
+    return sizes
+
+
+_Sum = Callable[[Tensor], Tensor]  # over all processes that share a tensor
+_Shape = Annotated[list[Annotated[int, Field(ge=0)]], AfterValidator(_countable)]
 
 
 @dataclass(frozen=True)
@@ -64,7 +76,8 @@ class NeuronMask:
     def dense(self, name: str) -> Tensor:
         """Bool tensor of the shape of `name`, True where kept."""
         if name not in self.indices:
-            raise AlloError(f"mask has no tensor {name!r}; expected one of {_some(self.indices)}")
+            known = ", ".join(list(self.indices)[:3])
+            raise AlloError(f"mask has no tensor {name!r}; expected one of {known}, ...")
         flat = torch.zeros(_numel(self.shapes[name]), dtype=torch.bool)
         flat[self.indices[name]] = True
         return flat.view(self.shapes[name])
@@ -120,11 +133,11 @@ class NeuronMask:
     def part_of(self, model: torch.nn.Module) -> "NeuronMask":
         """The kept entries that lie in what this process holds of the model (`devices`)."""
         tensors = dict(model.named_parameters())
-        parts = {
+        own = {
             name: devices.held(index, tensors[name]) + devices.begin(tensors[name])
             for name, index in self.indices.items()
         }
-        return NeuronMask(parts, self.shapes, self.granularity)
+        return NeuronMask(own, self.shapes, self.granularity)
 
     def joined(self) -> "NeuronMask | None":
         """The parts of all processes as one, on the first; None on the others."""
@@ -147,7 +160,13 @@ class NeuronMask:
             ) from error
         if _HEADER not in metadata:
             raise AlloError(f"{path} is no mask: it lacks the header {_HEADER!r}; expected a mask")
-        granularity, shapes = _read_header(path, metadata[_HEADER])
+        try:
+            header = _Header.model_validate_json(metadata[_HEADER])
+        except ValidationError as error:
+            raise AlloError(
+                f"{path}: the header of this mask file is damaged; make it anew"
+            ) from error
+        shapes = {name: tuple(shape) for name, shape in header.shapes.items()}
         if set(shapes) != set(tensors):
             raise AlloError(f"{path}: header and tensors name different tensors; make it anew")
         for name, index in tensors.items():
@@ -155,12 +174,21 @@ class NeuronMask:
                 raise AlloError(
                     f"{path}: {_name(name)} has unsorted or out-of-range indices; make it anew"
                 )
-            if granularity == "row" and not _whole_rows(index.long(), shapes[name]):
+            if header.granularity == "row" and not _whole_rows(index.long(), shapes[name]):
                 raise AlloError(f"{path}: {_name(name)} keeps parts of rows; make it anew")
         if not sum(index.numel() for index in tensors.values()):
             raise AlloError(f"{path} keeps nothing of any tensor; make it anew")
         indices = {name: tensors[name].long() for name in shapes}
-        return cls(indices, shapes, granularity)
+        return cls(indices, shapes, header.granularity)
+
+
+class _Header(BaseModel):
+    """What a mask file says of itself, beside its tensors."""
+
+    model_config = ConfigDict(strict=True)
+    format: Annotated[int, Field(ge=_FORMAT, le=_FORMAT)]
+    granularity: Literal["scalar", "row"]
+    shapes: dict[str, _Shape]
 
 
 def delta_scores(
@@ -261,7 +289,9 @@ def count_ties(scores: dict[str, Tensor], mask: NeuronMask) -> dict[str, int]:
     kept = {
         name: flat[name][devices.held(index, scores[name])] for name, index in mask.indices.items()
     }
-    lowest = min((float(values.min()) for values in kept.values() if values.numel()), default=inf)
+    lowest = min(
+        (float(values.min()) for values in kept.values() if values.numel()), default=math.inf
+    )
     sharded = any(map(devices.is_sharded, scores.values()))
     if sharded:
         lowest = float(devices.total(torch.tensor(lowest), devices.SMALLEST))
@@ -279,7 +309,9 @@ def chance_overlap(share: float) -> float:
     return share / (2 - share)
 
 
-def _check_selection(scores, share, order, scope, granularity) -> None:
+def _check_selection(
+    scores: dict[str, Tensor], share: float, order: str, scope: str, granularity: str
+) -> None:
     if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 < share <= 1:
         raise AlloError(f"select_neurons: share is {share!r}, expected 0 < share <= 1")
     words = (("order", order, ORDERS), ("scope", scope, SCOPES))
@@ -297,14 +329,15 @@ def _neuron_scores(score: Tensor, granularity: str) -> Tensor:
     if granularity == "scalar":
         return score.detach().flatten().float()
     matrix = score.detach().float().reshape(1 if score.ndim < 2 else score.shape[0], -1)
-    return matrix.mean(dim=1)
+    return matrix.mean(dim=1)  # [rows, entries of a row] -> [rows]
 
 
 def _sortable(values: Tensor, order: str, seed: int, name: str) -> Tensor:
     """int32 keys whose order is the order of preference."""
     if order == "random":
         # The name in the seed gives every tensor its own stream, whatever the others' sizes.
-        generator = torch.Generator().manual_seed(_stream(seed, name))
+        digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
         low, high = -(2**31), 2**31
         return torch.randint(low, high, values.shape, generator=generator, dtype=torch.int32)
     # IEEE floats compare like their bits once the negative ones are flipped; + 0.0 removes -0.0.
@@ -313,13 +346,9 @@ def _sortable(values: Tensor, order: str, seed: int, name: str) -> Tensor:
     return keys if order == "top" else ~keys
 
 
-def _stream(seed: int, name: str) -> int:
-    return int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:7], "big")
-
-
 def _largest(keys: dict[str, Tensor], share: float, sharded: bool) -> dict[str, Tensor]:
     """Places of the largest keys; `sharded`: each process has a part of every tensor's."""
-    add = devices.total if sharded else lambda values: values
+    add: _Sum = devices.total if sharded else lambda values: values
     total = int(add(torch.tensor(sum(key.numel() for key in keys.values()))))
     count = min(total, max(1, round(share * total)))
     if count == total:
@@ -327,7 +356,7 @@ def _largest(keys: dict[str, Tensor], share: float, sharded: bool) -> dict[str, 
     threshold, ties = _threshold(keys, count, add)
     # Equal keys go by tensor and then by place, which is by process: how many come before ours?
     equal = torch.tensor([int((key == threshold).sum()) for key in keys.values()])
-    of_each = devices.each(equal) if sharded else equal[None]
+    of_each = devices.each(equal) if sharded else equal[None]  # [processes, tensors]
     before = of_each.T.flatten().cumsum(0).view(of_each.T.shape) - of_each.T
     chosen = {}
     own = before[:, devices.rank() if sharded else 0].tolist()
@@ -338,19 +367,21 @@ def _largest(keys: dict[str, Tensor], share: float, sharded: bool) -> dict[str, 
     return chosen
 
 
-def _threshold(keys: dict[str, Tensor], count: int, add) -> tuple[int, int]:
+def _threshold(keys: dict[str, Tensor], count: int, add: _Sum) -> tuple[int, int]:
     """The count-th largest key, and how many keys equal to it belong to the largest `count`."""
     high, above = _bucket(keys, count, add, lambda part: (part >> _HALF) + (1 << (_HALF - 1)))
     prefix = high - (1 << (_HALF - 1))
 
-    def low_half(part):
+    def low_half(part: Tensor) -> Tensor:
         return (part[(part >> _HALF) == prefix]) & ((1 << _HALF) - 1)
 
     low, above_low = _bucket(keys, count - above, add, low_half)
     return (prefix << _HALF) | low, count - above - above_low
 
 
-def _bucket(keys: dict[str, Tensor], count: int, add, bucket_of) -> tuple[int, int]:
+def _bucket(
+    keys: dict[str, Tensor], count: int, add: _Sum, bucket_of: Callable[[Tensor], Tensor]
+) -> tuple[int, int]:
     """The bucket that holds the count-th largest key, and how many keys lie in higher ones."""
     histogram = torch.zeros(1 << _HALF, dtype=torch.int64)
     for key in keys.values():
@@ -365,29 +396,7 @@ def _bucket(keys: dict[str, Tensor], count: int, add, bucket_of) -> tuple[int, i
 
 def _expand_rows(rows: Tensor, shape: tuple[int, ...]) -> Tensor:
     width = _numel(shape) if len(shape) < 2 else _numel(shape[1:])
-    return (rows.unsqueeze(1) * width + torch.arange(width)).flatten()
-
-
-def _read_header(path, text: str) -> tuple[str, dict[str, tuple[int, ...]]]:
-    damaged = AlloError(f"{path}: the header of this mask file is damaged; make it anew")
-    try:
-        header = json.loads(text)
-        given, granularity = header["format"], header["granularity"]
-        shapes = {name: tuple(shape) for name, shape in header["shapes"].items()}
-    except (KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
-        raise damaged from error
-    if type(given) is not int or given != _FORMAT or granularity not in GRANULARITIES:
-        raise damaged
-    if not all(_is_shape(shape) for shape in shapes.values()):
-        raise damaged
-    return granularity, shapes
-
-
-def _is_shape(sizes: tuple) -> bool:
-    """Whether these are sizes of dimensions, of a tensor whose entries int64 can count."""
-    if not all(type(size) is int and size >= 0 for size in sizes):
-        return False
-    return math.prod(max(size, 1) for size in sizes) < 2**63
+    return (rows.unsqueeze(1) * width + torch.arange(width)).flatten()  # [rows * width]
 
 
 def _whole_rows(index: Tensor, shape: tuple[int, ...]) -> bool:
@@ -413,10 +422,5 @@ def _well_formed(index: Tensor, size: int) -> bool:
     return ascending and int(index[0]) >= 0 and int(index[-1]) < size
 
 
-def _numel(shape) -> int:
+def _numel(shape: tuple[int, ...]) -> int:
     return torch.Size(shape).numel()
-
-
-def _some(names, most: int = 3) -> str:
-    names = list(names)
-    return ", ".join(names[:most]) + (", ..." if len(names) > most else "")

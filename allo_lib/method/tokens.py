@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from allo_lib.errors import AlloError
-from allo_lib.method.losses import any_of
+from allo_lib.method.checks import any_of
 
 RULES = ("threshold", "soft", "released")
 
@@ -66,13 +66,13 @@ def key_tokens(ratio: Tensor, response_mask: Tensor, share: float) -> Tensor:
     if not 0 < share <= 1:
         raise AlloError(f"key_tokens: share is {share}, expected 0 < share <= 1")
     mask = _checked("key_tokens", ratio, response_mask)
-    lengths = mask.sum(dim=1)
+    lengths = mask.sum(dim=1)  # [B]
     # Doubles round as Python does; in float32 0.07 * 150 comes out on the other side of 10.5.
     counts = (share * lengths.double()).round().long().clamp(min=1).minimum(lengths)
-    order = ratio.detach().float().argsort(dim=1, stable=True)
+    order = ratio.detach().float().argsort(dim=1, stable=True)  # [B, T]: positions, lowest first
     # All of the response comes before all else, even where a ratio is infinite.
     order = order.gather(1, (~mask).gather(1, order).long().argsort(dim=1, stable=True))
-    rank = torch.empty_like(order).scatter_(
+    rank = torch.empty_like(order).scatter_(  # the inverse permutation of each row
         1, order, torch.arange(order.shape[1], device=order.device).expand_as(order)
     )
     return mask & (rank < counts.unsqueeze(1))

@@ -9,17 +9,26 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from allo_lib.engine import checkpoints as kept
-from allo_lib.engine.checkpoints import Checkpoints
+from allo_lib.engine.batching import Row
+from allo_lib.engine.checkpoints import (
+    Checkpoints,
+    read_random_state,
+    read_state,
+    write_state,
+)
 from allo_lib.engine.forward import response_logps
 from allo_lib.errors import AlloError, Diverged
 from allo_lib.machine import devices, weights
-from allo_lib.method.losses import terms_of, values_unread
+from allo_lib.method.checks import values_unread
+from allo_lib.method.losses import Batch, Objective, terms_of
+from allo_lib.method.masked_adamw import MaskedAdamW
 
 _LONG = 15.0  # seconds after which a training shows its progress
 # What must be finite, and how a divergence names it.
@@ -60,22 +69,22 @@ class Log:
 
 
 def train(
-    model,
-    rows: list[dict],
-    collator: Callable[[list[dict]], dict],
-    objective: Callable,
-    optimizer: torch.optim.Optimizer,
+    model: Any,
+    rows: list[Row],
+    collator: Callable[[list[Row]], Batch],
+    objective: Objective,
+    optimizer: MaskedAdamW,
     schedule: Schedule,
     label: str = "training",
     checkpoints: Checkpoints | None = None,
-    terms: Callable[[dict], torch.Tensor] | None = None,
+    terms: Callable[[Batch], Tensor] | None = None,
 ) -> Log:
     """Train `model` in place on `rows`; returns the log.
 
     Args:
-        collator: rows -> batch (`batches`) with what the objective needs.
-        objective: (logps, batch) -> (loss, metrics), see `objectives`.
-        optimizer: a MaskedAdamW; it clips by itself if it should, Trainer's clipping is off.
+        collator: rows -> batch (`batching`) with what the objective needs.
+        objective: (logps, batch) -> (loss, metrics), see `losses.objective`.
+        optimizer: it clips by itself if it should, Trainer's clipping is off.
         label: for progress lines and errors.
         checkpoints: where the training goes on from if it was interrupted, and what it leaves
             there in case it is; None for neither.
@@ -99,18 +108,14 @@ def train(
             optimizers=(optimizer, None),
         )
         log = Log()
-        trainer.objective, trainer.log_, trainer.label = objective, log, label
-        trainer.checkpoints, trainer.optimizer_ = checkpoints, optimizer
-        trainer.started, trainer.terms = started, terms or terms_of("dpo")
         kept_in = None if checkpoints is None else checkpoints.folder
-        trainer.numbers = numbers = Numbers(
-            optimizer, log, label, model.config.pad_token_id, kept_in
-        )
-        trainer.remove_callback(PrinterCallback)
-        trainer.add_callback(_Watch(numbers))
-        trainer.add_callback(_Progress(label, log))
+        numbers = Numbers(optimizer, log, label, model.config.pad_token_id, kept_in)
+        trainer.objective, trainer.numbers, trainer.optimizer_ = objective, numbers, optimizer
+        trainer.started, trainer.terms = started, terms or terms_of("dpo")
         if checkpoints is not None:
-            trainer.add_callback(_WhenDue(checkpoints))
+            trainer.checkpoints = checkpoints
+        trainer.remove_callback(PrinterCallback)
+        trainer.add_callback(_AfterStep(numbers, checkpoints))
         begun = checkpoints.latest() if checkpoints is not None else None
         with numbers:
             trainer.train(resume_from_checkpoint=None if begun is None else str(begun))
@@ -119,7 +124,9 @@ def train(
     return log
 
 
-def _arguments(folder: str, schedule: Schedule, device: torch.device, rows: int):
+def _arguments(
+    folder: str, schedule: Schedule, device: torch.device, rows: int
+) -> TrainingArguments:
     if schedule.batch_size % schedule.accumulation:
         raise AlloError(
             f"batch_size {schedule.batch_size} is no multiple of accumulation "
@@ -155,16 +162,14 @@ def _arguments(folder: str, schedule: Schedule, device: torch.device, rows: int)
 class _Trainer(Trainer):
     """Trainer whose loss is an objective on the log-probs of response tokens."""
 
-    objective: Callable
-    log_: Log
-    label: str
+    objective: Objective
     numbers: "Numbers"
-    checkpoints: Checkpoints | None
-    optimizer_: torch.optim.Optimizer  # as it was given; Trainer wraps its own
+    checkpoints: Checkpoints
+    optimizer_: MaskedAdamW  # as it was provided; Trainer wraps its own
     started: float  # time.perf_counter() when this process began the training
-    terms: Callable[[dict], torch.Tensor]
+    terms: Callable[[Batch], Tensor]
 
-    def __init__(self, **arguments):
+    def __init__(self, **arguments: Any):
         super().__init__(**arguments)
         # The loss is a mean over the batch, not a sum that Trainer should divide by tokens.
         self.model_accepts_loss_kwargs = False
@@ -176,18 +181,20 @@ class _Trainer(Trainer):
         super().create_accelerator_and_postprocess()
         self.is_fsdp_enabled = False
 
-    def _move_model_to_device(self, model, device) -> None:
+    def _move_model_to_device(self, model: Any, device: Any) -> None:
         if devices.count() == 1:
             super()._move_model_to_device(model, device)
 
-    def get_train_dataloader(self):
+    def get_train_dataloader(self) -> Any:
         loader = super().get_train_dataloader()
         if devices.count() > 1:
             shard = loader.batch_sampler
             shard.num_processes, shard.process_index, shard.even_batches = 1, 0, False
         return loader
 
-    def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
+    def _prepare_for_training(
+        self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any
+    ) -> Any:
         if devices.count() == 1:
             return super()._prepare_for_training(
                 max_steps, train_dataloader, resume_from_checkpoint
@@ -199,14 +206,20 @@ class _Trainer(Trainer):
         self.callback_handler.train_dataloader = train_dataloader
         return self.model, train_dataloader
 
-    def get_batch_samples(self, epoch_iterator, num_batches, device):
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> Any:
         """The batches of one step; of several also how many terms their losses together have."""
         batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
         if len(batches) > 1:
-            count = sum(self.terms(batch) for batch in batches).clamp(min=1)
+            count = torch.stack([self.terms(batch) for batch in batches]).sum().clamp(min=1)
         return batches, count
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: Batch,
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Tensor:
         logps = response_logps(model, inputs)
         with values_unread():
             loss, metrics = self.objective(logps, inputs)
@@ -218,34 +231,33 @@ class _Trainer(Trainer):
 
     # Trainer saves and resumes by these; its own versions pickle.
 
-    def _save_checkpoint(self, model, trial) -> None:
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
         self.numbers.read()  # the log is part of it, and nothing that diverged may be
-        seconds = self.log_.seconds + time.perf_counter() - self.started
-        log = asdict(self.log_) | {"seconds": seconds}
+        log = asdict(self.numbers.log)
+        log["seconds"] += time.perf_counter() - self.started
 
         def fill(folder: Path) -> None:
             weights.save(self.model, folder / "model.safetensors")
             self.state.save_to_json(str(folder / "trainer_state.json"))
-            kept.write_state(folder, self.optimizer_, self.lr_scheduler, log)
+            write_state(folder, self.optimizer_, self.lr_scheduler, log)
 
         self.checkpoints.write(self.state.global_step, fill)
 
-    def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         path = Path(resume_from_checkpoint, "model.safetensors")
         weights.restore(self.model, weights.read_tensors(path))
 
-    def _load_optimizer_and_scheduler(self, checkpoint) -> None:
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None:
             return
-        before = kept.read_state(Path(checkpoint), self.optimizer_, self.lr_scheduler)
-        for name, value in before.items():
-            setattr(self.log_, name, value)
-        step = self.state.global_step
-        print(f"{self.label}: goes on from its checkpoint at step {step}", flush=True)
+        before = read_state(Path(checkpoint), self.optimizer_, self.lr_scheduler)
+        vars(self.numbers.log).update(before)
+        step, label = self.state.global_step, self.numbers.label
+        print(f"{label}: goes on from its checkpoint at step {step}", flush=True)
 
-    def _load_rng_state(self, checkpoint) -> None:
+    def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
-            kept.read_random_state(Path(checkpoint))
+            read_random_state(Path(checkpoint))
 
 
 class Numbers:
@@ -258,23 +270,32 @@ class Numbers:
     CPU everything is looked at at once.
     """
 
-    def __init__(self, optimizer, log: Log, label: str, pad_token_id: int, kept_in=None):
+    def __init__(
+        self,
+        optimizer: MaskedAdamW,
+        log: Log,
+        label: str,
+        pad_token_id: int,
+        kept_in: Path | None = None,
+    ):
         """kept_in: the folder for the batch of a step that diverged; None keeps it nowhere."""
         self.optimizer, self.log, self.label = optimizer, log, label
         self.pad_token_id, self.kept_in = pad_token_id, kept_in
         self.late = optimizer.param_groups[0]["params"][0].is_cuda
-        self._waiting: deque[tuple] = deque()
-        self._batch: dict = {}  # of the last forward pass that was looked at
+        self._waiting: deque[tuple[Any, ...]] = deque()
+        self._batch: Batch = {}  # of the last forward pass that was looked at
 
     def __enter__(self) -> "Numbers":
         self.optimizer.watch = True
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         self.optimizer.watch, self.optimizer.refused = False, None
         vars(self.optimizer).pop("found_inf", None)
 
-    def forward(self, step: int, batch: dict, logps, loss, metrics: dict) -> None:
+    def forward(
+        self, step: int, batch: Batch, logps: Tensor, loss: Tensor, metrics: dict[str, Tensor]
+    ) -> None:
         """Take what a forward pass gave; `step` is the number of steps before this one."""
         total = logps.detach().sum()
         read = (batch["input_ids"] != self.pad_token_id).sum() * batch.get("counts", 1)
@@ -298,7 +319,7 @@ class Numbers:
                 arrived.synchronize()
             self._note(step, dict(zip(names, values.tolist(), strict=True)), batch)
 
-    def _send(self, step: int, told: dict, batch: dict | None) -> None:
+    def _send(self, step: int, told: dict[str, Tensor], batch: Batch | None) -> None:
         if not told:
             return
         together = torch.stack([value.double() for value in told.values()])
@@ -310,7 +331,7 @@ class Numbers:
         if not self.late:
             self.read()
 
-    def _note(self, step: int, told: dict[str, float], batch: dict | None) -> None:
+    def _note(self, step: int, told: dict[str, float], batch: Batch | None) -> None:
         self._batch = self._batch if batch is None else batch
         for key, what in _FINITE.items():
             if not math.isfinite(told.get(key, 0.0)):
@@ -328,7 +349,7 @@ class Numbers:
         error = Diverged(
             f"{self.label}: the {what} became {value} at step {step}; lower the learning rate{told}"
         )
-        error.batch = kept
+        error.batch = kept  # type: ignore[assignment]
         raise error
 
     def _keep(self, step: int) -> Path | None:
@@ -345,46 +366,29 @@ class Numbers:
         return path
 
 
-class _Watch(TrainerCallback):
-    """Logs of every step how large its gradient was and how much of the model it moved."""
+class _AfterStep(TrainerCallback):
+    """After every step: its numbers go to the log, the bar moves on, a checkpoint if it is time."""
 
-    def __init__(self, numbers: Numbers):
-        self.numbers = numbers
+    def __init__(self, numbers: Numbers, checkpoints: Checkpoints | None):
+        self.numbers, self.checkpoints = numbers, checkpoints
 
-    def on_step_end(self, args, state, control, **_):
-        self.numbers.step(state.global_step - 1)
-
-
-class _WhenDue(TrainerCallback):
-    """Asks Trainer for a checkpoint when it is time for one."""
-
-    def __init__(self, checkpoints: Checkpoints):
-        self.checkpoints = checkpoints
-
-    def on_step_end(self, args, state, control, **_):
-        at_end = state.global_step >= state.max_steps
-        control.should_save = self.checkpoints.due(at_end)
-
-
-class _Progress(TrainerCallback):
-    """A bar for trainings that take long; workers, whose output would mix, show none."""
-
-    def __init__(self, label: str, log: Log):
-        self.label, self.log = label, log
-
-    def on_train_begin(self, args, state, control, **_):
-        in_worker = multiprocessing.parent_process() is not None
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        # A bar for trainings that take long; workers, whose output would mix, show none.
         self.bar = tqdm(
-            desc=self.label, total=state.max_steps, initial=state.global_step, unit="step",
+            desc=self.numbers.label, total=state.max_steps, initial=state.global_step, unit="step",
             file=sys.stdout, leave=False, position=0, delay=_LONG,
             mininterval=2.0 if sys.stdout.isatty() else _LONG,
-            disable=in_worker,
+            disable=multiprocessing.parent_process() is not None,
         )  # fmt: skip
 
-    def on_step_end(self, args, state, control, **_):
-        if self.log.loss:
-            self.bar.set_postfix_str(f"loss {self.log.loss[-1]:.4f}", refresh=False)
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.numbers.step(state.global_step - 1)
+        loss = self.numbers.log.loss
+        if loss:
+            self.bar.set_postfix_str(f"loss {loss[-1]:.4f}", refresh=False)
         self.bar.update()
+        if self.checkpoints is not None:
+            control.should_save = self.checkpoints.due(state.global_step >= state.max_steps)
 
-    def on_train_end(self, args, state, control, **_):
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.bar.close()
