@@ -15,9 +15,11 @@ import gpu_window
 import psutil
 import pytest
 from conftest import ROOT
-from test_notebooks import driver, environment
+from test_notebooks import driver
 from test_run_all import until
 from tiny_study import PROFILE
+
+from allo_lib.machine.environment import child_environment
 
 METHODS = {"methods": ["dpo"], "ablations": [], "stability": ["orders"]}
 FIRST = ("--", "--only", "00")  # of the study
@@ -34,7 +36,7 @@ class Window:
             given += ("-p", name, json.dumps(value))
         script = [sys.executable, ROOT / "tests" / "gpu_window.py", "--out", self.out]
         script += [*given, *more]
-        self.process = subprocess.Popen([str(part) for part in script], env=environment())
+        self.process = subprocess.Popen([str(part) for part in script], env=child_environment())
 
     def kill(self) -> None:
         """The whole machine, at once."""
