@@ -347,7 +347,7 @@ def test_tables_name_the_judge_and_compare_win_rates(folder, tmp_path):
     assert found.compare("allo", "sft_base", domain).effect == pytest.approx(
         statistics.fmean(values["allo", name].value for name in domain.datasets) - 0.5
     )
-    assert {"main_instructions", "comparisons"} <= {made.name for made in tables.build(found)}
+    assert "main_instructions" in {made.name for made in tables.build(found)}
     measured = [one for one in row_comparisons.compare_rows(found) if one.interval]
     assert {(one.baseline, one.dataset) for one in measured} == {
         (baseline, dataset) for baseline in ("sft_base", "dpo")

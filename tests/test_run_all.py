@@ -349,6 +349,7 @@ def test_sanitised_notebooks_tell_nothing_of_the_machine():
 def test_bars_leave_their_last_line_or_nothing():
     texts = ["\rtraining: 1/9", "\rtraining: 5/9", "\r             \r", "\rmethods: 0/2"]
     texts += ["\rmethods: 2/2", "\rmethods: 2/2\n", "and more\n"]
+    texts += ["\rtrained:  40%|## | 2/5", "\rtrained: 100%|###| 5/5 [00:04, dev 0.1]\n"]
     gone = ["\rtraining: 1/9", "\r             \r"]
     cells = [
         nbformat.v4.new_code_cell("x", outputs=[

@@ -40,7 +40,8 @@ def test_weights_have_the_dtype_of_the_machine_and_artifacts_its_key(tmp_path, m
 
 
 def test_results_of_another_profile_are_left_alone(tmp_path):
-    write_json(tmp_path / "manifest.json", {"profile_hash": "0" * 64})
+    other = {"profile": "other", "profile_hash": "0" * 64, "seeds": [0], "files": {}}
+    write_json(tmp_path / "manifest.json", other)
     with pytest.raises(AlloError, match="holds results of profile hash 000000000000"):
         open_study(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["manifest.json"]

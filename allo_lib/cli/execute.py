@@ -26,7 +26,7 @@ PATIENCE = 10
 _CELL_FILE = re.compile(r"\S*ipykernel_\d+/\d+\.py")
 # Of progress reports: what a later one has overwritten, what a bar that left nothing ends with,
 # and a bar's last line.
-_PROGRESS = re.compile(r"[^\n]*\r(?=[^\n])|^ *\r$|^[^\n]*\d%\|[^\n]*\n?", re.MULTILINE)
+_PROGRESS = re.compile(r"[^\n]*\r(?=[^\n])|^ *\r$|(?:^|(?<=\r))[^\n]*\d%\|[^\n]*\n?", re.MULTILINE)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -87,9 +87,8 @@ def tensors_hash(named: Iterable[tuple[str, torch.Tensor]]) -> str:
     digest = hashlib.sha256()
     for name, value in named:
         digest.update(f"{name}:{value.dtype}:{tuple(value.shape)};".encode())
-        digest.update(
-            devices.whole(value.detach()).cpu().contiguous().flatten().view(torch.uint8).numpy()
-        )
+        flat = devices.whole(value.detach()).cpu().contiguous().flatten()
+        digest.update(flat.view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
