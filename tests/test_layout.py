@@ -10,6 +10,7 @@ LIBRARY = ROOT / "allo_lib"
 # imported by anyone.
 ORDER = ("cli", "report", "study", "evaluation", "data", "engine", "method", "profiles", "machine")
 MODULES = sorted(path.relative_to(LIBRARY) for path in LIBRARY.glob("*/*.py"))
+EVERY = [path.relative_to(LIBRARY) for path in LIBRARY.rglob("*.py")]
 
 
 def imported(path) -> set[str]:
@@ -31,3 +32,8 @@ def test_every_package_has_its_place():
 def test_imports_point_one_way(path):
     allowed = ORDER[ORDER.index(path.parts[0]) :]
     assert imported(path) <= set(allowed)
+
+
+def test_no_file_is_longer_than_a_reader_holds():
+    lines = {p: len((LIBRARY / p).read_text(encoding="utf-8").splitlines()) for p in EVERY}
+    assert {path: count for path, count in lines.items() if count > 450} == {}

@@ -23,7 +23,7 @@ from allo_lib.errors import AlloError
 Rates = tuple[float, ...]
 Place = tuple[float, ...]  # exponents of the factor, one a direction
 _COARSE = (0, -1, 1)  # exponents of the factor
-_BEYOND = 2  # times the budget that `proposals` may take to find an interior optimum
+_BEYOND = 4  # times the budget that `proposals` may take to find an interior optimum
 
 
 @dataclass(frozen=True)
