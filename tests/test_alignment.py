@@ -3,6 +3,7 @@
 import gc
 import json
 import math
+import shutil
 
 import pytest
 import torch
@@ -207,17 +208,18 @@ def test_no_pair_that_fits_is_told(tokenizer, tmp_path, pairs, told):
 
 
 @pytest.mark.parametrize(
-    ("name", "kind", "feed_forward", "key_value_heads"),
-    [("llama2-7b", LlamaConfig, 11008, 32), ("mistral-7b", MistralConfig, 14336, 8)],
-)
-def test_two_layers_like_a_7b_models_are_aligned_by_its_profile(
-    name, kind, feed_forward, key_value_heads, tokenizer, pairs, tmp_path
+    ("name", "kind", "feed_forward", "key_value_heads", "part"),
+    [pytest.param("llama2-7b", LlamaConfig, 11008, 32, 1, marks=pytest.mark.slow),
+     ("llama2-7b", LlamaConfig, 11008, 32, 4), ("mistral-7b", MistralConfig, 14336, 8, 4)],
+)  # fmt: skip
+def test_two_layers_of_a_7b_model_are_aligned_by_its_profile(
+    name, kind, feed_forward, key_value_heads, part, tokenizer, pairs, tmp_path
 ):
-    """A quarter of its widths, in the dtype that this CPU multiplies fastest."""
+    """Of its widths, or a quarter of them, in the dtype that this CPU multiplies fastest."""
     config = kind(
-        vocab_size=len(tokenizer), hidden_size=1024, intermediate_size=feed_forward // 4,
-        num_hidden_layers=2, num_attention_heads=8, num_key_value_heads=key_value_heads // 4,
-        pad_token_id=0, max_position_embeddings=2048,
+        vocab_size=len(tokenizer), hidden_size=4096 // part, intermediate_size=feed_forward // part,
+        num_hidden_layers=2, num_attention_heads=32 // part,
+        num_key_value_heads=key_value_heads // part, pad_token_id=0, max_position_embeddings=2048,
     )  # fmt: skip
     torch.manual_seed(0)
     dtype = models.DTYPES[models.dtype_on("cpu")]
@@ -240,3 +242,4 @@ def test_two_layers_like_a_7b_models_are_aligned_by_its_profile(
     assert result.logs["learning"].loss == pytest.approx([math.log(2)], abs=1e-3)
     again = type(model).from_pretrained(tmp_path)
     assert all(map(torch.equal, again.parameters(), model.parameters()))
+    shutil.rmtree(tmp_path)  # gigabytes, at the real widths
