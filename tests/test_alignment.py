@@ -1,5 +1,6 @@
 """`align` on a small model: the stages do what they say, and bad input is told in one line."""
 
+import contextlib
 import gc
 import json
 import math
@@ -118,7 +119,9 @@ def float_bytes_alive() -> int:
         if issubclass(type(thing), torch.Tensor) and thing.is_floating_point():
             for tensor in (thing, thing.grad if thing.is_leaf else None):
                 if tensor is not None:
-                    found[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+                    storage = tensor.untyped_storage()
+                    with contextlib.suppress(RuntimeError):  # a compiler's fakes have no bytes
+                        found[storage.data_ptr()] = storage.nbytes()
     return sum(found.values())
 
 
