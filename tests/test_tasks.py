@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from refusals import refused
+from test_rows import ROW
 
 from allo_lib.data import answers, miniature, tasks
 from allo_lib.data.benchmarks import check_row, options
@@ -60,14 +61,6 @@ def test_more_rows_than_there_are_is_told():
 
 
 # --- one question --------------------------------------------------------------------------------
-
-ROW = {
-    "id": "q-1",
-    "question": "Where does one light a fire\nat night?\n(A) synagogue\n(B) bedroom\n(C) St. Paul",
-    "solution": "A bedroom is where one sleeps\n\nCandles can be lit in a bedroom.",
-    "answer": "B",
-    "choices": ["synagogue", "bedroom", "St. Paul"],
-}
 
 
 def test_the_options_stand_on_one_line_and_explanations_are_cut():

@@ -4,7 +4,7 @@ A figure is drawn where a profile asks for one of the rows that it is about: its
 such as ALLO itself, only stand beside them.
 """
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable
 from typing import TypeVar
 
 from allo_lib.evaluation.published import arm_label
@@ -85,14 +85,6 @@ def asked(figure: str, profile: Profile, methods: Collection[str]) -> dict[str, 
     labels = {row: label for row, (_, label) in REWARD_MODELS.items()}
     short = labels if figure == "reward_models" else {}
     return {row: short.get(row, arm_label(row)) for row in rows if row in methods}
-
-
-def wanted(
-    figure: str, profile: Profile, methods: Mapping[str, Collection[str]]
-) -> list[tuple[str, dict[str, str]]]:
-    """Domains that ask for a figure, each with its rows and labels; `methods` are those of each."""
-    found = [(name, asked(figure, profile, rows)) for name, rows in methods.items()]
-    return [(name, labels) for name, labels in found if labels]
 
 
 def single_changes(methods: Iterable[str]) -> list[str]:

@@ -4,9 +4,6 @@ import matplotlib.pyplot as plt
 from IPython.display import HTML, Markdown, display
 from transformers.utils import logging
 
-from allo_lib.report.figure_style import save
-from allo_lib.study.study import Study
-
 logging.disable_progress_bar()  # of weights that load; it would stand in a red box
 
 
@@ -23,17 +20,6 @@ def table(rows: list[dict], caption: str = "") -> None:
     display(HTML(frame.to_html(index=False, escape=True, float_format=lambda x: f"{x:.4g}")))
     if caption:
         say(f"*{caption}*")
-
-
-def show(figure, study: Study, name: str, caption: str, every_seed: bool = False) -> None:
-    """`draw` a figure, and save one on all seeds as PNG and PDF under `figures/`.
-
-    every_seed: the figure draws on all seeds of `measurements.csv`; one of a single seed stands in
-    its notebook alone.
-    """
-    if every_seed:
-        save(figure, study.results_dir / "figures", name, caption)
-    draw(figure, caption)
 
 
 def draw(figure, caption: str) -> None:
