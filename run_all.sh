@@ -8,8 +8,6 @@
 #   ./run_all.sh verify [PROFILE] [--rerun]
 #   ./run_all.sh figures [PROFILE] [NAME]
 #   ./run_all.sh tune [PROFILE] [--seeds 100,101]
-#   ./run_all.sh grid FILE.yaml [--task K]
-#   ./run_all.sh harness [PROFILE] [--methods sft_base,dpo,allo]
 #
 # An active environment that meets the ranges of pyproject.toml is used as it is; otherwise the
 # versions of requirements.lock are installed into .venv beside this file, once.

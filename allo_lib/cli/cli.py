@@ -1,4 +1,4 @@
-"""The commands behind `run_all.sh`: run, test, status, verify, figures, tune, grid, harness."""
+"""The commands behind `run_all.sh`: run, test, status, verify, figures, tune."""
 
 import argparse
 import dataclasses
@@ -32,9 +32,7 @@ USAGE = """\
 ./run_all.sh status [PROFILE] [--domains A,B] [--out DIR]
 ./run_all.sh verify [PROFILE] [--out DIR] [--rerun] [--data DIR]
 ./run_all.sh figures [PROFILE] [NAME] [--out DIR]
-./run_all.sh tune [PROFILE] [--seeds 100,101] [--out DIR] [--data DIR] [-p NAME VALUE]...
-./run_all.sh grid FILE.yaml [--task K] [--out DIR] [--data DIR]
-./run_all.sh harness [PROFILE] [--methods sft_base,dpo,allo] [--limit N] [--out DIR] [--data DIR]"""
+./run_all.sh tune [PROFILE] [--seeds 100,101] [--out DIR] [--data DIR] [-p NAME VALUE]..."""
 _EXPONENT = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)[eE][+-]?\d+")
 
 
@@ -176,76 +174,19 @@ def tune(arguments: list[str]) -> int:
     return 0
 
 
-def run_grid(arguments: list[str]) -> int:
-    """Run a study for every combination of a grid's settings, or for one of them."""
-    options = _parse(arguments, run_grid, "file", "--task", "--out", "--data")
-    from allo_lib.cli import grid  # loads pandas
-
-    told = grid.read(Path(options.file))
-    folder = ROOT / "results" / Path(options.file).stem
-    folder = folder_of(options.out, "--out") if options.out else folder
-    runs = [(one, _run_of(_options_of(told, one, folder / grid.folder_name(one), options.data)))
-            for one in grid.combinations(told)]  # fmt: skip
-    numbers = range(len(runs))
-    if options.task is not None and options.task not in map(str, numbers):
-        raise AlloError(f"--task {_cut(options.task)!r}: expected a number from 0 to {numbers[-1]}")
-    for number in numbers if options.task is None else [int(options.task)]:
-        combination, asked = runs[number]
-        print(f"{grid.folder_name(combination)} ({number} of {len(runs)})", flush=True)
-        driver.run_study(asked)
-        grid.merge(runs, folder)
-    print(f"wrote {shown(folder / grid.TABLE)}")
-    return 0
-
-
-def run_harness(arguments: list[str]) -> int:
-    """Evaluate models of a study by lm-evaluation-harness, on the study's problems."""
-    options = _parse(arguments, run_harness, *OF_A_PROFILE, "--seeds", "--methods", "--limit",
-                     "--data", seeds="0", methods="sft_base,dpo,allo")  # fmt: skip
-    asked, limit = _run_of(options), options.limit
-    if limit is not None and not re.fullmatch("[1-9][0-9]{0,8}", limit):
-        raise AlloError(f"--limit {_cut(limit)!r}: expected a whole number above 0")
-    driver.check_folder(asked, fresh=False)
-    methods = [name.strip() for name in options.methods.split(",")]
-    for name in methods:
-        stages_of(name, asked.profile)
-    from allo_lib.study import harness  # loads torch
-    from allo_lib.study.study import Study
-
-    data = None if asked.data is None else str(asked.data)
-    study = Study(asked.profile, asked.seeds[0], asked.results, data)
-    print(f"wrote {shown(harness.evaluate(study, methods, limit and int(limit)))}")
-    return 0
-
-
-def _options_of(told: dict, combination: dict, out: Path, data: str | None) -> argparse.Namespace:
-    """A combination of a grid as if it had been typed."""
-    varied = [(key, str(value)) for key, value in combination.items() if key != "domains"]
-    domains, seeds = combination.get("domains"), told.get("seeds")
-    return argparse.Namespace(
-        profile=str(told["profile"]), out=str(out), data=data, overrides=varied,
-        seeds=seeds and ",".join(map(str, seeds)), domains=domains and str(domains),
-    )  # fmt: skip
-
-
 COMMANDS = {
     "test": test, "status": show_status, "verify": check, "figures": redraw, "tune": tune,
-    "grid": run_grid, "harness": run_harness,
 }  # fmt: skip
 OF_A_PROFILE = ("profile", "--out", "--domains", "-p")
 OPTIONS = {
     "profile": {"nargs": "?", "default": DEFAULT_PROFILE, "help": "name or YAML file"},
     "name": {"nargs": "?", "help": "a figure or table, such as main_miniature; default all"},
-    "file": {"help": "YAML file, see allo_lib/cli/grid.py"},
-    "--out": {"metavar": "DIR", "help": "results folder, default results/PROFILE or /FILE"},
+    "--out": {"metavar": "DIR", "help": "results folder, default results/PROFILE"},
     "--data": {"metavar": "DIR", "help": f"folder of data sets, default ${DATA_VARIABLE}"},
     "--domains": {"metavar": "A,B", "help": "domains to work on, default all: a study in pieces"},
     "--seeds": {"metavar": "0,1,2", "help": "default 0 to `models` - 1; tune: 100 to 103"},
     "--only": {"metavar": "01,05", "help": "numbers of notebooks"},
     "--minutes": {"metavar": "M", "help": "end after M minutes, done or not"},
-    "--methods": {"metavar": "A,B", "help": "methods as the main table names them"},
-    "--limit": {"metavar": "N", "help": "problems of each data set, default all"},
-    "--task": {"metavar": "K", "help": "only the combination of this number, from 0"},
     "--fresh": {"action": "store_true", "help": "remove earlier results first"},
     "--rerun": {"action": "store_true", "help": "run again and compare cell by cell"},
     "-p": {

@@ -21,7 +21,7 @@ from allo_lib.study import manifest
 TOLERANCE = 1e-9  # absolute, on values and standard errors
 # Another number of threads, or another processor, adds up in another order. Of 48 pairs under a
 # model of width 128, in float32, 1 thread against 2, 3, 4 and 8 and against the instructions of
-# older processors (AVX2; SSE alone), tests/test_repeat.py measured
+# older processors (AVX2; SSE alone), tests/study/test_repeat.py measured
 # - per-token log-probs of the same weights, absolute: at most 2.9e-6 (by threads 1.4e-6);
 LOGP_TOLERANCE = 1e-5
 # - weights after 12 steps of DPO on a mask, as a share of the learning rate: at most 1.2e-4;

@@ -1,6 +1,7 @@
 """ALLO against every other row: planted effects are found, corrected, and told as what they are."""
 
 import pytest
+from test_claims import EFFICIENCY
 
 from allo_lib.evaluation import claims, published
 from allo_lib.evaluation.stats import holm
@@ -8,7 +9,6 @@ from allo_lib.evaluation.verdicts import CONTRADICTED, NO_DIFFERENCE, RULE, SUPP
 from allo_lib.report import row_comparisons
 from allo_lib.report.row_comparisons import AVERAGES, SINGLE, claims_table, compare_rows
 from tests import synthetic_results
-from tests.test_claims import EFFICIENCY
 
 OTHERS = [method for method in published.LABELS if method != "allo"]
 

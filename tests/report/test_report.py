@@ -11,6 +11,7 @@ import subprocess
 
 import conftest
 import pytest
+from test_claims import EFFICIENCY
 
 from allo_lib.errors import AlloError
 from allo_lib.evaluation import claims, comparisons, outcomes, published
@@ -19,7 +20,6 @@ from allo_lib.report import figures, report
 from allo_lib.report.figure_style import VERDICT_STYLE
 from allo_lib.study import manifest
 from tests import synthetic_results
-from tests.test_claims import EFFICIENCY
 
 ROOT = conftest.ROOT
 MANIFEST = {"profile": "tiny", "profile_hash": "0" * 64, "seeds": [0], "runs": {}, "files": {}}

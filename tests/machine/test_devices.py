@@ -11,6 +11,7 @@ import pytest
 import torch
 from accelerate.commands import launch
 from accelerate.utils.launch import prepare_multi_gpu_env
+from conftest import ROOT
 from torch import multiprocessing
 
 from allo_lib import align, allo
@@ -22,7 +23,7 @@ from allo_lib.errors import AlloError, Diverged
 from allo_lib.machine import devices, runtime, weights
 from allo_lib.method.neurons import NeuronMask, count_ties, select_neurons
 
-CONFIGS = Path(__file__).parent.parent / "configs"
+CONFIGS = ROOT / "configs"
 SETTINGS = {
     "share": 0.2,
     "batch_size": 5,

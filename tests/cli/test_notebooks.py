@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import conftest
 import IPython.display
 import jupytext
 import nbformat
@@ -24,7 +25,7 @@ from allo_lib.profiles.methods import stages_of
 from allo_lib.report import ablation_figures, notebook
 from allo_lib.study import analysis, key_neurons, runs, scoring
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = conftest.ROOT
 NOTEBOOKS = sorted(path.with_suffix("") for path in (ROOT / "notebooks").glob("*.py"))
 NAMES = [path.name for path in NOTEBOOKS]
 SHARED = ("profile", "seed", "results_dir", "overrides")
@@ -328,7 +329,7 @@ def test_real_questions_and_preferences_run_through_every_notebook(tmp_path, mon
     """The domains of `smollm2` on made-up data and a model of a few weights, from a folder."""
     write_data(tmp_path / "data")
     write_model(tmp_path / "model", tmp_path / "data")
-    text = Path(__file__).with_name("seconds_real.yaml").read_text()
+    text = (ROOT / "tests" / "seconds_real.yaml").read_text()
     (tmp_path / "real.yaml").write_text(text.replace("MODEL", str(tmp_path / "model")))
     monkeypatch.setenv("ALLO_DATA", str(tmp_path / "data"))
     given = {"profile": str(tmp_path / "real.yaml"), "results_dir": str(tmp_path / "out")}

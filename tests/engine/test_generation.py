@@ -286,7 +286,7 @@ def test_implicit_margins_by_hand():
 
 
 # --- steps that are replayed write what the loop with a growing cache writes ---
-# On a CPU the steps are made one by one; tests/test_gpu.py records them as a CUDA graph.
+# On a CPU the steps are made one by one; tests/machine/test_gpu.py records them as a CUDA graph.
 
 WORDS = ("calc", "largest", "first", "second", "1", "3", "4", "12", "?")
 prompts_of_words = st.lists(

@@ -5,6 +5,7 @@ import pandas as pd
 import pytest
 from matplotlib.figure import Figure
 from PIL import Image
+from test_claims import EFFICIENCY
 
 from allo_lib.evaluation import claims
 from allo_lib.evaluation.comparisons import Domain, StudyResults
@@ -14,7 +15,6 @@ from allo_lib.evaluation.stats import mean_interval
 from allo_lib.report import ablation_figures, figures, method_figures
 from allo_lib.report.figure_style import caption_of, method_colour, save
 from tests import synthetic_results
-from tests.test_claims import EFFICIENCY
 
 RUNS = [[0.7, 0.6, 0.5, 0.4], [0.7, 0.65, 0.55, 0.5]]
 TRIED = {"dpo": [

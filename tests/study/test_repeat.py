@@ -74,9 +74,9 @@ OTHER_MACHINE = {
 IN_A_CHILD = """
 import sys
 from pathlib import Path
-sys.path.insert(0, sys.argv[1])
+sys.path[:0] = sys.argv[1:3]
 import test_repeat
-test_repeat.run_through(Path(sys.argv[2]), 1)
+test_repeat.run_through(Path(sys.argv[3]), 1)
 """
 OTHERS = ("3 threads", "another machine")
 
@@ -87,7 +87,8 @@ def ends(tmp_path_factory):
     base = tmp_path_factory.mktemp("repeat")
     for name in ("1 thread", "3 threads", "3 threads again"):
         run_through(base / name, int(name[0]))
-    command = [sys.executable, "-c", IN_A_CHILD, Path(__file__).parent, base / "another machine"]
+    here = Path(__file__).parent
+    command = [sys.executable, "-c", IN_A_CHILD, here, here.parent, base / "another machine"]
     subprocess.run(command, env=child_environment() | OTHER_MACHINE, check=True)
     return base
 
