@@ -88,9 +88,7 @@ def strategyqa_row(entry) -> dict:
 
 def gsm8k_row(entry) -> dict:
     """GSM8k: question, answer (a solution with calculator marks `<<...>>`, then `#### N`)."""
-    solution, mark, answer = entry["answer"].rpartition("####")
-    if not mark:
-        raise ValueError("no #### in the answer")
+    solution, answer = entry["answer"].rsplit("####", 1)
     solution = re.sub(r"<<[^<>]*>>", "", solution).strip()
     return _question(entry["question"], solution, answer.strip().replace(",", ""))
 
@@ -167,7 +165,7 @@ class Benchmark:
     folder: str | None = None
     file: str | None = None
     train: str | None = "train"
-    test: str | None = "test"
+    test: str = "test"
     worked: bool = False
 
 
@@ -227,15 +225,13 @@ def load_rows(name: str, split: str, data_dir: str | Path | None = None) -> list
     if folder:
         source = _data_file(Path(folder).expanduser(), name, split)
         lines = enumerate(text_of(source).split("\n"), start=1)
-        rows = [_parse(line, f"{source}, line {i}") for i, line in lines if line.strip()]
+        rows = [_parsed(line, f"{source}, line {i}") for i, line in lines if line.strip()]
     else:
         source, rows = f"{name} {split} of the hub", load_from_hub(name, split)
         for row in rows:
             check_row(row, row.get("id", source))
     if not rows:
         raise AlloError(f"{source} holds no rows; expected one JSON object a line")
-    if len({"question" in row for row in rows}) > 1:
-        raise AlloError(f"{source}: questions and preferences in one file; expected one kind")
     counts = collections.Counter(row["id"] for row in rows if "question" in row)
     for row_id, count in counts.most_common(1):
         if count > 1:
@@ -247,43 +243,35 @@ def _data_file(folder: Path, name: str, split: str) -> Path:
     for path in (folder / name / f"{split}.jsonl", folder / name / f"{split}.jsonl.gz"):
         if path.is_file():
             return path
-    state = "has no such file" if folder.is_dir() else "does not exist"
-    raise AlloError(
-        f"data folder {folder} {state}: expected {name}/{split}.jsonl or {name}/{split}.jsonl.gz; "
-        + both_ways(name)
+    raise _absent(name, f"has no {split}.jsonl or {split}.jsonl.gz in {folder / name}")
+
+
+def _absent(name: str, reason: str) -> AlloError:
+    hub = BENCHMARKS[name].hub if name in BENCHMARKS else f"which has {', '.join(BENCHMARKS)}"
+    return AlloError(
+        f"data set {name!r} {reason}; there are two ways: a data folder, named with --data DIR or "
+        f"the environment variable ALLO_DATA, or, with neither, the hub through `datasets` ({hub})"
     )
 
 
 def text_of(path: Path) -> str:
-    """Return the text of a file, unpacked if its name ends in .gz.
-
-    Raises:
-        AlloError: it cannot be read, or is not UTF-8.
-    """
+    """Return the text of a file, unpacked if its name ends in .gz; AlloError if it has none."""
     try:
         raw = path.read_bytes()
         return (gzip.decompress(raw) if path.suffix == ".gz" else raw).decode("utf-8")
-    except UnicodeDecodeError as error:
-        line = error.object[: error.start].count(b"\n") + 1
-        raise AlloError(f"{path}, line {line}: not UTF-8; save the file as UTF-8") from error
-    except (OSError, EOFError, zlib.error) as error:
-        raise AlloError(f"{path} cannot be read ({error}); restore or replace the file") from error
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
+        raise AlloError(
+            f"{path} cannot be read: damaged, or not UTF-8 ({error}); restore or replace the file"
+        ) from error
 
 
-def _parse(line: str, place: str) -> dict:
+def _parsed(line: str, place: str) -> dict:
     try:
-        row = json.loads(line, object_pairs_hook=_unique)
+        row = json.loads(line)
     except (ValueError, RecursionError) as error:
         raise AlloError(f"{place}: not JSON ({error}); expected one object a line") from error
     check_row(row, place)
     return row
-
-
-def _unique(items: list[tuple]) -> dict:
-    for key, count in collections.Counter(key for key, _ in items).items():
-        if count > 1:  # `json` would take the last one in silence
-            raise ValueError(f"the key {short(key)} is there twice")
-    return dict(items)
 
 
 def load_from_hub(name: str, split: str) -> list[dict]:
@@ -292,63 +280,34 @@ def load_from_hub(name: str, split: str) -> list[dict]:
     Raises:
         AlloError: no such data set or split on the hub, no way to it, or columns of another form.
     """
-    if name not in BENCHMARKS:
-        raise AlloError(f"data set {name!r} is not there: {both_ways(name)}")
-    benchmark = BENCHMARKS[name]
-    its_split = {"train": benchmark.train, "test": benchmark.test}.get(split)
-    if its_split is None:
-        raise AlloError(f"data set {name!r} has no split {split!r} on the hub; {both_ways(name)}")
+    benchmark = BENCHMARKS.get(name)
+    its_split = benchmark and {"train": benchmark.train, "test": benchmark.test}.get(split)
+    if not its_split:
+        raise _absent(name, f"has no split {split!r} on the hub")
     if benchmark.revision is None:
         logging.getLogger(__name__).warning(
             "%s of %s is read without a pinned revision: its rows may change, and only the data's "
             "hash in manifest.json would tell", name, benchmark.hub,
         )  # fmt: skip
-    table = _table(name, benchmark, its_split)
-    try:
-        rows = [
-            new if new is None or "prompt" in new else {"id": f"{name}-{split}-{number}"} | new
-            for number, new in enumerate(map(benchmark.row, table))
-        ]
-    except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
-        raise AlloError(
-            f"data set {name!r} of the hub has columns of another form "
-            f"({' '.join(repr(error).split())[:60]}); {both_ways(name)}"
-        ) from error
-    rows = [row for row in rows if row is not None]
-    if not rows:
-        raise AlloError(f"data set {name!r} of the hub has no usable row; {both_ways(name)}")
-    return rows
-
-
-def _table(name: str, benchmark: Benchmark, split: str):
     import datasets  # slow to load
 
-    path, settings = benchmark.hub, {"split": split}
+    path, revision = benchmark.hub, benchmark.revision
+    settings = dict(name=benchmark.config, data_dir=benchmark.folder, revision=revision)
     if benchmark.file:
         # The repository also holds a script, which `datasets` refuses; the file alone is JSON.
-        file = f"hf://datasets/{benchmark.hub}@{benchmark.revision}/{benchmark.file}"
-        path, settings["data_files"] = "json", file
-    else:
-        settings |= dict(
-            name=benchmark.config, data_dir=benchmark.folder, revision=benchmark.revision
-        )
+        path, settings = "json", {"data_files": f"hf://datasets/{path}@{revision}/{benchmark.file}"}
     try:
-        return datasets.load_dataset(path, **settings)
+        rows = map(benchmark.row, datasets.load_dataset(path, split=its_split, **settings))
+        return [
+            row if "prompt" in row else {"id": f"{name}-{split}-{number}"} | row
+            for number, row in enumerate(rows)
+            if row is not None
+        ]
     except Exception as error:
-        # Every layer below (http, cache, parquet) has exceptions of its own.
-        reason = " ".join(str(error).split())[:200]
-        raise AlloError(
-            f"data set {name!r} cannot be read from the hub ({reason}); {both_ways(name)}"
-        ) from error
-
-
-def both_ways(name: str) -> str:
-    """Say what to do about a data set that is not there, as the end of a message."""
-    hub = BENCHMARKS[name].hub if name in BENCHMARKS else f"it has {', '.join(BENCHMARKS)} here"
-    return (
-        "there are two ways: a data folder named with --data DIR or the environment variable "
-        f"ALLO_DATA, or, with neither, the hub through `datasets` ({hub})"
-    )
+        # Every layer below (http, cache, parquet) has exceptions of its own; columns of another
+        # form give those of the converters.
+        reason = " ".join(repr(error).split())[:200]
+        raise _absent(name, f"cannot be read from the hub ({reason})") from error
 
 
 # --- checking ------------------------------------------------------------------------------------
@@ -399,43 +358,30 @@ class QuestionRow(BaseModel):
     def _options_match(self):
         if self.choices is None:
             return self
-        letters, lines = LETTERS[: len(self.choices)], options(self.choices)
-        if self.answer not in tuple(letters):
-            raise ValueError(
-                f"answer is {short(self.answer)}, expected a letter from A to {letters[-1]}"
-            )
+        if self.answer not in tuple(LETTERS[: len(self.choices)]):
+            raise ValueError("expected an answer that is the letter of one of the choices")
         # `tasks.prompt` takes the options off the end again; without them, the question.
-        stem = self.question.removesuffix("\n" + "\n".join(lines))
-        if stem == self.question or not stem.strip():
-            raise ValueError(
-                f"question is {short(self.question)}, expected a text and then its options, one a "
-                f"line, from {short(lines[0])} to {short(lines[-1])}"
-            )
+        end = "\n" + "\n".join(options(self.choices))
+        if not self.question.endswith(end) or not self.question.removesuffix(end).strip():
+            raise ValueError(f"expected a question that ends in its options, {short(end)}")
         return self
 
 
 def check_row(row, place: str = "row") -> None:
     """Raise AlloError, naming `place`, unless `row` is well-formed: one of the three kinds."""
-    if not isinstance(row, dict):
-        raise AlloError(f"{place}: {type(row).__name__}, expected a JSON object")
+    keys = row if isinstance(row, dict) else ()
     kind = QuestionRow
-    if "question" not in row and not row.keys().isdisjoint(PreferenceRow.model_fields):
+    if "question" not in keys and "prompt" in keys:
         kind = PreferenceRow
-    elif "outputs" in row and "answer" not in row:
+    elif "outputs" in keys and "answer" not in keys:
         kind = InstructionRow
-    missing = [key for key in kind.model_fields if key not in row]
-    if missing:
-        keys = ", ".join(kind.model_fields)
-        raise AlloError(f"{place}: no {', '.join(missing)}; expected the keys {keys}")
     try:
         kind.model_validate(row)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        expected = first["msg"].removeprefix("Value error, ")
-        if first["loc"]:
-            expected = expected.replace("Input should be", "expected", 1)
-            expected = f"{first['loc'][0]} is {short(first['input'])}, {expected}"
-        raise AlloError(f"{place}: {expected}") from error
+        where = ".".join(map(str, first["loc"])) or "row"
+        message = first["msg"].removeprefix("Value error, ")
+        raise AlloError(f"{place}: {where}: {message}; given {short(first['input'])}") from error
 
 
 def data_hash(rows: list[dict]) -> str:
