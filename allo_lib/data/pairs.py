@@ -277,7 +277,7 @@ def helpful_prompt(text: str) -> list[dict]:
     turns = [(who, said.strip()) for who, said in zip(parts[::2], parts[1::2], strict=True)]
     messages = []
     for who, said in itertools.groupby(turns[:-1], key=lambda turn: turn[0]):
-        content = "\n\n".join(text for _, text in said).strip()
+        content = "\n\n".join(text for _, text in said if text)
         messages.append({"role": "user" if who == "Human" else "assistant", "content": content})
     roles, contents = ([message[key] for message in messages] for key in ("role", "content"))
     is_open = turns[-1:] == [("Assistant", "")] and roles[:1] == roles[-1:] == ["user"]
