@@ -188,7 +188,11 @@ def _of_messages(tokenizer, row: dict, place: str) -> Preference:
     prompt, replies = _conversation(tokenizer, row, place)
     settings = dict(row.get("chat_template_kwargs") or {})
     if tools := row.get("tools"):
-        settings["tools"] = json.loads(tools) if isinstance(tools, str) else tools
+        with _named(f"{place}, tools"):
+            tools = json.loads(tools) if isinstance(tools, str) else tools
+            if not isinstance(tools, list):
+                raise AlloError("expected a list of JSON schemas, or its JSON")
+        settings["tools"] = tools
     with _named(f"{place}, prompt"):
         head = encode_chat(tokenizer, prompt, add_generation_prompt=True, **settings)
     with _named(place):
@@ -310,8 +314,8 @@ def _refuse_left_out(tokenizer, prompt: list[dict], replies: list[dict], setting
 
 @contextlib.contextmanager
 def _named(place: str):
-    """Put the place before an AlloError."""
+    """Put the place before an error."""
     try:
         yield
-    except AlloError as error:
+    except ValueError as error:
         raise AlloError(f"{place}: {error}") from error
