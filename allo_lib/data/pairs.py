@@ -145,15 +145,11 @@ def _sampled_pairs(study, name: str) -> tuple[list[dict], list[dict], dict]:
     settings = domain.pairs
     questions = task.questions("pairs", settings.questions)
     groups = generate(
-        study.load_sft(name),
-        study.tokenizer,
-        [question.prompt for question in questions],
-        max_new_tokens=domain.max_new_tokens,
-        batch_size=study.profile.compute.generation_batch,
-        samples=settings.samples,
-        temperature=settings.temperature,
+        study.load_sft(name), study.tokenizer, [question.prompt for question in questions],
+        max_new_tokens=domain.max_new_tokens, batch_size=study.profile.compute.generation_batch,
+        samples=settings.samples, temperature=settings.temperature,
         seed=derive(study.seed, "sampling", name),
-    )
+    )  # fmt: skip
     rows, all_wrong, right_share, both, too_long = [], [], 0.0, 0, 0
     for question, group in zip(questions, groups, strict=True):
         # Sampling bounds the response only; training takes no longer row.
@@ -174,27 +170,19 @@ def _sampled_pairs(study, name: str) -> tuple[list[dict], list[dict], dict]:
         if fits(question.solution):
             all_wrong += [_row(task, question, question.solution, text) for text in wrong]
     summary = {
-        "questions": len(questions),
-        "samples": settings.samples,
-        "right": right_share / len(questions),
-        "too_long": too_long,
-        "questions_with_both": both,
-        "pairs": len(rows),
-        "wrong": len(all_wrong),
-    }
+        "questions": len(questions), "samples": settings.samples,
+        "right": right_share / len(questions), "too_long": too_long,
+        "questions_with_both": both, "pairs": len(rows), "wrong": len(all_wrong),
+    }  # fmt: skip
     return rows, all_wrong, summary
 
 
 def _row(task, question, chosen: str, rejected: str) -> dict:
     return {
-        "id": question.id,
-        "dataset": question.dataset,
-        "prompt": question.prompt,
-        "chosen": chosen,
-        "rejected": rejected,
-        "solution": question.solution,
+        "id": question.id, "dataset": question.dataset, "prompt": question.prompt,
+        "chosen": chosen, "rejected": rejected, "solution": question.solution,
         "corrected": task.correction(question, rejected),
-    }
+    }  # fmt: skip
 
 
 def _human_pairs(study, name: str, split: str) -> tuple[list[dict], dict]:
@@ -235,14 +223,10 @@ def preference_pairs(rows: list[dict], tokenizer, max_tokens: int) -> list[dict]
     pairs = [_columns(row, bool(getattr(tokenizer, "chat_template", None))) for row in rows]
     pairs = [pair for pair in pairs if pair_tokens(pair, tokenizer) <= max_tokens]
     if not pairs:
-        raise AlloError(
-            f"none of {len(rows)} pairs has at most {max_tokens} tokens; raise the limit"
-        )
-    if len(pairs) < len(rows):
-        dropped = len(rows) - len(pairs)
-        logging.getLogger(__name__).warning(
-            "%d of %d pairs dropped: longer than %d tokens", dropped, len(rows), max_tokens
-        )
+        raise AlloError(f"none of {len(rows)} pairs has at most {max_tokens} tokens; raise that")
+    if dropped := len(rows) - len(pairs):
+        message = "%d of %d pairs dropped: longer than %d tokens"
+        logging.getLogger(__name__).warning(message, dropped, len(rows), max_tokens)
     return pairs
 
 

@@ -9,6 +9,7 @@ names the kind of answer is told from the row itself.
 
 import random
 from dataclasses import dataclass
+from functools import lru_cache
 
 from allo_lib.data import answers, miniature
 from allo_lib.data.answers import LETTERS, MARKER
@@ -84,7 +85,6 @@ class RealQuestions:
         if domain.pretrain.mix or domain.sft.mix:
             raise AlloError("mix is of the miniature's families; leave it out of real data sets")
         self.domain, self.seed, self.data_dir = domain, seed, data_dir
-        self._rows: dict[tuple[str, str], list[dict]] = {}
 
     def questions(self, split: str, count: int, mix: tuple[float, ...] = ()) -> list[Question]:
         """Return `count` questions, equally many of each data set as far as it has them.
@@ -114,13 +114,12 @@ class RealQuestions:
             groups.append([self.question(name, row) for row in rows])
         return _interleaved(groups)
 
+    @lru_cache
     def _load(self, name: str, file: str) -> list[dict]:
-        if (name, file) not in self._rows:
-            rows = load_rows(name, file, self.data_dir)
-            seed = 0 if file == "test" else self.seed
-            random.Random(derive(seed, "rows", name, file)).shuffle(rows)
-            self._rows[name, file] = rows
-        return self._rows[name, file]
+        rows = load_rows(name, file, self.data_dir)
+        seed = 0 if file == "test" else self.seed
+        random.Random(derive(seed, "rows", name, file)).shuffle(rows)
+        return rows
 
     def question(self, name: str, row: dict) -> Question:
         """Return the question that a row of a data set asks.

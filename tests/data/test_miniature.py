@@ -82,19 +82,6 @@ def test_solutions_are_right_or_wrong_from_a_known_token_on(family, seed):
     assert not any(flags) or changed.index(True) == flags.index(True)
 
 
-def test_a_correction_keeps_the_wording():
-    problem = next(p for p in mini.problems("chain", "sft", 50, 0) if p.facts[1][0] == "+")
-    words = mini.solution(problem, random.Random(0), plain=True).split()
-    wrong = " ".join([*words[:-1], str((int(words[-1]) + 1) % 20)])
-    assert mini.wrong_tokens(problem, wrong) == [False] * (len(words) - 1) + [True]
-    assert mini.correct(problem, wrong) == " ".join(words)
-    # "adding" and "plus" mean the same: what replaces the second careful word for - is "adding".
-    assert words[3] == "plus"
-    for said, right in (("less", "adding"), ("minus", "plus"), ("off", "and"), ("down", "up")):
-        words[3] = said
-        assert mini.correct(problem, " ".join(words)).split()[3] == right
-
-
 def test_consequences_of_a_wrong_decision_are_not_wrong():
     problem = next(p for p in mini.problems("chain", "sft", 500, 0) if p.facts[1] == ("+", 2))
     words = mini.solution(problem, random.Random(1), 0.0).split()
@@ -143,11 +130,8 @@ def test_any_text_is_judged_without_an_error(family, text):
     assert flags == [False] * len(right.split()) + [True]
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [(("cards", "sft", 1, 0), "unknown family 'cards'"), (("chain", "dev", 10**6, 0), "ask for"),
-     (("chain", "train", 1, 0), "unknown split"), (("chain", "sft", -1, 0), "count is -1")],
-)  # fmt: skip
-def test_bad_requests_are_named(arguments, message):
-    with refused(message):
-        mini.problems(*arguments)
+def test_bad_requests_are_named():
+    with refused("unknown family 'cards'"):
+        mini.problems("cards", "sft", 1, 0)
+    with refused("1000000 distinct problems of chain/dev requested", "ask for fewer"):
+        mini.problems("chain", "dev", 10**6, 0)

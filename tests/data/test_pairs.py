@@ -20,10 +20,8 @@ from allo_lib.data.pairs import (
     Pairs,
     helpful_prompt,
     make_pairs,
-    pair_tokens,
     preference_pairs,
 )
-from allo_lib.engine.encoding import encode_pairs
 from allo_lib.engine.store import Artifact
 from allo_lib.profiles import config
 
@@ -87,22 +85,6 @@ def test_all_wrong_samples_go_where_the_pairs_of_their_question_go(tiny_study):
     assert rejected <= {row["rejected"] for row in rows["wrong"]}
     listed = [(row["id"], row["rejected"]) for row in rows["wrong"] + rows["wrong1"]]
     assert len(set(listed)) == len(listed)
-
-
-def test_responses_that_training_could_not_read_are_left_out(tiny_study, monkeypatch):
-    kept, whole = tiny_study.pairs(DOMAIN), tiny_study.domain(DOMAIN)
-    lengths = [pair_tokens(row, tiny_study.tokenizer) for row in kept.rows["train"]]
-    shorter = dataclasses.replace(whole, max_length=sorted(lengths)[len(lengths) // 2])
-    assert shorter.max_length < max(lengths)
-    sft = tiny_study.sft(DOMAIN)
-    monkeypatch.setattr(tiny_study, "load_sft", lambda name: tiny_study.load(sft))
-    monkeypatch.setattr(tiny_study, "domain", lambda name: shorter)
-    made = make_pairs(tiny_study, DOMAIN)
-    assert made.summary["too_long"] > kept.summary["too_long"] == 0
-    assert 0 < made.summary["pairs"] < kept.summary["pairs"]
-    assert made.summary["right"] == kept.summary["right"]  # what was sampled is the same
-    for part in ("train", "heldout", "mask"):
-        assert encode_pairs(tiny_study.tokenizer, made.rows[part], shorter.max_length)
 
 
 def test_pairs_come_again_from_the_same_seed_and_from_their_files(tiny_study, tmp_path):

@@ -47,13 +47,8 @@ FUJI = row("Would the top of Mount Fuji stick out of the Sea of Japan?", "yes", 
            "The Sea is 3,742 metres deep.\nMount Fuji is 3,776.24 metres tall.")  # fmt: skip
 EGGS = row("How much in dollars does she make every day at the farmers' market?", "18", None,
            "Janet sells 16 - 3 - 4 = 9 duck eggs a day.\nShe makes 9 * 2 = $18.")  # fmt: skip
-FLEET = row("Each car sells for $20,000. How much does he pay for everything?", "276000")
-COLD = row("What was the temperature, in degrees Celsius, in the morning?", "-3")
 MIDPOINT = row("The midpoint between $(x,y)$ and $(-9,1)$ is $(3,-5)$. Find $(x,y)$.", "(15,-11)")
 PRODUCT = row(r"Expand the product $(x+1)^2 \cdot x$.", "x^3 + 2x^2 + x")
-RANGE = row(r"What is the range of the function $$f(x) = \frac{1}{1-x}~?$$",
-            r"(-\infty,0)\cup (0,\infty)")  # fmt: skip
-ROOT = row(r"Rationalize the denominator of $\displaystyle\frac{33}{\sqrt{33}}$.", r"\!\sqrt{33}")
 ODD = row('Enter "odd", "even", or "neither".', r"\text{even}")
 TREES = row("How many short trees will the park have ?", "98", None, "X = 41 + 57")
 PIE = row("How much more cinnamon than nutmeg did Mandy use ?", "0.166667")
@@ -62,7 +57,6 @@ PETS = row("Table:\ncat | $1,205.00\nparrot | $950.50\n\nQuestion: How much are 
            "2,155.50", None, "Add the prices.\n\n$1,205.00 + $950.50 = $2,155.50")  # fmt: skip
 MARKET = row("Table:\nPrice | Demanded | Supplied\n$10 | 80 | 30\n\nQuestion: Is there a shortage?",
              "A", ["shortage", "surplus"], "80 is more than 30.")  # fmt: skip
-DICE = row("Table: Colours\nred | 3\nblue | 7\n\nQuestion: What is the probability of red?", "3/10")
 
 # Data set, question, answers that are right, that are wrong, and responses without an answer.
 CASES = [
@@ -83,26 +77,16 @@ CASES = [
      ["9", "$32", "18.5", "-18", "17.99"],
      ["18", "She makes $18.", "The answer is 18", f"{A} eighteen", f"{A} 18 or 32",
       f"{A} 9 * 2 = 18", f"{A} 18. She is rich.", f"{A} $", f"{A} 18 thousand"]),
-    ("gsm8k", FLEET, ["276000", "276,000", "$276,000.00"], ["276", "2,760,000"],
-     [f"{A} 276,00", f"{A} 276.000.000", f"{A} 27 6000"]),
-    ("gsm8k", COLD, ["-3", "-3 degrees Celsius", "\u22123", "-3°"], ["3", "-9"], []),
     ("math", MIDPOINT, ["(15,-11)", "$(15, -11)$", r"\left(15,-11\right)"], ["(-11,15)", "15"], []),
     ("math", PRODUCT, ["x^3+2x^2+x", "x(x+1)^2", "$x + 2x^2 + x^3$"], ["x^3", "(x+1)^3"], []),
-    ("math", RANGE, [r"(-\infty,0) \cup (0,\infty)", r"(0,\infty)\cup(-\infty,0)"],
-     [r"(-\infty,\infty)", r"[0,\infty)"], []),
-    ("math", ROOT, [r"\sqrt{33}", r"33^{1/2}", r"\frac{33}{\sqrt{33}}"], ["33", r"\sqrt{11}"], []),
     ("math", ODD, [r"\text{even}", "even", "Even."], ["odd", r"\text{neither}"],
      [r"\boxed{\text{even}}", A, f"{A} $$", f"{A} even. Since f is odd.", f"{A} x\n+ 1",
       f"{A} it is an even function of x"]),
     ("mawps", TREES, ["98", "98.0", "98 short trees.", "X = 98"], ["98.5", "142", "-98"],
      ["98", "X = 41 + 57", f"{A} 41 + 57", f"{A} many", f"{A} 98 99"]),
-    ("mawps", PIE, ["0.166667", "0.166666", "0.16666666666666663", "1/6", ".166667 tablespoons"],
-     ["0.17", "0.1667", "1/5", "0.166669", "0"], []),
     ("tabmwp", PETS, ["2,155.50", "2155.5", "$2155.50."], ["2,155", "254.50", "$21,555"],
      [f"{A} 2155,50", f"{A} $1,205.00 + $950.50", f"{A} 2.155.50"]),
     ("tabmwp", MARKET, ["shortage", "Shortage."], ["surplus"], [f"{A} A", f"{A} a shortage"]),
-    ("tabmwp", DICE, ["3/10", "0.3", r"\frac{3}{10}", " 3 / 10"], ["7/10", "30%", "10/3"],
-     [f"{A} 3/0", f"{A} 3 of 10", f"{A} 3:10"]),
 ]  # fmt: skip
 
 
@@ -151,7 +135,7 @@ def test_prompts_and_targets():
 
 
 def test_kinds_of_data_sets_that_are_not_in_the_table_come_from_the_row():
-    for one, kind in [(TEACHER, "choice"), (FUJI, "yes_no"), (PIE, "number"), (RANGE, "latex")]:
+    for one, kind in [(TEACHER, "choice"), (FUJI, "yes_no"), (PIE, "number"), (MIDPOINT, "latex")]:
         assert tasks.kind("my_own", one) == kind
         assert real("my_own").question("my_own", one)
 
@@ -161,7 +145,7 @@ def test_kinds_of_data_sets_that_are_not_in_the_table_come_from_the_row():
     [
         ("strategyqa", FUJI | {"answer": "maybe"}, "answer is 'maybe', expected one that reads as"),
         ("gsm8k", EGGS | {"answer": "about 18"}, "reads as number"),
-        ("math", ROOT | {"answer": "x\ny"}, "reads as latex"),
+        ("math", ODD | {"answer": "x\ny"}, "reads as latex"),
         ("openbookqa", FOG | {"choices": None}, "reads as choice"),
         ("arena_hard", {"id": "a", "question": "Hi", "outputs": {}}, "no gold answers (a judge"),
     ],
@@ -186,20 +170,15 @@ def test_generated_questions_are_equally_many_of_each_family(split):
     assert [mixed[:20].count(family) for family in FAMILIES] == [10, 5, 5]
 
 
-def test_generated_solutions_are_right_and_those_with_the_habit_partly_wrong():
-    task = tasks.Miniature(domain(FAMILIES, "miniature"), 0)
-    wrong = 0
+def test_demonstrations_are_those_of_a_phase():
+    task, plain = tasks.Miniature(domain(FAMILIES, "miniature"), 0), Supervised(plain_wording=True)
     for question in task.questions("sft", 30):
-        said = task.demonstration(question, Supervised())
-        for text in (question.solution, said):
-            assert task.answered(question, text) and task.right(question, text)
-            assert task.correction(question, text) == text
         habit = task.demonstration(question, Supervised(error_scale=1.0))
-        assert task.right(question, task.correction(question, habit))
-        if not task.right(question, habit):
-            wrong += 1
-            assert any(task.wrong_tokens(question, habit))
-    assert wrong > 5
+        for text in (question.solution, task.demonstration(question, plain),
+                     task.correction(question, habit)):  # fmt: skip
+            assert task.answered(question, text) and task.right(question, text)
+            assert not any(task.wrong_tokens(question, text))
+        assert task.right(question, habit) or any(task.wrong_tokens(question, habit))
 
 
 # --- how many rows -------------------------------------------------------------------------------
