@@ -232,7 +232,7 @@ def _is_tame(text: str) -> bool:
     exponents = [_exponent(text[sign.end() :]) for sign in re.finditer(r"\^|\*\*", text)]
     if any(re.search(r"\^|\*\*|!|\\binom", one) for one in exponents):
         return False
-    digits = [int(found) for one in exponents for found in re.findall("[0-9]+", one)]
+    digits = [int(n) for one in exponents for n in re.findall("[0-9]+", one)]
     return math.prod(max(1, one) for one in digits) <= 20_000
 
 

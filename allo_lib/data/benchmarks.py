@@ -95,7 +95,7 @@ def _math(entry) -> dict | None:
 
 
 def _mawps(entry) -> dict:
-    answer = entry["result"].replace("_", "")  # thousands are told by `_`
+    answer = entry["result"].replace("_", "")  # thousands are set apart by `_`
     return _question(entry["question"], entry["equation"] or None, answer)
 
 
@@ -136,7 +136,7 @@ class Benchmark:
 
     answer: kind of its answers, see `answers.KINDS`, or "" where a judge is needed. Questions with
         options are choices whatever stands here (a quarter of TabMWP).
-    hub, config, folder, file, revision: what `datasets.load_dataset` is given, as the hub id, its
+    hub, config, folder, file, revision: what `datasets.load_dataset` gets, as the hub id, its
         name, data_dir, one JSON file of the repository, and the git commit.
     row: the converter of its entries.
     train, test: the hub's names of our two splits; None where it has none.

@@ -48,11 +48,11 @@ class Pairs:
 
     def corrections(self, split: str) -> list[Correction]:
         """Return examples for the rewriter; rows without a correction keep their prediction."""
-        found = []
+        examples = []
         for row in self.rows[split]:
             corrected = row["rejected"] if row["corrected"] is None else row["corrected"]
-            found.append(Correction(row["prompt"], row["solution"], row["rejected"], corrected))
-        return found
+            examples.append(Correction(row["prompt"], row["solution"], row["rejected"], corrected))
+        return examples
 
     def save(self, folder: Path) -> None:
         """Write one JSON file per split and the summary."""

@@ -276,10 +276,10 @@ def _filled(message: dict) -> dict:
 
 
 def _refuse_special(tokenizer, text: str, what: str) -> None:
-    found = encoding.special_tokens_in(tokenizer, text)
-    if found:
+    names = encoding.special_tokens_in(tokenizer, text)
+    if names:
         raise AlloError(
-            f"{what} contains the special token {found[0]!r}; give chat messages, whose template "
+            f"{what} contains the special token {names[0]!r}; give chat messages, whose template "
             "writes such tokens and whose content is read as plain text, or take it out"
         )
 

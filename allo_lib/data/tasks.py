@@ -4,7 +4,7 @@ A task gives questions of a split, a solution to learn from, the verdict on a re
 minimally corrected form. Splits: "sft", "pairs", "dev" and "test"; no question is in two of them.
 
 A real question is a row as `benchmarks` describes it, with the name of its data set there; of other
-names the kind of answer is told from the row itself.
+names the kind of answer is inferred from the row.
 """
 
 import random
@@ -103,8 +103,8 @@ class RealQuestions:
             # Development and pairs first, which every data set should have; then the supervised
             # rows, of which there are the most.
             supervised = max(self.domain.pretrain.examples, self.domain.sft.examples)
-            asked = {"dev": self.domain.dev, "pairs": self.domain.pairs.questions}
-            planned = plan(asked | {"sft": supervised}, sizes, "train")
+            requested = {"dev": self.domain.dev, "pairs": self.domain.pairs.questions}
+            planned = plan(requested | {"sft": supervised}, sizes, "train")
             room, order = planned[split], ("sft", "pairs", "dev")
             for before in order[: order.index(split)]:
                 starts = {name: start + planned[before][name] for name, start in starts.items()}
