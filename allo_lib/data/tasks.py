@@ -244,13 +244,8 @@ def _final(row: dict) -> str:
 def plan(counts: dict[str, int], sizes: dict[str, int], file: str) -> dict[str, dict[str, int]]:
     """Deal rows out to splits, in equal shares of the data sets as far as each has rows.
 
-    Args:
-        counts: rows of each split, the first ones dealt out first.
-        sizes: rows that each data set has.
-        file: what they are rows of, for the error.
-
-    Returns:
-        split -> rows that each data set gives to it.
+    counts: rows of each split, the first ones dealt out first. sizes: rows that each data set has
+    in a `file`. Returns split -> data set -> rows.
 
     Raises:
         AlloError: more rows are requested than there are.
