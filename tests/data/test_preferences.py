@@ -203,27 +203,23 @@ def test_a_string_prompt_is_one_of_the_messages_that_stand_before_the_replies():
             encode_preference(tokenizer, row | change, "pair 0")
 
 
-@pytest.mark.parametrize(
-    ("chosen", "rejected"),
-    [("Q: a\nYes", "Q: a\nNo"), ("Is it so? I can", "Is it so? I do"), ("so it is", "so 1")],
-)
-def test_an_implicit_prompt_of_strings_is_what_trl_extracts(chosen, rejected):
-    row = {"chosen": chosen, "rejected": rejected}
-    for tokenizer in (bytewise(), bytewise(bos="<s>", adds_bos=True), sentencepiece()):
-        assert encode_preference(tokenizer, row, "").ids == trl_ids(tokenizer, row)
-
-
 # --- strings -------------------------------------------------------------------------------------
 
 STRINGS = {"prompt": "Q: is it so\n", "chosen": "Yes now", "rejected": "No"}
+IMPLICIT = [("Q: a\nYes", "Q: a\nNo"), ("Is it so? I can", "Is it so? I do"), ("so it", "so 1")]
 
 
-def test_strings_follow_the_tokenizers_own_convention_as_trl():
+def test_strings_explicit_or_implicit_get_the_ids_that_trl_gives():
+    rows = [STRINGS, *({"chosen": one, "rejected": other} for one, other in IMPLICIT)]
     for tokenizer in (bytewise(), bytewise(bos="<s>"), bytewise(bos="<s>", adds_bos=True),
                       sentencepiece()):  # fmt: skip
+        for row in rows:
+            assert encode_preference(tokenizer, row, "").ids == trl_ids(tokenizer, row)
         ids = encode_preference(tokenizer, STRINGS, "").ids
-        assert ids == trl_ids(tokenizer, STRINGS)
         assert ids["prompt"] == encode_prompt(tokenizer, STRINGS["prompt"])
+    # No blank gets into a reply after a newline.
+    assert tokenizer.convert_ids_to_tokens(ids["chosen"]) == ["Yes", "▁now", "</s>"]
+    assert tokenizer.convert_ids_to_tokens(ids["rejected"]) == ["No", "</s>"]
 
 
 def test_a_written_bos_is_the_one_at_the_beginning():
@@ -232,14 +228,6 @@ def test_a_written_bos_is_the_one_at_the_beginning():
         assert written["prompt"] == [tokenizer.bos_token_id, *tokenizer.encode("Q")[-1:]]
         with refused("the prompt string contains the special token '<s>'"):
             encode_preference(tokenizer, STRINGS | {"prompt": "Q<s>"}, "pair 0")
-
-
-def test_no_blank_gets_into_a_reply_after_a_newline():
-    tokenizer = sentencepiece()
-    found = encode_preference(tokenizer, STRINGS, "pair 0")
-    assert tokenizer.convert_ids_to_tokens(found.ids["chosen"]) == ["Yes", "▁now", "</s>"]
-    assert tokenizer.convert_ids_to_tokens(found.ids["rejected"]) == ["No", "</s>"]
-    assert not found.merged
 
 
 def test_tokens_that_merge_over_the_boundary_are_the_replys_and_told():
