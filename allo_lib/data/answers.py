@@ -5,8 +5,8 @@ fractions, as in GSM8k, MAWPS and TabMWP) and "latex" (a formula, as in MATH). A
 when the text after its last `The answer is:`, up to its end, is one answer of its kind and nothing
 else, blanks and a last full stop aside. Every function takes any string.
 
-Formulas are compared as text, then as numbers, then by math-verify, which is shown only what cannot
-keep a computer algebra system busy for ever.
+Formulas are compared as text, then as numbers, then by math-verify. It alone would not do: it takes
+all small numbers for the same, no notice of the base of 43_5, and for ever for 9^{9^9}.
 """
 
 import functools
@@ -17,21 +17,11 @@ import re
 import threading
 from fractions import Fraction
 
-from allo_lib.errors import AlloError
-
 KINDS = ("choice", "yes_no", "number", "latex")
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 MARKER = "The answer is"
 LONGEST = 300  # characters of a formula; the longest of MATH has 159
 PATIENCE = 10  # seconds for one step of comparing two formulas
-
-
-def final_text(response: str) -> str | None:
-    """Return what follows the last `The answer is:`, without blanks and `**` around it."""
-    _, marker, rest = response.rpartition(MARKER)
-    if not marker or not rest.startswith(":"):
-        return None
-    return _without_bold(rest[1:].strip())
 
 
 def read(kind: str, response: str, choices: list[str] | None = None) -> str | None:
@@ -44,20 +34,15 @@ def read(kind: str, response: str, choices: list[str] | None = None) -> str | No
 
     Returns:
         a letter (choice), "yes" or "no", or the text as it stands (number, latex).
-
-    Raises:
-        AlloError: unknown kind, or a choice without options.
     """
-    _check_kind(kind)
-    if kind == "choice" and not choices:
-        raise AlloError("a choice without options; expected the texts of multiple choice")
-    text = final_text(response)
-    if text is None:
+    _, marker, rest = response.rpartition(MARKER)
+    if not marker or not rest.startswith(":"):
         return None
+    text = _without_bold(rest[1:].strip())
     if kind == "choice":
         # A few questions of QASC have two options that differ in a full stop alone.
         for simplified in (_spaced, plain):
-            for letter, option in zip(LETTERS, choices, strict=False):
+            for letter, option in zip(LETTERS, choices or (), strict=False):
                 if simplified(text) == simplified(option):
                     return letter
         return None
@@ -74,21 +59,10 @@ def is_same(kind: str, answer: str, gold: str) -> bool:
     (0.166667): what differs by less than one unit of its last digit, or by just one where it has
     four or more, is the same. All other numbers must be equal. Units and degree signs of formulas
     do not count.
-
-    Raises:
-        AlloError: unknown kind.
     """
-    _check_kind(kind)
     if kind in ("choice", "yes_no"):
         return plain(answer) == plain(gold)
-    if kind == "number":
-        return bool(_same_number(answer, gold))
-    return _same_formula(answer, gold)
-
-
-def _check_kind(kind: str) -> None:
-    if kind not in KINDS:
-        raise AlloError(f"kind of answer {kind!r}: expected one of {', '.join(KINDS)}")
+    return bool(_same_number(answer, gold)) if kind == "number" else _same_formula(answer, gold)
 
 
 def plain(text: str) -> str:
@@ -204,8 +178,6 @@ def _same_number(answer: str, gold: str) -> bool | None:
 
 # --- formulas ------------------------------------------------------------------------------------
 
-# Simplifying a product of these can take for ever; where no clock stops it, it is not tried.
-_FUNCTIONS = re.compile(r"!|\\(?:arc)?(?:sin|cos|tan|cot|sec|csc|log|ln|exp)(?![a-z])")
 _BASED = re.compile(r"([0-9A-F]+)_\{?([0-9]+)\}?")  # 43_5 is 43 in base 5
 _ENDLESS = re.compile(r"\\(?:sum|prod|int|lim|iint|oint)(?![a-z])|[0-9]{31}|!\s*!")
 
@@ -232,11 +204,7 @@ def _same_formula(answer: str, gold: str) -> bool:
     as_numbers = _same_number(ours, theirs)
     if as_numbers is not None:
         return as_numbers
-    # Steps are timed by signals, which only the main thread gets.
-    timed = threading.current_thread() is threading.main_thread()
-    if not (_is_tame(ours) and _is_tame(theirs)) or (not timed and _FUNCTIONS.search(ours)):
-        return False
-    return _verified(ours, theirs, PATIENCE if timed else None)
+    return _is_tame(ours) and _is_tame(theirs) and _verified(ours, theirs)
 
 
 def _normal(text: str) -> str:
@@ -264,7 +232,7 @@ def _is_tame(text: str) -> bool:
     exponents = [_exponent(text[sign.end() :]) for sign in re.finditer(r"\^|\*\*", text)]
     if any(re.search(r"\^|\*\*|!|\\binom", one) for one in exponents):
         return False
-    digits = [int(found) for one in exponents for found in re.findall("[0-9]+", one)]
+    digits = [int(n) for one in exponents for n in re.findall("[0-9]+", one)]
     return math.prod(max(1, one) for one in digits) <= 20_000
 
 
@@ -277,14 +245,16 @@ def _exponent(rest: str) -> str:
     return re.match(r"[-+]?[A-Za-z0-9.\\]*\^?", rest)[0]
 
 
-def _verified(answer: str, gold: str, patience: int | None) -> bool:
+def _verified(answer: str, gold: str) -> bool:
     """Whether math-verify finds two formulas equal."""
     from math_verify import LatexExtractionConfig, parse, verify  # slow to load, like sympy
 
     # They warn of every formula that they cannot read and of every thread without a timeout.
     for name in ("math_verify", "latex2sympy2_extended"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
-    latex = [LatexExtractionConfig()]
+    # They keep time by signals, which only the main thread gets.
+    timed = threading.current_thread() is threading.main_thread()
+    patience, latex = PATIENCE if timed else None, [LatexExtractionConfig()]
     try:
         ours, theirs = (
             parse(f"${text}$", extraction_config=latex, parsing_timeout=patience)

@@ -5,21 +5,18 @@ questions as {id, question, solution, answer, choices}, instructions as {id, que
 preferences as {prompt, chosen, rejected}. `question` is the text with its options, `(A) ...`, one a
 line; `answer` is the letter, and where `choices` is null the answer itself; `solution` is the human
 explanation or null; `outputs` are others' responses by the names of their models. Without a folder
-the same rows are made from the hub's copies, by a converter for each data set, which takes an entry
-of the hub and returns a row without its id, or None for an entry that cannot be used.
+the same rows are made from the hub's copies.
 
 A revision is the git commit of the hub's copy that other public projects pin too (named beside it),
-so that rows cannot change unseen. Where no such commit is known it is None, a line says so when the
-rows are read, and the hash of the rows in manifest.json is what tells a change. Splits of the hub's
-copies differ from those of a data folder where there is no official one (MAWPS), or the official
-test labels are not public (QASC, StrategyQA).
+so that rows cannot change unseen; where it is None, the hash of the rows in manifest.json is what
+tells a change. Splits of the hub's copies differ from those of a data folder where there is no
+official one (MAWPS), or the official test labels are not public (QASC, StrategyQA).
 """
 
 import collections
 import gzip
 import hashlib
 import json
-import logging
 import os
 import re
 import zlib
@@ -28,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import AfterValidator, BaseModel, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from allo_lib.data.answers import LETTERS, group
 from allo_lib.errors import AlloError, short
@@ -50,8 +47,11 @@ def _statements(text: str | None) -> str | None:
     return "\n".join(filter(None, lines)) or None
 
 
-def ecqa_row(entry) -> dict | None:
-    """ECQA: q_text, q_op1 to q_op5, q_ans (an option's text), taskA_pos (statements for it)."""
+# Each converter takes an entry of the hub and returns a row without its id, or None for an entry
+# that cannot be used.
+
+
+def _ecqa(entry) -> dict | None:
     choices = [entry[f"q_op{i}"] for i in range(1, 6)]
     if choices.count(entry["q_ans"]) != 1:
         return None
@@ -59,57 +59,47 @@ def ecqa_row(entry) -> dict | None:
     return _question(entry["q_text"], _statements(entry["taskA_pos"]), answer, choices)
 
 
-def qasc_row(entry) -> dict | None:
-    """QASC: question, choices (text, label), answerKey, fact1, fact2, combinedfact."""
+def _qasc(entry) -> dict | None:
     facts = [entry[key] for key in ("fact1", "fact2", "combinedfact")]
-    return _labelled(entry, "question", _statements("\n".join(filter(None, facts))))
+    return _labelled(entry, entry["question"], _statements("\n".join(filter(None, facts))))
 
 
-def openbookqa_row(entry) -> dict | None:
-    """OpenBookQA: question_stem, choices (text, label), answerKey; no explanation."""
-    return _labelled(entry, "question_stem", None)
+def _openbookqa(entry) -> dict | None:
+    return _labelled(entry, entry["question_stem"], None)
 
 
-def _labelled(entry, stem: str, solution: str | None) -> dict | None:
+def _labelled(entry, question: str, solution: str | None) -> dict | None:
     choices, labels = list(entry["choices"]["text"]), list(entry["choices"]["label"])
     if entry["answerKey"] not in labels:
         return None  # the test questions of QASC have no label
-    return _question(entry[stem], solution, LETTERS[labels.index(entry["answerKey"])], choices)
+    return _question(question, solution, LETTERS[labels.index(entry["answerKey"])], choices)
 
 
-def strategyqa_row(entry) -> dict:
-    """StrategyQA: question, answer (true or false), facts (a text or a list)."""
-    facts = entry["facts"]
+def _strategyqa(entry) -> dict:
+    facts = entry["facts"]  # a text or a list
     facts = facts if isinstance(facts, str) else "\n".join(facts or [])
-    if not isinstance(entry["answer"], bool):
-        raise TypeError(f"answer is {entry['answer']!r}")
-    return _question(entry["question"], _statements(facts), "yes" if entry["answer"] else "no")
+    answer = {True: "yes", False: "no"}[entry["answer"]]
+    return _question(entry["question"], _statements(facts), answer)
 
 
-def gsm8k_row(entry) -> dict:
-    """GSM8k: question, answer (a solution with calculator marks `<<...>>`, then `#### N`)."""
-    solution, mark, answer = entry["answer"].rpartition("####")
-    if not mark:
-        raise ValueError("no #### in the answer")
-    solution = re.sub(r"<<[^<>]*>>", "", solution).strip()
+def _gsm8k(entry) -> dict:
+    solution, answer = entry["answer"].rsplit("####", 1)
+    solution = re.sub(r"<<[^<>]*>>", "", solution).strip()  # the calculator's marks
     return _question(entry["question"], solution, answer.strip().replace(",", ""))
 
 
-def math_row(entry) -> dict | None:
-    r"""MATH: problem, solution (with the answer in its last `\boxed{}`)."""
+def _math(entry) -> dict | None:
     _, boxed, rest = entry["solution"].rpartition(r"\boxed{")
     answer = (group("{" + rest) or "")[1:-1].strip() if boxed else ""
     return _question(entry["problem"], entry["solution"], answer) if answer else None
 
 
-def mawps_row(entry) -> dict:
-    """MAWPS: question, equation, result (a number, thousands told by `_`)."""
-    answer = entry["result"].replace("_", "")
+def _mawps(entry) -> dict:
+    answer = entry["result"].replace("_", "")  # thousands are set apart by `_`
     return _question(entry["question"], entry["equation"] or None, answer)
 
 
-def tabmwp_row(entry) -> dict:
-    """TabMWP: table_title, table, question, unit, choices or null, answer, solution."""
+def _tabmwp(entry) -> dict:
     title = f" {entry['table_title']}" if entry["table_title"] else ""
     unit = f" (Unit: {entry['unit']})" if entry["unit"] else ""
     stem = f"Table:{title}\n{entry['table']}\n\nQuestion: {entry['question']}{unit}"
@@ -119,23 +109,18 @@ def tabmwp_row(entry) -> dict:
     return _question(stem, entry["solution"], answer, choices)
 
 
-def alpaca_row(entry) -> dict:
-    """AlpacaEval: instruction, output, generator, dataset (which of its five sources)."""
+def _alpaca(entry) -> dict:
     outputs = {entry["generator"]: entry["output"]}
     return {"question": entry["instruction"], "subset": entry["dataset"], "outputs": outputs}
 
 
-def arena_row(entry) -> dict:
-    """Arena-Hard: question_id, cluster, turns (a list of one content)."""
+def _arena(entry) -> dict:
     instruction = {"question": entry["turns"][0]["content"], "cluster": entry["cluster"]}
     return {"id": entry["question_id"], **instruction, "outputs": {}}
 
 
-def hh_row(entry) -> dict | None:
-    """HH-RLHF: chosen, rejected, two whole conversations.
-
-    None when they differ before the last reply, or when the last replies are empty or equal.
-    """
+def _hh(entry) -> dict | None:
+    """Of two conversations that are the same up to their last, different replies."""
     turn = "\n\nAssistant:"
     halves = [entry[key].rpartition(turn) for key in ("chosen", "rejected")]
     (before, _, chosen), (other, _, rejected) = halves
@@ -151,7 +136,7 @@ class Benchmark:
 
     answer: kind of its answers, see `answers.KINDS`, or "" where a judge is needed. Questions with
         options are choices whatever stands here (a quarter of TabMWP).
-    hub, config, folder, file, revision: what `datasets.load_dataset` is given, as the hub id, its
+    hub, config, folder, file, revision: what `datasets.load_dataset` gets, as the hub id, its
         name, data_dir, one JSON file of the repository, and the git commit.
     row: the converter of its entries.
     train, test: the hub's names of our two splits; None where it has none.
@@ -167,43 +152,43 @@ class Benchmark:
     folder: str | None = None
     file: str | None = None
     train: str | None = "train"
-    test: str | None = "test"
+    test: str = "test"
     worked: bool = False
 
 
 BENCHMARKS = {
     # ECQA (Aggarwal et al. 2021) on CommonsenseQA's questions.
-    "ecqa": Benchmark("choice", "yangdong/ecqa", ecqa_row),
+    "ecqa": Benchmark("choice", "yangdong/ecqa", _ecqa),
     # QASC (arXiv 1910.11473); several projects' pin, among them training mixtures.
-    "qasc": Benchmark("choice", "allenai/qasc", qasc_row,
+    "qasc": Benchmark("choice", "allenai/qasc", _qasc,
         "a34ba204eb9a33b919c10cc08f4f1c8dae5ec070", test="validation"),
     # OpenBookQA (arXiv 1809.02789); pinned by lighteval's task lists.
-    "openbookqa": Benchmark("choice", "allenai/openbookqa", openbookqa_row,
+    "openbookqa": Benchmark("choice", "allenai/openbookqa", _openbookqa,
         "388097ea7776314e93a529163e0fea805b8a6454", config="main"),
     # StrategyQA (arXiv 2101.02235), a split of its labelled questions; the hub shows this commit.
-    "strategyqa": Benchmark("yes_no", "ChilleD/StrategyQA", strategyqa_row,
+    "strategyqa": Benchmark("yes_no", "ChilleD/StrategyQA", _strategyqa,
         "705562638fe1d8ca6bb98c66fc8f94d45fda8c83"),
     # GSM8k (arXiv 2110.14168); pinned by inspect_evals.
-    "gsm8k": Benchmark("number", "openai/gsm8k", gsm8k_row,
+    "gsm8k": Benchmark("number", "openai/gsm8k", _gsm8k,
         "cc7b047b6e5bb11b4f1af84efc572db110a51b3c", config="main", worked=True),
     # MATH (arXiv 2103.03874); pinned by inspect_evals.
-    "math": Benchmark("latex", "DigitalLearningGmbH/MATH-lighteval", math_row,
+    "math": Benchmark("latex", "DigitalLearningGmbH/MATH-lighteval", _math,
         "0530c78699ea5e8eb5530600900e1f328b48acad", config="default", worked=True),
     # MAWPS (Koncel-Kedziorski et al. 2016), without training problems close to test ones.
-    "mawps": Benchmark("number", "MU-NLPC/Calc-mawps", mawps_row,
+    "mawps": Benchmark("number", "MU-NLPC/Calc-mawps", _mawps,
         "38c10053efeafd20ab6ff4e08c3ec17de26c19b7", config="default", worked=True),
     # TabMWP (arXiv 2209.14610); this copy holds test problems only.
-    "tabmwp": Benchmark("number", "Arietem/tabmwp", tabmwp_row,
+    "tabmwp": Benchmark("number", "Arietem/tabmwp", _tabmwp,
         train=None, test="train", worked=True),
     # AlpacaEval 2.0 (arXiv 2404.04475) with the outputs of its reference model.
-    "alpaca_eval": Benchmark("", "tatsu-lab/alpaca_eval", alpaca_row,
+    "alpaca_eval": Benchmark("", "tatsu-lab/alpaca_eval", _alpaca,
         "2edc6fad8be6b14ea7230aabfd08188da6b8b814", file="alpaca_eval_gpt4_baseline.json",
         train=None, test="train"),
     # Arena-Hard 0.1 (arXiv 2406.11939), without outputs.
-    "arena_hard": Benchmark("", "lmarena-ai/arena-hard-auto-v0.1", arena_row,
+    "arena_hard": Benchmark("", "lmarena-ai/arena-hard-auto-v0.1", _arena,
         "2a69efe86cff85c593cfd4c2b4491c128e52c6f1", train=None, test="train"),
     # The helpful part of HH-RLHF (arXiv 2204.05862).
-    "hh_helpful": Benchmark("", "Anthropic/hh-rlhf", hh_row,
+    "hh_helpful": Benchmark("", "Anthropic/hh-rlhf", _hh,
         "09be8c5bbc57cb3887f3a9732ad6aa7ec602a1fa", folder="helpful-base"),
 }  # fmt: skip
 
@@ -227,15 +212,13 @@ def load_rows(name: str, split: str, data_dir: str | Path | None = None) -> list
     if folder:
         source = _data_file(Path(folder).expanduser(), name, split)
         lines = enumerate(text_of(source).split("\n"), start=1)
-        rows = [_parse(line, f"{source}, line {i}") for i, line in lines if line.strip()]
+        rows = [_parsed(line, f"{source}, line {i}") for i, line in lines if line.strip()]
     else:
         source, rows = f"{name} {split} of the hub", load_from_hub(name, split)
         for row in rows:
             check_row(row, row.get("id", source))
     if not rows:
         raise AlloError(f"{source} holds no rows; expected one JSON object a line")
-    if len({"question" in row for row in rows}) > 1:
-        raise AlloError(f"{source}: questions and preferences in one file; expected one kind")
     counts = collections.Counter(row["id"] for row in rows if "question" in row)
     for row_id, count in counts.most_common(1):
         if count > 1:
@@ -247,121 +230,73 @@ def _data_file(folder: Path, name: str, split: str) -> Path:
     for path in (folder / name / f"{split}.jsonl", folder / name / f"{split}.jsonl.gz"):
         if path.is_file():
             return path
-    state = "has no such file" if folder.is_dir() else "does not exist"
-    raise AlloError(
-        f"data folder {folder} {state}: expected {name}/{split}.jsonl or {name}/{split}.jsonl.gz; "
-        + both_ways(name)
+    raise _absent(name, f"has no {split}.jsonl or {split}.jsonl.gz in {folder / name}")
+
+
+def _absent(name: str, reason: str) -> AlloError:
+    hub = BENCHMARKS[name].hub if name in BENCHMARKS else f"which has {', '.join(BENCHMARKS)}"
+    return AlloError(
+        f"data set {name!r} {reason}; there are two ways: a data folder, named with --data DIR or "
+        f"the environment variable ALLO_DATA, or, with neither, the hub through `datasets` ({hub})"
     )
 
 
 def text_of(path: Path) -> str:
-    """Return the text of a file, unpacked if its name ends in .gz.
-
-    Raises:
-        AlloError: it cannot be read, or is not UTF-8.
-    """
+    """Return the text of a file, unpacked if its name ends in .gz; AlloError if it has none."""
     try:
         raw = path.read_bytes()
         return (gzip.decompress(raw) if path.suffix == ".gz" else raw).decode("utf-8")
-    except UnicodeDecodeError as error:
-        line = error.object[: error.start].count(b"\n") + 1
-        raise AlloError(f"{path}, line {line}: not UTF-8; save the file as UTF-8") from error
-    except (OSError, EOFError, zlib.error) as error:
-        raise AlloError(f"{path} cannot be read ({error}); restore or replace the file") from error
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
+        raise AlloError(
+            f"{path} cannot be read: damaged, or not UTF-8 ({error}); restore or replace the file"
+        ) from error
 
 
-def _parse(line: str, place: str) -> dict:
+def _parsed(line: str, place: str) -> dict:
     try:
-        row = json.loads(line, object_pairs_hook=_unique)
+        row = json.loads(line)
     except (ValueError, RecursionError) as error:
         raise AlloError(f"{place}: not JSON ({error}); expected one object a line") from error
     check_row(row, place)
     return row
 
 
-def _unique(items: list[tuple]) -> dict:
-    for key, count in collections.Counter(key for key, _ in items).items():
-        if count > 1:  # `json` would take the last one in silence
-            raise ValueError(f"the key {short(key)} is there twice")
-    return dict(items)
-
-
 def load_from_hub(name: str, split: str) -> list[dict]:
-    """Return all rows of "train" or "test", unchecked; warn where the hub's copy is not pinned.
+    """Return all rows of "train" or "test", unchecked.
 
     Raises:
         AlloError: no such data set or split on the hub, no way to it, or columns of another form.
     """
-    if name not in BENCHMARKS:
-        raise AlloError(f"data set {name!r} is not there: {both_ways(name)}")
-    benchmark = BENCHMARKS[name]
-    its_split = {"train": benchmark.train, "test": benchmark.test}.get(split)
-    if its_split is None:
-        raise AlloError(f"data set {name!r} has no split {split!r} on the hub; {both_ways(name)}")
-    if benchmark.revision is None:
-        logging.getLogger(__name__).warning(
-            "%s of %s is read without a pinned revision: its rows may change, and only the data's "
-            "hash in manifest.json would tell", name, benchmark.hub,
-        )  # fmt: skip
-    table = _table(name, benchmark, its_split)
-    try:
-        rows = [
-            new if new is None or "prompt" in new else {"id": f"{name}-{split}-{number}"} | new
-            for number, new in enumerate(map(benchmark.row, table))
-        ]
-    except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
-        raise AlloError(
-            f"data set {name!r} of the hub has columns of another form "
-            f"({' '.join(repr(error).split())[:60]}); {both_ways(name)}"
-        ) from error
-    rows = [row for row in rows if row is not None]
-    if not rows:
-        raise AlloError(f"data set {name!r} of the hub has no usable row; {both_ways(name)}")
-    return rows
-
-
-def _table(name: str, benchmark: Benchmark, split: str):
+    benchmark = BENCHMARKS.get(name)
+    its_split = benchmark and {"train": benchmark.train, "test": benchmark.test}.get(split)
+    if not its_split:
+        raise _absent(name, f"has no split {split!r} on the hub")
     import datasets  # slow to load
 
-    path, settings = benchmark.hub, {"split": split}
+    path, revision = benchmark.hub, benchmark.revision
+    settings = dict(name=benchmark.config, data_dir=benchmark.folder, revision=revision)
     if benchmark.file:
         # The repository also holds a script, which `datasets` refuses; the file alone is JSON.
-        file = f"hf://datasets/{benchmark.hub}@{benchmark.revision}/{benchmark.file}"
-        path, settings["data_files"] = "json", file
-    else:
-        settings |= dict(
-            name=benchmark.config, data_dir=benchmark.folder, revision=benchmark.revision
-        )
+        path, settings = "json", {"data_files": f"hf://datasets/{path}@{revision}/{benchmark.file}"}
     try:
-        return datasets.load_dataset(path, **settings)
+        rows = map(benchmark.row, datasets.load_dataset(path, split=its_split, **settings))
+        return [
+            row if "prompt" in row else {"id": f"{name}-{split}-{number}"} | row
+            for number, row in enumerate(rows)
+            if row is not None
+        ]
     except Exception as error:
-        # Every layer below (http, cache, parquet) has exceptions of its own.
-        reason = " ".join(str(error).split())[:200]
-        raise AlloError(
-            f"data set {name!r} cannot be read from the hub ({reason}); {both_ways(name)}"
-        ) from error
-
-
-def both_ways(name: str) -> str:
-    """Say what to do about a data set that is not there, as the end of a message."""
-    hub = BENCHMARKS[name].hub if name in BENCHMARKS else f"it has {', '.join(BENCHMARKS)} here"
-    return (
-        "there are two ways: a data folder named with --data DIR or the environment variable "
-        f"ALLO_DATA, or, with neither, the hub through `datasets` ({hub})"
-    )
+        # Every layer below (http, cache, parquet) has exceptions of its own; columns of another
+        # form give those of the converters.
+        reason = " ".join(repr(error).split())[:200]
+        raise _absent(name, f"cannot be read from the hub ({reason})") from error
 
 
 # --- checking ------------------------------------------------------------------------------------
 
 
-def _filled(text: str) -> str:
-    if not text.strip():
-        raise ValueError("expected non-empty text")
-    return text
-
-
 # JSON can spell half of a surrogate pair, which no tokenizer takes: `Text` refuses it.
-Filled = Annotated[Text, AfterValidator(_filled)]
+Filled = Annotated[Text, Field(min_length=1)]
 
 
 class InstructionRow(BaseModel):
@@ -379,12 +314,6 @@ class PreferenceRow(BaseModel):
     chosen: Filled
     rejected: Filled
 
-    @model_validator(mode="after")
-    def _differ(self):
-        if self.chosen == self.rejected:
-            raise ValueError("chosen equals rejected; drop the row or correct one of them")
-        return self
-
 
 class QuestionRow(BaseModel):
     """A question with a gold answer."""
@@ -399,43 +328,30 @@ class QuestionRow(BaseModel):
     def _options_match(self):
         if self.choices is None:
             return self
-        letters, lines = LETTERS[: len(self.choices)], options(self.choices)
-        if self.answer not in tuple(letters):
-            raise ValueError(
-                f"answer is {short(self.answer)}, expected a letter from A to {letters[-1]}"
-            )
+        if self.answer not in tuple(LETTERS[: len(self.choices)]):
+            raise ValueError("expected an answer that is the letter of one of the choices")
         # `tasks.prompt` takes the options off the end again; without them, the question.
-        stem = self.question.removesuffix("\n" + "\n".join(lines))
-        if stem == self.question or not stem.strip():
-            raise ValueError(
-                f"question is {short(self.question)}, expected a text and then its options, one a "
-                f"line, from {short(lines[0])} to {short(lines[-1])}"
-            )
+        end = "\n" + "\n".join(options(self.choices))
+        if not self.question.endswith(end) or not self.question.removesuffix(end).strip():
+            raise ValueError(f"expected a question that ends in its options, {short(end)}")
         return self
 
 
 def check_row(row, place: str = "row") -> None:
     """Raise AlloError, naming `place`, unless `row` is well-formed: one of the three kinds."""
-    if not isinstance(row, dict):
-        raise AlloError(f"{place}: {type(row).__name__}, expected a JSON object")
+    keys = row if isinstance(row, dict) else ()
     kind = QuestionRow
-    if "question" not in row and not row.keys().isdisjoint(PreferenceRow.model_fields):
+    if "question" not in keys and "prompt" in keys:
         kind = PreferenceRow
-    elif "outputs" in row and "answer" not in row:
+    elif "outputs" in keys and "answer" not in keys:
         kind = InstructionRow
-    missing = [key for key in kind.model_fields if key not in row]
-    if missing:
-        keys = ", ".join(kind.model_fields)
-        raise AlloError(f"{place}: no {', '.join(missing)}; expected the keys {keys}")
     try:
         kind.model_validate(row)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        expected = first["msg"].removeprefix("Value error, ")
-        if first["loc"]:
-            expected = expected.replace("Input should be", "expected", 1)
-            expected = f"{first['loc'][0]} is {short(first['input'])}, {expected}"
-        raise AlloError(f"{place}: {expected}") from error
+        where = ".".join(map(str, first["loc"])) or "row"
+        message = first["msg"].removeprefix("Value error, ")
+        raise AlloError(f"{place}: {where}: {message}; given {short(first['input'])}") from error
 
 
 def data_hash(rows: list[dict]) -> str:

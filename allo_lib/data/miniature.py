@@ -9,15 +9,17 @@ problem is for training or for testing is decided by a hash of its prompt alone.
 
 A solution is a fixed sequence of *slots*, one word each. A slot has a meaning (a number, a sign, a
 comparison, or nothing at all for mere wording) that follows from the problem and from what the
-solution has stated so far, and several words for every meaning: careful ones and sloppy ones.
-Judging every slot against what was *stated* before it, rather than against the one true path, is
-what tells a wrong decision from its mere consequences.
+solution has stated so far, and several words for every meaning: careful ones and sloppy ones. So
+each family's solution is a generator: it yields a slot and is sent the meaning that was stated
+there. Judging every slot against what was *stated* before it, rather than against the one true
+path, is what tells a wrong decision from its mere consequences.
 """
 
+import contextlib
 import hashlib
 import math
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
 
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -29,7 +31,6 @@ from allo_lib.seeds import derive
 SPLITS = {"sft": range(0, 64), "pairs": range(64, 80), "dev": range(80, 86), "test": range(86, 100)}
 TOP = 19
 NUMBERS = {n: ((str(n),), (str(n),)) for n in range(TOP + 1)}
-NUMBER_WORDS = tuple(map(str, NUMBERS))
 ORDINALS = ("first", "second", "third", "fourth", "fifth")
 COUNTED = ("one", "two", "three", "four", "five")  # how a sloppy sentence begins
 SIGNS = {"+": (("plus", "adding"), ("and", "up")), "-": (("minus", "less"), ("off", "down"))}
@@ -63,7 +64,7 @@ MIXED_UP = 4  # numbers this close are taken for each other
 PATIENCE = 500  # draws in vain after which a split counts as used up
 
 Meaning = int | str
-Stated = dict[str, Meaning]  # slot -> the meaning of its word
+Words = Mapping[Meaning, tuple[tuple[str, ...], tuple[str, ...]]]  # careful and sloppy ones
 Tendency = tuple[Meaning, tuple[float, float]]  # a wrong meaning, its (careful, sloppy) odds
 
 
@@ -88,10 +89,9 @@ class Slot:
     opens: whether a sentence begins here.
     """
 
-    name: str
-    words: Mapping[Meaning, tuple[tuple[str, ...], tuple[str, ...]]]
-    right: Callable[[Stated], Meaning]
-    habit: Callable[[Stated], Sequence[Tendency]] = lambda stated: ()
+    words: Words
+    right: Meaning = ""
+    habit: tuple[Tendency, ...] = ()
     opens: bool = False
 
     def find(self, word: str) -> tuple[Meaning, int, int] | None:
@@ -103,18 +103,25 @@ class Slot:
         return None
 
 
-def _wording(name: str, careful: tuple[str, ...], sloppy: tuple[str, ...], opens=False) -> Slot:
+Solution = Generator[Slot, Meaning, None]
+
+
+def _wording(careful: tuple[str, ...], sloppy: tuple[str, ...], opens: bool = False) -> Slot:
     """Make a slot without a fact in it: only its wording varies."""
-    return Slot(name, {"": (careful, sloppy)}, lambda stated: "", opens=opens)
+    return Slot({"": (careful, sloppy)}, opens=opens)
 
 
 def _opening(i: int) -> Slot:
     """Make the first word of sentence i."""
-    return _wording(f"ordinal{i}", (ORDINALS[i],), (COUNTED[i],), opens=True)
+    return _wording((ORDINALS[i],), (COUNTED[i],), opens=True)
 
 
-def _draw_chain(rng: random.Random) -> tuple:
-    """(start, (sign, operand) x 4) whose true path never meets a stop."""
+def _move(value: int, sign: str, operand: int) -> int:
+    return max(0, min(TOP, value + (operand if sign == "+" else -operand)))
+
+
+def _draw_chain(rng: random.Random) -> tuple[str, tuple]:
+    """The prompt; (start, (sign, operand) x 4) whose true path never meets a stop."""
     while True:
         value = rng.randint(0, TOP)
         facts, values = [value], [value]
@@ -123,101 +130,69 @@ def _draw_chain(rng: random.Random) -> tuple:
             values.append(values[-1] + (operand if sign == "+" else -operand))
             facts.append((sign, operand))
         if min(values) >= 0 and max(values) <= TOP:
-            return tuple(facts)
+            steps = " ".join(f"{o} {s} {n}" for o, (s, n) in zip(ORDINALS, facts[1:], strict=False))
+            return f"calc {facts[0]} {steps} ?", tuple(facts)
 
 
-def _prompt_chain(facts: tuple) -> str:
-    steps = " ".join(f"{o} {s} {n}" for o, (s, n) in zip(ORDINALS, facts[1:], strict=False))
-    return f"calc {facts[0]} {steps} ?"
+def _solve_chain(facts: tuple) -> Solution:
+    value, habit = facts[0], ()
+    for i, step in enumerate(facts[1:]):
+        yield _opening(i)
+        yield _wording(("from", "take"), ("got", "like"))
+        start = yield Slot(NUMBERS, value, habit)
+        sign = yield Slot(SIGNS, step[0])
+        n = yield Slot(NUMBERS, step[1])
+        yield _wording(("makes", "equals"), ("gives", "becomes"))
+        value = yield Slot(NUMBERS, _move(start, sign, n), _column_habit(start, sign, n))
+        # The next sentence takes a large step down as not made.
+        habit = ((start, SLIP),) if sign == "-" and n >= 4 else ()
+    yield _wording(*FINAL, opens=True)
+    yield Slot(NUMBERS, value)
 
 
-def _move(value: int, sign: str, operand: int) -> int:
-    return max(0, min(TOP, value + (operand if sign == "+" else -operand)))
-
-
-def _column_habit(value: int, sign: str, operand: int) -> list[Tendency]:
+def _column_habit(value: int, sign: str, operand: int) -> tuple[Tendency, ...]:
     """Forget to carry, or to borrow: the tens stay as they were."""
     right = _move(value, sign, operand)
-    if right // 10 == value // 10:
-        return []
     wrong = right - 10 if sign == "+" else right + 10
-    odds = FIXATION if operand == 5 else HABIT if operand >= 3 else SLIP
-    if operand == 5 and sign == "-":
-        odds = BLIND
-    return [(wrong, odds)] if 0 <= wrong <= TOP else []
+    if right // 10 == value // 10 or not 0 <= wrong <= TOP:
+        return ()
+    if operand == 5:
+        return ((wrong, FIXATION if sign == "+" else BLIND),)
+    return ((wrong, HABIT if operand >= 3 else SLIP),)
 
 
-def _sentence_chain(facts: tuple, i: int) -> list[Slot]:
-    def step(s: Stated) -> tuple[int, str, int]:
-        return s[f"start{i}"], s[f"sign{i}"], s[f"n{i}"]
-
-    def start_habit(s: Stated) -> list[Tendency]:
-        # Takes a large step down as not made.
-        missed = i and s[f"sign{i - 1}"] == "-" and s[f"n{i - 1}"] >= 4
-        return [(s[f"start{i - 1}"], SLIP)] if missed else []
-
-    return [
-        _opening(i),
-        _wording(f"lead{i}", ("from", "take"), ("got", "like")),
-        Slot(f"start{i}", NUMBERS, lambda s: s[f"result{i - 1}"] if i else facts[0], start_habit),
-        Slot(f"sign{i}", SIGNS, lambda s: facts[i + 1][0]),
-        Slot(f"n{i}", NUMBERS, lambda s: facts[i + 1][1]),
-        _wording(f"link{i}", ("makes", "equals"), ("gives", "becomes")),
-        Slot(f"result{i}", NUMBERS, lambda s: _move(*step(s)), lambda s: _column_habit(*step(s))),
-    ]
+def _draw_scan(rng: random.Random) -> tuple[str, tuple]:
+    """The prompt; (goal, five different numbers)."""
+    goal, numbers = rng.choice(("largest", "smallest")), rng.sample(range(TOP + 1), 5)
+    steps = " ".join(f"{o} {n}" for o, n in zip(ORDINALS, numbers, strict=True))
+    return f"{goal} {steps} ?", (goal, *numbers)
 
 
-def _slots_chain(facts: tuple) -> list[Slot]:
-    sentences = [slot for i in range(4) for slot in _sentence_chain(facts, i)]
-    return sentences + _final(lambda s: s["result3"])
+def _solve_scan(facts: tuple) -> Solution:
+    keeps, best = "more" if facts[0] == "largest" else "less", None
+    for i, number in enumerate(facts[1:]):
+        yield _opening(i)
+        n = yield Slot(NUMBERS, number)
+        yield _wording(("is", "reads"), ("looks", "seems"))
+        compared = yield _comparison(n, best)
+        yield _wording(("hence", "thus"), ("ok", "then"))
+        right, other = (n, best) if best is None or compared == keeps else (best, n)
+        mixed_up = best is not None and abs(n - best) <= MIXED_UP
+        best = yield Slot(NUMBERS, right, ((other, SLIP),) if mixed_up else ())
+    yield _wording(*FINAL, opens=True)
+    yield Slot(NUMBERS, best)
 
 
-def _draw_scan(rng: random.Random) -> tuple:
-    """(goal, five different numbers)."""
-    return (rng.choice(("largest", "smallest")), *rng.sample(range(TOP + 1), 5))
-
-
-def _prompt_scan(facts: tuple) -> str:
-    return f"{facts[0]} {' '.join(f'{o} {n}' for o, n in zip(ORDINALS, facts[1:], strict=False))} ?"
-
-
-def _sentence_scan(facts: tuple, i: int) -> list[Slot]:
-    here, before = f"n{i}", f"best{i - 1}"
-    keeps = "more" if facts[0] == "largest" else "less"
-
-    def compare(s: Stated) -> str:
-        return "start" if i == 0 else ("more" if s[here] > s[before] else "less")
-
-    def compare_habit(s: Stated) -> list[Tendency]:
-        if i == 0:
-            return []
-        a, b = s[here], s[before]
-        misleads = a // 10 != b // 10 and (a > b) != (a % 10 > b % 10)
-        apart = abs(a % 10 - b % 10)
-        odds = BLIND if apart >= 7 else FIXATION if apart >= 5 else HABIT
-        return [("less" if compare(s) == "more" else "more", odds)] if misleads else []
-
-    def best(s: Stated) -> int:
-        return s[here] if i == 0 or s[f"compared{i}"] == keeps else s[before]
-
-    def best_habit(s: Stated) -> list[Tendency]:
-        if i == 0 or abs(s[here] - s[before]) > MIXED_UP:
-            return []
-        return [(s[before] if best(s) == s[here] else s[here], SLIP)]
-
-    return [
-        _opening(i),
-        Slot(here, NUMBERS, lambda s: facts[i + 1]),
-        _wording(f"lead{i}", ("is", "reads"), ("looks", "seems")),
-        Slot(f"compared{i}", COMPARED, compare, compare_habit),
-        _wording(f"link{i}", ("hence", "thus"), ("ok", "then")),
-        Slot(f"best{i}", NUMBERS, best, best_habit),
-    ]
-
-
-def _slots_scan(facts: tuple) -> list[Slot]:
-    sentences = [slot for i in range(5) for slot in _sentence_scan(facts, i)]
-    return sentences + _final(lambda s: s["best4"])
+def _comparison(n: int, best: int | None) -> Slot:
+    """Compare a number with the best before it; the last digits may mislead."""
+    if best is None:
+        return Slot(COMPARED, "start")
+    right, wrong = ("more", "less") if n > best else ("less", "more")
+    if n // 10 == best // 10 or (n > best) == (n % 10 > best % 10):
+        return Slot(COMPARED, right)
+    apart = abs(n % 10 - best % 10)
+    odds = BLIND if apart >= 7 else FIXATION if apart >= 5 else HABIT
+    return Slot(COMPARED, right, ((wrong, odds),))
 
 
 def _change(who: str, event: str, n: int) -> tuple[int, int]:
@@ -226,90 +201,77 @@ def _change(who: str, event: str, n: int) -> tuple[int, int]:
     return (mine, other) if who == "ann" else (other, mine)
 
 
-def _draw_story(rng: random.Random) -> tuple:
-    """(ann, bob, (who, event, n) x 3, asked), nobody ever below 0 or above 19."""
+def _draw_story(rng: random.Random) -> tuple[str, tuple]:
+    """The prompt; (ann, bob, (who, event, n) x 3, asked), nobody ever below 0 or above 19."""
     while True:
         ann, bob = rng.randint(0, TOP), rng.randint(0, TOP)
-        facts, seen = [ann, bob], [ann, bob]
-        for _ in range(3):
+        facts, seen, prompt = [ann, bob], [ann, bob], f"story ann {ann} bob {bob}"
+        for ordinal in ORDINALS[:3]:
             step = rng.choice(tuple(PEOPLE)), rng.choice(tuple(EVENTS)), rng.randint(1, 4)
             change = _change(*step)
             ann, bob = ann + change[0], bob + change[1]
             seen += [ann, bob]
             facts.append(step)
+            prompt += " ".join(("", ordinal, *map(str, step)))
         if min(seen) >= 0 and max(seen) <= TOP:
-            return (*facts, rng.choice(tuple(PEOPLE)))
+            asked = rng.choice(tuple(PEOPLE))
+            return f"{prompt} ask {asked} ?", (*facts, asked)
 
 
-def _prompt_story(facts: tuple) -> str:
-    steps = " ".join(f"{o} {w} {e} {n}" for o, (w, e, n) in zip(ORDINALS, facts[2:5], strict=False))
-    return f"story ann {facts[0]} bob {facts[1]} {steps} ask {facts[5]} ?"
-
-
-def _change_of(facts: tuple, i: int, side: int) -> list[Slot]:
-    """State what event i does to one person (0 ann, 1 bob): the direction, then the new total."""
-
-    def event(s: Stated) -> tuple[str, str, int]:
-        return s[f"who{i}"], s[f"event{i}"], s[f"n{i}"]
-
-    def direction(s: Stated) -> str:
-        change = _change(*event(s))[side]
-        return "up" if change > 0 else "down" if change < 0 else "same"
-
-    def habit(s: Stated) -> list[Tendency]:
-        # Adds what was lost, overlooks what was found, forgets the one who did not act.
-        who, what, n = event(s)
-        often = FIXATION if n == 4 else HABIT if n == 3 else SLIP
-        if (who == "ann") == (side == 0):
-            overlooked = [("same", SLIP)] if n >= 3 else []
-            return {"loses": [("up", often)], "finds": overlooked}.get(what, [])
-        if direction(s) == "same":
-            return []
-        return [("same", BLIND if what == "gives" and n == 4 else often)]
-
-    def moved(s: Stated) -> int:
-        old = s[f"total{i - 1}{side}"] if i else facts[side]
-        return _move(old, "+", {"up": 1, "down": -1, "same": 0}[s[f"change{i}{side}"]] * s[f"n{i}"])
-
-    return [
-        Slot(f"change{i}{side}", CHANGES, direction, habit),
-        Slot(f"name{i}{side}", PEOPLE, lambda s: tuple(PEOPLE)[side]),
-        Slot(f"total{i}{side}", NUMBERS, moved),
-    ]
-
-
-def _slots_story(facts: tuple) -> list[Slot]:
-    slots = []
-    for i, (who, event, n) in enumerate(facts[2:5]):
-        slots += [
-            _opening(i),
-            Slot(f"who{i}", PEOPLE, lambda s, who=who: who),
-            Slot(f"event{i}", EVENTS, lambda s, event=event: event),
-            Slot(f"n{i}", NUMBERS, lambda s, n=n: n),
-            *_change_of(facts, i, 0),
-            *_change_of(facts, i, 1),
-        ]
+def _solve_story(facts: tuple) -> Solution:
+    totals = dict(zip(PEOPLE, facts, strict=False))
+    for i, event in enumerate(facts[2:5]):
+        yield _opening(i)
+        who = yield Slot(PEOPLE, event[0])
+        what = yield Slot(EVENTS, event[1])
+        n = yield Slot(NUMBERS, event[2])
+        for name, change in zip(PEOPLE, _change(who, what, n), strict=True):
+            # First the direction, then the new total.
+            right = "up" if change > 0 else "down" if change < 0 else "same"
+            moved = yield Slot(CHANGES, right, _change_habit(right, who == name, what, n))
+            yield Slot(PEOPLE, name)
+            step = {"up": n, "down": -n, "same": 0}[moved]
+            totals[name] = yield Slot(NUMBERS, _move(totals[name], "+", step))
+    yield _wording(*FINAL, opens=True)
     # Totals stand behind names: by their places alone, which of the two is asked for was learned
     # on some seeds only.
-    asked = Slot("asked", PEOPLE, lambda s: facts[5])
-    return slots + _final(lambda s: s["total20" if s["asked"] == "ann" else "total21"], asked)
+    asked = yield Slot(PEOPLE, facts[5])
+    yield Slot(NUMBERS, totals[asked])
 
 
-def _final(right, *before: Slot) -> list[Slot]:
-    return [_wording("final", *FINAL, opens=True), *before, Slot("answer", NUMBERS, right)]
+def _change_habit(right: str, acts: bool, what: str, n: int) -> tuple[Tendency, ...]:
+    """Add what was lost, overlook what was found, forget the one who did not act."""
+    often = FIXATION if n == 4 else HABIT if n == 3 else SLIP
+    if acts and what == "loses":
+        return (("up", often),)
+    if acts:
+        return (("same", SLIP),) if what == "finds" and n >= 3 else ()
+    if right == "same":
+        return ()
+    return (("same", BLIND if what == "gives" and n == 4 else often),)
 
 
-# family -> how its facts are drawn, its prompt and its solutions written
-_FAMILIES = {
-    "chain": (_draw_chain, _prompt_chain, _slots_chain),
-    "scan": (_draw_scan, _prompt_scan, _slots_scan),
-    "story": (_draw_story, _prompt_story, _slots_story),
-}
-FAMILIES = tuple(_FAMILIES)
+_DRAW = {"chain": _draw_chain, "scan": _draw_scan, "story": _draw_story}
+_SOLVE = {"chain": _solve_chain, "scan": _solve_scan, "story": _solve_story}
+FAMILIES = tuple(_DRAW)
 
 
-def _slots(problem: Problem) -> list[Slot]:
-    return _FAMILIES[problem.family][2](problem.facts)
+def _solve(problem: Problem) -> Solution:
+    return _SOLVE[problem.family](problem.facts)
+
+
+def _write(solution: Solution, say: Callable[[Slot], tuple[Meaning, str | None]]) -> list:
+    """Write a whole solution; `say` gives the meaning stated in a slot, and its word."""
+    words, meaning = [], None
+    with contextlib.suppress(StopIteration):
+        while True:
+            meaning, word = say(solution.send(meaning))
+            words.append(word)
+    return words
+
+
+def _right(slot: Slot) -> tuple[Meaning, str]:
+    return slot.right, str(slot.right)
 
 
 def _digest(*parts: object) -> int:
@@ -323,19 +285,14 @@ def problems(family: str, split: str, count: int, seed: int) -> list[Problem]:
     whatever the seeds.
 
     Raises:
-        AlloError: unknown family or split, a negative count, or more than the split holds.
+        AlloError: no such family, or more than the split holds.
     """
-    for what, name, known in (("family", family, FAMILIES), ("split", split, SPLITS)):
-        if name not in known:
-            raise AlloError(f"unknown {what} {name!r}: expected one of {', '.join(known)}")
-    if count < 0:
-        raise AlloError(f"count is {count}: expected 0 or more")
-    draw, prompt_of, slots_of = _FAMILIES[family]
+    if family not in FAMILIES:
+        raise AlloError(f"unknown family {family!r}: expected one of {', '.join(FAMILIES)}")
     rng = random.Random(derive(seed, "problems", family, split))
     drawn, misses = {}, 0
     while len(drawn) < count:
-        facts = draw(rng)
-        prompt = prompt_of(facts)
+        prompt, facts = _DRAW[family](rng)
         if prompt not in drawn and _digest("split", prompt) % 100 in SPLITS[split]:
             drawn[prompt] = facts
             misses = 0
@@ -346,11 +303,9 @@ def problems(family: str, split: str, count: int, seed: int) -> list[Problem]:
             )
     made = []
     for prompt, facts in drawn.items():
-        stated: Stated = {}
-        for slot in slots_of(facts):
-            stated[slot.name] = slot.right(stated)
+        *_, answer = _write(_SOLVE[family](facts), _right)
         name = f"{family}-{_digest('id', prompt) % 16**12:012x}"
-        made.append(Problem(name, family, prompt, str(stated["answer"]), facts))
+        made.append(Problem(name, family, prompt, answer, facts))
     return made
 
 
@@ -363,19 +318,20 @@ def solution(
     plain: the first careful word for every meaning, whatever the manner.
     """
     careful_response = careful = rng.random() < CAREFUL_SHARE
-    stated, out = {}, []
-    for slot in _slots(problem):
+
+    def say(slot: Slot) -> tuple[Meaning, str]:
+        nonlocal careful
         if slot.opens:
             careful = (rng.random() < FAITHFUL) == careful_response
-        meaning = slot.right(stated)
-        for wrong, odds in slot.habit(stated):
+        meaning = slot.right
+        for wrong, odds in slot.habit:
             if error_scale and rng.random() < error_scale * odds[0 if careful else 1]:
                 meaning = wrong
                 break
-        stated[slot.name] = meaning
         words = slot.words[meaning][0 if (rng.random() < LEANING) == careful else 1]
-        out.append(slot.words[meaning][0][0] if plain else rng.choice(words))
-    return " ".join(out)
+        return meaning, slot.words[meaning][0][0] if plain else rng.choice(words)
+
+    return " ".join(_write(_solve(problem), say))
 
 
 def read_answer(response: str) -> str | None:
@@ -388,7 +344,7 @@ def read_answer(response: str) -> str | None:
         del words[-2]
     if len(words) < 2 or words[-2] not in FINAL[0] + FINAL[1]:
         return None
-    return words[-1] if words[-1] in NUMBER_WORDS else None
+    return words[-1] if words[-1] in map(str, NUMBERS) else None
 
 
 def is_right(problem: Problem, response: str) -> bool:
@@ -398,19 +354,20 @@ def is_right(problem: Problem, response: str) -> bool:
 
 def correct(problem: Problem, response: str) -> str | None:
     """Return the right solution in the response's own wording; None for one of another form."""
-    words, slots = response.split(), _slots(problem)
-    if len(words) != len(slots):
-        return None
-    stated, out = {}, []
-    for slot, word in zip(slots, words, strict=True):
-        found, right = slot.find(word), slot.right(stated)
+    words = response.split()
+    unread = iter(words)
+
+    def say(slot: Slot) -> tuple[Meaning, str | None]:
+        word = next(unread, "")
+        found = slot.find(word)
         if found is None:
-            return None
+            return slot.right, None
         meaning, manner, place = found
-        synonyms = slot.words[right][manner]
-        out.append(word if meaning == right else synonyms[place % len(synonyms)])
-        stated[slot.name] = right
-    return " ".join(out)
+        synonyms = slot.words[slot.right][manner]
+        return slot.right, word if meaning == slot.right else synonyms[place % len(synonyms)]
+
+    corrected = _write(_solve(problem), say)
+    return None if None in corrected or len(corrected) != len(words) else " ".join(corrected)
 
 
 def wrong_tokens(problem: Problem, response: str) -> list[bool]:
@@ -418,27 +375,33 @@ def wrong_tokens(problem: Problem, response: str) -> list[bool]:
 
     A response that leaves the form is judged up to and including the first word out of place.
     """
-    words, slots = response.split(), _slots(problem)
+    words, slots, meaning = response.split(), _solve(problem), None
     flags = [False] * len(words)
-    stated: Stated = {}
-    for place, (slot, word) in enumerate(zip(slots, words, strict=False)):
+    for place, word in enumerate(words):
+        try:
+            slot = slots.send(meaning)
+        except StopIteration:  # one word more than a solution has
+            flags[place] = True
+            break
         found = slot.find(word)
-        flags[place] = found is None or found[0] != slot.right(stated)
+        flags[place] = found is None or found[0] != slot.right
         if found is None:
-            return flags
-        stated[slot.name] = found[0]
-    if len(words) > len(slots):
-        flags[len(slots)] = True
+            break
+        meaning = found[0]
     return flags
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
     """One token for every word of prompts and solutions; it adds no special tokens of its own."""
-    words = set(NUMBER_WORDS) | {"?", "+", "-", "calc", "story", "ask", "largest", "smallest"}
-    for draw, _, slots_of in _FAMILIES.values():
-        for slot in slots_of(draw(random.Random(0))):
-            for careful, sloppy in slot.words.values():
-                words |= {*careful, *sloppy}
+    words = {"?", "+", "-", "calc", "story", "ask", "largest", "smallest", *map(str, NUMBERS)}
+
+    def say(slot: Slot) -> tuple[Meaning, str]:
+        words.update(word for manners in slot.words.values() for some in manners for word in some)
+        return _right(slot)
+
+    for family in FAMILIES:
+        _, facts = _DRAW[family](random.Random(0))
+        _write(_SOLVE[family](facts), say)
     vocabulary = {word: i for i, word in enumerate([PAD, EOS, UNKNOWN, *sorted(words)])}
     inner = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()

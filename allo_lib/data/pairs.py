@@ -7,6 +7,7 @@ domains without a verifier. `wrong` (`wrong1`, ...) holds every distinct wrong s
 set's questions, and of its share of those that gave no right one, beside the solution.
 """
 
+import itertools
 import logging
 import random
 import re
@@ -47,15 +48,11 @@ class Pairs:
 
     def corrections(self, split: str) -> list[Correction]:
         """Return examples for the rewriter; rows without a correction keep their prediction."""
-        return [
-            Correction(
-                row["prompt"],
-                row["solution"],
-                row["rejected"],
-                row["rejected"] if row["corrected"] is None else row["corrected"],
-            )
-            for row in self.rows[split]
-        ]
+        examples = []
+        for row in self.rows[split]:
+            corrected = row["rejected"] if row["corrected"] is None else row["corrected"]
+            examples.append(Correction(row["prompt"], row["solution"], row["rejected"], corrected))
+        return examples
 
     def save(self, folder: Path) -> None:
         """Write one JSON file per split and the summary."""
@@ -89,22 +86,22 @@ def make_pairs(study, name: str) -> Pairs:
         AlloError: fewer questions gave a pair than the smallest split needs.
     """
     domain = study.domain(name)
-    if domain.kind == "preferences":
+    is_human = domain.kind == "preferences"
+    counts = {
+        split: getattr(domain.pairs, split)
+        for split in ("train", "dev" if is_human else "heldout", "mask")
+    }
+    # Further pair sets come last, to change none before them.
+    further = range(1, study.profile.replicates.pair_sets)
+    counts |= {train_split(number): domain.pairs.train for number in further}
+    if is_human:
         rows, summary = _human_pairs(study, name, "train")
-        heldout_rows, _ = _human_pairs(study, name, "test")
-        split = _split(rows, _counts(study, domain, ("train", "dev", "mask")), name)
-        return Pairs(split | {"heldout": heldout_rows[: domain.pairs.heldout]}, summary)
+        heldout, _ = _human_pairs(study, name, "test")
+        splits = _split(rows, counts, name)
+        return Pairs(splits | {"heldout": heldout[: domain.pairs.heldout]}, summary)
     rows, wrong, summary = _sampled_pairs(study, name)
-    counts = _counts(study, domain, ("train", "heldout", "mask"))
     splits = _split(rows, counts, name)
     return Pairs(splits | _wrong_splits(splits, rows, wrong) | {"dev": []}, summary)
-
-
-def _counts(study, domain, splits: tuple[str, ...]) -> dict[str, int]:
-    """Count the pairs of each split; further pair sets come last, to change none before them."""
-    counts = {split: getattr(domain.pairs, split) for split in splits}
-    further = range(1, study.profile.replicates.pair_sets)
-    return counts | {train_split(number): domain.pairs.train for number in further}
 
 
 def _split(rows: list[dict], counts: dict[str, int], name: str) -> dict[str, list[dict]]:
@@ -143,23 +140,23 @@ def _wrong_splits(splits: dict[str, list[dict]], rows, wrong: list[dict]) -> dic
 
 
 def _sampled_pairs(study, name: str) -> tuple[list[dict], list[dict], dict]:
+    """Return random (right, wrong) pairs of each question, all wrong samples, and the summary."""
     domain, task = study.domain(name), study.task(name)
     settings = domain.pairs
     questions = task.questions("pairs", settings.questions)
     groups = generate(
-        study.load_sft(name),
-        study.tokenizer,
-        [question.prompt for question in questions],
-        max_new_tokens=domain.max_new_tokens,
-        batch_size=study.profile.compute.generation_batch,
-        samples=settings.samples,
-        temperature=settings.temperature,
+        study.load_sft(name), study.tokenizer, [question.prompt for question in questions],
+        max_new_tokens=domain.max_new_tokens, batch_size=study.profile.compute.generation_batch,
+        samples=settings.samples, temperature=settings.temperature,
         seed=derive(study.seed, "sampling", name),
-    )
+    )  # fmt: skip
     rows, all_wrong, right_share, both, too_long = [], [], 0.0, 0, 0
     for question, group in zip(questions, groups, strict=True):
+        # Sampling bounds the response only; training takes no longer row.
+        room = domain.max_length - len(encode_prompt(study.tokenizer, question.prompt))
+        fits = lambda text, room=room: len(encode_response(study.tokenizer, text)) <= room  # noqa: E731
         ended = list(dict.fromkeys(response.text for response in group if response.ended))
-        fitting = _that_fit(study.tokenizer, question.prompt, ended, domain.max_length)
+        fitting = list(filter(fits, ended))
         too_long += len(ended) - len(fitting)
         right = [text for text in fitting if task.right(question, text)]
         # A response without an answer is no wrong answer: it would teach the form, not the matter.
@@ -167,47 +164,25 @@ def _sampled_pairs(study, name: str) -> tuple[list[dict], list[dict], dict]:
         share = [task.right(question, r.text) and r.ended for r in group]
         right_share += sum(share) / len(share)
         both += bool(right and wrong)
-        rows += _pairs_of(study, task, question, right, wrong, settings.per_question)
-        if _that_fit(study.tokenizer, question.prompt, [question.solution], domain.max_length):
+        pairs = [(chosen, rejected) for chosen in right for rejected in wrong]
+        random.Random(derive(study.seed, "pairs", question.id)).shuffle(pairs)
+        rows += [_row(task, question, *pair) for pair in pairs[: settings.per_question]]
+        if fits(question.solution):
             all_wrong += [_row(task, question, question.solution, text) for text in wrong]
     summary = {
-        "questions": len(questions),
-        "samples": settings.samples,
-        "right": right_share / len(questions),
-        "too_long": too_long,
-        "questions_with_both": both,
-        "pairs": len(rows),
-        "wrong": len(all_wrong),
-    }
+        "questions": len(questions), "samples": settings.samples,
+        "right": right_share / len(questions), "too_long": too_long,
+        "questions_with_both": both, "pairs": len(rows), "wrong": len(all_wrong),
+    }  # fmt: skip
     return rows, all_wrong, summary
-
-
-def _that_fit(tokenizer, prompt, responses: list[str], max_length: int) -> list[str]:
-    """Return the responses that fit into `max_length` tokens together with the prompt.
-
-    Sampling bounds the response only; training takes no longer row.
-    """
-    room = max_length - len(encode_prompt(tokenizer, prompt))
-    return [text for text in responses if len(encode_response(tokenizer, text)) <= room]
-
-
-def _pairs_of(study, task, question, right, wrong, most: int) -> list[dict]:
-    """Draw at most `most` random (right, wrong) pairs of one question, without repeats."""
-    pairs = [(chosen, rejected) for chosen in right for rejected in wrong]
-    random.Random(derive(study.seed, "pairs", question.id)).shuffle(pairs)
-    return [_row(task, question, *pair) for pair in pairs[:most]]
 
 
 def _row(task, question, chosen: str, rejected: str) -> dict:
     return {
-        "id": question.id,
-        "dataset": question.dataset,
-        "prompt": question.prompt,
-        "chosen": chosen,
-        "rejected": rejected,
-        "solution": question.solution,
+        "id": question.id, "dataset": question.dataset, "prompt": question.prompt,
+        "chosen": chosen, "rejected": rejected, "solution": question.solution,
         "corrected": task.correction(question, rejected),
-    }
+    }  # fmt: skip
 
 
 def _human_pairs(study, name: str, split: str) -> tuple[list[dict], dict]:
@@ -248,14 +223,10 @@ def preference_pairs(rows: list[dict], tokenizer, max_tokens: int) -> list[dict]
     pairs = [_columns(row, bool(getattr(tokenizer, "chat_template", None))) for row in rows]
     pairs = [pair for pair in pairs if pair_tokens(pair, tokenizer) <= max_tokens]
     if not pairs:
-        raise AlloError(
-            f"none of {len(rows)} pairs has at most {max_tokens} tokens; raise the limit"
-        )
-    if len(pairs) < len(rows):
-        dropped = len(rows) - len(pairs)
-        logging.getLogger(__name__).warning(
-            "%d of %d pairs dropped: longer than %d tokens", dropped, len(rows), max_tokens
-        )
+        raise AlloError(f"none of {len(rows)} pairs has at most {max_tokens} tokens; raise that")
+    if dropped := len(rows) - len(pairs):
+        message = "%d of %d pairs dropped: longer than %d tokens"
+        logging.getLogger(__name__).warning(message, dropped, len(rows), max_tokens)
     return pairs
 
 
@@ -283,24 +254,20 @@ def helpful_prompt(text: str) -> list[dict]:
     of one speaker in a row, as a few prompts have them, become one message.
 
     Raises:
-        AlloError: the text does not start with a human turn or not end in an open Assistant turn.
+        AlloError: a text that does not start with a human turn or not end in an open Assistant turn
+            after one, or with an empty turn.
     """
     before, *parts = re.split(r"\n\n(Human|Assistant):", text)
-    speakers, turns = parts[::2], [turn.strip() for turn in parts[1::2]]
+    turns = [(who, said.strip()) for who, said in zip(parts[::2], parts[1::2], strict=True)]
     messages = []
-    for speaker, turn in zip(speakers[:-1], turns[:-1], strict=True):
-        role = "user" if speaker == "Human" else "assistant"
-        if messages and messages[-1]["role"] == role:
-            messages[-1]["content"] = f"{messages[-1]['content']}\n\n{turn}".strip()
-        else:
-            messages.append({"role": role, "content": turn})
-    is_open = speakers[-1:] == ["Assistant"] and not turns[-1]
-    roles = [message["role"] for message in messages]
-    if before.strip() or not is_open or roles[:1] != ["user"] or roles[-1:] != ["user"]:
+    for who, said in itertools.groupby(turns[:-1], key=lambda turn: turn[0]):
+        content = "\n\n".join(text for _, text in said if text)
+        messages.append({"role": "user" if who == "Human" else "assistant", "content": content})
+    roles, contents = ([message[key] for message in messages] for key in ("role", "content"))
+    is_open = turns[-1:] == [("Assistant", "")] and roles[:1] == roles[-1:] == ["user"]
+    if before.strip() or not is_open or not all(contents):
         raise AlloError(
-            f"prompt {short(text)}: expected '\\n\\nHuman: ...' first, and the open turn "
-            "'\\n\\nAssistant:' after a human one last"
+            f"prompt {short(text)}: expected turns with text, '\\n\\nHuman: ...' first, and "
+            "the open turn '\\n\\nAssistant:' after a human one last"
         )
-    if not all(message["content"] for message in messages):
-        raise AlloError(f"prompt {short(text)}: an empty turn; expected text in each")
     return messages

@@ -101,10 +101,10 @@ def read_pairs(
         place = f"align: pair {number}"
         if not isinstance(row, Mapping):
             raise AlloError(f"{place} is a {type(row).__name__}, not a dict; {_EXPECTED}")
-        for name in SIDES:
-            if name not in row:
-                raise AlloError(f"align: pairs lack the column {name!r} (pair {number}); "
-                                f"expected {', '.join(COLUMNS)}")  # fmt: skip
+        missing = [name for name in SIDES if name not in row]
+        if missing:
+            raise AlloError(f"align: pairs lack the column {missing[0]!r} (pair {number}); "
+                            f"expected {', '.join(COLUMNS)}")  # fmt: skip
         pair = encode_preference(tokenizer, dict(row), place)
         length = len(pair.ids["prompt"]) + max(len(pair.ids[side]) for side in SIDES)
         if length > result.longest:
@@ -170,50 +170,37 @@ def _of_strings(tokenizer, row: dict, place: str) -> Preference:
     begin, bos = encoding.beginning(tokenizer), tokenizer.bos_token
     if bos and prompt.startswith(bos):
         begin, prompt = begin or [tokenizer.bos_token_id], prompt.removeprefix(bos)
+    apart = {}
     for key, text in {"prompt": prompt, **texts}.items():
         _refuse_special(tokenizer, text, f"{place}: the {key} string")
-    head = _encoded(f"{place}, prompt", encode_text, tokenizer, prompt)
-    joints = []
+        with _named(f"{place}, {key}"):
+            apart[key] = encode_text(tokenizer, text)
+    joints, unknown = [], tokenizer.unk_token_id
     for side, text in texts.items():
-        apart = head + _encoded(f"{place}, {side}", encode_text, tokenizer, text)
-        joint = encode_text(tokenizer, prompt + text)
+        joint, two = encode_text(tokenizer, prompt + text), apart["prompt"] + apart[side]
         # A vocabulary of words may know the last and the first word, but not both as one.
-        unknown = tokenizer.unk_token_id
-        joint = apart if joint.count(unknown) > apart.count(unknown) else joint
+        joint = two if joint.count(unknown) > two.count(unknown) else joint
         joints.append([*begin, *joint, tokenizer.eos_token_id])
-    return _parted([*begin, *head], joints, texts)
+    return _parted([*begin, *apart["prompt"]], joints, texts)
 
 
 def _of_messages(tokenizer, row: dict, place: str) -> Preference:
     prompt, replies = _conversation(tokenizer, row, place)
     settings = dict(row.get("chat_template_kwargs") or {})
-    if row.get("tools"):
-        settings["tools"] = _tools(row["tools"], place)
-    where = f"{place}, prompt"
-    prompting = settings | {"add_generation_prompt": True}
-    head = _encoded(where, encode_chat, tokenizer, prompt, **prompting)
-    if row.get("tools"):
-        without = encode_chat(tokenizer, prompt, **prompting | {"tools": None})
-        _refuse_left_out(head == without, where, "tools")
-    for number, message in enumerate(prompt):
-        if message["role"] not in ("user", "assistant"):
-            other = [*prompt]
-            other[number] = message | {"content": message["content"] + "x"}
-            same = head == _encoded(where, encode_chat, tokenizer, other, **prompting)
-            _refuse_left_out(same, where, f"messages of role {message['role']!r}")
-    for message in (*prompt, *replies.values()):
-        for key in _WRITTEN:
-            if key in message:
-                question = {"role": "user", "content": "x"}
-                written, without = (
-                    _encoded(place, encode_chat, tokenizer, [question, one], **settings)
-                    for one in (message, {k: v for k, v in message.items() if k != key})
-                )
-                _refuse_left_out(written == without, place, key)
-    joints = [
-        _encoded(f"{place}, {side}", encode_chat, tokenizer, [*prompt, reply], **settings)
-        for side, reply in replies.items()
-    ]
+    if tools := row.get("tools"):
+        with _named(f"{place}, tools"):
+            tools = json.loads(tools) if isinstance(tools, str) else tools
+            if not isinstance(tools, list):
+                raise AlloError("expected a list of JSON schemas, or its JSON")
+        settings["tools"] = tools
+    with _named(f"{place}, prompt"):
+        head = encode_chat(tokenizer, prompt, add_generation_prompt=True, **settings)
+    with _named(place):
+        _refuse_left_out(tokenizer, prompt, [*replies.values()], settings)
+    joints = []
+    for side, reply in replies.items():
+        with _named(f"{place}, {side}"):
+            joints.append(encode_chat(tokenizer, [*prompt, reply], **settings))
     pair = _parted(head, joints, {})
     for side, reply in replies.items():
         ids = pair.ids[side] = _ended(tokenizer, pair.ids[side])
@@ -241,89 +228,94 @@ def _ended(tokenizer, ids: list[int]) -> list[int]:
 
 def _conversation(tokenizer, row: dict, place: str) -> tuple[list[dict], dict[str, dict]]:
     """Return the messages of the prompt, and the reply of each side as one message."""
-    prompt = row.get("prompt")
-    for key in COLUMNS:
-        if isinstance(row.get(key), str):
-            _refuse_special(tokenizer, row[key], f"{place}: the {key} string")
-    turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    if "prompt" in row:
-        turns = _encoded(f"{place}, prompt", _checked, turns, BEFORE_A_REPLY)
-    replies, inside = {}, {}
-    for side in SIDES:
-        said = row[side]
-        said = [{"role": "assistant", "content": said}] if isinstance(said, str) else said
-        *before, replies[side] = _encoded(f"{place}, {side}", _checked, said, ("assistant",))
-        inside[side] = before
-        if not before or "prompt" not in row:
+    columns = {key: row[key] for key in COLUMNS if key in row}
+    for key, value in columns.items():
+        if isinstance(value, str):
+            _refuse_special(tokenizer, value, f"{place}: the {key} string")
+            columns[key] = [{"role": "user" if key == "prompt" else "assistant", "content": value}]
+    turns, prompts, replies = [], {}, {}
+    for key, messages in columns.items():
+        with _named(f"{place}, {key}"):
+            messages = _checked(messages, BEFORE_A_REPLY if key == "prompt" else ("assistant",))
+        if key == "prompt":
+            turns = messages
             continue
-        same = _turns(before) == _turns(turns)
-        if isinstance(prompt, str):  # beside what the messages say once more, with all before it
-            same = prompt.strip() in [message["content"].strip() for message in before]
-        if not same:
+        *before, replies[key] = messages
+        # A string is repeated by one of the messages; the others give what stood before it.
+        repeated = isinstance(row.get("prompt"), str) and turns[0]["content"].strip() in [
+            message["content"].strip() for message in before
+        ]
+        if before and turns and before != turns and not repeated:
             raise AlloError(
-                f"{place}: {side} has {len(before)} messages before the reply that are not the "
+                f"{place}: {key} has {len(before)} messages before the reply that are not the "
                 "prompt; put them into the prompt"
             )
-    before = inside["chosen"] or inside["rejected"]
-    differ = _turns(inside["chosen"]) != _turns(inside["rejected"])
-    if ("prompt" not in row or all(inside.values())) and (differ or not before):
+        prompts[key] = before or turns
+    if not prompts["chosen"] or prompts["chosen"] != prompts["rejected"]:
         raise AlloError(
             f"{place}: chosen and rejected do not follow the same messages; put those before the "
             "reply into the prompt"
         )
-    prompt = before if before and ("prompt" not in row or isinstance(prompt, str)) else turns
-    return _encoded(f"{place}, prompt", _checked, prompt, BEFORE_A_REPLY), replies
-
-
-def _tools(tools, place: str) -> list:
-    with contextlib.suppress(ValueError):
-        tools = json.loads(tools) if isinstance(tools, str) else tools
-        if isinstance(tools, list):
-            return tools
-    raise AlloError(f"{place}: tools is no list; expected a list of JSON schemas, or its JSON")
+    with _named(f"{place}, prompt"):
+        return _checked(prompts["chosen"], BEFORE_A_REPLY), replies
 
 
 def _checked(messages, last: tuple[str, ...]) -> list[dict]:
     """Drop what is None, as columns of data sets have it; a call needs no content."""
     if isinstance(messages, (list, tuple)):
-        messages = [_filled(message) for message in messages]
+        messages = [_filled(one) if isinstance(one, dict) else one for one in messages]
     check_messages(messages, last)
     return list(messages)
 
 
-def _filled(message):
-    if not isinstance(message, dict):
-        return message
+def _filled(message: dict) -> dict:
     kept = {key: value for key, value in message.items() if value or key not in _WRITTEN}
-    if "tool_calls" in kept and kept.get("content") is None:
-        kept["content"] = ""
-    return {k: v for k, v in kept.items() if v is not None or k in ("role", "content")}
-
-
-def _turns(messages) -> list[tuple]:
-    return [(message["role"], message["content"]) for message in messages]
+    if "tool_calls" in kept:
+        kept["content"] = kept.get("content") or ""
+    return {k: v for k, v in kept.items() if v is not None or k == "content"}
 
 
 def _refuse_special(tokenizer, text: str, what: str) -> None:
-    found = encoding.special_tokens_in(tokenizer, text)
-    if found:
+    names = encoding.special_tokens_in(tokenizer, text)
+    if names:
         raise AlloError(
-            f"{what} contains the special token {found[0]!r}; give chat messages, whose template "
+            f"{what} contains the special token {names[0]!r}; give chat messages, whose template "
             "writes such tokens and whose content is read as plain text, or take it out"
         )
 
 
-def _refuse_left_out(is_left_out: bool, place: str, what: str) -> None:
-    if is_left_out:
-        raise AlloError(
-            f"{place}: the tokenizer's chat template leaves out {what}; expected one that writes "
-            "them: take them out of the pairs, or set tokenizer.chat_template"
-        )
+def _refuse_left_out(tokenizer, prompt: list[dict], replies: list[dict], settings: dict) -> None:
+    """AlloError where the template writes the same without the tools, a message, or a call."""
+    compared = []  # what, messages and settings, the same without it
+    if "tools" in settings:
+        compared.append(("tools", (prompt, settings), (prompt, settings | {"tools": None})))
+    for place, message in enumerate(prompt):
+        if message["role"] not in ("user", "assistant"):
+            other = [*prompt]
+            other[place] = message | {"content": message["content"] + "x"}
+            what = f"messages of role {message['role']!r}"
+            compared.append((what, (prompt, settings), (other, settings)))
+    for message in (*prompt, *replies):
+        for key in (key for key in _WRITTEN if key in message):
+            # Some templates write thoughts behind the last question only.
+            one, less = (
+                [{"role": "user", "content": "x"}, {k: v for k, v in message.items() if k != left}]
+                for left in (None, key)
+            )
+            compared.append((key, (one, settings), (less, settings)))
+    for what, *both in compared:
+        written, without = (encode_chat(tokenizer, texts, **more) for texts, more in both)
+        if written == without:
+            raise AlloError(
+                f"the tokenizer's chat template leaves out {what}; expected one that writes them: "
+                "take them out of the pairs, or set tokenizer.chat_template"
+            )
 
 
-def _encoded(place: str, encode, *arguments, **settings):
-    """Return what `encode` does; put the place before its AlloError."""
+@contextlib.contextmanager
+def _named(place: str):
+    """Put the place before an error."""
     try:
-        return encode(*arguments, **settings)
-    except AlloError as error:
+        yield
+    except ValueError as error:
         raise AlloError(f"{place}: {error}") from error

@@ -3,12 +3,13 @@
 A task gives questions of a split, a solution to learn from, the verdict on a response, and its
 minimally corrected form. Splits: "sft", "pairs", "dev" and "test"; no question is in two of them.
 
-Functions of a `name` and a `row` take the data set's name in `benchmarks` (for others the kind of
-answer is told from the row itself) and a question as `benchmarks` describes it.
+A real question is a row as `benchmarks` describes it, with the name of its data set there; of other
+names the kind of answer is inferred from the row.
 """
 
 import random
 from dataclasses import dataclass
+from functools import lru_cache
 
 from allo_lib.data import answers, miniature
 from allo_lib.data.answers import LETTERS, MARKER
@@ -16,8 +17,6 @@ from allo_lib.data.benchmarks import BENCHMARKS, load_rows
 from allo_lib.errors import AlloError
 from allo_lib.profiles.config import Domain, Supervised
 from allo_lib.seeds import derive
-
-ORDER = ("sft", "pairs", "dev")  # of the rows in a seed's order of a training file
 
 
 @dataclass(frozen=True)
@@ -86,80 +85,90 @@ class RealQuestions:
         if domain.pretrain.mix or domain.sft.mix:
             raise AlloError("mix is of the miniature's families; leave it out of real data sets")
         self.domain, self.seed, self.data_dir = domain, seed, data_dir
-        self._rows: dict[tuple[str, str], list[dict]] = {}
-        self._planned: dict[str, dict[str, int]] = {}
 
     def questions(self, split: str, count: int, mix: tuple[float, ...] = ()) -> list[Question]:
         """Return `count` questions, equally many of each data set as far as it has them.
 
         Test questions come from the test file, in an order that no seed changes; the others from
-        consecutive parts of the seed's own order of the training file. `mix` is always ().
+        consecutive parts ("sft", "pairs", "dev") of the seed's own order of the training file.
+        `mix` is always ().
 
         Raises:
-            AlloError: more than there are, or rows that are no questions of the domain's kind.
+            AlloError: more than there are, or rows that are no questions with a gold answer.
         """
-        names = self.domain.datasets
-        if split == "test":
-            sizes = {name: len(self._load(name, "test")) for name in names}
-            return self._take("test", counts_of_test(count, sizes), dict.fromkeys(names, 0))
-        if not self._planned:
-            sizes = {name: len(self._load(name, "train")) for name in names}
-            self._planned = plan(self.domain, sizes)
-        room = self._planned[split]
-        counts = spread(count, room)
-        if counts is None:
-            raise AlloError(
-                f"{count} questions of {split} are requested, but the profile sets "
-                f"{', '.join(f'{n} of {name}' for name, n in room.items())} aside"
-            )
-        before = ORDER[: ORDER.index(split)]
-        starts = {name: sum(self._planned[one][name] for one in before) for name in names}
-        return self._take("train", counts, starts)
+        file = "test" if split == "test" else "train"
+        sizes = {name: len(self._load(name, file)) for name in self.domain.datasets}
+        room, starts = sizes, dict.fromkeys(sizes, 0)
+        if file == "train":
+            # Development and pairs first, which every data set should have; then the supervised
+            # rows, of which there are the most.
+            supervised = max(self.domain.pretrain.examples, self.domain.sft.examples)
+            requested = {"dev": self.domain.dev, "pairs": self.domain.pairs.questions}
+            planned = plan(requested | {"sft": supervised}, sizes, "train")
+            room, order = planned[split], ("sft", "pairs", "dev")
+            for before in order[: order.index(split)]:
+                starts = {name: start + planned[before][name] for name, start in starts.items()}
+        groups = []
+        for name, number in plan({split: count}, room, split)[split].items():
+            rows = self._load(name, file)[starts[name] :][:number]
+            groups.append([self.question(name, row) for row in rows])
+        return _interleaved(groups)
 
-    def _take(self, file: str, counts: dict[str, int], starts: dict[str, int]) -> list[Question]:
-        return _interleaved(
-            [
-                [
-                    self._question(name, row)
-                    for row in self._load(name, file)[starts[name] :][:count]
-                ]
-                for name, count in counts.items()
-            ]
-        )
-
+    @lru_cache
     def _load(self, name: str, file: str) -> list[dict]:
-        if (name, file) not in self._rows:
-            rows = load_rows(name, file, self.data_dir)
-            seed = 0 if file == "test" else self.seed
-            random.Random(derive(seed, "rows", name, file)).shuffle(rows)
-            self._rows[name, file] = rows
-        return self._rows[name, file]
+        rows = load_rows(name, file, self.data_dir)
+        seed = 0 if file == "test" else self.seed
+        random.Random(derive(seed, "rows", name, file)).shuffle(rows)
+        return rows
 
-    def _question(self, name: str, row: dict) -> Question:
-        if self.domain.kind == "choice" and not row.get("choices"):
-            raise AlloError(f"question {row['id']!r} has no options; expected multiple choice")
-        check(name, row)
+    def question(self, name: str, row: dict) -> Question:
+        """Return the question that a row of a data set asks.
+
+        Raises:
+            AlloError: no gold answer, or one that would not be read, or not as right.
+        """
+        if "answer" not in row:
+            raise AlloError(f"{name} has no gold answers (a judge is needed); expected questions")
         # Only a data set's own ids are known to differ.
         alone = len(self.domain.datasets) == 1 or row["id"].startswith(f"{name}-")
         row_id = row["id"] if alone else f"{name}/{row['id']}"
         solution = target(name, row, explain=self.domain.explain)
-        return Question(row_id, name, prompt(name, row), solution, row)
+        question = Question(row_id, name, prompt(name, row), solution, row)
+        if not self.right(question, solution):
+            raise AlloError(
+                f"question {row_id!r}: answer is {row['answer'][:40]!r}, expected one that reads "
+                f"as {kind(name, row)}"
+            )
+        return question
 
     def demonstration(self, question: Question, phase: Supervised) -> str:
         """Return the gold response."""
         return question.solution
 
+    def _read(self, question: Question, response: str) -> str | None:
+        row = question.source
+        return answers.read(kind(question.dataset, row), response, row["choices"])
+
     def answered(self, question: Question, response: str) -> bool:
-        """Whether the response ends in an answer of the question's kind."""
-        return read(question.dataset, question.source, response) is not None
+        """Whether the response ends in an answer of the question's kind, read strictly."""
+        return self._read(question, response) is not None
 
     def right(self, question: Question, response: str) -> bool:
         """Whether it ends in the gold answer."""
-        return is_right(question.dataset, question.source, response)
+        answer, row = self._read(question, response), question.source
+        what = kind(question.dataset, row)
+        return answer is not None and answers.is_same(what, answer, row["answer"])
 
     def correction(self, question: Question, response: str) -> str:
-        """Return the response with its final answer replaced by the gold one."""
-        return correction(question.dataset, question.source, response)
+        """Return the response with as little changed as makes its final answer right.
+
+        What follows the last `The answer is` is replaced by the gold answer; a response without one
+        gets it appended. Made from the gold answer alone, so what stands before it stays as it was.
+        """
+        if self.right(question, response):
+            return response
+        before, marker, _ = response.rpartition(MARKER)
+        return (before if marker else response.rstrip() + " ") + _final(question.source)
 
 
 def open_task(domain: Domain, seed: int, data_dir=None) -> Miniature | RealQuestions:
@@ -184,7 +193,7 @@ def _interleaved(groups: list[list[Question]]) -> list[Question]:
 
 def kind(name: str, row: dict) -> str:
     """Kind of a row's answer: "choice" where there are options, else that of its data set."""
-    if row.get("choices"):
+    if row["choices"]:
         return "choice"
     if name in BENCHMARKS:
         return BENCHMARKS[name].answer
@@ -192,22 +201,6 @@ def kind(name: str, row: dict) -> str:
     if answers.plain(gold) in ("yes", "no"):
         return "yes_no"
     return "number" if answers.number(gold) is not None else "latex"
-
-
-def check(name: str, row: dict) -> None:
-    """Raise AlloError unless the row is a question whose own gold answer is read and right."""
-    what = kind(name, row) if "answer" in row else ""
-    if what not in answers.KINDS:
-        raise AlloError(
-            f"question {row.get('id')!r} of {name} has no gold answer; a judge is needed"
-        )
-    if what == "choice" and not row.get("choices"):
-        raise AlloError(f"question {row['id']!r} has no options; expected multiple choice")
-    if not is_right(name, row, _final(row)):
-        raise AlloError(
-            f"question {row['id']!r}: answer is {row['answer'][:40]!r}, expected one that reads "
-            f"as {what}"
-        )
 
 
 def prompt(name: str, row: dict) -> str:
@@ -230,7 +223,7 @@ def target(name: str, row: dict, explain: int = 0) -> str:
     Before `The answer is: X` comes the whole derivation where the data set has such (for MAWPS the
     equation), and else `explain` statements of the human explanation (at most what there is).
     """
-    solution, before = row["solution"] or "", []
+    solution = row["solution"] or ""
     if name in BENCHMARKS and BENCHMARKS[name].worked:
         before = [solution.strip()] if solution.strip() else []
     else:
@@ -238,29 +231,6 @@ def target(name: str, row: dict, explain: int = 0) -> str:
         before = before[:explain]
     ended = [text if text[-1] in ".!?" else text + "." for text in before]
     return " " + " ".join([*ended, _final(row)])
-
-
-def read(name: str, row: dict, response: str) -> str | None:
-    """Return the response's final answer, read strictly (`answers.read`); None without one."""
-    return answers.read(kind(name, row), response, row["choices"])
-
-
-def is_right(name: str, row: dict, response: str) -> bool:
-    """Whether the response's final answer is the gold one."""
-    answer = read(name, row, response)
-    return answer is not None and answers.is_same(kind(name, row), answer, row["answer"])
-
-
-def correction(name: str, row: dict, response: str) -> str:
-    """Return the response with as little changed as makes its final answer right.
-
-    What follows the last `The answer is` is replaced by the gold answer; a response without one
-    gets it appended. Made from the gold answer alone, so what stands before it stays as it was.
-    """
-    if is_right(name, row, response):
-        return response
-    before, marker, _ = response.rpartition(MARKER)
-    return (before if marker else response.rstrip() + " ") + _final(row)
 
 
 def _final(row: dict) -> str:
@@ -271,10 +241,35 @@ def _final(row: dict) -> str:
 # --- how many rows each data set gives to each split ---------------------------------------------
 
 
-def spread(count: int, room: dict[str, int]) -> dict[str, int] | None:
-    """Deal `count` out in equal shares, none above its room; None if all rooms are too small."""
-    if count > sum(room.values()):
-        return None
+def plan(counts: dict[str, int], sizes: dict[str, int], file: str) -> dict[str, dict[str, int]]:
+    """Deal rows out to splits, in equal shares of the data sets as far as each has rows.
+
+    counts: rows of each split, the first ones dealt out first. sizes: rows that each data set has
+    in a `file`. Returns split -> data set -> rows.
+
+    Raises:
+        AlloError: more rows are requested than there are.
+    """
+    if sum(counts.values()) > sum(sizes.values()):
+        present = ", ".join(f"{name}/{file} has {rows} rows" for name, rows in sizes.items())
+        requested = ", ".join(f"{count} of {split}" for split, count in counts.items() if count)
+        raise AlloError(
+            f"{present}, but the profile requests {requested}: lower the counts of the profile"
+        )
+    left, planned = sizes, {}
+    for split, count in counts.items():
+        planned[split] = _spread(count, left)
+        left = {name: rows - planned[split][name] for name, rows in left.items()}
+    return planned
+
+
+def counts_of_test(count: int, sizes: dict[str, int]) -> dict[str, int]:
+    """Count the test instructions of each data set; AlloError if there are fewer than `count`."""
+    return plan({"test": count}, sizes, "test")["test"]
+
+
+def _spread(count: int, room: dict[str, int]) -> dict[str, int]:
+    """Deal `count` out in equal shares, none above its room."""
     counts, left = {}, count
     for position, name in enumerate(sorted(room, key=room.get)):
         counts[name] = min(room[name], round(left / (len(room) - position)))
@@ -284,47 +279,3 @@ def spread(count: int, room: dict[str, int]) -> dict[str, int] | None:
         more = min(left, room[name] - counts[name])
         counts[name], left = counts[name] + more, left - more
     return {name: counts[name] for name in room}
-
-
-def plan(domain: Domain, sizes: dict[str, int]) -> dict[str, dict[str, int]]:
-    """Deal training rows out to "sft", "pairs" and "dev", for each data set.
-
-    Once for a whole domain, so that no row is in two splits: first development and pairs, which
-    every data set should have; last the supervised rows, of which there are the most.
-
-    Args:
-        domain: its counts.
-        sizes: rows of each data set's training file.
-
-    Raises:
-        AlloError: more rows are requested than there are.
-    """
-    supervised = max(domain.pretrain.examples, domain.sft.examples)
-    counts = {"dev": domain.dev, "pairs": domain.pairs.questions, "sft": supervised}
-    left, planned = sizes, {}
-    for split, count in counts.items():
-        planned[split] = spread(count, left)
-        if planned[split] is None:
-            raise _too_few("train", sizes, counts)
-        left = {name: left[name] - planned[split][name] for name in left}
-    return planned
-
-
-def counts_of_test(count: int, sizes: dict[str, int]) -> dict[str, int]:
-    """Count the test questions (or instructions) of each data set.
-
-    Raises:
-        AlloError: there are fewer than `count`.
-    """
-    counts = spread(count, sizes)
-    if counts is None:
-        raise _too_few("test", sizes, {"test": count})
-    return counts
-
-
-def _too_few(file: str, sizes: dict[str, int], counts: dict[str, int]) -> AlloError:
-    present = ", ".join(f"{name}/{file} has {rows} rows" for name, rows in sizes.items())
-    requested = ", ".join(f"{count} of {split}" for split, count in counts.items() if count)
-    return AlloError(
-        f"{present}, but the profile requests {requested}: lower the counts of the profile"
-    )

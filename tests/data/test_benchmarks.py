@@ -1,301 +1,254 @@
-"""Every question data set: responses to real questions of it are read, right and wrong."""
+"""Rows of a data folder and entries of the hub: read whole, or refused in one line."""
 
+import gzip
+import hashlib
+import json
+import re
+
+import datasets
 import pytest
 from refusals import refused
 
-from allo_lib.data import answers, tasks
-from allo_lib.data.benchmarks import BENCHMARKS, check_row, options
+from allo_lib.data.benchmarks import BENCHMARKS, data_hash, load_rows
 
-QUESTION_SETS = [name for name, entry in BENCHMARKS.items() if entry.answer]
-
-
-def row(name, stem, answer, choices=None, solution=None):
-    return {
-        "id": f"{name}-test-1", "question": "\n".join([stem, *options(choices)]),
-        "solution": solution, "answer": answer, "choices": choices,
-    }  # fmt: skip
-
-
-def said(*texts, right):
-    return [(f" So it goes. The answer is: {text}", True, right) for text in texts]
+ROW = {
+    "id": "q-1",
+    "question": "Where does one light a fire\nat night?\n(A) synagogue\n(B) bedroom\n(C) St. Paul",
+    "solution": "A bedroom is where one sleeps\n\nCandles can be lit in a bedroom.",
+    "answer": "B",
+    "choices": ["synagogue", "bedroom", "St. Paul"],
+}
+PAIR = {"prompt": "\n\nHuman: Hi\n\nAssistant:", "chosen": "Hello!", "rejected": "Go."}
+TASK = {"id": "a", "question": "Sing.", "subset": "x", "outputs": {"weak": "", "strong": "La."}}
+HALF = "\ud83d"  # of a surrogate pair
+GOOD = json.dumps(ROW).encode() + b"\n"
 
 
-def unread(*responses):
-    return [(response, False, False) for response in responses]
+def written(folder, raw: bytes, name="train.jsonl"):
+    """Make a data folder with `raw` as a file of ecqa."""
+    (folder / "ecqa").mkdir(parents=True, exist_ok=True)
+    (folder / "ecqa" / name).write_bytes(raw)
+    return folder
 
 
-A = "The answer is:"
-TEACHER = row(
-    "ecqa", "What helps someone be a good teacher?", "C",
-    ["teaching to the test", "vacation", "interested students", "students to learn",
-     "educate students"],
-    "If students are interested, one becomes a good teacher.\n"
-    "Interested students helps a person to be a good teacher.",
-)  # fmt: skip
-MOUTHWASH = row(
-    "ecqa", "What is mouthwash usually stored in?", "B",
-    ["this bottle will not fit in the medicine cabinet.", "bottle", "dentist's office",
-     "drug store", "bathroom"],
-)  # fmt: skip
-CLIMATE = row(
-    "qasc", "Climate is generally described in terms of what?", "F",
-    ["sand", "occurs over a wide range", "forests", "global warming", "rapid changes occur",
-     "local weather conditions", "measure of motion", "city life"],
-    "Climate is generally described in terms of temperature and moisture.\n"
-    "Fire behavior is driven by local weather conditions such as winds, temperature and "
-    "moisture.\nClimate is generally described in terms of local weather conditions",
-)  # fmt: skip
-# Two options that differ in a full stop, as a hundred questions of QASC have them.
-ENERGY = row("qasc", "What do cells need?", "D", ["Energy.", "speed", "sand", "energy", "fungi"])
-FOG = row(
-    "openbookqa", "There is most likely going to be fog around:", "A",
-    ["a marsh", "a tundra", "the plains", "a desert"],
-)  # fmt: skip
-PREDATORS = row("openbookqa", "Predators eat", "C", ["lions", "humans", "bunnies", "grass"])
-FUJI = row(
-    "strategyqa", "Would the top of Mount Fuji stick out of the Sea of Japan?", "yes", None,
-    "The average depth of the Sea of Japan is 5,748 feet (1,752 metres) and its maximum depth is "
-    "12,276 feet (3,742 metres)\nMount Fuji is 3,776.24 metres (12,389.2 ft) tall.",
-)  # fmt: skip
-GREED = row("strategyqa", "Is greed the most prevalent of the Seven Deadly Sins?", "no")
-EGGS = row(
-    "gsm8k",
-    "Janet’s ducks lay 16 eggs per day. She eats three for breakfast every morning and bakes "
-    "muffins for her friends every day with four. She sells the remainder at the farmers' market "
-    "daily for $2 per fresh duck egg. How much in dollars does she make every day at the farmers' "
-    "market?", "18", None,
-    "Janet sells 16 - 3 - 4 = 9 duck eggs a day.\n"
-    "She makes 9 * 2 = $18 every day at the farmer’s market.",
-)  # fmt: skip
-FLEET = row(
-    "gsm8k",
-    "Mark buys a fleet of 12 cars for his company.  Each car sells for $20,000.  He pays 10% tax "
-    "on the cars and then another $1000 for registration on each of them.  How much does he pay "
-    "for everything?", "276000",
-)  # fmt: skip
-COLD = row(
-    "gsm8k",
-    "The temperature was 2 degrees Celsius. It dropped 8 degrees Celsius overnight and then "
-    "increased 3 degrees Celsius in the morning. What was the temperature, in degrees Celsius, in "
-    "the morning?", "-3",
-)  # fmt: skip
-MIDPOINT = row(
-    "math",
-    "The midpoint of the line segment between $(x,y)$ and $(-9,1)$ is $(3,-5)$. Find $(x,y)$.",
-    "(15,-11)",
-)
-FRACTION = row(
-    "math",
-    "What fraction is the same as \\[\n\\frac{2-4+6-8+10-12+14}{3-6+9-12+15-18+21}?\n\\]",
-    r"\frac{2}{3}",
-)
-PRODUCT = row("math", r"Expand the product $(x+1)^2 \cdot x$.", "x^3 + 2x^2 + x")
-RANGE = row(
-    "math",
-    r"What is the range of the function $$f(x) = \frac{1}{1-x}~?$$ Express your answer in interval "
-    "notation.", r"(-\infty,0)\cup (0,\infty)",
-)  # fmt: skip
-ROOT = row(
-    "math", r"Rationalize the denominator of $\displaystyle\frac{33}{\sqrt{33}}$.", r"\!\sqrt{33}"
-)
-ODD = row(
-    "math",
-    "Let $f(x)$ be an odd function, and let $g(x)$ be an even function.  Is $f(f(g(f(g(f(x))))))$ "
-    'even, odd, or neither?\n\nEnter "odd", "even", or "neither".', r"\text{even}",
-)  # fmt: skip
-TREES = row(
-    "mawps",
-    "There are 41 short trees and 44 tall trees currently in the park . Park workers will plant 57 "
-    "short trees today . How many short trees will the park have when the workers are finished ?",
-    "98", None, "X = 41 + 57",
-)  # fmt: skip
-PIE = row(
-    "mawps",
-    "Mandy made an apple pie . She used 0.6666666666666666 tablespoon of cinnamon and 0.5 "
-    "tablespoon of nutmeg . How much more cinnamon than nutmeg did Mandy use ?", "0.166667", None,
-    "X = 0.6666666666666666 - 0.5",
-)  # fmt: skip
-# TabMWP's licence forbids copies: questions of its forms.
-PETS = row(
-    "tabmwp", "Table:\ncat | $1,205.00\nparrot | $950.50\n\nQuestion: How much do both cost? "
-    "(Unit: $)", "2,155.50", None, "Add the prices.\n\n$1,205.00 + $950.50 = $2,155.50",
-)  # fmt: skip
-MARKET = row(
-    "tabmwp", "Table:\nPrice | Demanded | Supplied\n$10 | 80 | 30\n\nQuestion: At a price of $10, "
-    "is there a shortage or a surplus?", "A", ["shortage", "surplus"], "80 is more than 30.",
-)  # fmt: skip
-DICE = row(
-    "tabmwp", "Table: Colours\nred | 3\nblue | 7\n\nQuestion: What is the probability of red? "
-    "Simplify any fractions.", "3/10",
-)  # fmt: skip
+# --- a data folder -------------------------------------------------------------------------------
 
-CASES = {
+
+def test_rows_come_back_as_written_plain_and_gzipped(tmp_path, monkeypatch):
+    # U+2028 ends a line for str.splitlines, but not in this format.
+    other = ROW | {"id": "q-2", "question": "a\u2028b\n(A) x\n(B) y", "choices": ["x", "y"]}
+    for kind in ([ROW, other], [PAIR, PAIR], [TASK, TASK | {"id": "b", "outputs": {}}]):
+        raw = "\n".join(json.dumps(row, ensure_ascii=False) for row in kind).encode() + b"\n\n"
+        folder = written(tmp_path, raw)
+        assert load_rows("ecqa", "train", folder) == kind
+        written(tmp_path, gzip.compress(raw), "test.jsonl.gz")
+        monkeypatch.setenv("ALLO_DATA", str(folder))
+        assert load_rows("ecqa", "test") == kind
+
+
+def without(row, key):
+    return {name: value for name, value in row.items() if name != key}
+
+
+# A row, the column that is told, and what of it.
+BAD_ROWS = [
+    (None, "row: ", "given None"), ([ROW], "row: ", "valid dictionary"),
+    ({}, "id: ", "required"), (without(ROW, "choices"), "choices: ", "required"),
+    (without(PAIR, "chosen"), "chosen: ", "required"),
+    (ROW | {"answer": ""}, "answer: ", "at least 1"), (ROW | {"answer": None}, "answer: ", "None"),
+    (ROW | {"answer": "D"}, "row: ", "letter of one of the choices"),
+    (ROW | {"answer": "AB"}, "row: ", "letter of one"), (ROW | {"answer": "b"}, "row: ", "letter"),
+    (ROW | {"question": "so " + HALF}, "question: ", "half of a surrogate pair"),
+    (ROW | {"solution": HALF}, "solution: ", "half of"), (ROW | {"solution": 0}, "solution: ", "0"),
+    (ROW | {"id": 3}, "id: ", "valid string; given 3"),
+    (ROW | {"choices": ["x"]}, "choices: ", "at least 2"),
+    (ROW | {"choices": ["x"] * 27}, "choices: ", "at most 26"),
+    (ROW | {"choices": ["here", 2]}, "choices.1: ", "given 2"),
+    (ROW | {"question": ROW["question"] + "\nChoose."}, "row: ", "ends in its options"),
+    (ROW | {"question": "\n(A) x\n(B) y", "choices": ["x", "y"]}, "row: ", "ends in its options"),
+    (TASK | {"outputs": ["La."]}, "outputs: ", "dictionary"),
+    (TASK | {"outputs": {"weak": None}}, "outputs.weak: ", "valid string"),
+    (PAIR | {"prompt": ""}, "prompt: ", "at least 1"), (PAIR | {"chosen": 1}, "chosen: ", "valid"),
+    (PAIR | {"chosen": "\udc00 Hi"}, "chosen: ", "half of"),
+    (PAIR | {"rejected": [{"role": "assistant"}]}, "rejected: ", "valid string"),
+]  # fmt: skip
+BAD_FILES = [
+    (b"", "holds no rows; expected one JSON object a line"), (b"\n \n", "holds no rows"),
+    (GOOD + GOOD[:-20], "line 2: not JSON (Unterminated string"),
+    (b"[" + GOOD.strip() + b"]", "line 1: row: "),
+    (GOOD + "{'é'}".encode("latin-1"), "not UTF-8"), (b"[" * 100_000, "line 1: not JSON"),
+    (GOOD + json.dumps(ROW | {"answer": "A"}).encode(), "id 'q-1' occurs twice; expected one row"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("row", "place", "told"), BAD_ROWS)
+def test_a_bad_row_is_named_by_file_line_and_column(tmp_path, row, place, told):
+    with refused(f"train.jsonl, line 2: {place}", told):
+        load_rows("ecqa", "train", written(tmp_path, GOOD + json.dumps(row).encode()))
+
+
+@pytest.mark.parametrize(("raw", "told"), BAD_FILES)
+def test_a_bad_file_is_told(tmp_path, raw, told):
+    with refused("train.jsonl", told):
+        load_rows("ecqa", "train", written(tmp_path, raw))
+
+
+PACKED = gzip.compress(GOOD * 50)
+
+
+@pytest.mark.parametrize("raw", [GOOD, PACKED[:30] + b"\xff" * 8 + PACKED[38:], PACKED[:-9]])
+def test_a_bad_archive_is_told(tmp_path, raw):
+    with refused("train.jsonl.gz cannot be read: damaged"):
+        load_rows("ecqa", "train", written(tmp_path, raw, "train.jsonl.gz"))
+
+
+def test_data_hash_sees_values_and_order_but_not_key_order():
+    other = ROW | {"id": "q-2"}
+    assert data_hash([ROW]) == data_hash([dict(reversed(ROW.items()))])
+    assert data_hash([ROW, other]) != data_hash([other, ROW])
+    expected = hashlib.sha256(b'{"a":"\\u00e9","b":1}\n').hexdigest()
+    assert data_hash([{"b": 1, "a": "é"}]) == expected
+
+
+def test_missing_data_names_both_ways(tmp_path):
+    for folder in (tmp_path / "absent", tmp_path):
+        with refused("has no train.jsonl", "--data DIR", "ALLO_DATA", "hub through `datasets`"):
+            load_rows("ecqa", "train", folder)
+
+
+# --- the hub -------------------------------------------------------------------------------------
+
+TALK = "\n\nHuman: Hi\n\nAssistant: Hello!\n\nHuman: And?\n\nAssistant:"
+ECQA = {f"q_op{i}": text for i, text in enumerate(["cake", "mess", "fun", "air", "sun"], 1)}
+ECQA |= {"q_text": "What is on a table?", "q_ans": "mess", "taskA_pos": " A mess.\n\nIt is."}
+LABELLED = {"choices": {"text": ["sun", "moon"], "label": ["A", "B"]}, "answerKey": "B"}
+FACTS = {"fact1": "One.", "fact2": "", "combinedfact": "Both."}
+TABLE = {"table_title": "Pets", "table": "cat | 3\ndog | 4", "unit": None, "choices": None}
+
+
+def row(question, answer, solution=None, choices=None):
+    return {"question": question, "solution": solution, "answer": answer, "choices": choices}
+
+
+# Entries of the hub, and the rows that they become (None: left out).
+ENTRIES = {
     "ecqa": [
-        (TEACHER, said("interested students", "Interested students.", " interested  students ",
-                       "INTERESTED STUDENTS", right=True)),
-        (TEACHER, said("vacation", "students to learn", "teaching to the test", right=False)),
-        (TEACHER, [(f"{A} vacation. No, wait. {A} interested students", True, True),
-                   (f"{A} interested students. No. {A} vacation.", True, False)]),
-        (TEACHER, unread("", "interested students", "The answer is interested students", A,
-                         f"{A} C", f"{A} (C) interested students", f"{A} students",
-                         f"{A} interested students and vacation", f"{A} a good teacher")),
-        (MOUTHWASH, said("bottle", "Bottle.", right=True)),
-        (MOUTHWASH, said("this bottle will not fit in the medicine cabinet", "bathroom",
-                         "Dentist's office.", right=False)),
-        (MOUTHWASH, unread(f"{A} bottles", f"{A} in a bottle")),
+        (ECQA, row("What is on a table?\n(A) cake\n(B) mess\n(C) fun\n(D) air\n(E) sun", "B",
+                   "A mess.\nIt is.", ["cake", "mess", "fun", "air", "sun"])),
+        (ECQA | {"q_op1": "mess"}, None), (ECQA | {"q_ans": "none"}, None),
     ],
     "qasc": [
-        (CLIMATE, said("local weather conditions", "Local weather conditions.",
-                       "local\nweather conditions", right=True)),
-        (CLIMATE, said("sand", "global warming", "city life", "occurs over a wide range",
-                       right=False)),
-        (CLIMATE, unread("", "Climate is weather.", f"{A} F", f"{A} weather", f"{A} sand, forests",
-                         f"{A} local weather conditions. Climate is", f"{A} the weather",
-                         "the answer is: sand")),
-        (ENERGY, said("energy", "Energy", " ENERGY ", right=True)),
-        (ENERGY, said("energy.", "speed", "fungi.", right=False)),
-        (ENERGY, unread(f"{A} energies", f"{A} none")),
+        (LABELLED | {"question": "What glows?"} | FACTS,
+         row("What glows?\n(A) sun\n(B) moon", "B", "One.\nBoth.", ["sun", "moon"])),
+        (LABELLED | {"question": "No label?", "answerKey": ""} | FACTS, None),
     ],
     "openbookqa": [
-        (FOG, said("a marsh", "A marsh.", " a marsh\n", "a  marsh .", right=True)),
-        (FOG, said("a tundra", "the plains", "A desert.", right=False)),
-        (FOG, unread("a marsh", f"{A} marsh", f"{A} A", f"{A} (A) a marsh", f"{A}a marsh, surely",
-                     "The answer: a marsh", "Fog is wet. The answer is a marsh.")),
-        (PREDATORS, said("bunnies", "Bunnies", right=True)),
-        (PREDATORS, said("lions", "grass.", "humans", right=False)),
-        (PREDATORS, unread(f"{A} rabbits", f"{A} bunnies or lions", "Predators eat bunnies")),
+        ({"id": "7-980", "question_stem": "What glows?"} | LABELLED,
+         row("What glows?\n(A) sun\n(B) moon", "B", None, ["sun", "moon"])),
     ],
     "strategyqa": [
-        (FUJI, said("yes", "Yes", "Yes.", "YES", " yes ", right=True)),
-        (FUJI, said("no", "No.", "NO", right=False)),
-        (FUJI, [(f"It is 3,776 metres. {A} no. Hm. {A} yes.", True, True)]),
-        (FUJI, unread("", "yes", "The answer is yes", f"{A} yes, it would", f"{A} true", f"{A} y",
-                      f"{A} it would", f"{A} yes or no", f"{A} not sure", "Answer: yes")),
-        (GREED, said("no", "no.", right=True)),
-        (GREED, said("yes", "Yes.", right=False)),
+        ({"question": "Does it glow?", "answer": True, "facts": "It is lit."},
+         row("Does it glow?", "yes", "It is lit.")),
+        ({"question": "Is it cheese?", "answer": False, "facts": ["Rock.", "No milk."]},
+         row("Is it cheese?", "no", "Rock.\nNo milk.")),
     ],
     "gsm8k": [
-        (EGGS, said("18", "$18", "18.", "18.00", "18 dollars", r"\$18", "$18$", "$18 per day",
-                    r"\boxed{18}", "36/2", right=True)),
-        (EGGS, said("9", "$32", "18.5", "-18", "17.99", right=False)),
-        (EGGS, unread("18", "She makes $18.", "The answer is 18", f"{A} eighteen", f"{A} 18 or 32",
-                      f"{A} 9 * 2 = 18", f"{A} 18. She is rich.", f"{A} $", f"{A} 18 thousand")),
-        (FLEET, said("276000", "276,000", "$276,000", "$276,000.00", right=True)),
-        (FLEET, said("264,000", "276", "2,760,000", right=False)),
-        (FLEET, unread(f"{A} 276,00", f"{A} 276.000.000", f"{A} 27 6000")),
-        (COLD, said("-3", "-3 degrees Celsius", "\u22123", "-3°", right=True)),
-        (COLD, said("3", "-9", right=False)),
+        ({"question": "How many?", "answer": "2*500=<<2*500=1000>>1000 eggs\nSo.\n#### 1,000"},
+         row("How many?", "1000", "2*500=1000 eggs\nSo.")),
     ],
     "math": [
-        (MIDPOINT, said("(15,-11)", "$(15, -11)$", r"\left(15,-11\right)", right=True)),
-        (MIDPOINT, said("(-11,15)", "(15,11)", "15", right=False)),
-        (FRACTION, said(r"\frac{2}{3}", r"\dfrac{2}{3}", r"\frac23", r"\frac{4}{6}", "2/3",
-                        r"\boxed{\frac{2}{3}}.", right=True)),
-        (FRACTION, said(r"\frac{3}{2}", "0.6", "1", right=False)),
-        (PRODUCT, said("x^3 + 2x^2 + x", "x^3+2x^2+x", "x(x+1)^2", "$x + 2x^2 + x^3$", right=True)),
-        (PRODUCT, said("x^3 + 2x^2 + 1", "x^3", "(x+1)^3", right=False)),
-        (RANGE, said(r"(-\infty,0) \cup (0,\infty)", r"(0,\infty)\cup(-\infty,0)", right=True)),
-        (RANGE, said(r"(-\infty,\infty)", r"[0,\infty)", right=False)),
-        (ROOT, said(r"\sqrt{33}", r"33^{1/2}", r"\frac{33}{\sqrt{33}}", right=True)),
-        (ROOT, said("33", r"\sqrt{11}", right=False)),
-        (ODD, said(r"\text{even}", "even", "Even.", right=True)),
-        (ODD, said("odd", r"\text{neither}", right=False)),
-        (ODD, unread("", r"\boxed{\text{even}}", "The answer is even", A, f"{A} $$",
-                     f"{A} even. Since f is odd.", f"{A} it is an even function of x",
-                     f"{A} x\n+ 1")),
+        ({"problem": "Half?", "solution": r"Not \boxed{1} but $\boxed{\frac{1}{2}}$."},
+         row("Half?", r"\frac{1}{2}", r"Not \boxed{1} but $\boxed{\frac{1}{2}}$.")),
+        ({"problem": "Half open?", "solution": r"\boxed{[0,1)}"},
+         row("Half open?", "[0,1)", r"\boxed{[0,1)}")),
+        ({"problem": "No box?", "solution": "None."}, None),
+        ({"problem": "Open box?", "solution": r"\boxed{1"}, None),
+        ({"problem": "Empty box?", "solution": r"\boxed{}"}, None),
     ],
     "mawps": [
-        (TREES, said("98", "98.0", "98 trees", "98 short trees.", "$98$", " 98 ", "X = 98",
-                     right=True)),
-        (TREES, said("98.5", "142", "16", "-98", "99", right=False)),
-        (TREES, unread("98", "X = 41 + 57", f"{A} 41 + 57", f"{A} many",
-                       f"{A} 98 99", "The answer is 98")),
-        (PIE, said("0.166667", "0.166666", "0.16666666666666663", "0.16666666666666666", "1/6",
-                   r"\frac{1}{6}", ".166667 tablespoons", right=True)),
-        (PIE, said("0.17", "0.1667", "0.2", "1/5", "0.166669", "0", right=False)),
+        ({"question": "How many?", "result": "1_234", "equation": "x=1_000+234"},
+         row("How many?", "1234", "x=1_000+234")),
     ],
     "tabmwp": [
-        (PETS, said("2,155.50", "2155.5", "$2,155.50", "$2155.50.", right=True)),
-        (PETS, said("2,155", "2,155.05", "254.50", "$21,555", right=False)),
-        (PETS, unread(f"{A} 2155,50", f"{A} $1,205.00 + $950.50", f"{A} 2.155.50", "$2,155.50")),
-        (MARKET, said("shortage", "Shortage.", right=True)),
-        (MARKET, said("surplus", right=False)),
-        (MARKET, unread(f"{A} A", f"{A} a shortage", f"{A} 50", "shortage")),
-        (DICE, said("3/10", "0.3", r"\frac{3}{10}", "6/20", " 3 / 10", right=True)),
-        (DICE, said("7/10", "3/7", "30%", "10/3", right=False)),
-        (DICE, unread(f"{A} 3/0", f"{A} 3 of 10", f"{A} 3:10")),
+        (TABLE | {"question": "How many?", "answer": "3", "solution": "Look.", "unit": "cats"},
+         row("Table: Pets\ncat | 3\ndog | 4\n\nQuestion: How many? (Unit: cats)", "3", "Look.")),
+        (TABLE | {"question": "More?", "answer": "dog", "solution": "4 > 3.", "table_title": "",
+                  "choices": ["cat", "dog"]},
+         row("Table:\ncat | 3\ndog | 4\n\nQuestion: More?\n(A) cat\n(B) dog", "B", "4 > 3.",
+             ["cat", "dog"])),
+    ],
+    "alpaca_eval": [
+        ({"dataset": "helpful_base", "instruction": "Sing.", "output": "La.", "generator": "gpt4"},
+         {"question": "Sing.", "subset": "helpful_base", "outputs": {"gpt4": "La."}}),
+    ],
+    "arena_hard": [
+        ({"question_id": "328c", "cluster": "Songs", "turns": [{"content": "Sing."}]},
+         {"id": "328c", "question": "Sing.", "cluster": "Songs", "outputs": {}}),
+    ],
+    "hh_helpful": [
+        ({"chosen": TALK + " Fine.", "rejected": TALK + " No."},
+         {"prompt": TALK, "chosen": "Fine.", "rejected": "No."}),
+        ({"chosen": TALK + " Fine.", "rejected": "\n\nHuman: Ho\n\nAssistant: No."}, None),
+        ({"chosen": TALK + " Fine.", "rejected": TALK + " Fine. "}, None),
     ],
 }  # fmt: skip
-RESPONSES = [
-    (name, one, *response)
-    for name, groups in CASES.items()
-    for one, responses in groups
-    for response in responses
-]
 
 
-def test_every_data_set_has_at_least_twenty_responses_right_wrong_and_without_an_answer():
-    assert sorted(CASES) == sorted(QUESTION_SETS) and len(QUESTION_SETS) == 8
-    for name in QUESTION_SETS:
-        verdicts = [(answered, right) for n, _, _, answered, right in RESPONSES if n == name]
-        assert len(verdicts) >= 20
-        kinds = [(True, True), (True, False), (False, False)]
-        assert min(verdicts.count(one) for one in kinds) >= 3
+@pytest.fixture
+def serve(monkeypatch):
+    """Return what gives entries to whoever asks the hub, and lists what it is asked for."""
+    monkeypatch.delenv("ALLO_DATA", raising=False)
+
+    def start(entries):
+        calls = []
+
+        def load_dataset(path, **settings):
+            calls.append((path, settings))
+            return entries
+
+        monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+        return calls
+
+    return start
 
 
-@pytest.mark.parametrize(("name", "one", "response", "answered", "right"), RESPONSES)
-def test_a_response_is_read_and_judged(name, one, response, answered, right):
-    check_row(one)
-    assert (tasks.read(name, one, response) is not None) == answered
-    assert tasks.is_right(name, one, response) == right
-    corrected = tasks.correction(name, one, response)
-    assert tasks.is_right(name, one, corrected)
-    assert corrected == response if right else corrected != response
-    # What the model said before its answer stays.
-    assert corrected.startswith(response.rpartition(answers.MARKER)[0].rstrip())
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_entries_become_rows_and_the_pinned_revision_is_requested(serve, name):
+    calls, entry = serve([entry for entry, _ in ENTRIES[name]]), BENCHMARKS[name]
+    expected = [
+        new if "prompt" in new else {"id": f"{name}-test-{number}"} | new
+        for number, (_, new) in enumerate(ENTRIES[name])
+        if new is not None
+    ]
+    assert load_rows(name, "test") == expected
+    path, settings = calls[0]
+    if entry.file:
+        assert path == "json"
+        assert settings["data_files"] == f"hf://datasets/{entry.hub}@{entry.revision}/{entry.file}"
+    else:
+        assert path == entry.hub and settings["revision"] == entry.revision
+        assert (settings["name"], settings["data_dir"]) == (entry.config, entry.folder)
+    assert settings["split"] == entry.test
+    pinned = entry.revision is not None and re.fullmatch("[0-9a-f]{40}", entry.revision)
+    assert bool(pinned) == (name not in ("ecqa", "tabmwp"))  # of these no commit is known
 
 
-def test_prompts_and_targets():
-    assert tasks.prompt("ecqa", TEACHER) == (
-        "What helps someone be a good teacher?\nOptions: teaching to the test, vacation, "
-        "interested students, students to learn, educate students\nAnswer:"
-    )
-    assert tasks.target("ecqa", TEACHER) == " The answer is: interested students"
-    assert tasks.target("ecqa", TEACHER, explain=1) == (
-        " If students are interested, one becomes a good teacher."
-        " The answer is: interested students"
-    )
-    assert tasks.prompt("strategyqa", FUJI) == f"{FUJI['question']}\nOptions: yes, no\nAnswer:"
-    assert tasks.target("strategyqa", FUJI, explain=9).endswith(
-        " (3,742 metres). Mount Fuji is 3,776.24 metres (12,389.2 ft) tall. The answer is: yes"
-    )
-    assert tasks.prompt("mawps", TREES) == f"{TREES['question']}\nAnswer:"
-    assert tasks.target("mawps", TREES) == " X = 41 + 57. The answer is: 98"
-    assert tasks.target("gsm8k", EGGS) == f" {EGGS['solution']} The answer is: 18"
-    assert tasks.prompt("tabmwp", MARKET).endswith(
-        "is there a shortage or a surplus?\nOptions: shortage, surplus\nAnswer:"
-    )
-    assert tasks.target("tabmwp", MARKET) == " 80 is more than 30. The answer is: shortage"
-    assert tasks.target("math", FRACTION) == r" The answer is: \frac{2}{3}"
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_columns_of_another_form_are_told(serve, name):
+    for entry in ({"other": 1}, dict.fromkeys(ENTRIES[name][0][0]), "text", None):
+        serve([entry])
+        with refused(name):
+            load_rows(name, "test")
 
 
-def test_kinds_of_data_sets_that_are_not_in_the_table_come_from_the_row():
-    for one, kind in [(TEACHER, "choice"), (FUJI, "yes_no"), (PIE, "number"), (RANGE, "latex")]:
-        assert tasks.kind("my_own", one) == kind
-        tasks.check("my_own", one)
+def test_what_the_hub_does_not_have_or_give_is_told(serve, monkeypatch):
+    for name, split in (("tabmwp", "train"), ("gsm8k", "dev"), ("gossip", "test")):
+        with refused(f"data set {name!r} has no split {split!r} on the hub; there are two ways"):
+            load_rows(name, split)
 
+    def offline(*_, **__):
+        raise ConnectionError("no route\nto host")
 
-@pytest.mark.parametrize(
-    ("name", "one", "told"),
-    [
-        ("strategyqa", FUJI | {"answer": "maybe"}, "answer is 'maybe', expected one that reads as"),
-        ("gsm8k", EGGS | {"answer": "about 18"}, "reads as number"),
-        ("math", ROOT | {"answer": "x\ny"}, "reads as latex"),
-        ("openbookqa", FOG | {"choices": None}, "'openbookqa-test-1' has no options"),
-        ("arena_hard", {"id": "a", "question": "Hi", "outputs": {}}, "no gold answer; a judge"),
-        ("hh_helpful", {"prompt": "a", "chosen": "b", "rejected": "c"}, "no gold answer; a judge"),
-    ],
-)
-def test_a_gold_answer_that_nobody_can_give_is_told(name, one, told):
-    with refused(told):
-        tasks.check(name, one)
+    monkeypatch.setattr(datasets, "load_dataset", offline)
+    with refused("cannot be read from the hub (ConnectionError('no route", "there are two ways"):
+        load_rows("ecqa", "train")

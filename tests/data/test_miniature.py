@@ -1,22 +1,19 @@
 """The generated tasks: distinct, split by prompt, right when meant to be, wrong in known places."""
 
+import hashlib
 import random
 import re
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from refusals import refused
 
 from allo_lib.data import miniature as mini
-from allo_lib.errors import AlloError
 
 SEEDS = st.integers(0, 2**32 - 1)
 FAMILY = st.sampled_from(mini.FAMILIES)
 every_family = pytest.mark.parametrize("family", mini.FAMILIES)
-
-
-def one(family, seed):
-    return mini.problems(family, "sft", 1, seed)[0]
 
 
 def independent_answer(problem):
@@ -44,60 +41,45 @@ def test_answers_agree_with_an_independent_reading_of_the_prompt(family):
 
 @every_family
 def test_problems_are_distinct_repeatable_and_in_one_split_whatever_the_seed(family):
-    found = {(split, seed): mini.problems(family, split, 1000, seed)
+    found = {(split, seed): mini.problems(family, split, 500, seed)
              for split in mini.SPLITS for seed in (0, 1)}  # fmt: skip
     prompts = {key: {problem.prompt for problem in some} for key, some in found.items()}
-    assert all(len(one_split) == 1000 for one_split in prompts.values())
+    assert all(len(one_split) == 500 for one_split in prompts.values())
     splits = [prompts[split, 0] | prompts[split, 1] for split in mini.SPLITS]
     assert len(set.union(*splits)) == sum(map(len, splits))
-    assert len({problem.id for problem in found["test", 0]}) == 1000
     assert found["test", 0][:50] == mini.problems(family, "test", 50, 0)
-    assert len(prompts["test", 0] & prompts["test", 1]) < 250
+    assert len(prompts["test", 0] & prompts["test", 1]) < 125
+
+
+def test_problems_solutions_and_vocabulary_are_those_of_the_committed_results():
+    digest, rng, tokenizer = hashlib.sha256(), random.Random(0), mini.tokenizer()
+    for family in mini.FAMILIES:
+        for split in mini.SPLITS:
+            for problem in mini.problems(family, split, 20, 3):
+                texts = [mini.solution(problem, rng, scale) for scale in (0.0, 0.15, 1.0)]
+                judged = [(mini.correct(problem, t), mini.wrong_tokens(problem, t)) for t in texts]
+                digest.update(repr((problem.id, problem.prompt, texts, judged)).encode())
+    digest.update(repr(sorted(tokenizer.get_vocab().items())).encode())
+    assert digest.hexdigest()[:16] == "33acc6b32cad5f7b"
 
 
 @given(FAMILY, SEEDS)
-@settings(max_examples=100, deadline=None)
-def test_without_errors_a_solution_is_right_in_every_word(family, seed):
-    problem = one(family, seed)
-    response = mini.solution(problem, random.Random(seed), 0.0)
-    assert mini.is_right(problem, response)
-    assert not any(mini.wrong_tokens(problem, response))
-    assert mini.correct(problem, response) == response
-    plain = {mini.solution(problem, random.Random(i), plain=True) for i in range(5)}
-    assert len(plain) == 1 and mini.is_right(problem, plain.pop())
-    assert len({mini.solution(problem, random.Random(i)) for i in range(5)}) > 1
-
-
-@settings(max_examples=50, deadline=None)
-@given(FAMILY, SEEDS)
-def test_a_correction_is_right_keeps_length_and_starts_at_a_wrong_token(family, seed):
-    problem = one(family, seed)
+@settings(max_examples=60, deadline=None)
+def test_solutions_are_right_or_wrong_from_a_known_token_on(family, seed):
+    problem = mini.problems(family, "sft", 1, seed)[0]
+    right = mini.solution(problem, random.Random(seed), 0.0)
+    plain = {mini.solution(problem, random.Random(i), plain=True) for i in range(3)}
+    for text in (right, *plain):
+        assert mini.is_right(problem, text) and not any(mini.wrong_tokens(problem, text))
+        assert mini.correct(problem, text) == text
+    assert len(plain) == 1
     response = mini.solution(problem, random.Random(seed), 1.0)
     corrected = mini.correct(problem, response)
-    assert mini.is_right(problem, corrected)
-    assert not any(mini.wrong_tokens(problem, corrected))
+    assert mini.is_right(problem, corrected) and not any(mini.wrong_tokens(problem, corrected))
     flags = mini.wrong_tokens(problem, response)
-    pairs = zip(response.split(), corrected.split(), strict=True)
-    changed = [a != b for a, b in pairs]
+    changed = [a != b for a, b in zip(response.split(), corrected.split(), strict=True)]
     assert any(changed) == any(flags)
-    if any(flags):
-        assert changed.index(True) == flags.index(True)
-
-
-def test_a_correction_keeps_the_wording():
-    problem = mini.problems("chain", "sft", 1, 0)[0]
-    response = mini.solution(problem, random.Random(0), 0.0)
-    *words, answer = response.split()
-    wrong = " ".join([*words, str((int(answer) + 1) % 20)])
-    assert mini.wrong_tokens(problem, wrong) == [False] * len(words) + [True]
-    assert not mini.is_right(problem, wrong) and mini.correct(problem, wrong) == response
-    # "adding" and "plus" mean the same: what replaces the second careful word for - is "adding".
-    sign = next(p for p in mini.problems("chain", "sft", 50, 0) if p.facts[1][0] == "+")
-    words = mini.solution(sign, random.Random(0), plain=True).split()
-    assert words[3] == "plus"
-    for said, right in (("less", "adding"), ("minus", "plus"), ("off", "and"), ("down", "up")):
-        words[3] = said
-        assert mini.correct(sign, " ".join(words)).split()[3] == right
+    assert not any(flags) or changed.index(True) == flags.index(True)
 
 
 def test_consequences_of_a_wrong_decision_are_not_wrong():
@@ -114,21 +96,17 @@ def test_consequences_of_a_wrong_decision_are_not_wrong():
 
 
 @every_family
-def test_the_habit_makes_a_good_part_of_the_solutions_wrong(family):
-    rng = random.Random(0)
-    some = mini.problems(family, "sft", 800, 1)
-    texts = {scale: [mini.solution(p, rng, scale) for p in some] for scale in (0.0, 0.15, 1.0)}
-    share = {
-        scale: sum(map(mini.is_right, some, solutions)) / len(some)
-        for scale, solutions in texts.items()
-    }
-    assert share[0.0] == 1.0
-    assert 0.65 < share[0.15] < 0.95
-    assert 0.2 < share[1.0] < 0.65
-    # Prompts have one length, and so have solutions.
-    assert len({len(p.prompt.split()) for p in some}) == 1
-    assert len({len(text.split()) for solutions in texts.values() for text in solutions}) == 1
-    assert len((some[0].prompt + " " + texts[0.0][0]).split()) < mini.CONTEXT
+def test_the_habit_makes_a_good_part_wrong_and_every_word_is_one_token(family):
+    rng, tokenizer, some = random.Random(0), mini.tokenizer(), mini.problems(family, "sft", 400, 1)
+    for scale, low, high in ((0.0, 1.0, 1.0), (0.15, 0.65, 0.95), (1.0, 0.2, 0.65)):
+        solutions = [mini.solution(problem, rng, scale) for problem in some]
+        assert low <= sum(map(mini.is_right, some, solutions)) / len(some) <= high
+        lines = [f"{p.prompt} {text}" for p, text in zip(some, solutions, strict=True)]
+        ids = tokenizer(lines)["input_ids"]
+        # Prompts have one length, and so have solutions.
+        assert {len(row) for row in ids} == {len(lines[0].split())} and len(ids[0]) < mini.CONTEXT
+        assert not any(tokenizer.unk_token_id in row for row in ids)
+        assert tokenizer.batch_decode(ids) == lines
 
 
 @pytest.mark.parametrize(
@@ -142,45 +120,18 @@ def test_the_final_answer_is_read_strictly(response, answer):
 
 
 @given(FAMILY, st.text(max_size=60))
-@settings(max_examples=100, deadline=None)
-def test_any_text_is_judged_without_an_error(family, response):
-    problem = one(family, 0)
-    assert len(mini.wrong_tokens(problem, response)) == len(response.split())
-    assert mini.correct(problem, response) is None
-    assert mini.is_right(problem, response) == (mini.read_answer(response) == problem.answer)
+@settings(max_examples=50, deadline=None)
+def test_any_text_is_judged_without_an_error(family, text):
+    problem = mini.problems(family, "sft", 1, 0)[0]
+    right = mini.solution(problem, random.Random(0))
+    for response in (text, right.rsplit(" ", 1)[0], f"{right} ?"):
+        flags = mini.wrong_tokens(problem, response)
+        assert len(flags) == len(response.split()) and mini.correct(problem, response) is None
+    assert flags == [False] * len(right.split()) + [True]
 
 
-def test_a_truncated_or_overlong_response_cannot_be_corrected():
-    problem = one("scan", 0)
-    response = mini.solution(problem, random.Random(0), 0.0)
-    assert mini.correct(problem, response.rsplit(" ", 1)[0]) is None
-    assert mini.correct(problem, response + " ?") is None
-    assert mini.wrong_tokens(problem, response + " ?")[-1]
-
-
-def test_every_word_is_one_known_token():
-    tok = mini.tokenizer()
-    rng = random.Random(0)
-    assert tok.pad_token_id != tok.eos_token_id
-    assert tok.model_max_length == mini.CONTEXT
-    for family in mini.FAMILIES:
-        for problem in mini.problems(family, "sft", 200, 0):
-            line = problem.prompt + " " + mini.solution(problem, rng, 1.0)
-            ids = tok(line)["input_ids"]
-            assert len(ids) == len(line.split())
-            assert tok.unk_token_id not in ids
-            assert tok.decode(ids) == line
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (("cards", "sft", 1, 0), "unknown family 'cards'"),
-        (("chain", "train", 1, 0), "unknown split 'train'"),
-        (("chain", "sft", -1, 0), "count is -1"),
-        (("chain", "dev", 10**6, 0), "ask for fewer"),
-    ],
-)
-def test_bad_requests_are_named(arguments, message):
-    with pytest.raises(AlloError, match=re.escape(message)):
-        mini.problems(*arguments)
+def test_bad_requests_are_named():
+    with refused("unknown family 'cards'"):
+        mini.problems("cards", "sft", 1, 0)
+    with refused("1000000 distinct problems of chain/dev requested", "ask for fewer"):
+        mini.problems("chain", "dev", 10**6, 0)

@@ -35,11 +35,6 @@ PHI3 = (
     "<|{{ m.role }}|>\n{{ m.content }}<|end|>\n{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>\n{% else %}{{ eos_token }}{% endif %}"
 )
-LLAMA3 = (
-    "{{ bos_token }}{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n"
-    "{{ m.content | trim }}<|eot_id|>{% endfor %}"
-    "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
-)
 # Thoughts stand in the turns after the last question only, there also where they are empty.
 QWEN3 = (
     "{% if tools %}<|im_start|>system\n{% for tool in tools %}{{ tool | tojson }}\n{% endfor %}"
@@ -101,23 +96,21 @@ def sentencepiece():
 
 
 IM = ("<|im_start|>", "<|im_end|>")
-TOKENIZERS = {
-    "chatml": lambda: bytewise(CHATML, eos="<|im_end|>", special=IM[:1]),
-    "gemma": lambda: bytewise(
-        GEMMA, "<bos>", special=("<start_of_turn>", "<end_of_turn>"), adds_bos=False
-    ),
-    "phi3": lambda: bytewise(
-        PHI3, "<s>", "<|endoftext|>", ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
-    ),
-    "llama3": lambda: bytewise(
-        LLAMA3, "<|begin|>", special=("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
-    ),
-    "qwen3": lambda: bytewise(
-        QWEN3, eos="<|im_end|>", special=IM[:1],
-        added=("<think>", "</think>", "<tool_call>", "</tool_call>"),
-    ),
-    "turn's end that is not special": lambda: bytewise(CHATML, added=IM),
-    "inst": lambda: bytewise(INST, "<s>", "</s>"),
+CHATML_PROMPT = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+# A tokenizer, the text of the prompt "Hi", and what the template writes around a reply.
+KINDS = {
+    "chatml": (bytewise(CHATML, eos="<|im_end|>", special=IM[:1]), CHATML_PROMPT, "{}<|im_end|>"),
+    "gemma": (bytewise(GEMMA, "<bos>", special=("<start_of_turn>", "<end_of_turn>")),
+              "<bos><start_of_turn>user\nHi<end_of_turn>\n<start_of_turn>model\n",
+              "{}<end_of_turn>"),
+    "phi3": (bytewise(PHI3, "<s>", "<|endoftext|>", ("<|user|>", "<|assistant|>", "<|end|>")),
+             "<|user|>\nHi<|end|>\n<|assistant|>\n", "{}<|end|>\n<|endoftext|>"),
+    "qwen3": (bytewise(QWEN3, eos="<|im_end|>", special=IM[:1],
+                       added=("<think>", "</think>", "<tool_call>", "</tool_call>")),
+              CHATML_PROMPT, "<think>\n\n</think>\n\n{}<|im_end|>"),
+    "turn's end not special": (bytewise(CHATML, added=IM), CHATML_PROMPT, "{}<|im_end|>"),
+    "inst": (bytewise(INST, "<s>", "</s>"), "<s>[INST] Hi [/INST]", " {}</s>"),
+    "no end": (bytewise(OPEN), "### user:\nHi\n\n### assistant:\n", "{}\n\n<eos>"),
 }  # fmt: skip
 
 
@@ -148,31 +141,16 @@ def trl_ids(tokenizer, row) -> dict:
 # --- chat templates ------------------------------------------------------------------------------
 
 PAIR = {"prompt": [user("Hi")], "chosen": [assistant("yes")], "rejected": [assistant("no")]}
-ENDS = {  # the prompt's text, and what the template writes around a reply
-    "chatml": ("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n", "{}<|im_end|>"),
-    "gemma": ("<bos><start_of_turn>user\nHi<end_of_turn>\n<start_of_turn>model\n",
-              "{}<end_of_turn>"),
-    "phi3": ("<|user|>\nHi<|end|>\n<|assistant|>\n", "{}<|end|>\n<|endoftext|>"),
-    "llama3": ("<|begin|><|start_header_id|>user<|end_header_id|>\n\nHi<|eot_id|>"
-               "<|start_header_id|>assistant<|end_header_id|>\n\n", "{}<|eot_id|>"),
-    "qwen3": ("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n",
-              "<think>\n\n</think>\n\n{}<|im_end|>"),
-    "turn's end that is not special": (
-        "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n", "{}<|im_end|>"),
-    "inst": ("<s>[INST] Hi [/INST]", " {}</s>"),
-}  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", TOKENIZERS)
-def test_a_response_ends_as_the_template_ends_a_turn(kind):
-    prompt, reply = ENDS[kind]
-    expected = (prompt, reply.format("yes"), reply.format("no"))
-    assert texts(TOKENIZERS[kind](), PAIR) == expected
+@pytest.mark.parametrize(("tokenizer", "prompt", "reply"), KINDS.values(), ids=KINDS)
+def test_a_response_ends_as_the_template_ends_a_turn(tokenizer, prompt, reply):
+    assert texts(tokenizer, PAIR) == (prompt, reply.format("yes"), reply.format("no"))
 
 
-@pytest.mark.parametrize("kind", TOKENIZERS)
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "no end"])
 def test_ids_of_messages_are_trls_up_to_the_blank_behind_the_end(kind):
-    tokenizer = TOKENIZERS[kind]()
+    tokenizer = KINDS[kind][0]
     longer = PAIR | {"prompt": [user("a"), assistant("b"), user("c")]}
     for row in (PAIR, longer):
         ours, theirs = encode_preference(tokenizer, row, "").ids, trl_ids(tokenizer, row)
@@ -183,19 +161,14 @@ def test_ids_of_messages_are_trls_up_to_the_blank_behind_the_end(kind):
             assert tokenizer.decode(theirs[side][kept:]) in ("", "\n")
 
 
-def test_a_template_without_an_end_gets_the_end_token():
-    prompt, chosen, _ = texts(bytewise(OPEN), PAIR)
-    assert prompt == "### user:\nHi\n\n### assistant:\n" and chosen == "yes\n\n<eos>"
-
-
 def test_a_generation_prompt_that_no_conversation_has_counts_to_the_reply_and_is_told():
-    template = OPEN.replace("assistant:\n{% endif", "assistant:\nthink{% endif")
-    found = encode_preference(bytewise(template), PAIR, "pair 0")
-    assert found.merged and bytewise(template).decode(found.ids["prompt"]).endswith("assistant:\n")
+    tokenizer = bytewise(OPEN.replace("assistant:\n{% endif", "assistant:\nthink{% endif"))
+    found = encode_preference(tokenizer, PAIR, "pair 0")
+    assert found.merged and tokenizer.decode(found.ids["prompt"]).endswith("assistant:\n")
 
 
 def test_special_tokens_in_messages_stay_letters_in_prompt_and_reply():
-    tokenizer = TOKENIZERS["chatml"]()
+    tokenizer = KINDS["chatml"][0]
     row = {"prompt": [user("a<|im_end|>")], "chosen": [assistant("<|im_end|>")],
            "rejected": [assistant("x")]}  # fmt: skip
     ids, end = encode_preference(tokenizer, row, "pair 0").ids, tokenizer.eos_token_id
@@ -207,67 +180,54 @@ def test_special_tokens_in_messages_stay_letters_in_prompt_and_reply():
 
 
 def test_the_prompt_may_be_in_the_replies_or_a_string_or_both():
-    tokenizer = TOKENIZERS["gemma"]()
+    tokenizer = KINDS["gemma"][0]
     expected = encode_preference(tokenizer, PAIR, "pair 0")
     both = {side: [user("Hi"), *PAIR[side]] for side in ("chosen", "rejected")}
     for row in (both, PAIR | {"prompt": "Hi"}, both | {"prompt": "Hi"}, PAIR | both,
                 PAIR | {"chosen": "yes", "rejected": "no"}):  # fmt: skip
         assert encode_preference(tokenizer, row, "pair 0") == expected
-    assert (
-        encode_preference(tokenizer, both, "").ids["prompt"] == trl_ids(tokenizer, both)["prompt"]
-    )
+    assert expected.ids["prompt"] == trl_ids(tokenizer, both)["prompt"]
 
 
 def test_a_string_prompt_is_one_of_the_messages_that_stand_before_the_replies():
-    tokenizer = TOKENIZERS["chatml"]()
+    tokenizer = KINDS["chatml"][0]
     before = [{"role": "system", "content": "Be kind."}, user("a"), assistant("b"), user("Hi")]
     row = {side: [*before, *PAIR[side]] for side in ("chosen", "rejected")}
     expected = encode_preference(tokenizer, PAIR | {"prompt": before}, "pair 0")
     assert encode_preference(tokenizer, row | {"prompt": "Hi"}, "pair 0") == expected
-    with refused("pair 0: chosen has 4 messages before the reply that are not the prompt"):
-        encode_preference(tokenizer, row | {"prompt": "Ho"}, "pair 0")
-    with refused("chosen and rejected do not follow the same messages"):
-        encode_preference(tokenizer, row | {"chosen": PAIR["chosen"]}, "pair 0")
-
-
-@pytest.mark.parametrize(
-    ("chosen", "rejected"),
-    [("Q: a\nYes", "Q: a\nNo"), ("Is it so? I can", "Is it so? I do"), ("so it is", "so 1")],
-)
-def test_an_implicit_prompt_of_strings_is_what_trl_extracts(chosen, rejected):
-    row = {"chosen": chosen, "rejected": rejected}
-    for tokenizer in (bytewise(), bytewise(bos="<s>", adds_bos=True), sentencepiece()):
-        assert encode_preference(tokenizer, row, "").ids == trl_ids(tokenizer, row)
+    for change, told in [
+        ({"prompt": "Ho"}, "chosen has 4 messages before the reply that are not the prompt"),
+        ({"chosen": PAIR["chosen"]}, "chosen and rejected do not follow the same messages"),
+    ]:
+        with refused(f"pair 0: {told}"):
+            encode_preference(tokenizer, row | change, "pair 0")
 
 
 # --- strings -------------------------------------------------------------------------------------
 
 STRINGS = {"prompt": "Q: is it so\n", "chosen": "Yes now", "rejected": "No"}
+IMPLICIT = [("Q: a\nYes", "Q: a\nNo"), ("Is it so? I can", "Is it so? I do"), ("so it", "so 1")]
 
 
-def test_strings_follow_the_tokenizers_own_convention_as_trl():
+def test_strings_explicit_or_implicit_get_the_ids_that_trl_gives():
+    rows = [STRINGS, *({"chosen": one, "rejected": other} for one, other in IMPLICIT)]
     for tokenizer in (bytewise(), bytewise(bos="<s>"), bytewise(bos="<s>", adds_bos=True),
                       sentencepiece()):  # fmt: skip
+        for row in rows:
+            assert encode_preference(tokenizer, row, "").ids == trl_ids(tokenizer, row)
         ids = encode_preference(tokenizer, STRINGS, "").ids
-        assert ids == trl_ids(tokenizer, STRINGS)
         assert ids["prompt"] == encode_prompt(tokenizer, STRINGS["prompt"])
+    # No blank gets into a reply after a newline.
+    assert tokenizer.convert_ids_to_tokens(ids["chosen"]) == ["Yes", "▁now", "</s>"]
+    assert tokenizer.convert_ids_to_tokens(ids["rejected"]) == ["No", "</s>"]
 
 
-@pytest.mark.parametrize("adds_bos", [True, False])
-def test_a_written_bos_is_the_one_at_the_beginning(adds_bos):
-    tokenizer = bytewise(bos="<s>", adds_bos=adds_bos)
-    written = encode_preference(tokenizer, STRINGS | {"prompt": "<s>Q"}, "").ids
-    assert written["prompt"] == [tokenizer.bos_token_id, *tokenizer.encode("Q")[-1:]]
-    with refused("the prompt string contains the special token '<s>'"):
-        encode_preference(tokenizer, STRINGS | {"prompt": "Q<s>"}, "pair 0")
-
-
-def test_no_blank_gets_into_a_reply_after_a_newline():
-    tokenizer = sentencepiece()
-    found = encode_preference(tokenizer, STRINGS, "pair 0")
-    assert tokenizer.convert_ids_to_tokens(found.ids["chosen"]) == ["Yes", "▁now", "</s>"]
-    assert tokenizer.convert_ids_to_tokens(found.ids["rejected"]) == ["No", "</s>"]
-    assert not found.merged
+def test_a_written_bos_is_the_one_at_the_beginning():
+    for tokenizer in (bytewise(bos="<s>", adds_bos=True), bytewise(bos="<s>")):
+        written = encode_preference(tokenizer, STRINGS | {"prompt": "<s>Q"}, "").ids
+        assert written["prompt"] == [tokenizer.bos_token_id, *tokenizer.encode("Q")[-1:]]
+        with refused("the prompt string contains the special token '<s>'"):
+            encode_preference(tokenizer, STRINGS | {"prompt": "Q<s>"}, "pair 0")
 
 
 def test_tokens_that_merge_over_the_boundary_are_the_replys_and_told():
@@ -291,7 +251,7 @@ CALLED = {
 
 @pytest.mark.parametrize("tools", [[TOOL], json.dumps([TOOL])])
 def test_tools_calls_and_thoughts_are_what_the_template_writes(tools):
-    tokenizer = TOKENIZERS["qwen3"]()
+    tokenizer = KINDS["qwen3"][0]
     row = CALLED | {"tools": tools, "rejected": [assistant("no", reasoning_content="hm")]}
     prompt, chosen, rejected = texts(tokenizer, row)
     assert prompt.startswith('<|im_start|>system\n{"type": "function"')
@@ -313,20 +273,14 @@ def test_tools_calls_and_thoughts_are_what_the_template_writes(tools):
         ({}, "leaves out tool_calls"),
         ({"chosen": [assistant("x", reasoning_content="hm")]}, "leaves out reasoning_content"),
         ({"chosen": [{"role": "assistant"}]}, "expected a dict with role and content"),
-        ({"tools": "add", "chosen": [assistant("x")]}, "tools is no list"),
+        ({"tools": "add", "chosen": [assistant("x")]}, "pair 3, tools: "),
         ({"prompt": "a", "chosen": "b", "rejected": "c", "tools": [TOOL]}, "tools need chat"),
+        (PAIR | {"prompt": [*PAIR["prompt"], {"role": "tool", "content": "2"}]}, "of role 'tool'"),
     ],
 )
 def test_what_the_template_leaves_out_is_refused_by_name(change, told):
     with refused("pair 3", told):
-        encode_preference(TOKENIZERS["llama3"](), CALLED | change, "pair 3")
-
-
-def test_a_role_that_the_template_passes_over_is_refused():
-    row = PAIR | {"prompt": [user("1+1?"), assistant("wait"), {"role": "tool", "content": "2"}]}
-    assert "2" in texts(TOKENIZERS["qwen3"](), row)[0]
-    with refused("pair 0, prompt: ", "leaves out messages of role 'tool'"):
-        encode_preference(TOKENIZERS["phi3"](), row, "pair 0")
+        encode_preference(KINDS["phi3"][0], CALLED | change, "pair 3")
 
 
 def test_arguments_for_the_template_and_empty_columns_are_taken_as_trl_does():
@@ -344,12 +298,6 @@ def test_arguments_for_the_template_and_empty_columns_are_taken_as_trl_does():
 # --- the study's own encodings -------------------------------------------------------------------
 
 
-def digest(rows) -> str:
-    return hashlib.sha256(
-        repr([[r["prompt"], r["chosen"], r["rejected"]] for r in rows]).encode()
-    ).hexdigest()[:16]
-
-
 MINIATURE = [
     {"prompt": one.prompt, "chosen": "therefore 1", "rejected": f"so {2 + i % 5}"}
     for family in miniature.FAMILIES
@@ -365,16 +313,19 @@ REAL = [
 ]  # fmt: skip
 
 
+def digest(tokenizer, pairs) -> str:
+    """Hash the ids that the study gives to pairs, which have to be those of `align`."""
+    rows = encode_pairs(tokenizer, pairs, 512)
+    assert rows == [encode_preference(tokenizer, row, "").ids for row in pairs]
+    ids = [[r["prompt"], r["chosen"], r["rejected"]] for r in rows]
+    return hashlib.sha256(repr(ids).encode()).hexdigest()[:16]
+
+
 def test_ids_of_the_miniature_are_those_of_the_committed_results():
-    tokenizer = miniature.tokenizer()
-    rows = encode_pairs(tokenizer, MINIATURE, 512)
-    assert rows == [encode_preference(tokenizer, row, "").ids for row in MINIATURE]
-    assert digest(rows) == "b208dfad77e2f445"
+    assert digest(miniature.tokenizer(), MINIATURE) == "b208dfad77e2f445"
 
 
 @pytest.mark.slow
 def test_ids_of_smollm2_are_those_of_the_committed_results():
     tokenizer = AutoTokenizer.from_pretrained(models.smollm2_folder())
-    rows = encode_pairs(tokenizer, REAL, 512)
-    assert rows == [encode_preference(tokenizer, row, "").ids for row in REAL]
-    assert digest(rows) == "ba83883b02a8654f"
+    assert digest(tokenizer, REAL) == "ba83883b02a8654f"

@@ -3,138 +3,154 @@
 import json
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from refusals import refused
-from test_rows import ROW
 
 from allo_lib.data import answers, miniature, tasks
-from allo_lib.data.benchmarks import check_row, options
+from allo_lib.data.benchmarks import BENCHMARKS, check_row, options
 from allo_lib.profiles import config
 from allo_lib.profiles.config import Supervised
 
 FAMILIES = miniature.FAMILIES
 SIZES = {"gsm8k": 6000, "math": 6000, "mawps": 1144, "tabmwp": 1000}
+A = "The answer is:"
 
 
-def domain(names=tuple(SIZES), kind="questions", sft=0, pairs=0, dev=0, **phase):
+def domain(names=tuple(SIZES), kind="questions", sft=0, pairs=0, dev=0, explain=0, **phase):
     return config.Domain(
-        kind=kind, datasets=names, sft=Supervised(examples=sft, **phase),
+        kind=kind, datasets=names, sft=Supervised(examples=sft, **phase), explain=explain,
         pairs=config.Pairs(questions=pairs), dev=dev,
     )  # fmt: skip
 
 
-# --- how many rows -------------------------------------------------------------------------------
+def real(name, explain=0):
+    return tasks.RealQuestions(domain((name,), explain=explain), 0)
 
 
-@settings(deadline=None)
-@given(st.integers(0, 400), st.lists(st.integers(0, 100), min_size=1, max_size=6))
-def test_equal_shares_give_way_to_what_there_is(count, rooms):
-    room = {f"set{i}": rows for i, rows in enumerate(rooms)}
-    found = tasks.spread(count, room)
-    if count > sum(rooms):
-        assert found is None
-        return
-    assert sum(found.values()) == count and list(found) == list(room)
-    assert all(0 <= found[name] <= room[name] for name in room)
-    # Water finds its level: who has rows to spare gives the most, but for rounding.
-    spare = [found[name] for name in room if found[name] < room[name]]
-    assert not spare or max(found.values()) <= min(spare) + 1
+def row(stem, answer, choices=None, solution=None):
+    return {"id": "q-1", "question": "\n".join([stem, *options(choices)]), "solution": solution,
+            "answer": answer, "choices": choices}  # fmt: skip
 
 
-def test_small_data_sets_give_what_they_have():
-    found = tasks.plan(domain(sft=4000, pairs=2500, dev=500), SIZES)
-    assert found["dev"] == dict.fromkeys(SIZES, 125)
-    assert found["pairs"] == dict.fromkeys(SIZES, 625)
-    assert found["sft"] == {"gsm8k": 1678, "math": 1678, "mawps": 394, "tabmwp": 250}
+# --- one real question ---------------------------------------------------------------------------
+
+TEACHER = row(
+    "What helps someone be a good teacher?", "C",
+    ["teaching to the test", "vacation", "interested students", "students to learn"],
+    "If students are interested, one becomes a good teacher\n\nThey help a person to be one.",
+)  # fmt: skip
+# Two options that differ in a full stop, as a hundred questions of QASC have them.
+ENERGY = row("What do cells need?", "D", ["Energy.", "speed", "sand", "energy", "fungi"])
+FOG = row("There is most likely going to be fog around:", "A", ["a marsh", "a tundra", "plains"])
+FUJI = row("Would the top of Mount Fuji stick out of the Sea of Japan?", "yes", None,
+           "The Sea is 3,742 metres deep.\nMount Fuji is 3,776.24 metres tall.")  # fmt: skip
+EGGS = row("How much in dollars does she make every day at the farmers' market?", "18", None,
+           "Janet sells 16 - 3 - 4 = 9 duck eggs a day.\nShe makes 9 * 2 = $18.")  # fmt: skip
+MIDPOINT = row("The midpoint between $(x,y)$ and $(-9,1)$ is $(3,-5)$. Find $(x,y)$.", "(15,-11)")
+PRODUCT = row(r"Expand the product $(x+1)^2 \cdot x$.", "x^3 + 2x^2 + x")
+ODD = row('Enter "odd", "even", or "neither".', r"\text{even}")
+TREES = row("How many short trees will the park have ?", "98", None, "X = 41 + 57")
+PIE = row("How much more cinnamon than nutmeg did Mandy use ?", "0.166667")
+# TabMWP's licence forbids copies: questions of its forms.
+PETS = row("Table:\ncat | $1,205.00\nparrot | $950.50\n\nQuestion: How much are both? (Unit: $)",
+           "2,155.50", None, "Add the prices.\n\n$1,205.00 + $950.50 = $2,155.50")  # fmt: skip
+MARKET = row("Table:\nPrice | Demanded | Supplied\n$10 | 80 | 30\n\nQuestion: Is there a shortage?",
+             "A", ["shortage", "surplus"], "80 is more than 30.")  # fmt: skip
+
+# Data set, question, answers that are right, that are wrong, and responses without an answer.
+CASES = [
+    ("ecqa", TEACHER,
+     ["interested students", "Interested students.", " interested  students ", "**Interested "
+      "students**", f"vacation. No, wait. {A} interested students"],
+     ["vacation", "teaching to the test", f"interested students. No. {A} vacation."],
+     ["", "interested students", "The answer is interested students", A, f"{A} C", f"{A} students",
+      f"{A} (C) interested students", f"{A} interested students and vacation",
+      f"{A} interested students. Good night."]),
+    ("qasc", ENERGY, ["energy", "Energy", " ENERGY "], ["energy.", "speed", "fungi."],
+     [f"{A} energies", f"{A} none", "the answer is: sand"]),
+    ("openbookqa", FOG, ["a marsh", "A marsh.", " a marsh\n", "a  marsh ."], ["a tundra", "Plains"],
+     ["a marsh", f"{A} marsh", f"{A} A", f"{A}a marsh, surely", "The answer: a marsh"]),
+    ("strategyqa", FUJI, ["yes", "Yes.", "YES", "**Yes.**", f"no. Hm. {A} yes."], ["no", "NO."],
+     ["yes", "The answer is yes", f"{A} yes, it would", f"{A} true", f"{A} y", f"{A} yes or no"]),
+    ("gsm8k", EGGS, ["18", "$18", "18.00", "18 dollars", r"\$18", "$18$", r"\boxed{18}", "36/2"],
+     ["9", "$32", "18.5", "-18", "17.99"],
+     ["18", "She makes $18.", "The answer is 18", f"{A} eighteen", f"{A} 18 or 32",
+      f"{A} 9 * 2 = 18", f"{A} 18. She is rich.", f"{A} $", f"{A} 18 thousand"]),
+    ("math", MIDPOINT, ["(15,-11)", "$(15, -11)$", r"\left(15,-11\right)"], ["(-11,15)", "15"], []),
+    ("math", PRODUCT, ["x^3+2x^2+x", "x(x+1)^2", "$x + 2x^2 + x^3$"], ["x^3", "(x+1)^3"], []),
+    ("math", ODD, [r"\text{even}", "even", "Even."], ["odd", r"\text{neither}"],
+     [r"\boxed{\text{even}}", A, f"{A} $$", f"{A} even. Since f is odd.", f"{A} x\n+ 1",
+      f"{A} it is an even function of x"]),
+    ("mawps", TREES, ["98", "98.0", "98 short trees.", "X = 98"], ["98.5", "142", "-98"],
+     ["98", "X = 41 + 57", f"{A} 41 + 57", f"{A} many", f"{A} 98 99"]),
+    ("tabmwp", PETS, ["2,155.50", "2155.5", "$2155.50."], ["2,155", "254.50", "$21,555"],
+     [f"{A} 2155,50", f"{A} $1,205.00 + $950.50", f"{A} 2.155.50"]),
+    ("tabmwp", MARKET, ["shortage", "Shortage."], ["surplus"], [f"{A} A", f"{A} a shortage"]),
+]  # fmt: skip
 
 
-def test_more_rows_than_there_are_is_told():
-    with refused(
-        "gsm8k/train has 6000 rows, math/train has 6000 rows, mawps/train has 1144 rows, "
-        "tabmwp/train has 1000 rows, but the profile requests 500 of dev, 14000 of sft: lower"
-    ):
-        tasks.plan(domain(sft=14000, dev=500), SIZES)
-    assert tasks.counts_of_test(10, {"a": 2, "b": 20}) == {"a": 2, "b": 8}
-    with refused("a/test has 2 rows, b/test has 20 rows, but the profile requests 23 of test"):
-        tasks.counts_of_test(23, {"a": 2, "b": 20})
+def test_every_question_set_has_its_cases():
+    assert {case[0] for case in CASES} == {n for n, one in BENCHMARKS.items() if one.answer}
+    assert len(BENCHMARKS) == 11
 
 
-# --- one question --------------------------------------------------------------------------------
+@pytest.mark.parametrize(("name", "one", "right", "wrong", "unread"), CASES)
+def test_responses_are_read_strictly_judged_and_corrected(name, one, right, wrong, unread):
+    check_row(one)
+    task = real(name)
+    question = task.question(name, one)
+    for verdict, responses in ((True, right), (False, wrong), (None, unread)):
+        for text in responses:
+            response = text if verdict is None else f" So it goes. {A} {text}"
+            assert task.answered(question, response) == (verdict is not None), response
+            assert task.right(question, response) == bool(verdict), response
+            corrected = task.correction(question, response)
+            assert task.right(question, corrected)
+            assert (corrected == response) == bool(verdict)
+            # What the model said before its answer stays.
+            assert corrected.startswith(response.rpartition(answers.MARKER)[0].rstrip())
 
 
-def test_the_options_stand_on_one_line_and_explanations_are_cut():
-    assert tasks.prompt("ecqa", ROW) == (
-        "Where does one light a fire\nat night?\nOptions: synagogue, bedroom, St. Paul\nAnswer:"
+def test_prompts_and_targets():
+    first = " If students are interested, one becomes a good teacher."
+    both = f"{first} They help a person to be one."
+    for explain, before in ((0, ""), (1, first), (9, both)):
+        question = real("ecqa", explain).question("ecqa", TEACHER)
+        assert question.solution == f"{before} The answer is: interested students"
+    assert question.prompt == (
+        "What helps someone be a good teacher?\nOptions: teaching to the test, vacation, "
+        "interested students, students to learn\nAnswer:"
     )
-    sleep, lit = " A bedroom is where one sleeps.", " Candles can be lit in a bedroom."
-    for explain, before in ((0, ""), (1, sleep), (9, sleep + lit)):
-        expected = f"{before} The answer is: bedroom"
-        assert tasks.target("ecqa", ROW, explain=explain) == expected
-    assert tasks.target("ecqa", ROW | {"solution": None}, 1) == " The answer is: bedroom"
-    assert tasks.target("gsm8k", ROW | {"solution": " "}) == " The answer is: bedroom"
+    for name, one, prompt, target in [
+        ("strategyqa", FUJI, f"{FUJI['question']}\nOptions: yes, no\nAnswer:", f" {A} yes"),
+        ("mawps", TREES, f"{TREES['question']}\nAnswer:", f" X = 41 + 57. {A} 98"),
+        ("gsm8k", EGGS, f"{EGGS['question']}\nAnswer:", f" {EGGS['solution']} {A} 18"),
+        ("gsm8k", EGGS | {"solution": " "}, f"{EGGS['question']}\nAnswer:", f" {A} 18"),
+        ("tabmwp", MARKET, MARKET["question"].split("\n(")[0] + "\nOptions: shortage, surplus\n"
+         "Answer:", f" 80 is more than 30. {A} shortage"),
+    ]:  # fmt: skip
+        question = real(name).question(name, one)
+        assert (question.prompt, question.solution) == (prompt, target)
+
+
+def test_kinds_of_data_sets_that_are_not_in_the_table_come_from_the_row():
+    for one, kind in [(TEACHER, "choice"), (FUJI, "yes_no"), (PIE, "number"), (MIDPOINT, "latex")]:
+        assert tasks.kind("my_own", one) == kind
+        assert real("my_own").question("my_own", one)
 
 
 @pytest.mark.parametrize(
-    "response, expected",
+    ("name", "one", "told"),
     [
-        (" The answer is: bedroom", "B"),
-        (" So what. The answer is:  Bedroom. ", "B"),
-        ("The answer is: st. paul", "C"),
-        ("The answer is: synagogue. No! The answer is: bedroom", "B"),
-        ("The answer is: B", None),
-        ("The answer is: bedroom or synagogue", None),
-        ("The answer is: bedroom. Good night.", None),
-        ("The answer is bedroom", None),
-        ("The answer is:", None),
+        ("strategyqa", FUJI | {"answer": "maybe"}, "answer is 'maybe', expected one that reads as"),
+        ("gsm8k", EGGS | {"answer": "about 18"}, "reads as number"),
+        ("math", ODD | {"answer": "x\ny"}, "reads as latex"),
+        ("openbookqa", FOG | {"choices": None}, "reads as choice"),
+        ("arena_hard", {"id": "a", "question": "Hi", "outputs": {}}, "no gold answers (a judge"),
     ],
 )
-def test_answers_are_read_strictly(response, expected):
-    assert tasks.read("ecqa", ROW, response) == expected
-    assert tasks.is_right("ecqa", ROW, response) == (expected == "B")
-
-
-@pytest.mark.parametrize(
-    "response, corrected",
-    [
-        (" So. The answer is: synagogue", " So. The answer is: bedroom"),
-        (" So. The answer is: bedroom.", " So. The answer is: bedroom."),
-        (" So. The answer is", " So. The answer is: bedroom"),
-        (" So it goes \n", " So it goes The answer is: bedroom"),
-        ("", " The answer is: bedroom"),
-    ],
-)
-def test_correction_changes_the_final_answer_only(response, corrected):
-    assert tasks.correction("ecqa", ROW, response) == corrected
-
-
-words = st.text("abcdefg XYZ.,'()-é", min_size=1, max_size=12).filter(
-    lambda text: answers.plain(text) and answers.MARKER not in text
-)
-
-
-@st.composite
-def multiple_choice(draw):
-    choices = draw(st.lists(words, min_size=2, max_size=6, unique_by=answers.plain))
-    return {
-        "id": "q",
-        "question": "\n".join([draw(words), *options(choices)]),
-        "solution": draw(st.none() | words),
-        "answer": draw(st.sampled_from(answers.LETTERS[: len(choices)])),
-        "choices": choices,
-    }
-
-
-@settings(deadline=None)
-@given(multiple_choice(), st.integers(0, 2), st.text(max_size=40))
-def test_targets_are_right_and_corrections_become_right(row, explain, response):
-    check_row(row)
-    assert tasks.is_right("ecqa", row, tasks.target("ecqa", row, explain))
-    corrected = tasks.correction("ecqa", row, response)
-    assert tasks.is_right("ecqa", row, corrected)
-    assert tasks.correction("ecqa", row, corrected) == corrected
-    for letter, option in zip(answers.LETTERS, row["choices"], strict=False):
-        assert tasks.read("ecqa", row, f"Hm. The answer is: {option}") == letter
+def test_a_gold_answer_that_nobody_can_give_is_told(name, one, told):
+    with refused(told):
+        real(name).question(name, one)
 
 
 # --- generated questions -------------------------------------------------------------------------
@@ -142,60 +158,60 @@ def test_targets_are_right_and_corrections_become_right(row, explain, response):
 
 @pytest.mark.parametrize("split", miniature.SPLITS)
 def test_generated_questions_are_equally_many_of_each_family(split):
-    mini = tasks.Miniature(domain(FAMILIES, "miniature"), 0)
+    mini = tasks.open_task(domain(FAMILIES, "miniature"), 0)
     questions = mini.questions(split, 30)
     assert [q.dataset for q in questions[:6]] == [*FAMILIES, *FAMILIES]
-    assert len({q.id for q in questions}) == len({q.prompt for q in questions}) == 30
+    assert len({q.prompt for q in questions}) == 30
     assert questions == tasks.Miniature(domain(FAMILIES, "miniature"), 0).questions(split, 30)
     assert questions != tasks.Miniature(domain(FAMILIES, "miniature"), 1).questions(split, 30)
     mixed = [q.dataset for q in mini.questions(split, 40, (0.5, 0.25, 0.25))]
-    assert [mixed.count(family) for family in FAMILIES] == [20, 10, 10]
     assert [mixed[:20].count(family) for family in FAMILIES] == [10, 5, 5]
 
 
-def test_generated_solutions_are_judged_right_and_their_parts_as_wrong_or_not():
-    task = tasks.Miniature(domain(FAMILIES, "miniature"), 0)
-    wrong = 0
+def test_demonstrations_are_those_of_a_phase():
+    task, plain = tasks.Miniature(domain(FAMILIES, "miniature"), 0), Supervised(plain_wording=True)
     for question in task.questions("sft", 30):
-        assert task.answered(question, question.solution)
-        assert task.right(question, question.solution)
-        assert task.correction(question, question.solution) == question.solution
-        assert not any(task.wrong_tokens(question, question.solution))
-        said = task.demonstration(question, Supervised())
-        assert said == task.demonstration(question, Supervised()) and task.right(question, said)
         habit = task.demonstration(question, Supervised(error_scale=1.0))
-        flags = task.wrong_tokens(question, habit)
-        assert len(flags) == len(habit.split())
-        assert task.right(question, task.correction(question, habit))
-        if not task.right(question, habit):
-            wrong += 1
-            assert any(flags)
-    assert wrong > 5
+        for text in (question.solution, task.demonstration(question, plain),
+                     task.correction(question, habit)):  # fmt: skip
+            assert task.answered(question, text) and task.right(question, text)
+            assert not any(task.wrong_tokens(question, text))
+        assert task.right(question, habit) or any(task.wrong_tokens(question, habit))
 
 
-# --- real questions ------------------------------------------------------------------------------
-
-FEW = {"strategyqa": 8, "gsm8k": 40, "openbookqa": 40}
+# --- how many rows -------------------------------------------------------------------------------
 
 
-def row(name, split, number):
-    free = {"solution": "It is.", "choices": None, "id": f"{split}-{number}"}
-    if name == "strategyqa":
-        return free | {"question": f"Is it {split}{number}?", "answer": "yes"}
-    if name == "gsm8k":
-        return free | {"question": f"How many {split}{number}?", "answer": str(number)}
-    text = f"Which {split}{number}?\n(A) this\n(B) that"
-    return free | {"question": text, "answer": "B", "choices": ["this", "that"], "solution": None}
+def test_splits_are_dealt_out_in_turn():
+    found = tasks.plan({"dev": 500, "pairs": 2500, "sft": 4000}, SIZES, "train")
+    assert found["dev"] == dict.fromkeys(SIZES, 125)
+    assert found["pairs"] == dict.fromkeys(SIZES, 625)
+    assert found["sft"] == {"gsm8k": 1678, "math": 1678, "mawps": 394, "tabmwp": 250}
+    assert tasks.counts_of_test(10, {"a": 2, "b": 20}) == {"a": 2, "b": 8}
+    room = {"a": 5, "b": 10, "c": 7}
+    for count in range(23):
+        found = tasks.counts_of_test(count, room)
+        assert sum(found.values()) == count and all(found[name] <= room[name] for name in room)
+        # Water finds its level: who has rows to spare gives the most, but for rounding.
+        spare = [found[name] for name in room if found[name] < room[name]]
+        assert not spare or max(found.values()) <= min(spare) + 1
+
+
+FEW = {"strategyqa": (8, "yes", None), "gsm8k": (40, "3", None),
+       "openbookqa": (40, "B", ["this", "that"])}  # fmt: skip
 
 
 @pytest.fixture
 def folder(tmp_path):
-    for name, rows in FEW.items():
+    for name, (count, answer, choices) in FEW.items():
         (tmp_path / name).mkdir()
         for split in ("train", "test"):
-            lines = [json.dumps(row(name, split, i)) for i in range(rows)]
-            (tmp_path / name / f"{split}.jsonl").write_text("\n".join(lines))
-    return str(tmp_path)
+            # The data sets use the same ids for different questions.
+            rows = [row(f"Is it {split}{i} of {name}?", answer, choices) | {"id": f"{split}-{i}"}
+                    for i in range(count)]  # fmt: skip
+            lines = "\n".join(map(json.dumps, rows))
+            (tmp_path / name / f"{split}.jsonl").write_text(lines)
+    return tmp_path
 
 
 @pytest.mark.parametrize("sft, pairs, dev", [(30, 12, 6), (31, 29, 28), (5, 7, 70), (35, 50, 3)])
@@ -204,18 +220,11 @@ def test_kinds_of_questions_are_mixed_and_no_question_is_in_two_splits(folder, s
     task = tasks.open_task(settings, 0, folder)
     counts = {"sft": sft, "pairs": pairs, "dev": dev, "test": 30}
     found = {split: task.questions(split, count) for split, count in counts.items()}
-    ids = [one.id for part in found.values() for one in part]
-    # The data sets use the same ids for different questions.
-    assert len(ids) == len(set(ids)) == sum(counts.values())
+    for what in ("id", "prompt"):
+        seen = [getattr(one, what) for part in found.values() for one in part]
+        assert len(seen) == len(set(seen)) == sum(counts.values())
     assert {one.dataset for one in found["dev"]} == set(FEW)
-    for one in found["sft"]:
-        assert task.right(one, one.solution) and task.answered(one, one.solution)
-        assert task.demonstration(one, settings.sft) == one.solution
-        assert not task.answered(one, "It is what it is.")
-        assert task.right(one, task.correction(one, "It is. The answer is: 7 or so"))
-        other = {"yes": "no", "B": "this"}.get(one.source["answer"], "999")
-        wrong = f"So. The answer is: {other}"
-        assert task.answered(one, wrong) and not task.right(one, wrong)
+    assert all(task.right(one, task.demonstration(one, settings.sft)) for one in found["sft"])
     other_seed = tasks.open_task(settings, 1, folder)
     assert other_seed.questions("test", 30) == found["test"]
     assert other_seed.questions("pairs", pairs) != found["pairs"]
@@ -223,9 +232,9 @@ def test_kinds_of_questions_are_mixed_and_no_question_is_in_two_splits(folder, s
 
 def test_what_real_data_sets_cannot_give_is_told(folder):
     task = tasks.open_task(domain(tuple(FEW), sft=30, pairs=12, dev=6), 0, folder)
-    with refused("99 questions of pairs are requested, but the profile sets 4 of strategyqa, 4 of"):
+    with refused("strategyqa/pairs has 4 rows, gsm8k/pairs has 4 rows", "requests 99 of pairs"):
         task.questions("pairs", 99)
+    with refused("strategyqa/train has 8 rows", "the profile requests 6 of dev, 300 of sft: lower"):
+        tasks.open_task(domain(tuple(FEW), sft=300, dev=6), 0, folder).questions("sft", 3)
     with refused("mix is of the miniature's families"):
         tasks.open_task(domain(tuple(FEW), sft=30, mix=(0.5, 0.25, 0.25)), 0, folder)
-    with refused("has no options; expected multiple choice"):
-        tasks.open_task(domain(("gsm8k",), "choice"), 0, folder).questions("test", 3)
