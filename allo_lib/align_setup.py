@@ -3,10 +3,9 @@ and how the model is given back as it was found."""
 
 import contextlib
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import NoneType
 from typing import Annotated, Literal
 
 import torch
@@ -85,12 +84,13 @@ class AlignConfig:
 
 def checked(config) -> AlignConfig:
     """The settings; AlloError for an unknown name or a value out of range."""
-    if not isinstance(config, (AlignConfig, Mapping, NoneType)):
+    if isinstance(config, AlignConfig):
+        config = asdict(config)
+    if config is not None and not isinstance(config, Mapping):
         raise AlloError(
             f"align: config is a {type(config).__name__}; expected an AlignConfig or a dict"
         )
-    given = asdict(config) if isinstance(config, AlignConfig) else dict(config or {})
-    config = check_settings(AlignConfig, given, "align")
+    config = check_settings(AlignConfig, dict(config or {}), "align")
     if config.batch_size % config.accumulation:
         raise AlloError(
             f"align: batch_size {config.batch_size} is no multiple of accumulation "
@@ -101,11 +101,9 @@ def checked(config) -> AlignConfig:
 
 def chosen_stages(stages) -> tuple[str, ...]:
     """The stages in their order; AlloError for one that there is not."""
-    given = [stages] if isinstance(stages, str) or not isinstance(stages, Iterable) else [*stages]
-    unknown = [stage for stage in given if stage not in STAGES]
-    if unknown or not given or isinstance(stages, str):
+    if not isinstance(stages, (tuple, list)) or not stages or any(s not in STAGES for s in stages):
         raise AlloError(f"align: stages {stages!r} given; expected a tuple with some of {STAGES}")
-    return tuple(stage for stage in STAGES if stage in given)
+    return tuple(stage for stage in STAGES if stage in stages)
 
 
 def checked_folder(output_dir) -> Path:
@@ -161,28 +159,20 @@ def lines_about(given: Encoded, held_out: Encoded, development: Encoded, stages)
     """What a user should know of the pairs."""
     overlong, unread = given.overlong, len(not_forgotten(given))
     some = ", ".join(map(str, overlong[:10])) + ", ..." * (len(overlong) > 10)
-    lines = (
-        (
-            overlong,
-            f"{len(overlong)} of {given.count} pairs are longer than {given.longest} tokens and "
-            f"dropped: numbers {some} (align.json lists them)",
-        ),
-        (
-            held_out.rows or development.rows,
-            f"{len(given.rows)} pairs to train on, {len(held_out.rows)} held out, "
-            f"{len(development.rows)} to choose rates by; no prompt is in two of them",
-        ),
-        (
-            unread and "forgetting" in stages,
-            f"{unread} pairs take no part in 'forgetting', as the reward model's row (prompt, "
-            "both responses, and one of them again) does not fit",
-        ),
-        (
-            given.merged,
-            f"in {given.merged} pairs the prompt's end is read otherwise before a reply than "
-            "alone (tokens merge, or the template says so); the response begins there",
-        ),
-    )
+    lines = [
+        (overlong,
+         f"{len(overlong)} of {given.count} pairs are longer than {given.longest} tokens and "
+         f"dropped: numbers {some} (align.json lists them)"),
+        (held_out.rows or development.rows,
+         f"{len(given.rows)} pairs to train on, {len(held_out.rows)} held out, "
+         f"{len(development.rows)} to choose rates by; no prompt is in two of them"),
+        (unread and "forgetting" in stages,
+         f"{unread} pairs take no part in 'forgetting', as the reward model's row (prompt, both "
+         "responses, and one of them again) does not fit"),
+        (given.merged,
+         f"in {given.merged} pairs the prompt's end is read otherwise before a reply than alone "
+         "(tokens merge, or the template says so); the response begins there"),
+    ]  # fmt: skip
     return [f"align: {line}" for holds, line in lines if holds]
 
 
@@ -271,7 +261,7 @@ def as_found(model):
     modes = {part: part.training for part in model.modules()}
     trained = {value: value.requires_grad for value in model.parameters()}
     use_cache = getattr(model.config, "use_cache", None)
-    configs = {id(part.config): part.config for part in modes if hasattr(part, "config")}
+    configs = {id(one): one for part in modes if (one := getattr(part, "config", None)) is not None}
     rates = [
         (owner, key, value)
         for owner in (*modes, *configs.values())

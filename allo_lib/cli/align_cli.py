@@ -38,7 +38,10 @@ class _Parser(argparse.ArgumentParser):
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; returns the exit status: 0 done, 1 failed, 2 bad input, 130 stopped."""
     command, *rest = (sys.argv[1:] if arguments is None else arguments) or [""]
-    commands = {"align": align, "merge": merge, "-h": _help, "--help": _help}
+    commands = {"align": align, "merge": merge}
+    if command in ("-h", "--help"):
+        print(USAGE)
+        return 0
     try:
         if command not in commands:
             raise AlloError(f"expected a command, align or merge, as in: {USAGE}")
@@ -53,10 +56,6 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\nallo_lib: stopped; the same command goes on from here", file=sys.stderr)
         return 128 + signal.SIGINT
-
-
-def _help(_) -> None:
-    print(USAGE)
 
 
 def align(arguments: list[str]) -> None:
@@ -123,8 +122,6 @@ def read(source: str) -> list[dict]:
     try:
         if Path(name).suffix not in _FILES:
             return _dataset(source)
-        if not path.is_file():
-            raise AlloError(f"--pairs {source}: no such file")
         if name.endswith(".parquet"):
             from pyarrow import parquet
 
@@ -177,7 +174,8 @@ def _plan(options, pairs, config, stages, dtype, device: str) -> str:
     parts = align_setup.parts_of(pairs, tokenizer, model_config, config, stages)
     if "importance" not in stages and not Path(options.out, "mask.safetensors").is_file():
         config = replace(config, share=1.0)
-    there = torch.cuda.mem_get_info()[1] if device == "cuda" else _host_bytes()
+    host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    there = torch.cuda.mem_get_info()[1] if device == "cuda" else host
     limit = 1e9 * options.device_gb if options.device_gb else there
     shape = footprint.shape_of(model_config)
     passes = footprint.passes_of(parts, config, stages, shape)
@@ -210,10 +208,6 @@ def _plan(options, pairs, config, stages, dtype, device: str) -> str:
     if max(needed(config).values()) > limit:
         lines.append(f"to fit on one: {_advice(needed, config, limit)}")
     return "\n".join(lines)
-
-
-def _host_bytes() -> int:
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _advice(needed, config, limit: float) -> str:

@@ -36,8 +36,13 @@ COLUMNS = (
 # kept entries and the dense one of the largest tensor; what backward needs of the forward pass; the
 # logits of one chunk of positions.
 PARTS = ("weights", "state", "gradient", "activations", "logits")
-# hidden size, feed-forward size, layers, heads; arXiv 2307.09288
-KNOWN = {"LLaMA 2 7B": (4096, 11008, 32, 32), "LLaMA 2 13B": (5120, 13824, 40, 40)}
+# arXiv 2307.09288; vocabulary and untied head are the config's defaults
+KNOWN = {
+    "LLaMA 2 7B": LlamaConfig(hidden_size=4096, intermediate_size=11008, num_hidden_layers=32,
+                              num_attention_heads=32),
+    "LLaMA 2 13B": LlamaConfig(hidden_size=5120, intermediate_size=13824, num_hidden_layers=40,
+                               num_attention_heads=40),
+}  # fmt: skip
 
 # --- bytes of a step -----------------------------------------------------------------------------
 
@@ -179,15 +184,7 @@ def of_known_models(shares, prompt: int, response: int, device: str = "cpu") -> 
     printed line where the GPU has too little free memory.
     """
     rows = []
-    for name, (hidden, feed_forward, layers, heads) in KNOWN.items():
-        config = LlamaConfig(
-            vocab_size=32000,
-            hidden_size=hidden,
-            intermediate_size=feed_forward,
-            num_hidden_layers=layers,
-            num_attention_heads=heads,
-            tie_word_embeddings=False,
-        )
+    for name, config in KNOWN.items():
         for share in shares:
             parts = footprint(config, share, prompt, response, pairs=1)
             row = dict.fromkeys(COLUMNS, "") | parts
@@ -222,11 +219,10 @@ def _measured(row: dict, *shape) -> dict:
         label = f"{row['model']}, {row['kept']:.0%} kept"
         print(f"{label}: not measured on {found['device']}: {error}", flush=True)
         return found
-    ratio, seconds = run["peak"] / needed, run["seconds"]
     return found | {
         "measured_peak_bytes": run["peak"],
-        "ratio": f"{ratio:.4g}",
-        "seconds_per_pair": f"{seconds:.4g}",
+        "ratio": f"{run['peak'] / needed:.4g}",
+        "seconds_per_pair": f"{run['seconds']:.4g}",
     }
 
 

@@ -79,11 +79,12 @@ def moved(before, model, mask) -> int:
 
 @pytest.fixture
 def stages(monkeypatch):
-    """Calls of `allo.run_stage`: name of the loss -> (rows, settings, masters at its start)."""
+    """Calls of `allo.run_stage`: name of the loss -> (number of rows, mask, masters it begins
+    from)."""
     calls, real = {}, allo.run_stage
 
     def spy(model, rows, name, schedule, **settings):
-        calls[name] = rows, settings, dict(settings.get("masters") or {})
+        calls[name] = len(rows), settings["mask"], dict(settings.get("masters") or {})
         return real(model, rows, name, schedule, **settings)
 
     monkeypatch.setattr(allo, "run_stage", spy)
@@ -119,7 +120,7 @@ def test_learning_goes_on_from_the_masters_of_forgetting(tokenizer, pairs, tmp_p
     rates = {"forgetting_rate": 1e-7, "importance_rate": 1e-3}
     result = align(model, tokenizer, pairs, config=FAST | rates, output_dir=tmp_path)
     masters = stages["learning"][2]
-    assert "masters" not in stages["sft"][1] and stages["forgetting"][2] == {}
+    assert stages["sft"][2] == stages["forgetting"][2] == {}
     assert masters.keys() == {n for n, i in result.mask.indices.items() if i.numel()}
     unrounded = [values != values.bfloat16().float() for _, values in masters.values()]
     assert torch.cat(unrounded).float().mean() > 0.5
@@ -163,20 +164,10 @@ def test_stages_hold_one_model_and_state_for_kept_entries(
     assert most["forgetting"] <= kept and most["learning"] <= kept
     if lean:  # no optimizer for the scores, the same neurons in every stage
         assert "dpo" not in most and most["sft"] <= kept + 0.1 * size
-        assert all(settings["mask"] is result.mask for _, settings, _ in stages.values())
+        assert all(mask is result.mask for _, mask, _ in stages.values())
         assert moved(start, model, result.mask)
     else:
         assert min(most["dpo"], most["sft"]) > 3 * size
-
-
-def test_learning_raises_the_margin(tokenizer, pairs, tmp_path):
-    config = FAST | {"epochs": 20, "learning_rate": 3e-3}
-    result = align(
-        small_model(tokenizer), tokenizer, pairs, stages=NO_FORGETTING, config=config,
-        output_dir=tmp_path,
-    )  # fmt: skip
-    losses = result.logs["learning"].loss
-    assert losses[0] == pytest.approx(math.log(2), abs=1e-5) and sum(losses[-3:]) / 3 < 0.6
 
 
 @pytest.mark.parametrize(
@@ -294,10 +285,14 @@ SIZES = dict(
     vocab_size=VOCABULARY, hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
     max_position_embeddings=64, pad_token_id=0, eos_token_id=1, bos_token_id=2,
 )  # fmt: skip
+ROUTED = dict(
+    intermediate_size=24, num_key_value_heads=2, num_local_experts=2, output_router_logits=True
+)
 WITH_DROPOUT = {
     "llama": dict(attention_dropout=0.1),
     "gpt2": {},  # 0.1 in embeddings, attention and layers, by default
     "opt": dict(dropout=0.1, attention_dropout=0.1, layerdrop=0.1, word_embed_proj_dim=16),
+    "mixtral": ROUTED | dict(router_jitter_noise=0.5, router_aux_loss_coef=0.0),
 }
 
 
@@ -307,7 +302,9 @@ def made(kind, **settings):
     return AutoModelForCausalLM.from_config(config)
 
 
-@pytest.mark.parametrize(("kind", "mode"), [("llama", "eval"), ("gpt2", "train"), ("opt", "train")])
+@pytest.mark.parametrize(
+    ("kind", "mode"), [("llama", "eval"), ("gpt2", "train"), ("opt", "train"), ("mixtral", "eval")]
+)
 def test_nothing_drops_out_and_all_rates_and_modes_are_given_back(tmp_path, kind, mode):
     model = getattr(made(kind, **WITH_DROPOUT[kind]), mode)()
     parts = dict(model.named_modules())
@@ -327,7 +324,7 @@ def test_nothing_drops_out_and_all_rates_and_modes_are_given_back(tmp_path, kind
     assert rates and all(getattr(parts[name], key) == value for (name, key), value in rates.items())
     saved = AutoConfig.from_pretrained(tmp_path).to_dict()
     for after in (model.config.to_dict(), saved):
-        drops = {key for key in settings if "drop" in key or key == "use_cache"}
+        drops = {k for k in settings if "drop" in k or "jitter" in k or k == "use_cache"}
         assert drops and all(after[key] == settings[key] for key in drops)
 
 
@@ -366,7 +363,7 @@ def test_rows_of_the_reward_model_that_do_not_fit_are_told_before_training(
     align(tiny_llama(), words(), [*PAIRS, CLOSE], config=config, output_dir=tmp_path)
     assert "1 pairs take no part in 'forgetting'" in capsys.readouterr().out
     assert json.loads((tmp_path / "align.json").read_text())["left_out"]["not_forgotten"] == [4]
-    read = {name: len(rows) for name, (rows, *_) in stages.items()}
+    read = {name: rows for name, (rows, *_) in stages.items()}
     assert read == {"sft": 4, "forgetting": 4, "learning": 5}
     with refused("no pair's prompt, chosen and rejected response fit into 64 tokens"):
         align(tiny_llama(), words(), [CLOSE], output_dir=tmp_path / "none")
@@ -406,18 +403,12 @@ def multimodal():
     return Gemma3ForConditionalGeneration(config)
 
 
-def routed(**settings):
-    return made(
-        "mixtral", intermediate_size=24, num_key_value_heads=2, num_local_experts=2, **settings
-    )
-
-
 REFUSED = {
     "PEFT": (peft_wrapped, "carries PEFT adapters; give what model.merge_and_unload() returns"),
     "quantised": (quantised, "is quantised; load its weights in float32"),
     "disk": (on_disk, "lies on several devices, on disk or nowhere; load it without device_map"),
     "multimodal": (multimodal, "reads more than text (Gemma3ForConditionalGeneration)"),
-    "router loss": (lambda: routed(output_router_logits=True), "adds a router loss"),
+    "router loss": (lambda: made("mixtral", **ROUTED), "adds a router loss"),
     "replicas": (lambda: torch.nn.DataParallel(tiny_llama()), "is a DataParallel without token"),
 }
 
@@ -427,14 +418,6 @@ def test_models_that_cannot_be_aligned_are_told_at_the_start(tmp_path, make, why
     with refused("the model ", why):
         align(make(), words(), PAIRS, output_dir=tmp_path / "out")
     assert not (tmp_path / "out").exists()
-
-
-def test_experts_without_a_router_loss_are_aligned(tmp_path):
-    model = routed(output_router_logits=True, router_aux_loss_coef=0.0, router_jitter_noise=0.5)
-    result = align(
-        model, words(), PAIRS, stages=NO_FORGETTING, config=QUICK, output_dir=tmp_path
-    )  # fmt: skip
-    assert result.logs["learning"].loss[0] == pytest.approx(math.log(2), abs=1e-5)
 
 
 @pytest.mark.parametrize(
