@@ -130,47 +130,47 @@ def parts_of(pairs, tokenizer, model_config, config: AlignConfig, stages):
         raise AlloError(
             "align: the model's config does not say how many tokens it reads; set max_length"
         )
-    given = read_pairs(tokenizer, pairs, context, config.max_length, config.overlong)
+    train = read_pairs(tokenizer, pairs, context, config.max_length, config.overlong)
     seed = derive(config.seed, "held out")
-    given, held_out = given.split(config.held_out, seed)
+    train, held_out = train.split(config.held_out, seed)
     searched = config.search > 1 and not set(TRAINED).isdisjoint(stages)
-    given, development = given.split(config.development if searched else 0.0, seed)
-    if not given.rows:
+    train, development = train.split(config.development if searched else 0.0, seed)
+    if not train.rows:
         raise AlloError(
-            f"align: held_out and development leave none of the {given.count} pairs to train on; "
+            f"align: held_out and development leave none of the {train.count} pairs to train on; "
             "give more pairs, or smaller shares"
         )
-    if "forgetting" in stages and not any(given.corrections):
+    if "forgetting" in stages and not any(train.corrections):
         raise AlloError(
-            f"align: no pair's prompt, chosen and rejected response fit into {given.longest} "
+            f"align: no pair's prompt, chosen and rejected response fit into {train.longest} "
             "tokens together with either reply, as the rewriting reward model of the stage "
             "'forgetting' reads them; shorten the pairs or leave the stage out"
         )
-    return given, held_out, development
+    return train, held_out, development
 
 
-def not_forgotten(given: Encoded) -> list[int]:
+def not_forgotten(train: Encoded) -> list[int]:
     """Numbers of the pairs that take no part in forgetting."""
-    pairs = zip(given.numbers, given.corrections, strict=True)
+    pairs = zip(train.numbers, train.corrections, strict=True)
     return [number for number, correction in pairs if correction is None]
 
 
-def lines_about(given: Encoded, held_out: Encoded, development: Encoded, stages) -> list[str]:
+def lines_about(train: Encoded, held_out: Encoded, development: Encoded, stages) -> list[str]:
     """What a user should know of the pairs."""
-    overlong, unread = given.overlong, len(not_forgotten(given))
+    overlong, unread = train.overlong, len(not_forgotten(train))
     some = ", ".join(map(str, overlong[:10])) + ", ..." * (len(overlong) > 10)
     lines = [
         (overlong,
-         f"{len(overlong)} of {given.count} pairs are longer than {given.longest} tokens and "
+         f"{len(overlong)} of {train.count} pairs are longer than {train.longest} tokens and "
          f"dropped: numbers {some} (align.json lists them)"),
         (held_out.rows or development.rows,
-         f"{len(given.rows)} pairs to train on, {len(held_out.rows)} held out, "
+         f"{len(train.rows)} pairs to train on, {len(held_out.rows)} held out, "
          f"{len(development.rows)} to choose rates by; no prompt is in two of them"),
         (unread and "forgetting" in stages,
          f"{unread} pairs take no part in 'forgetting', as the reward model's row (prompt, both "
          "responses, and one of them again) does not fit"),
-        (given.merged,
-         f"in {given.merged} pairs the prompt's end is read otherwise before a reply than alone "
+        (train.merged,
+         f"in {train.merged} pairs the prompt's end is read otherwise before a reply than alone "
          "(tokens merge, or the template says so); the response begins there"),
     ]  # fmt: skip
     return [f"align: {line}" for holds, line in lines if holds]

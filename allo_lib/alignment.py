@@ -62,7 +62,7 @@ def align(
             strings or chat messages, with or without a prompt of its own (`preferences`). As no
             gold solution is known, the chosen response takes its place in the rewriting reward
             model. Pairs that are too long are dropped, those for which the reward model's row is
-            take no part in forgetting; both are told and listed in `align.json`.
+            take no part in forgetting; both are printed and listed in `align.json`.
         stages: any of "importance", "forgetting", "learning", run in this order. Without
             "importance" every neuron is trained, or those of `mask.safetensors` in `output_dir`.
         config: an AlignConfig, or a dict of its fields.
@@ -102,10 +102,10 @@ def align(
 
 
 class _Run:
-    """What the stages of one call share: model, pairs, settings, and what is told of them."""
+    """What the stages of one call share: model, pairs, settings, and the record of the call."""
 
     def __init__(self, model, tokenizer, pairs, stages, config: AlignConfig, output_dir: Path):
-        """All that can be known before anything is trained: what fits, and what is told of it."""
+        """Check and print all that can be known before anything is trained."""
         if getattr(model.config, "pad_token_id", None) is None:
             model.config.pad_token_id = tokenizer.pad_token_id
         self.model, self.tokenizer, self.config = model, tokenizer, config
@@ -133,8 +133,8 @@ class _Run:
             },
         }
         self._find_way_to_read()
-        asked = settings | {"checkpoint_minutes": None, "stages": stages}
-        begins = [state_hash(model), rows_hash(self.pairs.rows), asked]
+        same = settings | {"checkpoint_minutes": None, "stages": stages}
+        begins = [state_hash(model), rows_hash(self.pairs.rows), same]
         devices.agree(begins, "pairs or settings")
         self._begun = output_dir / ".checkpoints" / fingerprint(begins)[:24]
         output_dir.mkdir(parents=True, exist_ok=True)
@@ -148,7 +148,7 @@ class _Run:
         layout_of(self.model, self.pad, rows)
 
     def find_neurons(self) -> NeuronMask:
-        """The method's first step: scores by the estimator asked for, and the mask they give."""
+        """The method's first step: scores, and the mask that they give."""
         mask, ties = allo.find_neurons(self._scores(), self.config.share)
         whole = mask.joined() if devices.is_sharded(next(self.model.parameters())) else mask
         if devices.rank() == 0:
@@ -178,7 +178,7 @@ class _Run:
         return mask.part_of(self.model)
 
     def train(self, mask, before: dict) -> None:
-        """Forgetting and learning, from the weights `before`, at the rates given or the best found.
+        """Forgetting and learning, from the weights `before`, at the best rates.
 
         Raises:
             AlloError: every candidate of the search diverged, or no weight has another value
@@ -198,8 +198,8 @@ class _Run:
             )
 
     def _search(self, rates: tuple[float, ...], mask, before: dict) -> None:
-        """Try rates around those given and leave the model that ranks most development pairs
-        right; of equal ones that of the smallest rates."""
+        """Try rates and leave the model that ranks most development pairs right; of equal ones
+        that of the smallest rates."""
         names = [f"{stage}_rate" for stage in self.trained]
         best: tuple | None = None  # (accuracy, negative rates), entries, logs
 
@@ -260,7 +260,7 @@ class _Run:
         return weights
 
     def _stage(self, name: str, rate: float, mask, place: str) -> dict:
-        """What `allo.run_stage` is told of a stage beside its rows; place: of its checkpoints."""
+        """The arguments of `allo.run_stage` but model and rows; place: of the checkpoints."""
         config = self.config
         schedule = Schedule(
             rate, config.epochs, config.batch_size, derive(config.seed, name), _WARMUP[name],
@@ -297,7 +297,7 @@ class _Run:
         )
 
     def read_unseen(self) -> None:
-        """The log-probs of the pairs that are not trained on, under the model as it is given."""
+        """The log-probs of the pairs that are not trained on, under the model before training."""
         self.held_out = self._with_reference(self.held_out)
         self.development = self._with_reference(self.development)
 
@@ -308,7 +308,7 @@ class _Run:
         return implicit_margins(now, before, self.config.beta)
 
     def rank_held_out(self) -> None:
-        """The share of held-out pairs with a positive margin, into the record and told.
+        """The share of held-out pairs with a positive margin, into the record and printed.
 
         Before, all margins are 0, and a pair of margin 0 counts half. With a normal 95% interval
         over pairs, two more on each side (Agresti & Coull 1998), so that it always has a width.
@@ -375,6 +375,6 @@ class _Run:
                 delta.write(Path(folder), self.output_dir, path, about)
 
 
-def _warn(found: str | None) -> None:
-    if found:
-        print(f"warning: {found}", file=sys.stderr, flush=True)
+def _warn(sign: str | None) -> None:
+    if sign:
+        print(f"warning: {sign}", file=sys.stderr, flush=True)

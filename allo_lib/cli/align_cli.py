@@ -154,8 +154,8 @@ def _dataset(source: str) -> list[dict]:
     split = split or "train"
     if not Path(name).is_dir():
         return datasets.load_dataset(name, split=split).to_list()
-    found = datasets.load_from_disk(name)
-    return (found[split] if isinstance(found, datasets.DatasetDict) else found).to_list()
+    saved = datasets.load_from_disk(name)
+    return (saved[split] if isinstance(saved, datasets.DatasetDict) else saved).to_list()
 
 
 # --- the plan ---
@@ -179,17 +179,17 @@ def _plan(options, pairs, config, stages, dtype, device: str) -> str:
     limit = 1e9 * options.device_gb if options.device_gb else there
     shape = footprint.shape_of(model_config)
     passes = footprint.passes_of(parts, config, stages, shape)
-    given, rate = parts[0], options.flops or RATES[device]
+    train, rate = parts[0], options.flops or RATES[device]
     hours = sum(one.flops for one in passes) / rate / 3600
 
     def needed(settings, devices: int = 1) -> dict[str, float]:
-        return footprint.memory(model_config, shape, given, settings, stages, dtype, devices)
+        return footprint.memory(model_config, shape, train, settings, stages, dtype, devices)
 
     lines = [
-        f"{len(given.rows)} of {given.count} pairs are trained on",
+        f"{len(train.rows)} of {train.count} pairs are trained on",
         *align_setup.lines_about(*parts, stages),
-        f"first pair (number {given.numbers[0]}) as the model reads it:",
-        *shown_pair(tokenizer, given.rows[0], sys.stdout.isatty()),
+        f"first pair (number {train.numbers[0]}) as the model reads it:",
+        *shown_pair(tokenizer, train.rows[0], sys.stdout.isatty()),
         "",
         f"{'pass':<18}{'rows':>8}{'steps':>8}{'tokens':>12}{'TFLOP':>12}",
     ]

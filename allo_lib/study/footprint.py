@@ -210,16 +210,16 @@ def in_gigabytes(rows: list[dict]) -> list[dict]:
 def _measured(row: dict, *shape) -> dict:
     """The columns of a GPU that has the memory; else the device's name alone."""
     free, needed = torch.cuda.mem_get_info()[0], row["estimated_bytes"]
-    found = {"device": efficiency.device_name("cuda")}
+    columns = {"device": efficiency.device_name("cuda")}
     try:
         if free < needed:
             raise AlloError(f"of its {needed / 1e9:.1f} GB {free / 1e9:.1f} are free")
         run = efficiency.in_own_process(train, *shape, "cuda")
     except AlloError as error:
         label = f"{row['model']}, {row['kept']:.0%} kept"
-        print(f"{label}: not measured on {found['device']}: {error}", flush=True)
-        return found
-    return found | {
+        print(f"{label}: not measured on {columns['device']}: {error}", flush=True)
+        return columns
+    return columns | {
         "measured_peak_bytes": run["peak"],
         "ratio": f"{run['peak'] / needed:.4g}",
         "seconds_per_pair": f"{run['seconds']:.4g}",
@@ -289,7 +289,7 @@ def passes_of(parts: Sequence[Encoded], config: AlignConfig, stages, shape: Shap
         ("ranking", held_out + tried * development, 0, 1, bool(unseen and trained)),
     )  # fmt: skip
     backward = 4 if config.gradient_checkpointing else 3  # times the forward pass, with it
-    found = []
+    passes = []
     for name, rows, epochs, times, made in table:
         if not made:
             continue
@@ -299,8 +299,8 @@ def passes_of(parts: Sequence[Encoded], config: AlignConfig, stages, shape: Shap
         tokens = round(readings * sum(rows) * times)
         flops = 2 * shape.active * tokens * (backward if epochs else 1)
         label = name if times == 1 else f"{name} x {times}"
-        found.append(Pass(label, len(rows), steps * times, tokens, flops))
-    return found
+        passes.append(Pass(label, len(rows), steps * times, tokens, flops))
+    return passes
 
 
 def _length(row: dict) -> int:
@@ -314,13 +314,13 @@ def _pair_length(row: dict) -> int:
 
 
 def memory(
-    model_config, shape: Shape, given: Encoded, config: AlignConfig, stages, dtype, devices: int
+    model_config, shape: Shape, used: Encoded, config: AlignConfig, stages, dtype, devices: int
 ) -> dict[str, float]:
     """Bytes on each of `devices`, by stage, when most are in use, with all pairs of a pass as long
     as the longest; several devices hold a part each of weights, gradients and optimizer state
     (FSDP2), their own pairs' activations, and one layer whole."""
-    prompt = max(len(row["prompt"]) for row in given.rows)
-    response = max(len(row[side]) for row in given.rows for side in SIDES)
+    prompt = max(len(row["prompt"]) for row in used.rows)
+    response = max(len(row[side]) for row in used.rows for side in SIDES)
     pairs = -(-config.batch_size // (config.accumulation * devices))
     sizes = prompt, response, pairs
     recomputed = config.gradient_checkpointing
@@ -337,13 +337,13 @@ def memory(
         gathered = 2 * shape.layer * dtype.itemsize if devices > 1 else 0  # and its gradients
         return sharded / devices + parts["activations"] + parts["logits"] + gathered
 
-    found = {}
+    needed = {}
     if "importance" in stages and config.estimator == "delta":
-        found["importance"] = on_each(1.0, scores=4 * shape.parameters)  # float32
+        needed["importance"] = on_each(1.0, scores=4 * shape.parameters)  # float32
     elif "importance" in stages:
-        found["importance"] = on_each(config.share, state=0)
+        needed["importance"] = on_each(config.share, state=0)
     if "forgetting" in stages:
-        found["reward model"] = on_each(1.0 if config.rewriter_neurons == "all" else config.share)
+        needed["reward model"] = on_each(1.0 if config.rewriter_neurons == "all" else config.share)
     if set(TRAINED) & set(stages):
-        found["other stages"] = on_each(config.share)
-    return found
+        needed["other stages"] = on_each(config.share)
+    return needed
