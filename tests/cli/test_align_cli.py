@@ -185,7 +185,8 @@ def test_a_dry_run_needs_no_weights_and_writes_nothing(base, pairs, tmp_path, ca
     rows = [*PAIRS, {"prompt": "w1 " * 80, "chosen": "w3", "rejected": "w4"}]
     pairs.write_text("".join(json.dumps(row) + "\n" for row in rows))
     command = ["align", "--model", base, "--pairs", pairs, "--out", tmp_path / "out", "--dry-run",
-               "--flops", "1e6", "held_out=0.25", "max_length=40", "batch_size=8"]  # fmt: skip
+               "--flops", "1e6", "--dtype", "float32", "held_out=0.25", "max_length=40",
+               "batch_size=8"]  # fmt: skip
     status, told, error = run(capsys, *command, "--device-gb", "0.0002")
     assert status == 0, error
     assert "15 of 21 pairs are trained on" in told and "\x1b" not in told
