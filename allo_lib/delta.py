@@ -33,8 +33,8 @@ _WEIGHTS = "model*.safetensors"
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-def write(base: Path, result: Path, path: Path, about: dict) -> int:
-    """Write the delta of two `save_pretrained` folders of one architecture; returns its bytes.
+def write(base: Path, result: Path, path: Path, about: dict) -> None:
+    """Write the delta of two `save_pretrained` folders of one architecture.
 
     about: `base` (id or folder), `revision` and `dtype` of the base, for the header.
     """
@@ -49,7 +49,6 @@ def write(base: Path, result: Path, path: Path, about: dict) -> int:
     header = json.dumps({"format": _FORMAT} | hashes | about, sort_keys=True)
     # One key only: safetensors writes several in an order that changes from run to run.
     save_file(changed, str(path), metadata={_HEADER: header})
-    return path.stat().st_size
 
 
 def merge(base, delta, output_dir) -> Path:

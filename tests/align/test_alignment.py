@@ -18,9 +18,9 @@ from transformers import (
     Gemma3ForConditionalGeneration,
 )
 
-from allo_lib import align, allo
+from allo_lib import align, align_setup, allo
 from allo_lib.data import miniature
-from allo_lib.engine import models, trainer
+from allo_lib.engine import models
 from allo_lib.engine.checkpoints import Checkpoints
 from allo_lib.errors import Diverged
 from allo_lib.method.masked_adamw import MaskedAdamW
@@ -392,17 +392,7 @@ def test_models_that_cannot_be_aligned_are_told_at_the_start(tmp_path, make, why
 def test_other_gpus_are_told_of_where_no_launcher_shares_them(
     monkeypatch, device, count, environment, told
 ):
-    from allo_lib import align_setup
-
     monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
     monkeypatch.setattr(align_setup.os, "environ", environment)
     found = align_setup.other_gpus(types.SimpleNamespace(device=torch.device(device)))
     assert told == any("uses one of 2 visible GPUs; start it by `accelerate" in x for x in found)
-
-
-def test_a_trainer_uses_one_gpu_where_it_sees_two(monkeypatch):
-    """Trainer would wrap the model in DataParallel, which has no config."""
-    made = types.SimpleNamespace(n_gpu=2, _n_gpu=2)
-    monkeypatch.setattr(trainer, "TrainingArguments", lambda **_: made)
-    schedule = trainer.Schedule(1e-3, 1, 4, 0)
-    assert trainer._arguments("x", schedule, torch.device("cuda"), 8)._n_gpu == 1
