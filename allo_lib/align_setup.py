@@ -3,9 +3,9 @@ and how the model is given back as it was found."""
 
 import contextlib
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from types import NoneType
+from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
@@ -13,6 +13,7 @@ from pydantic import Field
 
 from allo_lib.data.preferences import Encoded, read_pairs
 from allo_lib.engine import models
+from allo_lib.engine.encoding import check_tokenizer
 from allo_lib.errors import AlloError
 from allo_lib.machine import devices
 from allo_lib.profiles.config import (
@@ -31,9 +32,6 @@ from allo_lib.seeds import derive
 
 STAGES = ("importance", "forgetting", "learning")
 TRAINED = STAGES[1:]  # the stages whose rates are searched
-_NONE = torch.empty(0)
-_QUANTISED = "is quantised", "load its weights in float32 or bfloat16, or call dequantize()"
-
 
 # --- settings ---
 
@@ -86,12 +84,13 @@ class AlignConfig:
 
 def checked(config) -> AlignConfig:
     """The settings; AlloError for an unknown name or a value out of range."""
-    if not isinstance(config, (AlignConfig, Mapping, NoneType)):
+    if isinstance(config, AlignConfig):
+        config = asdict(config)
+    if config is not None and not isinstance(config, Mapping):
         raise AlloError(
             f"align: config is a {type(config).__name__}; expected an AlignConfig or a dict"
         )
-    given = asdict(config) if isinstance(config, AlignConfig) else dict(config or {})
-    config = check_settings(AlignConfig, given, "align")
+    config = check_settings(AlignConfig, dict(config or {}), "align")
     if config.batch_size % config.accumulation:
         raise AlloError(
             f"align: batch_size {config.batch_size} is no multiple of accumulation "
@@ -102,158 +101,152 @@ def checked(config) -> AlignConfig:
 
 def chosen_stages(stages) -> tuple[str, ...]:
     """The stages in their order; AlloError for one that there is not."""
-    given = [stages] if isinstance(stages, str) or not isinstance(stages, Iterable) else [*stages]
-    unknown = [stage for stage in given if stage not in STAGES]
-    if unknown or not given or isinstance(stages, str):
+    if not isinstance(stages, (tuple, list)) or not stages or any(s not in STAGES for s in stages):
         raise AlloError(f"align: stages {stages!r} given; expected a tuple with some of {STAGES}")
-    return tuple(stage for stage in STAGES if stage in given)
+    return tuple(stage for stage in STAGES if stage in stages)
+
+
+def checked_folder(output_dir) -> Path:
+    """The folder to write to; AlloError for anything but the path of one that is or can be."""
+    if not isinstance(output_dir, (str, os.PathLike)) or not str(output_dir):
+        raise AlloError(f"align: output_dir is {output_dir!r}; name the folder to write to")
+    if Path(output_dir).exists() and not Path(output_dir).is_dir():
+        raise AlloError(f"align: output_dir {output_dir} is a file; name a folder")
+    return Path(output_dir)
 
 
 # --- pairs ---
 
 
-def parts_of(pairs, tokenizer, context: int | None, config: AlignConfig, stages):
+def parts_of(pairs, tokenizer, model_config, config: AlignConfig, stages):
     """(pairs to train on, held-out ones, development ones), each `preferences.Encoded`.
 
     Raises:
-        AlloError: what `read_pairs` raises, no pair left to train on, or to forget of.
+        AlloError: what `read_pairs` raises, nothing says how many tokens a row may have, no pair
+            is left to train on, or to forget of.
     """
-    given = read_pairs(tokenizer, pairs, context, config.max_length, config.overlong)
-    seed = derive(config.seed, "held out")
-    given, held_out = given.split(config.held_out, seed)
-    searched = config.search > 1 and not set(TRAINED).isdisjoint(stages)
-    given, development = given.split(config.development if searched else 0.0, seed)
-    if not given.rows:
+    context = getattr(model_config, "max_position_embeddings", None)
+    if context is None and config.max_length is None:
         raise AlloError(
-            f"align: held_out and development leave none of the {given.count} pairs to train on; "
+            "align: the model's config does not say how many tokens it reads; set max_length"
+        )
+    train = read_pairs(tokenizer, pairs, context, config.max_length, config.overlong)
+    seed = derive(config.seed, "held out")
+    train, held_out = train.split(config.held_out, seed)
+    searched = config.search > 1 and not set(TRAINED).isdisjoint(stages)
+    train, development = train.split(config.development if searched else 0.0, seed)
+    if not train.rows:
+        raise AlloError(
+            f"align: held_out and development leave none of the {train.count} pairs to train on; "
             "give more pairs, or smaller shares"
         )
-    if "forgetting" in stages and not any(given.corrections):
+    if "forgetting" in stages and not any(train.corrections):
         raise AlloError(
-            f"align: no pair's prompt, chosen and rejected response fit into {given.longest} "
+            f"align: no pair's prompt, chosen and rejected response fit into {train.longest} "
             "tokens together with either reply, as the rewriting reward model of the stage "
             "'forgetting' reads them; shorten the pairs or leave the stage out"
         )
-    return given, held_out, development
+    return train, held_out, development
 
 
-def not_forgotten(given: Encoded) -> list[int]:
+def not_forgotten(train: Encoded) -> list[int]:
     """Numbers of the pairs that take no part in forgetting."""
-    pairs = zip(given.numbers, given.corrections, strict=True)
+    pairs = zip(train.numbers, train.corrections, strict=True)
     return [number for number, correction in pairs if correction is None]
 
 
-def lines_about(given: Encoded, held_out: Encoded, development: Encoded, stages) -> list[str]:
+def lines_about(train: Encoded, held_out: Encoded, development: Encoded, stages) -> list[str]:
     """What a user should know of the pairs."""
-    overlong, unread = given.overlong, not_forgotten(given)
-    told = []
-    if overlong:
-        some = ", ".join(map(str, overlong[:10])) + ", ..." * (len(overlong) > 10)
-        told.append(
-            f"align: {len(overlong)} of {given.count} pairs are longer than {given.longest} tokens "
-            f"and dropped: numbers {some} (align.json lists them)"
-        )
-    if held_out.rows or development.rows:
-        told.append(
-            f"align: {len(given.rows)} pairs to train on, {len(held_out.rows)} held out, "
-            f"{len(development.rows)} to choose rates by; no prompt is in two of them"
-        )
-    if unread and "forgetting" in stages:
-        told.append(
-            f"align: {len(unread)} pairs take no part in 'forgetting', as the reward model's row "
-            "(prompt, both responses, and one of them again) does not fit"
-        )
-    if given.merged:
-        told.append(
-            f"align: in {given.merged} pairs the prompt's end is read otherwise before a reply "
-            "than alone (tokens merge, or the template says so); the response begins there"
-        )
-    return told
+    overlong, unread = train.overlong, len(not_forgotten(train))
+    some = ", ".join(map(str, overlong[:10])) + ", ..." * (len(overlong) > 10)
+    lines = [
+        (overlong,
+         f"{len(overlong)} of {train.count} pairs are longer than {train.longest} tokens and "
+         f"dropped: numbers {some} (align.json lists them)"),
+        (held_out.rows or development.rows,
+         f"{len(train.rows)} pairs to train on, {len(held_out.rows)} held out, "
+         f"{len(development.rows)} to choose rates by; no prompt is in two of them"),
+        (unread and "forgetting" in stages,
+         f"{unread} pairs take no part in 'forgetting', as the reward model's row (prompt, both "
+         "responses, and one of them again) does not fit"),
+        (train.merged,
+         f"in {train.merged} pairs the prompt's end is read otherwise before a reply than alone "
+         "(tokens merge, or the template says so); the response begins there"),
+    ]  # fmt: skip
+    return [f"align: {line}" for holds, line in lines if holds]
 
 
 # --- the model ---
 
 
-def check_model(model) -> None:
-    """AlloError, one line that says what to do, for a model that cannot be aligned as it is."""
-    config = getattr(model, "config", None)
-    inner = getattr(model, "module", None)
-    if isinstance(inner, torch.nn.Module) and hasattr(inner, "config"):
-        _refuse(f"is wrapped in {type(model).__name__}", "give the model itself, model.module")
+def check_model(model, tokenizer) -> None:
+    """AlloError, one line that says what to do, for a model that cannot be aligned as it is, or
+    not with this tokenizer."""
+    parameters = model.parameters() if isinstance(model, torch.nn.Module) else ()
+    devices_of = {value.device for value in parameters}
     if hasattr(model, "peft_config"):
-        _refuse("carries PEFT adapters", "give what model.merge_and_unload() returns")
-    if getattr(model, "hf_quantizer", None) or getattr(model, "is_quantized", False):
-        _refuse(*_QUANTISED)
-    if config is not None:  # else `models.check_tokenizer` says what it is
-        check_config(config, type(model).__name__)
-    parameters = list(model.parameters()) if isinstance(model, torch.nn.Module) else []
-    if any(value.is_meta for value in parameters):
-        _refuse("lies partly on disk or nowhere", "load it without device_map and offloading")
-    if len({value.device for value in parameters}) > 1:
-        _refuse("is spread over several devices", "load it on one, without device_map")
+        raise _refused("carries PEFT adapters; give what model.merge_and_unload() returns")
+    if hasattr(model, "config"):  # else `check_tokenizer` says what it is
+        check_config(model.config, type(model).__name__)
+    if len(devices_of) > 1 or torch.device("meta") in devices_of:
+        raise _refused("lies on several devices, on disk or nowhere; load it without device_map")
+    check_tokenizer(tokenizer, model)
 
 
 def check_config(config, name: str) -> None:
     """The same of what the config of a model of class `name` tells."""
+    losses = ("router_aux_loss_coef", "aux_loss_coef", "router_z_loss_coef")
     if getattr(config, "quantization_config", None):
-        _refuse(*_QUANTISED)
-    text = getattr(config, "get_text_config", lambda: config)()
-    if text is not config:
-        _refuse(
-            f"reads more than text ({name})",
-            "give its language model alone, a ...ForCausalLM whose config is the text config",
+        raise _refused(
+            "is quantised; load its weights in float32 or bfloat16, or call dequantize()"
         )
-    if getattr(config, "is_encoder_decoder", False):
-        _refuse("is an encoder with a decoder", "give a causal language model")
-    coefficients = ("router_aux_loss_coef", "aux_loss_coef", "router_z_loss_coef")
+    if getattr(config, "get_text_config", lambda: config)() is not config:
+        raise _refused(
+            f"reads more than text ({name}); give its language model alone, a ...ForCausalLM whose "
+            "config is the text config"
+        )
     if getattr(config, "output_router_logits", False) and any(
-        getattr(config, key, None) for key in coefficients
+        getattr(config, key, None) for key in losses
     ):
-        _refuse(
-            "adds a router loss to its own (output_router_logits), which ALLO's losses leave out",
-            "set model.config.output_router_logits = False",
+        raise _refused(
+            "adds a router loss to its own (output_router_logits), which ALLO's losses leave out; "
+            "set model.config.output_router_logits = False"
         )
 
 
-def _refuse(what: str, instead: str) -> None:
-    raise AlloError(f"align: the model {what}; {instead}")
+def _refused(why: str) -> AlloError:
+    return AlloError(f"align: the model {why}")
 
 
-def check_trainable(model, every: bool, max_length: int | None) -> None:
-    """AlloError unless some parameter (`every`: all of them) is trainable, all are finite, and it
-    is known how many tokens a row may have."""
-    if not any(value.requires_grad for value in model.parameters()):
+def check_trainable(model, stages, config: AlignConfig) -> None:
+    """AlloError unless some parameter is trainable (all of them, for scores by a DPO run), and all
+    are finite."""
+    frozen = [name for name, value in model.named_parameters() if not value.requires_grad]
+    if len(frozen) == len(list(model.parameters())):
         raise AlloError(
             "align: every parameter of the model is frozen; expected some to train: call "
             "model.requires_grad_(True)"
         )
-    models.check_finite(model)
-    if context_of(model) is None and max_length is None:
+    if frozen and "importance" in stages and config.estimator == "delta":
         raise AlloError(
-            "align: the model's config does not say how many tokens it reads; set "
-            "model.config.max_position_embeddings"
+            f"align: {frozen[0]} is frozen, but the scores of estimator 'delta' are of a run that "
+            "trains every parameter: unfreeze it, or choose estimator 'gradient'"
         )
-    for name, value in model.named_parameters():
-        if every and not value.requires_grad:
-            raise AlloError(
-                f"align: {name} is frozen, but the scores of estimator 'delta' are of a run that "
-                "trains every parameter: unfreeze it, or choose estimator 'gradient'"
-            )
+    models.check_finite(model)
 
 
-def context_of(model) -> int | None:
-    """Tokens that the model reads at most, as its config says; None where it does not."""
-    return getattr(model.config, "max_position_embeddings", None)
-
-
-def several_gpus(device_type: str, count: int, environment=os.environ) -> str | None:
-    """What to say where a call on a GPU sees others that it will not use; else None."""
-    if device_type != "cuda" or count < 2 or "LOCAL_RANK" in environment:
-        return None
-    return (
+def other_gpus(model) -> list[str]:
+    """A line about the GPUs that a call without a launcher sees and will not use, if there are."""
+    count = torch.cuda.device_count()
+    if model.device.type != "cuda" or count < 2 or "LOCAL_RANK" in os.environ:
+        return []
+    return [
         f"align: uses one of {count} visible GPUs; start it by `accelerate launch` to use all, or "
         "set CUDA_VISIBLE_DEVICES to the one to use"
-    )
+    ]
+
+
+# --- the model as it was found ---
 
 
 @contextlib.contextmanager
@@ -267,21 +260,24 @@ def as_found(model):
     """
     modes = {part: part.training for part in model.modules()}
     trained = {value: value.requires_grad for value in model.parameters()}
+    use_cache = getattr(model.config, "use_cache", None)
     configs = {id(one): one for part in modes if (one := getattr(part, "config", None)) is not None}
-    kept = [(model.config, "use_cache", getattr(model.config, "use_cache", None))]
-    for owner in (*modes, *configs.values()):
-        for key, value in list(vars(owner).items()):
-            is_rate = "drop" in key or "jitter" in key or key == "p"  # that of nn.Dropout
-            if is_rate and isinstance(value, float) and value > 0:
-                kept.append((owner, key, value))
+    rates = [
+        (owner, key, value)
+        for owner in (*modes, *configs.values())
+        for key, value in vars(owner).items()
+        if "drop" in key or "jitter" in key or key == "p"  # that of nn.Dropout
+        if isinstance(value, float) and value > 0
+    ]
     try:
-        for owner, key, _ in kept[1:]:
+        for owner, key, _ in rates:
             setattr(owner, key, 0.0)
         yield
     finally:
-        for owner, key, value in kept:
-            if value is not None:
-                setattr(owner, key, value)
+        for owner, key, value in rates:
+            setattr(owner, key, value)
+        if use_cache is not None:
+            model.config.use_cache = use_cache
         for part, mode in modes.items():
             part.training = mode
         for value, mode in trained.items():
@@ -303,30 +299,24 @@ def restored(model, mask=None, *, always: bool = False):
 
 def entries(model, mask=None) -> dict[str, torch.Tensor]:
     """name -> copy, flat and on the CPU, of the entries of `mask` (None: all) in that parameter."""
-    found = {}
-    for name, value in model.named_parameters():
-        flat = devices.local(value).flatten()
-        if mask is not None:
-            if not mask.indices.get(name, _NONE).numel():
-                continue
-            flat = flat[_places(mask, name, value)]
-        found[name] = flat.to("cpu", copy=True)
-    return found
+    return {name: own[at].to("cpu", copy=True) for name, own, at in _places(model, mask)}
 
 
 @torch.no_grad()
 def put(model, mask, values: dict[str, torch.Tensor]) -> None:
     """Write what `entries` of the same mask gave into the model."""
+    for name, own, at in _places(model, mask):
+        own[at] = values[name].to(own.device)
+
+
+def _places(model, mask):
+    """Of each parameter its name, this process's part of it, flat, and the places of the mask."""
     for name, value in model.named_parameters():
-        own = devices.local(value)
-        if name in values and mask is None:
-            own.copy_(values[name].view_as(own))
-        elif name in values:
-            own.view(-1)[_places(mask, name, value)] = values[name].to(own.device)
-
-
-def _places(mask, name: str, value) -> torch.Tensor:
-    return devices.held(mask.indices[name], value).to(value.device)
+        own = devices.local(value).view(-1)
+        if mask is None:
+            yield name, own, slice(None)
+        elif name in mask.indices and mask.indices[name].numel():
+            yield name, own, devices.held(mask.indices[name], value).to(own.device)
 
 
 @contextlib.contextmanager
@@ -335,10 +325,7 @@ def recomputing(model, wanted: bool):
     if not wanted or any(getattr(m, "gradient_checkpointing", False) for m in model.modules()):
         yield
         return
-    try:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    except (ValueError, AttributeError, NotImplementedError):
-        _refuse("cannot make activations again", "leave gradient_checkpointing out")
+    model.gradient_checkpointing_enable({"use_reentrant": False})
     try:
         yield
     finally:

@@ -6,27 +6,24 @@ needs besides: checks (`align_setup`), checkpoints, a search of rates, held-out 
 
 import contextlib
 import math
-import os
 import shutil
 import sys
 import tempfile
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from allo_lib import align_setup, allo, delta
-from allo_lib.align_setup import STAGES, TRAINED, AlignConfig, entries, put
+from allo_lib.align_setup import STAGES, TRAINED, AlignConfig, as_found, entries, put, restored
 from allo_lib.data.preferences import SIDES
-from allo_lib.engine import models, rewriter
+from allo_lib.engine import rewriter
 from allo_lib.engine.checkpoints import Checkpoints
 from allo_lib.engine.forward import implicit_margins, layout_of, pair_logps
 from allo_lib.engine.reference import rows_hash, state_hash, with_reference
 from allo_lib.engine.store import Store, write_json
 from allo_lib.engine.trainer import Log, Schedule
 from allo_lib.errors import AlloError, Diverged
-from allo_lib.evaluation.stats import mean_and_error, mean_interval
 from allo_lib.machine import devices
 from allo_lib.method.neurons import NeuronMask
 from allo_lib.profiles.config import fingerprint
@@ -36,7 +33,8 @@ from allo_lib.study.search import search
 
 _SEARCH_FACTOR = 2.0  # ratio of neighbouring rates, as in the study's profiles
 # Share of a stage's steps in which its rate rises; official code.
-_WARMUP = {"forgetting": 0.03, "learning": 0.1}
+_WARMUP = {"importance": 0.1, "sft": 0.1, "forgetting": 0.03, "learning": 0.1}
+_NORMAL = 1.959964  # standard errors on either side of a normal 95% interval
 
 
 @dataclass
@@ -64,7 +62,7 @@ def align(
             strings or chat messages, with or without a prompt of its own (`preferences`). As no
             gold solution is known, the chosen response takes its place in the rewriting reward
             model. Pairs that are too long are dropped, those for which the reward model's row is
-            take no part in forgetting; both are told and listed in `align.json`.
+            take no part in forgetting; both are printed and listed in `align.json`.
         stages: any of "importance", "forgetting", "learning", run in this order. Without
             "importance" every neuron is trained, or those of `mask.safetensors` in `output_dir`.
         config: an AlignConfig, or a dict of its fields.
@@ -85,88 +83,72 @@ def align(
             token, a loss that is not finite, or stages that changed no weight.
     """
     with devices.quiet():
-        return _align(model, tokenizer, pairs, stages, config, output_dir)
-
-
-def _align(model, tokenizer, pairs, stages, config, output_dir) -> AlignResult:
-    folder = _folder(output_dir)
-    config, stages = align_setup.checked(config), align_setup.chosen_stages(stages)
-    run = _Run(model, tokenizer, config, stages, folder)
-    with align_setup.recomputing(model, run.config.gradient_checkpointing):
-        run.read(pairs)
-        run.output_dir.mkdir(parents=True, exist_ok=True)
-        with align_setup.as_found(model):
-            mask = run.find_neurons() if "importance" in run.stages else run.saved_mask()
-            run.rank_before()
-        with align_setup.restored(model, mask if run.trained else NeuronMask({}, {})) as before:
-            if run.trained:
-                with align_setup.as_found(model):
-                    run.train(mask, before)
-                    run.rank_after()
-            run.save(mask, before)
-    run.forget_checkpoints()
-    return AlignResult(model, mask, run.logs, run.output_dir, run.record["held_out"])
+        folder, config = align_setup.checked_folder(output_dir), align_setup.checked(config)
+        stages = align_setup.chosen_stages(stages)
+        align_setup.check_model(model, tokenizer)
+        with align_setup.recomputing(model, config.gradient_checkpointing):
+            run = _Run(model, tokenizer, pairs, stages, config, folder)
+            with as_found(model):
+                mask = run.find_neurons() if "importance" in stages else run.saved_mask()
+                run.read_unseen()
+            with restored(model, mask if run.trained else NeuronMask({}, {})) as before:
+                if run.trained:
+                    with as_found(model):
+                        run.train(mask, before)
+                        run.rank_held_out()
+                run.save(mask, before)
+        run.forget_checkpoints()
+        return AlignResult(model, mask, run.logs, folder, run.record["held_out"])
 
 
 class _Run:
-    """What the stages of one call share."""
+    """What the stages of one call share: model, pairs, settings, and the record of the call."""
 
-    def __init__(self, model, tokenizer, config: AlignConfig, stages, output_dir: Path):
-        align_setup.check_model(model)
-        models.check_tokenizer(tokenizer, model)
+    def __init__(self, model, tokenizer, pairs, stages, config: AlignConfig, output_dir: Path):
+        """Check and print all that can be known before anything is trained."""
         if getattr(model.config, "pad_token_id", None) is None:
             model.config.pad_token_id = tokenizer.pad_token_id
         self.model, self.tokenizer, self.config = model, tokenizer, config
-        self.stages, self.output_dir = stages, output_dir
         self.trained = [stage for stage in TRAINED if stage in stages]
+        self.output_dir, self.pad = output_dir, tokenizer.pad_token_id
         self.logs: dict[str, Log] = {}
         self.masters: dict = {}  # float32 values of kept entries, handed from stage to stage
-        self.record: dict = {"config": asdict(config), "held_out": None}  # for align.json
         self._weights: list[list[float]] | None = None  # of the tokens that are forgotten
-
-    def read(self, pairs) -> None:
-        """All that can be known before anything is trained: what fits, and what is told of it."""
-        every = "importance" in self.stages and self.config.estimator == "delta"
-        align_setup.check_trainable(self.model, every, self.config.max_length)
-        devices.start(self.model)
-        context = align_setup.context_of(self.model)
-        parts = align_setup.parts_of(pairs, self.tokenizer, context, self.config, self.stages)
-        self.pairs, self.held_out, self.development = parts
-        gpus = align_setup.several_gpus(self.model.device.type, torch.cuda.device_count())
-        for line in filter(None, [gpus, *align_setup.lines_about(*parts, self.stages)]):
+        align_setup.check_trainable(model, stages, config)
+        devices.start(model)
+        parts = align_setup.parts_of(pairs, tokenizer, model.config, config, stages)
+        self.pairs, held_out, development = parts
+        self.held_out, self.development = held_out.rows, development.rows
+        for line in [*align_setup.other_gpus(model), *align_setup.lines_about(*parts, stages)]:
             print(line, flush=True)
-        self.record["left_out"] = {
-            "overlong": self.pairs.overlong,
-            "not_forgotten": align_setup.not_forgotten(self.pairs),
-            "held_out": self.held_out.numbers,
-            "development": self.development.numbers,
+        settings = asdict(config)
+        self.record = {
+            "config": settings,
+            "held_out": None,
+            "left_out": {
+                "overlong": self.pairs.overlong,
+                "not_forgotten": align_setup.not_forgotten(self.pairs),
+                "held_out": held_out.numbers,
+                "development": development.numbers,
+            },
         }
-        self._try_longest()
-        settings = self.record["config"] | {"checkpoint_minutes": None, "stages": self.stages}
-        begins = [state_hash(self.model), rows_hash(self.pairs.rows), settings]
+        self._find_way_to_read()
+        same = settings | {"checkpoint_minutes": None, "stages": stages}
+        begins = [state_hash(model), rows_hash(self.pairs.rows), same]
         devices.agree(begins, "pairs or settings")
-        self._begun = self.output_dir / ".checkpoints" / fingerprint(begins)[:24]
+        self._begun = output_dir / ".checkpoints" / fingerprint(begins)[:24]
+        output_dir.mkdir(parents=True, exist_ok=True)
 
-    def _try_longest(self) -> None:
+    def _find_way_to_read(self) -> None:
         """Find how the model is read so that the longest pair has its own log-probs."""
         by_length = sorted(self.pairs.rows, key=lambda row: sum(map(len, row.values())))
-        shortest, pair = by_length[0], by_length[-1]
-        rows = [{"prompt": pair["prompt"], "response": pair[side]} for side in SIDES]
-        rows.append({"prompt": shortest["prompt"], "response": shortest["chosen"]})
-        layout_of(self.model, self.tokenizer.pad_token_id, rows)
-
-    def checkpoints(self, stage: str) -> Checkpoints:
-        """Where a stage of this very call goes on from."""
-        return Checkpoints(self._begun / stage, self.config.checkpoint_minutes)
-
-    def forget_checkpoints(self) -> None:
-        """All stages are saved: nothing will go on from them."""
-        shutil.rmtree(self._begun, ignore_errors=True)
-        with contextlib.suppress(OSError):  # another call's may be there
-            self._begun.parent.rmdir()
+        shortest, longest = by_length[0], by_length[-1]
+        sides = (longest, "chosen"), (longest, "rejected"), (shortest, "chosen")
+        rows = [{"prompt": pair["prompt"], "response": pair[side]} for pair, side in sides]
+        layout_of(self.model, self.pad, rows)
 
     def find_neurons(self) -> NeuronMask:
-        """The method's first step: scores by the estimator asked for, and the mask they give."""
+        """The method's first step: scores, and the mask that they give."""
         mask, ties = allo.find_neurons(self._scores(), self.config.share)
         whole = mask.joined() if devices.is_sharded(next(self.model.parameters())) else mask
         if devices.rank() == 0:
@@ -175,31 +157,14 @@ class _Run:
         return mask
 
     def _scores(self) -> dict[str, torch.Tensor]:
-        config = self.config
-        common = {
-            "beta": config.beta,
-            "batch_size": config.batch_size,
-            "seed": derive(config.seed, "importance"),
-            "pad_token_id": self.tokenizer.pad_token_id,
-        }
         rows = self._with_reference(self.pairs.rows)
-        if config.estimator == "gradient":
+        settings = self._stage("importance", self.config.importance_rate, None, "importance")
+        if self.config.estimator == "gradient":
             self.logs["importance"] = Log()
-            common["batch_size"] //= config.accumulation  # each pass counts as a batch
-            return allo.gradient_scores(self.model, rows, steps=config.max_steps, **common)
-        with align_setup.restored(self.model, always=True):
-            scores, record = allo.delta_of_dpo(
-                self.model,
-                rows,
-                lr=config.importance_rate,
-                epochs=config.epochs,
-                accumulation=config.accumulation,
-                max_steps=config.max_steps,
-                label="importance",
-                clip=config.max_grad_norm,
-                checkpoints=self.checkpoints("importance"),
-                **common,
-            )
+            used = {key: settings[key] for key in ("schedule", "beta", "pad_token_id")}
+            return allo.gradient_scores(self.model, rows, **used)
+        with restored(self.model, always=True):
+            scores, record = allo.delta_of_dpo(self.model, rows, **settings)
         self.logs["importance"] = Log(loss=record["loss"])
         return scores
 
@@ -213,7 +178,7 @@ class _Run:
         return mask.part_of(self.model)
 
     def train(self, mask, before: dict) -> None:
-        """Forgetting and learning, from the weights `before`, at the rates given or the best found.
+        """Forgetting and learning, from the weights `before`, at the best rates.
 
         Raises:
             AlloError: every candidate of the search diverged, or no weight has another value
@@ -233,23 +198,23 @@ class _Run:
             )
 
     def _search(self, rates: tuple[float, ...], mask, before: dict) -> None:
-        """Try rates around those given and leave the model that ranks most development pairs
-        right; of equal ones that of the smallest rates."""
+        """Try rates and leave the model that ranks most development pairs right; of equal ones
+        that of the smallest rates."""
         names = [f"{stage}_rate" for stage in self.trained]
         best: tuple | None = None  # (accuracy, negative rates), entries, logs
 
         def attempt(rates: tuple[float, ...]) -> float:
             nonlocal best
             put(self.model, mask, before)
-            told = ", ".join(f"{n} {rate:g}" for n, rate in zip(names, rates, strict=True))
+            about = ", ".join(f"{n} {rate:g}" for n, rate in zip(names, rates, strict=True))
             try:
-                self._train_at(rates, mask, f"{told}/")
+                self._train_at(rates, mask, f"{about}/")
             except Diverged as error:
-                print(f"align: {told}: {error}", flush=True)
+                print(f"align: {about}: {error}", flush=True)
                 return -1.0
-            margins, _, _ = self._ranked(self.development_before)
+            margins = self._margins(self.development)
             accuracy = sum(margin > 0 for margin in margins) / len(margins)
-            print(f"align: {told}: {accuracy:.1%} of {len(margins)} development pairs", flush=True)
+            print(f"align: {about}: {accuracy:.1%} of {len(margins)} development pairs", flush=True)
             ranks = accuracy, tuple(-rate for rate in rates)
             if best is None or ranks > best[0]:
                 best = ranks, entries(self.model, mask), dict(self.logs)
@@ -271,136 +236,130 @@ class _Run:
             rows = self._with_reference(self.pairs.rows)
             if name == "forgetting" and self._weights is None:
                 self._weights = self._token_weights(mask)
-            schedule = self._schedule(name, rate, _WARMUP[name])
-            settings = self._settings(name, mask, f"{place}{name}") | {"masters": self.masters}
+            settings = self._stage(name, rate, mask, f"{place}{name}") | {"masters": self.masters}
             if name == "forgetting":
                 fitting = zip(rows, self.pairs.corrections, strict=True)
                 rows = [row for row, correction in fitting if correction]
-                log = allo.forget(self.model, rows, self._weights, schedule, **settings)
+                self.logs[name] = allo.forget(self.model, rows, self._weights, **settings)
             else:
-                settings["key_share"] = self.config.key_share
-                log = allo.learn(self.model, rows, schedule, **settings)
-            self.logs[name] = log
+                key_share = self.config.key_share
+                self.logs[name] = allo.learn(self.model, rows, key_share=key_share, **settings)
 
     def _token_weights(self, mask) -> list[list[float]]:
         """The method's second step: train the rewriter from the model's weights, read its
         probabilities, and put the weights back."""
-        learnt, read = zip(*filter(None, self.pairs.corrections), strict=True)
-        config, pad = self.config, self.tokenizer.pad_token_id
-        trained = mask if config.rewriter_neurons == "kept" else None
-        schedule = self._schedule("sft", config.rewriter_rate, 0.1)
-        settings = self._settings("sft", trained, "rewriter")
-        with align_setup.restored(self.model, always=True):
-            self.logs["rewriter"] = allo.run_stage(
-                self.model, list(learnt), "sft", schedule, **settings
-            )
-            values = rewriter.probabilities(self.model, list(read), pad, config.forward_batch)
-        chosen = allo.token_weights(values, config.token_rule, config.token_threshold)
-        _warn(warning_signs.no_choice_of_tokens(chosen))
-        return chosen
-
-    def _schedule(self, name: str, rate: float, warmup: float) -> Schedule:
         config = self.config
-        return Schedule(
-            rate, config.epochs, config.batch_size, derive(config.seed, name), warmup,
+        learnt, read = zip(*filter(None, self.pairs.corrections), strict=True)
+        trained = mask if config.rewriter_neurons == "kept" else None
+        settings = self._stage("sft", config.rewriter_rate, trained, "rewriter")
+        with restored(self.model, trained, always=True):
+            self.logs["rewriter"] = allo.run_stage(self.model, list(learnt), "sft", **settings)
+            values = rewriter.probabilities(self.model, list(read), self.pad, config.forward_batch)
+        weights = allo.token_weights(values, config.token_rule, config.token_threshold)
+        _warn(warning_signs.no_choice_of_tokens(weights))
+        return weights
+
+    def _stage(self, name: str, rate: float, mask, place: str) -> dict:
+        """The arguments of `allo.run_stage` but model and rows; place: of the checkpoints."""
+        config = self.config
+        schedule = Schedule(
+            rate, config.epochs, config.batch_size, derive(config.seed, name), _WARMUP[name],
             config.accumulation, config.max_steps,
         )  # fmt: skip
-
-    def _settings(self, name: str, mask, place: str) -> dict:
-        """Those of `allo.run_stage` that all stages have."""
         return {
-            "pad_token_id": self.tokenizer.pad_token_id,
+            "schedule": schedule,
+            "pad_token_id": self.pad,
             "mask": mask,
-            "beta": self.config.beta,
-            "max_grad_norm": self.config.max_grad_norm,
+            "beta": config.beta,
+            "max_grad_norm": config.max_grad_norm,
             "label": name,
-            "checkpoints": self.checkpoints(place),
+            "checkpoints": self._checkpoints(place),
         }
+
+    def _checkpoints(self, place: str) -> Checkpoints:
+        """Where a stage of this very call goes on from."""
+        return Checkpoints(self._begun / place, self.config.checkpoint_minutes)
+
+    def forget_checkpoints(self) -> None:
+        """All stages are saved: nothing will go on from them."""
+        shutil.rmtree(self._begun, ignore_errors=True)
+        with contextlib.suppress(OSError):  # another call's may be there
+            self._begun.parent.rmdir()
 
     def _with_reference(self, rows: list[dict]) -> list[dict]:
         """Pairs with the log-probs of the model as it stands: each stage's own reference."""
         return rows and with_reference(
             self.model,
             rows,
-            pad_token_id=self.tokenizer.pad_token_id,
+            pad_token_id=self.pad,
             batch_size=self.config.forward_batch,
             store=Store(self.output_dir / ".references"),
         )
 
-    def rank_before(self) -> None:
-        """The log-probs of the pairs that are not trained on, under the model as it is given."""
-        self.held_out_before = self._with_reference(self.held_out.rows)
-        self.development_before = self._with_reference(self.development.rows)
+    def read_unseen(self) -> None:
+        """The log-probs of the pairs that are not trained on, under the model before training."""
+        self.held_out = self._with_reference(self.held_out)
+        self.development = self._with_reference(self.development)
 
-    def rank_after(self) -> None:
-        """How many held-out pairs are ranked right before and after, into the record.
+    def _margins(self, rows: list[dict]) -> list[float]:
+        """Of each pair the implicit reward of DPO, beta log pi / pi_before, chosen - rejected."""
+        before = [{side: row[f"{side}_reference"] for side in SIDES} for row in rows]
+        now = pair_logps(self.model, rows, self.pad, self.config.forward_batch)
+        return implicit_margins(now, before, self.config.beta)
 
-        `reward_accuracy`: the implicit reward of DPO, log pi / pi_before, is larger for the chosen
-        reply; before, all rewards are 0 and every pair counts half. `chosen_likelier`: the chosen
-        reply is the likelier one. Of one model, with normal 95% intervals over pairs (`stats`).
+    def rank_held_out(self) -> None:
+        """The share of held-out pairs with a positive margin, into the record and printed.
+
+        Before, all margins are 0, and a pair of margin 0 counts half. With a normal 95% interval
+        over pairs, two more on each side (Agresti & Coull 1998), so that it always has a width.
         """
-        if not self.held_out.rows:
+        if not self.held_out:
             return
-        margins, before, after = self._ranked(self.held_out_before)
+        margins = self._margins(self.held_out)
         n = len(margins)
-        right = sum(margin > 0 for margin in margins) + sum(margin == 0 for margin in margins) / 2
-        rough = (right + 2) / (n + 4)  # with two pairs more on each side: never without error
-        reward = mean_interval(
-            {0: right / n - 0.5}, {0: math.sqrt(rough * (1 - rough) / (n + 4))}, n
-        )
-        changes = [float(a > 0) - float(b > 0) for b, a in zip(before, after, strict=True)]
-        change, error = mean_and_error([np.array(changes)], (1.0, -1.0))
-        likelier = mean_interval({0: change}, {0: error}, n)
-        start = sum(b > 0 for b in before) / n
+        right = sum((margin > 0) + (margin == 0) / 2 for margin in margins)
+        rough, change = (right + 2) / (n + 4), right / n - 0.5
+        half = _NORMAL * math.sqrt(rough * (1 - rough) / (n + 4))
+        low, high = change - half, change + half
         self.record["held_out"] = {
             "pairs": n,
             "reward_margin": sum(margins) / n,
-            "reward_accuracy": _change(0.5, reward),
-            "chosen_likelier": _change(start, likelier),
-        }
-        for key in ("reward_accuracy", "chosen_likelier"):
-            one = self.record["held_out"][key]
-            print(
-                f"align: {key} on {n} held-out pairs: {one['before']:.1%} before, "
-                f"{one['after']:.1%} after; change {100 * one['change']:+.1f} points, 95% interval "
-                f"{100 * one['low']:+.1f} to {100 * one['high']:+.1f}",
-                flush=True,
-            )
-
-    def _ranked(self, before: list[dict]) -> tuple[list[float], list[float], list[float]]:
-        """Of each pair, chosen minus rejected: the reward, and the log-prob before and now."""
-        old = [{side: row[f"{side}_reference"] for side in SIDES} for row in before]
-        pad, rows = self.tokenizer.pad_token_id, self.config.forward_batch
-        new = pair_logps(self.model, before, pad, rows)
-        gaps = ([sum(one["chosen"]) - sum(one["rejected"]) for one in each] for each in (old, new))
-        return implicit_margins(new, old, self.config.beta), *gaps
+            "reward_accuracy": {
+                "before": 0.5, "after": right / n, "change": change, "low": low, "high": high,
+            },
+        }  # fmt: skip
+        print(
+            f"align: reward_accuracy on {n} held-out pairs: 50.0% before, {right / n:.1%} after; "
+            f"change {change:+.1%}, 95% interval {low:+.1%} to {high:+.1%}",
+            flush=True,
+        )
 
     def save(self, mask, before: dict) -> None:
         """The folder of the aligned model, and what of it differs from the values `before`."""
-        path = self.output_dir / delta.NAME
         self._write_model(self.output_dir)
+        path = self.output_dir / delta.NAME
         if self.trained:
-            self._save_delta(path, mask, before)
+            self._write_delta(path, mask, before)
         if devices.rank() > 0:
             return
         self.tokenizer.save_pretrained(self.output_dir)
-        if not self.trained:
-            path.unlink(missing_ok=True)
         size = sum(file.stat().st_size for file in self.output_dir.glob("model*.safetensors"))
-        told = f"align: {self.output_dir} holds the model ({size / 1e6:.1f} MB)"
+        about = f"align: {self.output_dir} holds the model ({size / 1e6:.1f} MB)"
         if self.trained:
             its = path.stat().st_size
-            told += f" and {delta.NAME} ({its / 1e6:.1f} MB, {its / size:.0%} of it)"
+            about += f" and {delta.NAME} ({its / 1e6:.1f} MB, {its / size:.0%} of it)"
+        else:
+            path.unlink(missing_ok=True)
         self.record["loss"] = {stage: log.loss for stage, log in self.logs.items()}
         write_json(self.output_dir / "align.json", self.record)
-        print(told, flush=True)
+        print(about, flush=True)
 
     def _write_model(self, folder) -> None:
         weights = devices.whole_weights(self.model)  # all processes give their parts
         if devices.rank() == 0:
             self.model.save_pretrained(folder, state_dict=weights)
 
-    def _save_delta(self, path: Path, mask, before: dict) -> None:
+    def _write_delta(self, path: Path, mask, before: dict) -> None:
         # The base is saved once more beside the result, as only transformers knows how.
         about = {
             "base": str(self.model.name_or_path or ""),
@@ -416,21 +375,6 @@ class _Run:
                 delta.write(Path(folder), self.output_dir, path, about)
 
 
-def _change(before: float, interval) -> dict[str, float]:
-    """What an interval of a change says, beside where it started."""
-    after = before + interval.effect
-    return {"before": before, "after": after, "change": interval.effect,
-            "low": interval.low, "high": interval.high}  # fmt: skip
-
-
-def _warn(found: str | None) -> None:
-    if found:
-        print(f"warning: {found}", file=sys.stderr, flush=True)
-
-
-def _folder(output_dir) -> Path:
-    if not isinstance(output_dir, (str, os.PathLike)) or not str(output_dir):
-        raise AlloError(f"align: output_dir is {output_dir!r}; name the folder to write to")
-    if Path(output_dir).exists() and not Path(output_dir).is_dir():
-        raise AlloError(f"align: output_dir {output_dir} is a file; name a folder")
-    return Path(output_dir)
+def _warn(sign: str | None) -> None:
+    if sign:
+        print(f"warning: {sign}", file=sys.stderr, flush=True)

@@ -43,33 +43,24 @@ from allo_lib.method.tokens import unaligned_weights
 # --- 1. neurons --------------------------------------------------------------------------------
 
 
-def delta_of_dpo(model, pairs, *, lr, beta, batch_size, epochs, seed, pad_token_id, label, clip,
-                 checkpoints=None, accumulation=1, max_steps=None):  # fmt: skip
+def delta_of_dpo(model, pairs, schedule: Schedule, **settings):
     """Scores I(D, theta_i) = |theta'_i - theta_i| / lr of vanilla DPO on every neuron.
 
     `model` holds theta, which is also the reference of `pairs` (encoded, with `chosen_reference`
     and `rejected_reference`); afterwards it holds theta'. Both are compared in float32 masters, as
-    weights in bfloat16 hide small updates.
+    weights in bfloat16 hide small updates. settings: of `run_stage`.
 
     Returns:
         (name -> float32 scores of the parameter's shape, record). The record says which share of
         the neurons the run moved in float32, and which share as seen in bfloat16.
     """
-    parameters = dict(model.named_parameters())
+    parameters, lr = dict(model.named_parameters()), schedule.learning_rate
     before = {name: devices.local(p).float().clone() for name, p in parameters.items()}
     after: dict[str, torch.Tensor] = {}
     log = run_stage(
-        model,
-        pairs,
-        "dpo",
-        Schedule(lr, epochs, batch_size, seed, accumulation=accumulation, max_steps=max_steps),
-        pad_token_id=pad_token_id,
-        beta=beta,
-        max_grad_norm=clip,
-        label=label,
-        after=lambda optimizer: after.update(optimizer.master_weights()),
-        checkpoints=checkpoints,
-    )
+        model, pairs, "dpo", schedule,
+        after=lambda optimizer: after.update(optimizer.master_weights()), **settings,
+    )  # fmt: skip
     scores = neurons.delta_scores(before, after, lr)
     record = {"loss": log.loss, "lr": lr} | _moved(before, after)
     return {name: devices.like(score, parameters[name]) for name, score in scores.items()}, record
@@ -77,27 +68,20 @@ def delta_of_dpo(model, pairs, *, lr, beta, batch_size, epochs, seed, pad_token_
 
 def _moved(before: dict, after: dict) -> dict[str, float]:
     """Shares of the neurons that differ, of all processes' parts together."""
-
-    def of_all(counts) -> int:
-        return int(devices.total(torch.tensor(sum(counts))))
-
-    def differ(name: str, dtype) -> int:
-        return int((before[name].to(dtype) != after[name].to(dtype)).sum())
-
-    total = of_all(value.numel() for value in before.values())
-    return {
-        f"moved_{str(dtype).removeprefix('torch.')}": of_all(differ(n, dtype) for n in before)
-        / total
-        for dtype in (torch.float32, torch.bfloat16)
-    }
+    counts = [sum(value.numel() for value in before.values())]
+    for dtype in (torch.float32, torch.bfloat16):
+        counts.append(sum(int((before[n].to(dtype) != after[n].to(dtype)).sum()) for n in before))
+    total, *moved = devices.total(torch.tensor(counts)).tolist()
+    return {"moved_float32": moved[0] / total, "moved_bfloat16": moved[1] / total}
 
 
-def gradient_scores(model, pairs, *, beta, batch_size, seed, pad_token_id, steps=None):
-    """Scores sum over (at most `steps`) batches of |dL_DPO / dtheta_i| at theta; no update is made.
+def gradient_scores(model, pairs, schedule: Schedule, *, beta, pad_token_id):
+    """Scores sum over batches of |dL_DPO / dtheta_i| at theta, once over the pairs; no update.
 
     The paper's second estimator. name -> float32 scores of the parameter's shape, on the CPU. Each
     gradient is added and dropped as soon as it is complete: one of them is alive at a time, and the
-    model's device holds no sum.
+    model's device holds no sum. Of the schedule: every forward pass is a batch, `max_steps` of them
+    at most.
     """
     sums = {n: torch.zeros(devices.local(p).shape) for n, p in model.named_parameters()}
     names = {parameter: name for name, parameter in model.named_parameters()}
@@ -112,10 +96,12 @@ def gradient_scores(model, pairs, *, beta, batch_size, seed, pad_token_id, steps
     hooks = [p.register_post_accumulate_grad_hook(add) for p in trained if not devices.is_copy(p)]
     loss_of, layout = objective("dpo", beta=beta), layout_of(model, pad_token_id)
     make, loss_of, _ = devices.split(collator_of("dpo", layout), loss_of, terms_of("dpo"))
-    order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(seed)).tolist()
+    seeded = torch.Generator().manual_seed(schedule.seed)
+    order = torch.randperm(len(pairs), generator=seeded).tolist()
+    size = schedule.batch_size // schedule.accumulation
     try:
-        for start in range(0, len(order), batch_size)[:steps]:
-            chunk = [pairs[i] for i in order[start : start + batch_size]]
+        for start in range(0, len(order), size)[: schedule.max_steps]:
+            chunk = [pairs[i] for i in order[start : start + size]]
             batch = to_device(make(chunk), model)
             loss_of(response_logps(model, batch), batch)[0].backward()
             devices.average_gradients(copies)

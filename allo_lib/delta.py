@@ -33,24 +33,22 @@ _WEIGHTS = "model*.safetensors"
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-def write(base: Path, result: Path, path: Path, about: dict) -> int:
-    """Write the delta of two `save_pretrained` folders of one architecture; returns its bytes.
+def write(base: Path, result: Path, path: Path, about: dict) -> None:
+    """Write the delta of two `save_pretrained` folders of one architecture.
 
     about: `base` (id or folder), `revision` and `dtype` of the base, for the header.
     """
-    changed = {}
-    with _Checkpoint(base) as old, _Checkpoint(result) as new:
-        for name in new.names:
-            before, after = old[name], new[name]
-            at = (_bits(before) != _bits(after)).nonzero().flatten()
-            if at.numel():
-                fits = after.numel() <= 2**31
-                changed[f"{name}.indices"] = at.to(torch.int32 if fits else torch.int64)
-                changed[f"{name}.values"] = after.flatten()[at]
-        header = {"format": _FORMAT, "base_sha256": old.hash(), "result_sha256": new.hash()} | about
+    old, new, changed = _tensors(base), _tensors(result), {}
+    for name, after in new.items():
+        at = (_bits(old[name]) != _bits(after)).nonzero().flatten()
+        if at.numel():
+            fits = after.numel() <= 2**31
+            changed[f"{name}.indices"] = at.to(torch.int32 if fits else torch.int64)
+            changed[f"{name}.values"] = after.flatten()[at]
+    hashes = {"base_sha256": _hash(old), "result_sha256": _hash(new)}
+    header = json.dumps({"format": _FORMAT} | hashes | about, sort_keys=True)
     # One key only: safetensors writes several in an order that changes from run to run.
-    save_file(changed, str(path), metadata={_HEADER: json.dumps(header, sort_keys=True)})
-    return path.stat().st_size
+    save_file(changed, str(path), metadata={_HEADER: header})
 
 
 def merge(base, delta, output_dir) -> Path:
@@ -69,18 +67,29 @@ def merge(base, delta, output_dir) -> Path:
         raise AlloError(f"merge: {output_dir} is there already; name a folder that is not")
     tokenizer = None
     if isinstance(base, (str, Path)):
-        same = str(base) == header["base"]
-        revision = header["revision"] if same else None
+        revision = header["revision"] if str(base) == header["base"] else None
         base, tokenizer = models.pretrained(str(base), header["dtype"], revision)
-    if getattr(base.config, "pad_token_id", None) is None and tokenizer is not None:
-        base.config.pad_token_id = tokenizer.pad_token_id
+        if getattr(base.config, "pad_token_id", None) is None:  # as `align` has set it
+            base.config.pad_token_id = tokenizer.pad_token_id
     output_dir.parent.mkdir(parents=True, exist_ok=True)
     part = output_dir.with_name(f".{output_dir.name}-{uuid.uuid4().hex[:8]}")
     try:
         base.save_pretrained(part)
         if tokenizer is not None:
             tokenizer.save_pretrained(part)
-        _overwrite(part, delta, header, changed, base.name_or_path)
+        found = _hash(_tensors(part))
+        if found != header["base_sha256"]:
+            raise AlloError(
+                f"{delta} was made from {header['base']!r} (revision {header['revision']}, sha256 "
+                f"{header['base_sha256'][:12]}), and {base.name_or_path!r} has other weights "
+                f"({found[:12]}); give the base that it was made from"
+            )
+        try:
+            _overwrite(part, changed)
+        except UNREADABLE as error:  # indices or values that do not fit
+            raise _damaged(delta, told(error)) from error
+        if _hash(_tensors(part)) != header["result_sha256"]:
+            raise _damaged(delta, "what it gives has another hash than it names")
         part.rename(output_dir)
     finally:
         shutil.rmtree(part, ignore_errors=True)
@@ -94,51 +103,29 @@ def load_aligned(base, delta):
         return AutoModelForCausalLM.from_pretrained(merged, dtype="auto")
 
 
-def _overwrite(folder: Path, delta, header: dict, changed: dict, name: str) -> None:
-    with _Checkpoint(folder) as there:
-        if there.hash() != header["base_sha256"]:
-            raise AlloError(
-                f"{delta} was made from {header['base']!r} (revision {header['revision']}, sha256 "
-                f"{header['base_sha256'][:12]}), and {name!r} has other weights "
-                f"({there.hash()[:12]}); give the base that it was made from"
-            )
+def _overwrite(folder: Path, changed: dict[str, torch.Tensor]) -> None:
+    """Write the values into the checkpoint's files."""
     for file in sorted(folder.glob(_WEIGHTS)):
         tensors = load_file(str(file))
-        for key, tensor in tensors.items():
-            if key in changed:
-                at, values = changed.pop(key)
-                if values.dtype != tensor.dtype or int(at[-1]) >= tensor.numel():
-                    raise _damaged(delta, f"{key} does not fit the base's")
-                tensor.view(-1)[at] = values
+        for name, tensor in tensors.items():
+            if f"{name}.indices" in changed:
+                at = changed[f"{name}.indices"].long()
+                tensor.view(-1)[at] = changed[f"{name}.values"]
         written = file.with_suffix(".part")  # what was read may still be mapped from the file
         save_file(tensors, str(written), metadata={"format": "pt"})
         written.replace(file)
-    with _Checkpoint(folder) as there:
-        if changed or there.hash() != header["result_sha256"]:
-            raise _damaged(delta, "what it gives has another hash than it names")
 
 
-def _read(path) -> tuple[dict, dict]:
-    """The header, and name -> (indices, values) of each tensor."""
+def _read(path) -> tuple[dict, dict[str, torch.Tensor]]:
+    """The header, and the tensors `<name>.indices` and `<name>.values`."""
     try:
         with safe_open(str(path), framework="pt") as file:
             header = json.loads((file.metadata() or {})[_HEADER])
-            names = [key.removesuffix(".indices") for key in file.keys() if key.endswith("indices")]
-            changed = {
-                name: (file.get_tensor(f"{name}.indices").long(), file.get_tensor(f"{name}.values"))
-                for name in names
-            }
-            sound = len(file.keys()) == 2 * len(names) and header.keys() >= _KEYS
-            sound = sound and header["format"] == _FORMAT and type(header["base_sha256"]) is str
+        if header["format"] != _FORMAT or not header.keys() >= _KEYS:
+            raise ValueError("header")
+        return header, load_file(str(path))
     except UNREADABLE as error:
         raise _damaged(path, told(error)) from error
-    for name, (at, values) in changed.items():
-        flat = at.ndim == 1 and at.shape == values.shape and at.numel()
-        if not flat or int(at[0]) < 0 or not bool((at.diff() > 0).all()):
-            raise _damaged(path, f"indices of {name}")
-    if not sound:
-        raise _damaged(path, "header")
-    return header, changed
 
 
 def _damaged(path, what: str) -> AlloError:
@@ -147,27 +134,15 @@ def _damaged(path, what: str) -> AlloError:
     )
 
 
-class _Checkpoint:
-    """The tensors of a `save_pretrained` folder, read one at a time."""
+def _tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a `save_pretrained` folder by name; mapped from its files, not read yet."""
+    files = sorted(folder.glob(_WEIGHTS))
+    return dict(sorted(pair for file in files for pair in load_file(str(file)).items()))
 
-    def __init__(self, folder: Path):
-        self._files = [safe_open(str(f), framework="pt") for f in sorted(folder.glob(_WEIGHTS))]
-        self._file_of = {name: file for file in self._files for name in file.keys()}
-        self.names = sorted(self._file_of)
 
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self._file_of.clear()
-        self._files.clear()
-
-    def __getitem__(self, name: str) -> torch.Tensor:
-        return self._file_of[name].get_tensor(name)
-
-    def hash(self) -> str:
-        """SHA-256 over names, dtypes, shapes and bytes of all tensors."""
-        return tensors_hash((name, self[name]) for name in self.names)
+def _hash(tensors: dict[str, torch.Tensor]) -> str:
+    """SHA-256 over names, dtypes, shapes and bytes."""
+    return tensors_hash(tensors.items())
 
 
 def _bits(tensor: torch.Tensor) -> torch.Tensor:

@@ -1,26 +1,35 @@
-"""`align` on a small model: the stages do what they say, and bad input is told in one line."""
+"""`align` on small models: what it trains and gives back, and what is refused in one line."""
 
-import contextlib
-import gc
 import json
 import math
 import shutil
+import types
 
 import pytest
 import torch
 from datasets import Dataset
 from refusals import refused
-from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig
+from test_bad_models import PAIRS, QUICK, words
+from tiny_models import VOCABULARY, tiny_llama, weights_of
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+)
 
-from allo_lib import align, allo
+from allo_lib import align, align_setup, allo
 from allo_lib.data import miniature
 from allo_lib.engine import models
-from allo_lib.machine import weights
+from allo_lib.engine.checkpoints import Checkpoints
+from allo_lib.errors import Diverged
 from allo_lib.method.masked_adamw import MaskedAdamW
 from allo_lib.method.neurons import NeuronMask
 from allo_lib.profiles.profile_files import load_profile
 
 FAST = {"batch_size": 4, "importance_rate": 1e-3, "forgetting_rate": 1e-2, "learning_rate": 1e-2}
+LEAN = {"estimator": "gradient", "rewriter_neurons": "kept"}
+NO_FORGETTING = ("importance", "learning")
 
 
 def small_model(tokenizer):
@@ -52,177 +61,93 @@ def pairs():
     return Dataset.from_list(rows)
 
 
-def test_all_stages_move_kept_entries_only(tokenizer, pairs, tmp_path):
+def same(before, model) -> bool:
+    return all(torch.equal(before[name], value) for name, value in model.named_parameters())
+
+
+def moved(before, model, mask) -> int:
+    """How many kept entries moved; no other one may have."""
+    count = 0
+    for name, value in model.named_parameters():
+        kept = mask.dense(name)
+        assert torch.equal(value[~kept], before[name][~kept]), name
+        count += int((value[kept] != before[name][kept]).sum())
+    return count
+
+
+@pytest.fixture
+def stages(monkeypatch):
+    """Calls of `allo.run_stage`: name of the loss -> (number of rows, mask, masters it begins
+    from)."""
+    calls, real = {}, allo.run_stage
+
+    def spy(model, rows, name, schedule, **settings):
+        calls[name] = len(rows), settings["mask"], dict(settings.get("masters") or {})
+        return real(model, rows, name, schedule, **settings)
+
+    monkeypatch.setattr(allo, "run_stage", spy)
+    return calls
+
+
+# --- what is trained, and what is written --------------------------------------------------------
+
+
+def test_all_stages_move_kept_entries_only_and_the_folder_loads(tokenizer, pairs, tmp_path):
     model = small_model(tokenizer)
-    before = weights.snapshot(model)
+    before = weights_of(model)
     result = align(model, tokenizer, pairs, config=FAST | {"epochs": 2}, output_dir=tmp_path)
     assert set(result.logs) == {"importance", "rewriter", "forgetting", "learning"}
     assert result.mask.kept == round(0.1 * result.mask.total)
-    moved = 0
-    for name, parameter in model.named_parameters():
-        kept = result.mask.dense(name)
-        assert torch.equal(parameter[~kept], before[name][~kept])
-        moved += int((parameter[kept] != before[name][kept]).sum())
-    assert moved > 0.5 * result.mask.kept
+    assert moved(before, model, result.mask) > 0.5 * result.mask.kept
+    assert same(weights_of(AutoModelForCausalLM.from_pretrained(tmp_path)), model)
+    assert NeuronMask.load(tmp_path / "mask.safetensors").overlap(result.mask) == 1
+    record = json.loads((tmp_path / "align.json").read_text())
+    assert record["config"]["learning_rate"] == FAST["learning_rate"]
+    assert record["loss"]["learning"] == result.logs["learning"].loss
+    # A later call without "importance" trains the neurons that are saved there.
+    model = small_model(tokenizer)
+    later = align(
+        model, tokenizer, pairs, stages=("learning",), config=FAST, output_dir=tmp_path
+    )  # fmt: skip
+    assert later.mask.overlap(result.mask) == 1 and moved(before, model, later.mask)
 
 
-def test_learning_goes_on_from_the_masters_of_forgetting(tokenizer, pairs, tmp_path, monkeypatch):
-    begun, real = {}, allo.run_stage
-
-    def spy(model, rows, objective, schedule, *, masters=None, **settings):
-        begun[objective] = None if masters is None else dict(masters)
-        return real(model, rows, objective, schedule, masters=masters, **settings)
-
-    monkeypatch.setattr(allo, "run_stage", spy)
+def test_learning_goes_on_from_the_masters_of_forgetting(tokenizer, pairs, tmp_path, stages):
     model = small_model(tokenizer).bfloat16()
     # Rates at which bf16 weights hardly move: only the masters know of the forgetting.
     rates = {"forgetting_rate": 1e-7, "importance_rate": 1e-3}
     result = align(model, tokenizer, pairs, config=FAST | rates, output_dir=tmp_path)
-    assert begun["sft"] is None and begun["forgetting"] == {}
-    assert begun["learning"].keys() == {n for n, i in result.mask.indices.items() if i.numel()}
-    unrounded = [values != values.bfloat16().float() for _, values in begun["learning"].values()]
+    masters = stages["learning"][2]
+    assert stages["sft"][2] == stages["forgetting"][2] == {}
+    assert masters.keys() == {n for n, i in result.mask.indices.items() if i.numel()}
+    unrounded = [values != values.bfloat16().float() for _, values in masters.values()]
     assert torch.cat(unrounded).float().mean() > 0.5
 
 
-LEAN = {"estimator": "gradient", "rewriter_neurons": "kept"}
-
-
-def test_lean_settings_keep_by_gradient_and_train_kept_entries_only(
-    tokenizer, pairs, tmp_path, monkeypatch
-):
-    masks, real = {}, allo.run_stage
-
-    def spy(model, rows, objective, schedule, *, mask=None, **settings):
-        masks[objective] = mask
-        return real(model, rows, objective, schedule, mask=mask, **settings)
-
-    monkeypatch.setattr(allo, "run_stage", spy)
+def test_lean_settings_use_no_dense_state(tokenizer, pairs, tmp_path, stages):
+    """No optimizer for the scores, and the same neurons in every stage, the reward model's too."""
     model = small_model(tokenizer)
-    before = weights.snapshot(model)
+    before = weights_of(model)
     result = align(model, tokenizer, pairs, config=FAST | LEAN, output_dir=tmp_path)
-    assert masks["sft"] is masks["forgetting"] is masks["learning"] is result.mask
-    dense = align(
-        small_model(tokenizer), tokenizer, pairs, stages=("importance",), config=FAST,
-        output_dir=tmp_path / "delta",
-    )  # fmt: skip
-    assert result.mask.kept == dense.mask.kept and 0 < result.mask.overlap(dense.mask) < 1
-    for name, parameter in model.named_parameters():
-        kept = result.mask.dense(name)
-        assert torch.equal(parameter[~kept], before[name][~kept])
-
-
-def float_bytes_alive() -> int:
-    """Bytes of all floating-point tensors that Python knows of, each storage once."""
-    gc.collect()
-    found = {}
-    for thing in gc.get_objects():
-        if issubclass(type(thing), torch.Tensor) and thing.is_floating_point():
-            for tensor in (thing, thing.grad if thing.is_leaf else None):
-                if tensor is not None:
-                    storage = tensor.untyped_storage()
-                    with contextlib.suppress(RuntimeError):  # a compiler's fakes have no bytes
-                        found[storage.data_ptr()] = storage.nbytes()
-    return sum(found.values())
-
-
-@pytest.mark.parametrize("lean", [True, False])
-def test_stages_hold_one_model_and_state_for_kept_entries(
-    tokenizer, pairs, tmp_path, monkeypatch, lean
-):
-    """Counted when most is alive, between backward and update: no second model, no dense state."""
-    model = small_model(tokenizer)
-    size = sum(p.nbytes for p in model.parameters())
-    before = float_bytes_alive()
-    most, real = {}, MaskedAdamW.step
-    stage = [""]
-    begin = allo.run_stage
-
-    def step(optimizer, closure=None):
-        most[stage[0]] = max(most.get(stage[0], 0), float_bytes_alive() - before)
-        return real(optimizer, closure)
-
-    def spy(model, rows, objective, schedule, **settings):
-        stage[0] = objective
-        return begin(model, rows, objective, schedule, **settings)
-
-    monkeypatch.setattr(MaskedAdamW, "step", step)
-    monkeypatch.setattr(allo, "run_stage", spy)
-    config = FAST | (LEAN if lean else {})
-    align(model, tokenizer, pairs, config=config, output_dir=tmp_path)
-    # Master, two moments, the gradient and the value to go back to of a tenth: 20 bytes of 4. Some
-    # hundred bytes are buffers of the model and of the test.
-    kept = 0.1 * size * 5 + 4096
-    assert most["forgetting"] <= kept and most["learning"] <= kept
-    if lean:
-        assert "dpo" not in most  # no optimizer at all
-        assert size <= most["sft"] <= size + kept  # the weights to go back to, on the host
-    else:
-        assert min(most["dpo"], most["sft"]) > 3 * size
-
-
-def test_learning_raises_the_margin(tokenizer, pairs, tmp_path):
-    model = small_model(tokenizer)
-    config = FAST | {"epochs": 20, "learning_rate": 3e-3}
-    result = align(
-        model, tokenizer, pairs, stages=("importance", "learning"), config=config,
-        output_dir=tmp_path,
-    )  # fmt: skip
-    losses = result.logs["learning"].loss
-    assert losses[0] == pytest.approx(0.693147, abs=1e-5)
-    assert sum(losses[-3:]) / 3 < 0.6
-
-
-def test_what_is_written_loads_again(tokenizer, pairs, tmp_path):
-    model = small_model(tokenizer)
-    result = align(model, tokenizer, pairs, config=FAST, output_dir=tmp_path)
-    assert not list(tmp_path.glob("*.bin")) and not list(tmp_path.glob("*.pt"))
-    again = AutoModelForCausalLM.from_pretrained(tmp_path)
-    for name, value in again.named_parameters():
-        assert torch.equal(value, dict(model.named_parameters())[name])
-    mask = NeuronMask.load(tmp_path / "mask.safetensors")
-    assert mask.overlap(result.mask) == 1
-    record = json.loads((tmp_path / "align.json").read_text())
-    assert record["config"]["learning_rate"] == FAST["learning_rate"]
-    assert record["loss"]["learning"] == result.logs["learning"].loss
-
-
-def test_later_stages_take_the_saved_mask(tokenizer, pairs, tmp_path):
-    first = align(
-        small_model(tokenizer), tokenizer, pairs, stages=("importance",), config=FAST,
-        output_dir=tmp_path,
-    )  # fmt: skip
-    model = small_model(tokenizer)
-    before = weights.snapshot(model)
-    second = align(model, tokenizer, pairs, stages=("learning",), config=FAST, output_dir=tmp_path)
-    assert second.mask.overlap(first.mask) == 1
-    for name, parameter in model.named_parameters():
-        kept = first.mask.dense(name)
-        assert torch.equal(parameter[~kept], before[name][~kept])
-
-
-LONG = {"prompt": "calc " * 300, "chosen": "so 1", "rejected": "so 2"}
-
-
-@pytest.mark.parametrize(("pairs", "told"), [([], "no pairs"), ([LONG], "longest row is 128")])
-def test_no_pair_that_fits_is_told(tokenizer, tmp_path, pairs, told):
-    with refused(told):
-        align(small_model(tokenizer), tokenizer, pairs, output_dir=tmp_path / "out")
-    assert not (tmp_path / "out").exists()
+    assert [*stages] == ["sft", "forgetting", "learning"]
+    assert all(mask is result.mask for _, mask, _ in stages.values())
+    assert moved(before, model, result.mask) > 0.5 * result.mask.kept
 
 
 @pytest.mark.parametrize(
     ("name", "kind", "feed_forward", "key_value_heads", "part"),
-    [pytest.param("llama2-7b", LlamaConfig, 11008, 32, 1, marks=pytest.mark.slow),
-     ("llama2-7b", LlamaConfig, 11008, 32, 4), ("mistral-7b", MistralConfig, 14336, 8, 4)],
+    [pytest.param("llama2-7b", "llama", 11008, 32, 1, marks=pytest.mark.slow),
+     ("llama2-7b", "llama", 11008, 32, 4), ("mistral-7b", "mistral", 14336, 8, 4)],
 )  # fmt: skip
 def test_two_layers_of_a_7b_model_are_aligned_by_its_profile(
     name, kind, feed_forward, key_value_heads, part, tokenizer, pairs, tmp_path
 ):
     """Of its widths, or a quarter of them, in the dtype that this CPU multiplies fastest."""
-    config = kind(
-        vocab_size=len(tokenizer), hidden_size=4096 // part, intermediate_size=feed_forward // part,
-        num_hidden_layers=2, num_attention_heads=32 // part,
-        num_key_value_heads=key_value_heads // part, pad_token_id=0, max_position_embeddings=2048,
+    config = AutoConfig.for_model(
+        kind, vocab_size=len(tokenizer), hidden_size=4096 // part,
+        intermediate_size=feed_forward // part, num_hidden_layers=2, pad_token_id=0,
+        num_attention_heads=32 // part, num_key_value_heads=key_value_heads // part,
+        max_position_embeddings=2048,
     )  # fmt: skip
     torch.manual_seed(0)
     dtype = models.DTYPES[models.dtype_on("cpu")]
@@ -243,6 +168,231 @@ def test_two_layers_of_a_7b_model_are_aligned_by_its_profile(
     assert result.mask.kept == round(method.share * result.mask.total)
     assert result.mask.total == sum(value.numel() for value in model.parameters())
     assert result.logs["learning"].loss == pytest.approx([math.log(2)], abs=1e-3)
-    again = type(model).from_pretrained(tmp_path)
-    assert all(map(torch.equal, again.parameters(), model.parameters()))
+    assert same(weights_of(type(model).from_pretrained(tmp_path)), model)
     shutil.rmtree(tmp_path)  # gigabytes, at the real widths
+
+
+# --- few pairs, and none that count --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("count", [1, 16])
+def test_a_single_step_trains(tmp_path, count):
+    pairs = [{"prompt": f"w{i}", "chosen": "w3", "rejected": f"w{4 + i}"} for i in range(count)]
+    model, rates = tiny_llama(), {key: 1e-2 for key in QUICK if key.endswith("rate")}
+    before = weights_of(model)
+    result = align(model, words(), pairs, config=rates, output_dir=tmp_path)
+    assert [len(log.loss) for log in result.logs.values()] == [1, 1, 1, 1]
+    assert moved(before, model, result.mask) > 0.5 * result.mask.kept
+    assert result.logs["learning"].metrics["moved"][0] > 0.9
+
+
+def test_an_alignment_that_changed_nothing_is_refused(tmp_path):
+    model = tiny_llama(dtype=torch.bfloat16)
+    before = weights_of(model)
+    config = {"importance_rate": 1e-2, "forgetting_rate": 1e-12, "learning_rate": 1e-12}
+    with refused("the stages changed no weight (in torch.bfloat16); raise forgetting_rate"):
+        align(model, words(), PAIRS, config=config, output_dir=tmp_path)
+    assert same(before, model) and not (tmp_path / "model.safetensors").exists()
+
+
+# --- stopped calls -------------------------------------------------------------------------------
+
+# Four stages of two steps each, and a checkpoint after every step.
+TWO_STEPS = QUICK | {"epochs": 2, "checkpoint_minutes": 1e-9}
+
+
+@pytest.fixture(scope="module")
+def unstopped(tmp_path_factory):
+    model = tiny_llama()
+    align(model, words(), PAIRS, config=TWO_STEPS, output_dir=tmp_path_factory.mktemp("whole"))
+    return weights_of(model)
+
+
+@pytest.mark.parametrize(
+    ("owner", "method", "number", "stop"),
+    [
+        (MaskedAdamW, "step", 1, KeyboardInterrupt()),
+        (MaskedAdamW, "step", 3, RuntimeError("out of memory")),
+        (MaskedAdamW, "step", 6, Diverged("x")),
+        (Checkpoints, "write", 8, KeyboardInterrupt()),  # the end of the last stage
+        (torch.nn.Module, "save_pretrained", 1, OSError("no space left on device")),
+    ],
+)
+def test_the_same_call_after_a_stop_is_the_unstopped_one(
+    tmp_path, monkeypatch, unstopped, owner, method, number, stop
+):
+    """The model is the same object in both calls."""
+    model = tiny_llama().eval()
+    owner = type(model) if owner is torch.nn.Module else owner
+    before, count, real = weights_of(model), [], getattr(owner, method)
+
+    def interrupted(*arguments, **settings):
+        result = real(*arguments, **settings)
+        count.append(1)
+        if len(count) == number:
+            raise stop
+        return result
+
+    with monkeypatch.context() as patch, pytest.raises(type(stop)):
+        patch.setattr(owner, method, interrupted)
+        align(model, words(), PAIRS, config=TWO_STEPS, output_dir=tmp_path)
+    assert same(before, model) and not model.training and model.config.use_cache
+    assert all(value.requires_grad for value in model.parameters())
+    assert (tmp_path / ".checkpoints").is_dir() or number == 1 and method == "step"
+    align(model, words(), PAIRS, config=TWO_STEPS, output_dir=tmp_path)
+    assert same(unstopped, model) and not (tmp_path / ".checkpoints").exists()
+
+
+# --- dropout and states --------------------------------------------------------------------------
+
+SIZES = dict(
+    vocab_size=VOCABULARY, hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
+    max_position_embeddings=64, pad_token_id=0, eos_token_id=1, bos_token_id=2,
+)  # fmt: skip
+ROUTED = dict(
+    intermediate_size=24, num_key_value_heads=2, num_local_experts=2, output_router_logits=True
+)
+WITH_DROPOUT = {
+    "llama": dict(attention_dropout=0.1),
+    "gpt2": {},  # 0.1 in embeddings, attention and layers, by default
+    "opt": dict(dropout=0.1, attention_dropout=0.1, layerdrop=0.1, word_embed_proj_dim=16),
+    "mixtral": ROUTED | dict(router_jitter_noise=0.5, router_aux_loss_coef=0.0),
+}
+
+
+def made(kind, **settings):
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(kind, **SIZES | settings)
+    return AutoModelForCausalLM.from_config(config)
+
+
+@pytest.mark.parametrize(
+    ("kind", "mode"), [("llama", "eval"), ("gpt2", "train"), ("opt", "train"), ("mixtral", "eval")]
+)
+def test_nothing_drops_out_and_all_rates_and_modes_are_given_back(tmp_path, kind, mode):
+    model = getattr(made(kind, **WITH_DROPOUT[kind]), mode)()
+    parts = dict(model.named_modules())
+    rates = {
+        (name, key): value
+        for name, part in parts.items()
+        for key, value in vars(part).items()
+        if isinstance(value, float)
+    }
+    settings = model.config.to_dict()
+    result = align(
+        model, words(), PAIRS, stages=NO_FORGETTING, config=QUICK, output_dir=tmp_path
+    )  # fmt: skip
+    for log in result.logs.values():
+        assert log.loss[0] == pytest.approx(math.log(2), abs=1e-5)
+    assert all(part.training == (mode == "train") for part in parts.values())
+    assert rates and all(getattr(parts[name], key) == value for (name, key), value in rates.items())
+    saved = AutoConfig.from_pretrained(tmp_path).to_dict()
+    for after in (model.config.to_dict(), saved):
+        drops = {k for k in settings if "drop" in k or "jitter" in k or k == "use_cache"}
+        assert drops and all(after[key] == settings[key] for key in drops)
+
+
+# --- lengths -------------------------------------------------------------------------------------
+
+LONG = {"prompt": "w1 " * 70, "chosen": "w3", "rejected": "w4"}
+# 3 + 2 tokens and headings of 6 words: the reward model's row is longer than the pair's.
+CLOSE = {"prompt": "w1 " * 50, "chosen": "w3 " * 5, "rejected": "w5 " * 4}
+
+
+def test_long_pairs_are_dropped_counted_and_listed(tmp_path, capsys):
+    model, pairs = tiny_llama(), [PAIRS[0], LONG, *PAIRS[1:], LONG]
+    align(model, words(), pairs, config=QUICK, output_dir=tmp_path / "a")
+    assert "2 of 6 pairs are longer than 64 tokens and dropped" in capsys.readouterr().out
+    record = json.loads((tmp_path / "a" / "align.json").read_text())
+    left_out = {"overlong": [1, 5], "not_forgotten": [], "held_out": [], "development": []}
+    assert record["left_out"] == left_out
+    without = tiny_llama()
+    align(without, words(), PAIRS, config=QUICK, output_dir=tmp_path / "b")
+    assert same(weights_of(without), model)
+    for some, config, why in (
+        (pairs, {"overlong": "raise"}, "pair 1: 72 tokens, but the longest row is 64"),
+        ([LONG], {}, "pair 0: 72 tokens"),
+        (pairs, {"overlong": "cut"}, "overlong: got 'cut', expected 'drop' or 'raise'"),
+        ([], {}, "no pairs were given"),
+    ):
+        with refused(why):
+            align(tiny_llama(), words(), some, config=config, output_dir=tmp_path / "c")
+    assert not (tmp_path / "c").exists()
+
+
+def test_rows_of_the_reward_model_that_do_not_fit_are_told_before_training(
+    tmp_path, capsys, stages
+):
+    config = QUICK | {"estimator": "gradient"}
+    align(tiny_llama(), words(), [*PAIRS, CLOSE], config=config, output_dir=tmp_path)
+    assert "1 pairs take no part in 'forgetting'" in capsys.readouterr().out
+    assert json.loads((tmp_path / "align.json").read_text())["left_out"]["not_forgotten"] == [4]
+    read = {name: rows for name, (rows, *_) in stages.items()}
+    assert read == {"sft": 4, "forgetting": 4, "learning": 5}
+    with refused("no pair's prompt, chosen and rejected response fit into 64 tokens"):
+        align(tiny_llama(), words(), [CLOSE], output_dir=tmp_path / "none")
+    align(
+        tiny_llama(), words(), [CLOSE], stages=NO_FORGETTING, config=QUICK, output_dir=tmp_path
+    )  # fmt: skip
+
+
+# --- models that are refused, and devices --------------------------------------------------------
+
+
+def peft_wrapped():
+    from peft import LoraConfig, get_peft_model
+
+    return get_peft_model(
+        tiny_llama(), LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM")
+    )
+
+
+def quantised():
+    model = tiny_llama()
+    model.config.quantization_config = {"quant_method": "gptq", "bits": 4}
+    return model
+
+
+def on_disk():
+    model = tiny_llama()
+    model.model.layers[1].to("meta")
+    return model
+
+
+def multimodal():
+    text = SIZES | dict(intermediate_size=24, head_dim=8, num_key_value_heads=2)
+    vision = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
+                  image_size=28, patch_size=14)  # fmt: skip
+    config = Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4)
+    return Gemma3ForConditionalGeneration(config)
+
+
+REFUSED = {
+    "PEFT": (peft_wrapped, "carries PEFT adapters; give what model.merge_and_unload() returns"),
+    "quantised": (quantised, "is quantised; load its weights in float32"),
+    "disk": (on_disk, "lies on several devices, on disk or nowhere; load it without device_map"),
+    "multimodal": (multimodal, "reads more than text (Gemma3ForConditionalGeneration)"),
+    "router loss": (lambda: made("mixtral", **ROUTED), "adds a router loss"),
+    "replicas": (lambda: torch.nn.DataParallel(tiny_llama()), "is a DataParallel without token"),
+}
+
+
+@pytest.mark.parametrize(("make", "why"), REFUSED.values(), ids=REFUSED)
+def test_models_that_cannot_be_aligned_are_told_at_the_start(tmp_path, make, why):
+    with refused("the model ", why):
+        align(make(), words(), PAIRS, output_dir=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("device", "count", "environment", "told"),
+    [("cuda", 2, {"RANK": "0"}, True), ("cuda", 2, {"LOCAL_RANK": "0"}, False),
+     ("cuda", 1, {}, False), ("cpu", 2, {}, False)],
+)  # fmt: skip
+def test_other_gpus_are_told_of_where_no_launcher_shares_them(
+    monkeypatch, device, count, environment, told
+):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    monkeypatch.setattr(align_setup.os, "environ", environment)
+    found = align_setup.other_gpus(types.SimpleNamespace(device=torch.device(device)))
+    assert told == any("uses one of 2 visible GPUs; start it by `accelerate" in x for x in found)

@@ -6,17 +6,21 @@ from test_trainer import pairs
 from tiny_models import tiny_llama, weights_of
 
 from allo_lib.allo import delta_of_dpo, find_neurons, gradient_scores
+from allo_lib.engine.trainer import Schedule
 from allo_lib.method.losses import dpo_loss, token_logps
 
-COMMON = {"beta": 0.1, "batch_size": 3, "seed": 4, "pad_token_id": 0}
-RUN = COMMON | {"lr": 1e-3, "epochs": 1, "label": "warm-up", "clip": 1.0}
+COMMON = {"beta": 0.1, "pad_token_id": 0}
+
+
+def schedule(lr=1e-3, seed=4, **settings):
+    return Schedule(lr, 1, 3, seed, **settings)
 
 
 @pytest.mark.parametrize(("tied", "steps"), [(False, None), (True, None), (False, 2)])
 def test_gradient_scores_are_summed_absolute_gradients(tied, steps):
     model = tiny_llama(tied=tied)
     rows, before = pairs(model), weights_of(model)
-    scores = gradient_scores(model, rows, steps=steps, **COMMON)
+    scores = gradient_scores(model, rows, schedule(max_steps=steps), **COMMON)
     assert all(p.grad is None for p in model.parameters())
     assert all(torch.equal(before[name], value) for name, value in weights_of(model).items())
 
@@ -50,7 +54,7 @@ def test_gradient_scores_are_summed_absolute_gradients(tied, steps):
 def test_delta_scores_are_the_way_of_the_weights_over_the_rate():
     model = tiny_llama()
     rows, before = pairs(model), weights_of(model)
-    scores, record = delta_of_dpo(model, rows, **RUN)
+    scores, record = delta_of_dpo(model, rows, schedule(), **COMMON)
     for name, after in weights_of(model).items():
         assert torch.allclose(scores[name], (after - before[name]).abs() / 1e-3, rtol=1e-5), name
     assert record["lr"] == 1e-3 and len(record["loss"]) == 3
@@ -60,7 +64,7 @@ def test_delta_scores_are_the_way_of_the_weights_over_the_rate():
 def test_small_updates_of_bf16_weights_are_seen_in_the_masters():
     model = tiny_llama(dtype=torch.bfloat16)
     before = weights_of(model)
-    scores, record = delta_of_dpo(model, pairs(model), **RUN | {"lr": 1e-6})
+    scores, record = delta_of_dpo(model, pairs(model), schedule(lr=1e-6), **COMMON)
     after = weights_of(model)
     same = sum(int((before[n] == after[n]).sum()) for n in before)
     total = sum(value.numel() for value in before.values())
@@ -72,7 +76,7 @@ def test_small_updates_of_bf16_weights_are_seen_in_the_masters():
 def test_scores_are_reproducible_and_their_order_is_seeded():
     def scores(seed):
         model = tiny_llama()
-        return delta_of_dpo(model, pairs(model), **RUN | {"seed": seed})[0]["lm_head.weight"]
+        return delta_of_dpo(model, pairs(model), schedule(seed=seed), **COMMON)[0]["lm_head.weight"]
 
     assert torch.equal(scores(1), scores(1)) and not torch.equal(scores(1), scores(2))
 

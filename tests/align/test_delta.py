@@ -9,26 +9,28 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_bad_models import PAIRS, QUICK, words
 from tiny_models import VOCABULARY, tiny_llama
-from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig, MixtralForCausalLM
+from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from allo_lib import align, delta, load_aligned, merge
 
 
-def mixtral(dtype):
+def mixtral():
     torch.manual_seed(0)
     config = MixtralConfig(
         vocab_size=VOCABULARY, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
         num_attention_heads=2, num_key_value_heads=2, max_position_embeddings=64,
         num_local_experts=4, pad_token_id=0, eos_token_id=1, bos_token_id=2,
     )  # fmt: skip
-    return MixtralForCausalLM(config).to(dtype)
+    return MixtralForCausalLM(config).bfloat16()
 
 
-def llama(tied):
-    return lambda dtype: tiny_llama(tied=tied, dtype=dtype)
+@torch.no_grad()
+def every_tenth(model):
+    for value in model.parameters():
+        value.view(-1)[::10] += 0.25
 
 
-def write(folder, model, change):
+def write(folder, model, change=every_tenth):
     """Folders of the model before and after `change`, and the delta between them."""
     base, result = folder / "base", folder / "result"
     model.save_pretrained(base)
@@ -40,35 +42,22 @@ def write(folder, model, change):
     return base, result, folder / delta.NAME
 
 
-@torch.no_grad()
-def every_tenth(model):
-    for value in model.parameters():
-        value.view(-1)[::10] += 0.25
-
-
 @pytest.mark.parametrize(
-    ("make", "dtype"),
-    [
-        (llama(True), torch.float32),
-        (llama(False), torch.bfloat16),
-        (llama(True), torch.float16),
-        (mixtral, torch.bfloat16),
-    ],
+    "make", [lambda: tiny_llama(tied=True, dtype=torch.float16), tiny_llama, mixtral]
 )
-def test_applied_to_its_base_it_gives_the_same_bytes(make, dtype, tmp_path):
-    base, result, path = write(tmp_path, make(dtype), every_tenth)
+def test_applied_to_its_base_it_gives_the_same_bytes(make, tmp_path):
+    base, result, path = write(tmp_path, make())
+    # Of experts, too, tensors have the names of their checkpoint.
+    names = {key.rpartition(".")[0] for key in load_file(path)}
+    assert names == set(load_file(base / "model.safetensors"))
     merge(str(base), path, tmp_path / "merged")
-    names = sorted(file.name for file in result.glob("*.safetensors"))
-    assert names == sorted(file.name for file in (tmp_path / "merged").glob("*.safetensors"))
-    for name in names:
-        assert (tmp_path / "merged" / name).read_bytes() == (result / name).read_bytes()
+    merged, expected = (f / "model.safetensors" for f in (tmp_path / "merged", result))
+    assert merged.read_bytes() == expected.read_bytes()
     expected = AutoModelForCausalLM.from_pretrained(result, dtype="auto").state_dict()
-    in_memory = AutoModelForCausalLM.from_pretrained(base, dtype="auto")
-    for given in (str(base), in_memory):
-        found = load_aligned(given, path)
-        assert found.dtype == dtype and found.state_dict().keys() == expected.keys()
-        assert all(torch.equal(value, expected[n]) for n, value in found.state_dict().items())
-    assert not list(tmp_path.glob(".merged-*"))
+    for given in (str(base), AutoModelForCausalLM.from_pretrained(base, dtype="auto")):
+        found = load_aligned(given, path).state_dict()
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(value, expected[name]) for name, value in found.items())
 
 
 def test_it_holds_where_bytes_differ_and_nothing_else(tmp_path):
@@ -81,22 +70,15 @@ def test_it_holds_where_bytes_differ_and_nothing_else(tmp_path):
     def change(_):
         flat[[3, 50, 7]] = torch.tensor([-0.0, torch.nan, 8.0])
 
-    base, result, path = write(tmp_path, model, change)
+    _, _, path = write(tmp_path, model, change)
     with safe_open(path, framework="pt") as file:
-        assert sorted(file.keys()) == [f"{name}.indices", f"{name}.values"]
         assert list(file.metadata()) == ["allo_delta"]
     found = load_file(path)
+    assert found.keys() == {f"{name}.indices", f"{name}.values"}
     assert found[f"{name}.indices"].dtype == torch.int32
     assert found[f"{name}.indices"].tolist() == [3, 7, 50]
     values = found[f"{name}.values"]
     assert values[1] == 8 and torch.signbit(values[0]) and torch.isnan(values[2])
-
-
-def test_mixtures_of_experts_are_named_as_in_their_checkpoint(tmp_path):
-    base, _, path = write(tmp_path, mixtral(torch.float32), every_tenth)
-    names = {key.rpartition(".")[0] for key in load_file(path)}
-    assert names == set(load_file(base / "model.safetensors"))
-    assert "model.layers.1.block_sparse_moe.experts.3.w2.weight" in names
 
 
 def test_what_align_writes(tmp_path, capsys):
@@ -106,49 +88,35 @@ def test_what_align_writes(tmp_path, capsys):
     config = QUICK | {"estimator": "gradient", "rewriter_neurons": "kept", "learning_rate": 1e-2}
     out = tmp_path / "out"
     result = align(model, words(), PAIRS, config=config, output_dir=out)
-    told = capsys.readouterr().out
     size = (out / delta.NAME).stat().st_size
-    assert f"and allo_delta.safetensors ({size / 1e6:.1f} MB, " in told
+    assert f"and allo_delta.safetensors ({size / 1e6:.1f} MB, " in capsys.readouterr().out
     assert not [path for path in out.iterdir() if path.name.startswith(".base")]
     found = {k.removesuffix(".indices"): v for k, v in load_file(out / delta.NAME).items()}
     for name, kept in result.mask.indices.items():
-        if name in found:
-            assert set(found[name].tolist()) <= set(kept.tolist())
-    assert result.mask.kept >= sum(v.numel() for k, v in found.items() if "values" not in k) > 0
-    merge(str(tmp_path / "base"), out / delta.NAME, tmp_path / "merged")
-    merged = tmp_path / "merged" / "model.safetensors"
-    assert merged.read_bytes() == (out / "model.safetensors").read_bytes()
+        assert set(found.get(name, kept[:0]).tolist()) <= set(kept.tolist())
     with safe_open(out / delta.NAME, framework="pt") as file:
         header = json.loads(file.metadata()["allo_delta"])
     assert header["base"] == str(tmp_path / "base") and header["dtype"] == "bfloat16"
-    # The merged folder is an ordinary one.
-    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype="auto")
-    ids = AutoTokenizer.from_pretrained(tmp_path / "merged")("w1 w2", return_tensors="pt")
-    ids = {key: ids[key] for key in ("input_ids", "attention_mask")}
-    assert torch.equal(
-        plain.generate(**ids, do_sample=False, max_new_tokens=5),
-        model.generate(**ids, do_sample=False, max_new_tokens=5),
-    )
+    merge(str(tmp_path / "base"), out / delta.NAME, tmp_path / "merged")
+    merged = tmp_path / "merged" / "model.safetensors"
+    assert merged.read_bytes() == (out / "model.safetensors").read_bytes()
 
 
 def test_another_base_is_refused(tmp_path):
-    base, result, path = write(tmp_path, tiny_llama(), every_tenth)
-    for other in (result, tmp_path / "other"):
-        if other != result:
-            tiny_llama(seed=1).save_pretrained(other)
-        words().save_pretrained(other)
-        with refused(f"was made from '{base}' (revision None, sha256 "):
-            merge(str(other), path, tmp_path / "merged")
+    base, result, path = write(tmp_path, tiny_llama())
+    words().save_pretrained(result)
+    with refused(f"was made from '{base}' (revision None, sha256 "):
+        merge(str(result), path, tmp_path / "merged")
     with refused("has other weights"):
         load_aligned(tiny_llama(seed=1), path)
     with refused("result is there already"):
         merge(str(base), path, result)
-    assert sorted(p.name for p in tmp_path.iterdir()) == [path.name, "base", "other", "result"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [path.name, "base", "result"]
 
 
-@pytest.mark.parametrize("damage", ["cut", "header", "order", "range", "value", "name"])
+@pytest.mark.parametrize("damage", ["cut", "header", "order", "range", "value", "missing"])
 def test_a_damaged_delta_is_refused(damage, tmp_path):
-    base, _, path = write(tmp_path, tiny_llama(), every_tenth)
+    base, _, path = write(tmp_path, tiny_llama())
     tensors = load_file(path)
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata()
@@ -161,8 +129,8 @@ def test_a_damaged_delta_is_refused(damage, tmp_path):
     if damage == "value":
         values[0] += 1
     tensors |= {f"{first}.indices": index, f"{first}.values": values}
-    if damage == "name":
-        tensors |= {"no.such.indices": index.clone(), "no.such.values": values.clone()}
+    if damage == "missing":
+        del tensors[f"{first}.values"]
     if damage == "header":
         metadata = {"allo_delta": '{"format": 1}'}
     save_file(tensors, path, metadata=metadata)

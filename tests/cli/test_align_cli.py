@@ -7,14 +7,13 @@ import json
 import datasets
 import pytest
 import torch
-from refusals import assert_one_line
+from refusals import assert_one_line, refused
 from test_bad_models import words
 from tiny_models import tiny_llama
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from allo_lib import delta
 from allo_lib.cli import align_cli
-from allo_lib.errors import AlloError
 
 PAIRS = [{"prompt": f"w{i} w2", "chosen": "w3 w4", "rejected": f"w{5 + i} w4"} for i in range(20)]
 FAST = ["batch_size=4", "estimator=gradient", "rewriter_neurons=kept", "forgetting_rate=1e-3",
@@ -63,24 +62,22 @@ def test_every_kind_of_file_gives_the_same_pairs(tmp_path, pairs):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("gone.jsonl", None, "no such file"),
-        ("p.jsonl", '{"prompt": "a"}\n{"prompt": ', "p.jsonl, line 2: not JSON"),
-        ("p.json", "[1, 2", "cannot be read"),
-        ("p.parquet", "PAR1", "cannot be read"),
+        ("gone.jsonl", None, "No such file"),
+        ("p.jsonl", b'{"prompt": "a"}\n{"prompt": ', "p.jsonl, line 2: cannot be read"),
+        ("p.json", b"[1, 2", "cannot be read"),
+        ("p.parquet", b"PAR1", "cannot be read"),
         ("p.jsonl", b"\xff\xfe", "not UTF-8"),
-        ("disk", "a file", "cannot be read"),
-        ("two:dev", {}, "cannot be read"),
+        ("disk", b"a file", "cannot be read"),
     ],
 )
 def test_pairs_that_cannot_be_read_are_told_in_one_line(tmp_path, name, content, message):
-    path = tmp_path / name.partition(":")[0]
-    if isinstance(content, dict):
-        path.mkdir()
-    elif content is not None:
-        path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    with pytest.raises(AlloError, match=message) as caught:
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with refused(message):
         align_cli.read(str(tmp_path / name))
-    assert_one_line(str(caught.value))
+
+
+OF_ALIGN = ["align", "--model", "M", "--pairs", "P", "--out", "O"]
 
 
 @pytest.mark.parametrize(
@@ -89,25 +86,18 @@ def test_pairs_that_cannot_be_read_are_told_in_one_line(tmp_path, name, content,
         ([], "expected a command, align or merge"),
         (["learn"], "expected a command"),
         (["align", "--model", "m"], "required: --pairs, --out"),
-        (["align", "--model", "M", "--pairs", "P", "--out", "O", "rate"], "expected key=value"),
-        (["align", "--model", "M", "--pairs", "P", "--out", "O", "rate=1"], "unknown key 'rate'"),
-        (["align", "--model", "M", "--pairs", "P", "--out", "O", "epochs=0"], "epochs: got 0"),
-        (
-            ["align", "--model", "M", "--pairs", "P", "--out", "O", "batch_size=6",
-             "accumulation=4"], "batch_size 6 is no multiple of accumulation 4",
-        ),
-        (["align", "--model", "M", "--pairs", "P", "--out", "O", "held_out=1"], "held_out: got 1"),
-        (["align", "--model", "M", "--pairs", "P", "--out", "O", "--stages", "x"], "stages ['x']"),
-        (["align", "--model", "M", "--pairs", "P", "--out", "O", "--dtype", "int4"], "--dtype"),
-        (["align", "--model", "GONE", "--pairs", "P", "--out", "O"], "cannot be loaded"),
-        (["align", "--model", "GONE", "--pairs", "P", "--out", "O", "--dry-run"], "cannot be lo"),
-        (
-            ["align", "--model", "M", "--pairs", "P", "--out", "O", "held_out=0.9", "search=2",
-             "development=0.9"], "none of the 20 pairs to train on",
-        ),
+        ([*OF_ALIGN, "rate"], "expected key=value"),
+        ([*OF_ALIGN, "rate=1"], "unknown key 'rate'"),
+        ([*OF_ALIGN, "batch_size=6", "accumulation=4"], "6 is no multiple of accumulation 4"),
+        ([*OF_ALIGN, "held_out=1"], "held_out: got 1"),
+        ([*OF_ALIGN, "--stages", "x"], "stages ['x']"),
+        ([*OF_ALIGN, "--dtype", "int4"], "--dtype"),
+        ([*OF_ALIGN, "--model", "GONE"], "cannot be loaded"),
+        ([*OF_ALIGN, "--model", "GONE", "--dry-run"], "cannot be loaded"),
+        ([*OF_ALIGN, "held_out=0.9", "search=2", "development=0.9"], "none of the 20 pairs"),
         (["merge", "--base", "M", "--delta", "GONE", "--out", "O"], "is no sound delta"),
     ],
-)  # fmt: skip
+)
 def test_a_bad_command_is_one_line(arguments, message, base, pairs, tmp_path, capsys):
     names = {"M": base, "P": pairs, "O": tmp_path / "out", "GONE": tmp_path / "gone"}
     status, out, told = run(capsys, *(names.get(one, one) for one in arguments))
@@ -146,10 +136,12 @@ def test_align_searches_ranks_and_is_merged_again(base, pairs, tmp_path, capsys)
     assert found["reward_margin"] == pytest.approx(0.1 * sum(rewards) / 6, abs=1e-5)
     assert found["reward_accuracy"]["before"] == 0.5
     assert found["reward_accuracy"]["after"] == pytest.approx(sum(r > 0 for r in rewards) / 6)
-    assert found["chosen_likelier"]["before"] == pytest.approx(sum(x > 0 for x in starts) / 6)
-    assert found["chosen_likelier"]["after"] == pytest.approx(sum(x > 0 for x in ends) / 6)
     change = found["reward_accuracy"]
-    assert change["low"] < change["change"] < change["high"]
+    rough = (6 * change["after"] + 2) / 10  # two pairs more on each side
+    half = 1.96 * (rough * (1 - rough) / 10) ** 0.5
+    assert change["change"] == change["after"] - 0.5
+    assert change["high"] - change["change"] == pytest.approx(half, rel=1e-4)
+    assert change["change"] - change["low"] == pytest.approx(half, rel=1e-4)
     # Of three candidates, a factor of two apart, the best one's weights are kept.
     tried = record["search"]
     assert [one["learning_rate"] for one in tried] == [2e-2, 1e-2, 4e-2]
@@ -157,28 +149,21 @@ def test_align_searches_ranks_and_is_merged_again(base, pairs, tmp_path, capsys)
     its = [logps(after, tokenizer, PAIRS[i]) - logps(before, tokenizer, PAIRS[i])
            for i in development]  # fmt: skip
     assert sum(x > 0 for x in its) / 5 == max(one["accuracy"] for one in tried)
+    # Trained at its rates alone, on the same pairs, it is the same: each candidate begins anew.
+    best = max(tried, key=lambda one: (one["accuracy"], -one["learning_rate"]))
+    left = [row for i, row in enumerate(PAIRS) if i not in (*held_out, *development)]
+    pairs.write_text("".join(json.dumps(row) + "\n" for row in left))
+    rates = [f"{key}={best[key]}" for key in ("forgetting_rate", "learning_rate")]
+    command[command.index(out)] = tmp_path / "alone"
+    assert run(capsys, *command, *FAST, *rates)[0] == 0
+    alone = tmp_path / "alone" / "model.safetensors"
+    assert alone.read_bytes() == (out / "model.safetensors").read_bytes()
     status, _, error = run(
         capsys, "merge", "--base", base, "--delta", out / delta.NAME, "--out", tmp_path / "merged"
     )
     assert status == 0, error
     merged = tmp_path / "merged" / "model.safetensors"
     assert merged.read_bytes() == (out / "model.safetensors").read_bytes()
-
-
-def test_a_search_keeps_the_best_and_starts_each_candidate_anew(base, pairs, tmp_path, capsys):
-    """One candidate at the best rates, on the same pairs, ends at the same weights."""
-    outs = [tmp_path / name for name in ("search", "alone")]
-    command = ["align", "--model", base, "--pairs", pairs, "--dtype", "float32", *FAST,
-               "development=0.3"]  # fmt: skip
-    assert run(capsys, *command, "--out", outs[0], "search=3")[0] == 0
-    record = json.loads((outs[0] / "align.json").read_text())
-    best = max(record["search"], key=lambda one: (one["accuracy"], -one["learning_rate"]))
-    left = [row for i, row in enumerate(PAIRS) if i not in record["left_out"]["development"]]
-    pairs.write_text("".join(json.dumps(row) + "\n" for row in left))
-    rates = [f"{key}={best[key]}" for key in ("forgetting_rate", "learning_rate")]
-    assert run(capsys, *command, "--out", outs[1], *rates)[0] == 0
-    first, second = ((out / "model.safetensors").read_bytes() for out in outs)
-    assert first == second
 
 
 def test_gradient_checkpointing_and_accumulation_give_the_same_model(base, pairs, tmp_path, capsys):
@@ -199,13 +184,46 @@ def test_a_dry_run_needs_no_weights_and_writes_nothing(base, pairs, tmp_path, ca
     (base / "model.safetensors").unlink()
     rows = [*PAIRS, {"prompt": "w1 " * 80, "chosen": "w3", "rejected": "w4"}]
     pairs.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    status, told, error = run(
-        capsys, "align", "--model", base, "--pairs", pairs, "--out", tmp_path / "out", "--dry-run",
-        "--device-gb", "0.0001", "--flops", "1e9", "held_out=0.25", "max_length=40",
-    )  # fmt: skip
+    command = ["align", "--model", base, "--pairs", pairs, "--out", tmp_path / "out", "--dry-run",
+               "--flops", "1e6", "--dtype", "float32", "held_out=0.25", "max_length=40",
+               "batch_size=8"]  # fmt: skip
+    status, told, error = run(capsys, *command, "--device-gb", "0.0002")
     assert status == 0, error
     assert "15 of 21 pairs are trained on" in told and "\x1b" not in told
     assert "1 of 21 pairs are longer than 40 tokens and dropped: numbers 20 (" in told
-    assert "1 device: importance 0.00, reward model 0.00" in told and "DOES NOT FIT" in told
-    assert "8 devices" in told and "at 1e+09 FLOP/s" in told
+    first = int(told.partition("first pair (number ")[2].partition(")")[0])
+    shown = f"  prompt w{first}|w2\n  chosen w3|w4\n     end <eos>\nrejected w{5 + first}|w4\n"
+    assert shown in told
+    assert "GB on each device, which has 0.0, and hours at 1e+06 FLOP/s each" in told
+    of_devices = told.splitlines()[-4:-1]
+    assert [line.partition(":")[0] for line in of_devices] == ["1 device", "2 devices", "8 devices"]
+    hours = [float(line.split("; ")[1].removesuffix(" h")) for line in of_devices]
+    assert hours[0] == pytest.approx(2 * hours[1], rel=0.01)
+    assert hours[0] == pytest.approx(8 * hours[2], rel=0.01)
+    passes = told.partition("TFLOP\n")[2].partition("\n\n")[0].splitlines()
+    operations = [float(line.split()[-1]) for line in passes]
+    assert hours[0] == pytest.approx(sum(operations) * 1e12 / 1e6 / 3600, rel=0.01)
+    advice = "to fit on one: it fits with estimator=gradient rewriter_neurons=kept"
+    assert told.splitlines()[-1] == advice, told
+    _, told, _ = run(capsys, *command, "--device-gb", "1e-6")
+    assert told.count("DOES NOT FIT") == 3 and "to fit on one: more devices, a sm" in told
+    _, told, _ = run(capsys, *command, "--device-gb", "1")
+    assert "DOES NOT FIT" not in told and "to fit" not in told
     assert not (tmp_path / "out").exists()
+
+
+def test_the_first_pair_is_shown_as_it_is_read():
+    tokenizer, row = words(), {"prompt": [4, 5], "chosen": [6, 1], "rejected": [7, 8, 1]}
+    plain = align_cli.shown_pair(tokenizer, row, colour=False)
+    coloured = align_cli.shown_pair(tokenizer, row, colour=True)
+    assert len({line[:5] for line in coloured}) == 4 and all("\x1b[0m" in x for x in coloured)
+    assert plain[0] == "  prompt w1|w2" and plain[0] in coloured[0]
+    long = align_cli.shown_pair(tokenizer, row | {"prompt": [3] + [4] * 98 + [5]}, False)[0]
+    parts = ["w0"] + ["w1"] * 39 + ["... 20 more ..."] + ["w1"] * 39 + ["w2"]
+    assert long == f"  prompt {'|'.join(parts)}"
+
+    class Hostile:
+        def decode(self, ids):
+            return "\x1b[2J\n"
+
+    assert "\x1b" not in "".join(align_cli.shown_pair(Hostile(), row, colour=False))

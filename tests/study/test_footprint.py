@@ -1,28 +1,38 @@
-"""Bytes are counted without memory; where there is memory they are the ones in use."""
+"""Bytes and operations are counted without memory; where there is memory they are those in use."""
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from live_bytes import LiveBytes
-from tiny_models import tiny_llama
-from torch import nn
+from test_bad_models import words
+from tiny_models import VOCABULARY, tiny_llama
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.profiler import ProfilerActivity, profile
-from transformers import LlamaConfig
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig, Qwen3Config
 
+from allo_lib.align_setup import STAGES, checked, parts_of
 from allo_lib.engine.batching import Layout, pair_batch
 from allo_lib.engine.forward import response_logps
 from allo_lib.errors import AlloError
 from allo_lib.method.masked_adamw import MaskedAdamW
 from allo_lib.study import efficiency
 from allo_lib.study import footprint as module
-from allo_lib.study.footprint import KNOWN, _model, _rows, footprint, random_mask, saved_bytes
+from allo_lib.study.footprint import (
+    KNOWN,
+    _model,
+    _rows,
+    activation_bytes,
+    footprint,
+    memory,
+    passes_of,
+    shape_of,
+    spread_mask,
+)
 from allo_lib.study.timed_steps import OwnSteps
+
+BF16, FP32 = torch.bfloat16, torch.float32
 
 
 def llama(hidden, feed_forward, layers, heads, *, vocabulary=32000, tied=False, key_heads=None):
-    """LLaMA 2 (arXiv 2307.09288) by its shape."""
     return LlamaConfig(
         vocab_size=vocabulary, hidden_size=hidden, intermediate_size=feed_forward,
         num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=key_heads,
@@ -30,8 +40,8 @@ def llama(hidden, feed_forward, layers, heads, *, vocabulary=32000, tied=False, 
     )  # fmt: skip
 
 
-SEVEN, THIRTEEN = (llama(*shape) for shape in KNOWN.values())
-BF16, FP32 = torch.bfloat16, torch.float32
+SEVEN = KNOWN["LLaMA 2 7B"]
+OF_SEVEN = 6_738_415_616  # parameters of LLaMA 2 7B, as its model card counts them
 
 
 def smollm(layers):
@@ -43,13 +53,16 @@ def small(tied):
     return llama(128, 384, 4, 4, vocabulary=2000, tied=tied)
 
 
+# --- bytes of a step -----------------------------------------------------------------------------
+
+
 def peak_of_a_step(config, share, prompt, response, pairs, dtype) -> int:
     """Bytes alive at most in a step of training, the second, on tensors without memory."""
     batch = pair_batch(_rows(prompt, response, pairs), Layout(0, True, config.hidden_size))
     with FakeTensorMode() as mode, LiveBytes() as live:
         batch = {key: mode.from_tensor(value) for key, value in batch.items()}
         model = _model(config, dtype, "cpu")
-        optimizer = MaskedAdamW(model, random_mask(model, share), lr=1e-3)
+        optimizer = MaskedAdamW(model, spread_mask(model, share), lr=1e-3)
         for _ in range(2):
             live.reset()
             response_logps(model, batch).sum().backward()
@@ -62,68 +75,54 @@ def peak_of_a_step(config, share, prompt, response, pairs, dtype) -> int:
     [
         (smollm(2), 0.1, 115, 165, 1, FP32),  # at the end of backward, three gradients of the head
         (smollm(6), 0.05, 115, 165, 4, BF16),  # at its start, with all activations
-        (small(False), 0.1, 40, 60, 2, FP32),
-        (small(False), 0.5, 4, 4, 1, BF16),  # at the end, with all gradients of kept entries
-        pytest.param((smollm(30), 0.1, 115, 165, 4, FP32), marks=pytest.mark.slow),
         pytest.param((SEVEN, 0.1, 128, 192, 1, BF16), marks=pytest.mark.slow),
     ],
 )
 def test_the_estimate_is_the_peak_of_a_step_that_only_counts(asked):
-    assert footprint(*asked).total == pytest.approx(peak_of_a_step(*asked), rel=0.1)
+    assert sum(footprint(*asked).values()) == pytest.approx(peak_of_a_step(*asked), rel=0.1)
 
 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("dtype", [FP32, BF16])
-@pytest.mark.parametrize("lengths", [(40, 60, 2), (4, 4, 1)])
-def test_the_estimate_is_the_peak_of_real_steps(tied, dtype, lengths):
+def test_the_estimate_is_the_peak_of_real_steps(tied, dtype):
     """DPO by the code that is timed, on real tensors, each counted while it is alive."""
+    lengths = 40, 60, 2
     rows = [
         row | {f"{side}_reference": [0.0] * lengths[1] for side in ("chosen", "rejected")}
         for row in _rows(*lengths)
     ]
     with LiveBytes() as live:
         model = _model(small(tied), dtype, "cpu")
-        mask = random_mask(model, 0.1)
-        steps = OwnSteps(model, mask, rows, "allo_scalar", 0, beta=0.1, lr=1e-3)
-        steps.run(1, 2, live.reset)
-    assert footprint(small(tied), 0.1, *lengths, dtype).total == pytest.approx(live.peak, rel=0.1)
+        mask = spread_mask(model, 0.1)
+        OwnSteps(model, mask, rows, "allo_scalar", 0, beta=0.1, lr=1e-3).run(1, 2, live.reset)
+    estimate = sum(footprint(small(tied), 0.1, *lengths, dtype).values())
+    assert estimate == pytest.approx(live.peak, rel=0.1)
 
 
-def test_what_fits_which_card():
-    """A pair of 512 tokens: the released script's 5% and the paper's 10%."""
-    for config, share, card in ((SEVEN, 0.05, 24e9), (SEVEN, 0.1, 40e9), (THIRTEEN, 0.1, 80e9)):
-        assert footprint(config, share, 128, 192, 1).total < card
+def test_recomputing_keeps_of_each_layer_what_it_is_given():
+    one_layer = LlamaConfig.from_dict(SEVEN.to_dict() | {"num_hidden_layers": 1})
+    less = activation_bytes(SEVEN, 64, 64, 1, BF16, recomputed=True)
+    assert less == activation_bytes(one_layer, 64, 64, 1, BF16) + 31 * 192 * 4096 * 2
 
 
-def test_no_copy_of_the_weights_is_made_with_them():
-    with FakeTensorMode(), LiveBytes() as live:
-        model = _model(small(False), BF16, "cpu")
-    assert {p.dtype for p in model.parameters()} == {BF16}
-    assert live.peak == pytest.approx(2 * sum(p.numel() for p in model.parameters()), rel=0.01)
+# --- known models --------------------------------------------------------------------------------
 
 
-@settings(deadline=None, max_examples=30)
-@given(st.integers(1, 40), st.integers(1, 12), st.sampled_from([1.0, 0.5, 0.25, 0.1, 0.05]))
-def test_a_random_mask_keeps_one_of_every_so_many(outputs, inputs, share):
-    model = nn.Linear(inputs, outputs)
-    mask = random_mask(model, share)
-    mask.check(model)
-    for name, parameter in model.named_parameters():
-        index, every = mask.indices[name], round(1 / share)
-        assert index.dtype == torch.int32 and mask.shapes[name] == tuple(parameter.shape)
-        assert (index // every).tolist() == list(range(parameter.numel() // every))
-
-
-def test_random_masks_reach_every_entry():
-    model = nn.Linear(10, 10, bias=False)
-    drawn = [set(random_mask(model, 0.1).indices["weight"].tolist()) for _ in range(200)]
-    assert set().union(*drawn) == set(range(100))
+def test_the_estimates_are_the_committed_ones():
+    rows = module.of_known_models([0.05, 1.0], 128, 192)
+    found = [row["estimated_bytes"] for row in rows]
+    assert found == [22275649229, 121553625088, 41651239424, 234613237760]
+    assert found[0] < 24e9  # a card for the released script's 5%
+    assert rows[0]["weights"] == 2 * OF_SEVEN and rows[0]["state"] == round(0.8 * OF_SEVEN)
+    assert {row[key] for row in rows for key in ("measured_peak_bytes", "device")} == {""}
+    (shown, *_) = module.in_gigabytes(rows)
+    assert shown["all"] == 22.28 and shown["weights"] == 13.48 and shown["measured"] == ""
 
 
 @pytest.fixture
 def card(monkeypatch):
     """A stand-in for a GPU of 1 GB: what would run there runs here, and its live bytes count."""
-    monkeypatch.setattr(module, "KNOWN", {"small": (64, 96, 2, 4)})
+    monkeypatch.setattr(module, "KNOWN", {"small": llama(64, 96, 2, 4)})
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (10**9, 10**9))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a card")
     live = LiveBytes()
@@ -131,77 +130,114 @@ def card(monkeypatch):
     monkeypatch.setattr(efficiency, "peak", lambda device: live.peak)
 
     def here(work, *arguments):
-        assert work is module.train and arguments[-1] == "cuda"
         with live:
             return work(*arguments[:-1], "cpu")
 
     monkeypatch.setattr(efficiency, "in_own_process", here)
 
 
-def test_measured_beside_estimated_where_there_is_a_gpu(card, tmp_path):
+def test_measured_beside_estimated_where_there_is_a_gpu(card):
     (row,) = module.of_known_models([0.1], 6, 5, "cuda")
     assert row["device"] == "a card" and float(row["seconds_per_pair"]) > 0
     assert float(row["ratio"]) == pytest.approx(1, abs=0.1)
     assert row["measured_peak_bytes"] == pytest.approx(row["estimated_bytes"], rel=0.1)
-    efficiency.write([row], tmp_path / "footprint.csv", module.COLUMNS)
-    header, line = (tmp_path / "footprint.csv").read_text().splitlines()
-    assert header == "model,kept,device,estimated_bytes,measured_peak_bytes,ratio,seconds_per_pair"
-    assert line.startswith(
-        f"small,0.1,a card,{row['estimated_bytes']},{row['measured_peak_bytes']}"
-    )
-    (shown,) = module.in_gigabytes([row])
-    assert shown["all"] == round(row["estimated_bytes"] / 1e9, 2)
 
 
-@pytest.mark.parametrize("free, error, told", [
-    (10**6, "", "of its 0.0 GB 0.0 are free"),
-    (10**9, "OutOfMemoryError: CUDA out of memory", "OutOfMemoryError: CUDA out of memory"),
-])  # fmt: skip
-def test_what_does_not_fit_is_said_and_left_empty(card, monkeypatch, capsys, free, error, told):
+@pytest.mark.parametrize(("free", "why"), [(10**6, "of its 0.0 GB 0.0 are free"), (10**9, "OOM")])
+def test_what_does_not_fit_is_said_and_left_empty(card, monkeypatch, capsys, free, why):
     def full(*_):
-        raise AlloError(error)
+        raise AlloError(why)
 
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (free, 10**9))
     monkeypatch.setattr(efficiency, "in_own_process", full)
     (row,) = module.of_known_models([0.1], 6, 5, "cuda")
-    assert row["measured_peak_bytes"] == row["ratio"] == row["seconds_per_pair"] == ""
-    assert row["estimated_bytes"] > 0
-    assert f"small, 10% kept: not measured on a card: {told}" in capsys.readouterr().out
+    assert row["measured_peak_bytes"] == row["ratio"] == "" and row["estimated_bytes"] > 0
+    assert f"small, 10% kept: not measured on a card: {why}" in capsys.readouterr().out
 
 
-def test_nothing_is_measured_on_a_cpu():
-    rows = module.of_known_models([0.05], 8, 8)
-    assert [row["model"] for row in rows] == list(KNOWN)
-    assert {row["measured_peak_bytes"] for row in rows} == {""} == {row["device"] for row in rows}
+# --- what an `align` takes -----------------------------------------------------------------------
+
+PAIRS = [
+    {"prompt": f"w1 w2 w{i}", "chosen": "w3 w4 w5", "rejected": "w3 w5 w6 w7"[: 5 + 3 * (i % 3)]}
+    for i in range(10)
+]
 
 
-@pytest.mark.slow
-def test_a_size_is_trained_in_a_process_of_its_own():
-    config = llama(64, 96, 2, 4, vocabulary=1000)
-    run = efficiency.in_own_process(module.train, config, 0.1, 6, 5, "cpu", 2)
-    assert run["seconds"] > 0 and run["peak"] > footprint(config, 0.1, 6, 5, 1).total
+def parts(config):
+    return parts_of(PAIRS, words(), tiny_llama().config, config, STAGES)
 
 
-def test_weights_and_state_of_a_known_shape():
-    found = footprint(SEVEN, 0.1, 16, 8, 1)
-    count = 6_738_415_616  # of LLaMA 2 7B, as its model card and every loader counts them
-    assert found.weights == 2 * count
-    # 16 bytes of a tenth, and 4 when its gradient is there
-    assert found.state == round(1.6 * count)
-    assert found.gradient == round(0.4 * count) + 2 * 32000 * 4096
-    assert found.total == found.weights + found.state + found.gradient
+@pytest.mark.parametrize("tied", [True, False])
+def test_operations_are_those_that_torch_counts(tied):
+    """Forward and backward, all of it: attention and positions that are not judged make up for one
+    another."""
+    model = AutoModelForCausalLM.from_config(small(tied))
+    batch = pair_batch(_rows(40, 60, 2), Layout(0))
+    with FlopCounterMode(display=False) as counter:
+        response_logps(model, batch).sum().backward()
+    counted = 3 * 2 * shape_of(model.config).active * batch["input_ids"].numel()
+    assert counted == pytest.approx(counter.get_total_flops(), rel=0.15)
 
 
-def test_saved_bytes_are_those_that_a_forward_pass_leaves_in_use():
-    """Against the allocator's own account: what it gave minus what it got back."""
-    model = tiny_llama().train()
-    batch = pair_batch(_rows(9, 7, 3), Layout(0, True, 16))
-    counted = saved_bytes(model, batch)
-    response_logps(model, batch).sum().backward()  # what is made once and stays
-    model.zero_grad()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
-        logps = response_logps(model, batch)
-    outermost = [event for event in seen.events() if not event.cpu_parent]
-    in_use = sum(event.cpu_memory_usage for event in outermost)
-    assert logps.requires_grad
-    assert counted == pytest.approx(in_use, rel=0.15)
+@pytest.mark.parametrize("kind", [MixtralConfig, Qwen3Config])
+def test_experts_that_a_token_passes_by_are_not_counted(kind):
+    experts = dict(num_local_experts=8, num_experts_per_tok=2) if kind is MixtralConfig else {}
+    config = kind(
+        vocab_size=VOCABULARY, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=2, head_dim=8, **experts,
+    )  # fmt: skip
+    shape, each = shape_of(config), 3 * 16 * 24
+    read = 16 * 8 + 2 * each if experts else each  # router, and two of eight
+    assert shape.active == 2 * (4 * 16 * 16 + read) + 16 * VOCABULARY
+    parameters = AutoModelForCausalLM.from_config(config).parameters()
+    assert shape.parameters == sum(p.numel() for p in parameters)
+    asked = checked({})
+    needed = memory(config, shape, parts(asked)[0], asked, STAGES, FP32, 1)
+    assert needed["other stages"] > 4 * shape.parameters
+
+
+def test_tokens_and_steps_of_every_pass():
+    config = checked({"batch_size": 4, "epochs": 2, "max_steps": 4, "search": 3, "held_out": 0.2})
+    given, held_out, development = found = parts(config)
+    shape = shape_of(SEVEN)
+    passes = {one.name: one for one in passes_of(found, config, STAGES, shape)}
+    read = 0  # of every tree a node once
+    for row in given.rows:
+        both = [row["prompt"] + row[side] for side in ("chosen", "rejected")]
+        read += len({tuple(s[: n + 1]) for s in both for n in range(len(s))})
+    rejected = sum(len(row["prompt"] + row["rejected"]) for row in given.rows)
+    assert {name: (one.rows, one.steps) for name, one in passes.items()} == {
+        "reference": (10, 0), "importance": (7, 4), "reward model": (7, 4), "token rewards": (7, 0),
+        "forgetting x 3": (7, 12), "its reference x 3": (7, 0), "learning x 3": (7, 12),
+        "ranking": (5, 0),
+    }  # fmt: skip
+    assert passes["importance"].tokens == 2 * read and passes["learning x 3"].tokens == 6 * read
+    assert passes["forgetting x 3"].tokens == 6 * rejected
+    assert passes["its reference x 3"].tokens == 3 * read
+    assert passes["learning x 3"].flops == 3 * 2 * 6 * read * shape.active
+    # A limit of steps ends a stage within its epochs.
+    short = checked({"batch_size": 4, "epochs": 2, "max_steps": 3})
+    one = {o.name: o for o in passes_of(found, short, STAGES, shape)}["importance"]
+    assert one.steps == 3 and one.tokens == round(2 * read * 12 / 14)
+
+
+def test_bytes_of_seven_billion_on_1_2_and_8_devices():
+    # So few neurons that a step of many pairs has its peak where backward begins.
+    lean = {"share": 0.01, "estimator": "gradient", "rewriter_neurons": "kept"}
+    config = checked({"batch_size": 8} | lean)
+    given, shape = parts(config)[0], shape_of(SEVEN)
+    assert shape.parameters == OF_SEVEN and shape.active == OF_SEVEN - 32000 * 4096 - 65 * 4096
+    layer = 2 * (4 * 4096**2 + 3 * 4096 * 11008 + 2 * 4096)  # bytes in bf16
+    prompt = max(len(row["prompt"]) for row in given.rows)
+    response = max(len(row[side]) for row in given.rows for side in ("chosen", "rejected"))
+    for n in (1, 2, 8):
+        found = memory(SEVEN, shape, given, config, STAGES, BF16, n)
+        own = footprint(SEVEN, 0.01, prompt, response, 8 // n)
+        sharded = own["weights"] + own["state"] + own["gradient"]
+        expected = sharded / n + own["activations"] + own["logits"] + 2 * layer * (n > 1)
+        assert found["other stages"] == found["reward model"] == pytest.approx(expected)
+        assert found["importance"] == pytest.approx(expected - own["state"] / n)
+    # Two bytes a weight, sixteen a kept one; the default needs dense state, and scores.
+    default = memory(SEVEN, shape, given, checked({}), STAGES, BF16, 8)
+    assert 8 * default["reward model"] > (2 + 12 + 4) * OF_SEVEN
+    assert default["importance"] == pytest.approx(default["reward model"] + 4 * OF_SEVEN / 8)
