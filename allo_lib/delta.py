@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM
 from allo_lib.engine import models
 from allo_lib.engine.reference import tensors_hash
 from allo_lib.errors import AlloError
-from allo_lib.machine.weights import UNREADABLE, told
+from allo_lib.machine.weights import UNREADABLE, one_line
 
 NAME = "allo_delta.safetensors"
 _HEADER, _FORMAT = "allo_delta", 1
@@ -87,7 +87,7 @@ def merge(base, delta, output_dir) -> Path:
         try:
             _overwrite(part, changed)
         except UNREADABLE as error:  # indices or values that do not fit
-            raise _damaged(delta, told(error)) from error
+            raise _damaged(delta, one_line(error)) from error
         if _hash(_tensors(part)) != header["result_sha256"]:
             raise _damaged(delta, "what it gives has another hash than it names")
         part.rename(output_dir)
@@ -125,7 +125,7 @@ def _read(path) -> tuple[dict, dict[str, torch.Tensor]]:
             raise ValueError("header")
         return header, load_file(str(path))
     except UNREADABLE as error:
-        raise _damaged(path, told(error)) from error
+        raise _damaged(path, one_line(error)) from error
 
 
 def _damaged(path, what: str) -> AlloError:

@@ -21,7 +21,7 @@ from transformers import (
 from allo_lib import align, align_setup, allo
 from allo_lib.data import miniature
 from allo_lib.engine import models
-from allo_lib.engine.checkpoints import Checkpoints
+from allo_lib.engine.trainer import Checkpoints
 from allo_lib.errors import Diverged
 from allo_lib.method.masked_adamw import MaskedAdamW
 from allo_lib.method.neurons import NeuronMask

@@ -91,7 +91,7 @@ def test_pairs_come_again_from_the_same_seed_and_from_their_files(tiny_study, tm
     again, kept = make_pairs(tiny_study, DOMAIN), tiny_study.pairs(DOMAIN)
     assert (again.rows, again.summary) == (kept.rows, kept.summary)
     again.save(tmp_path)
-    read = Pairs.load(Artifact("pairs", "key", tmp_path, 0.0))
+    read = Pairs.load(Artifact("pairs", "key", tmp_path))
     assert read == dataclasses.replace(again, key="key")
 
 
