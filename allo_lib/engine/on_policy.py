@@ -153,7 +153,6 @@ def _train(
             if log.loss and time.perf_counter() - printed >= _PRINT_EVERY:
                 printed, right = time.perf_counter(), log.metrics["reward"][-1]
                 print(f"{label}: step {step + 1} of {len(steps)}, reward {right:.3f}", flush=True)
-        numbers.read()
     return log
 
 

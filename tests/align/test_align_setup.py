@@ -2,7 +2,6 @@
 
 import json
 import math
-import types
 
 import pytest
 import torch
@@ -21,7 +20,7 @@ from transformers import (
 )
 
 from allo_lib import align, align_setup, allo
-from allo_lib.engine.checkpoints import Checkpoints
+from allo_lib.engine.trainer import Checkpoints
 from allo_lib.errors import Diverged
 from allo_lib.method.masked_adamw import MaskedAdamW
 
@@ -299,13 +298,3 @@ def test_experts_without_a_router_loss_are_aligned(tmp_path, settings):
 def test_other_gpus_are_told_of_where_no_launcher_shares_them(device, count, environment, told):
     found = align_setup.several_gpus(device, count, environment)
     assert found is None if told is None else told in found
-
-
-def test_a_trainer_uses_one_gpu_where_it_sees_two(monkeypatch):
-    """Trainer would wrap the model in DataParallel, which has no config."""
-    from allo_lib.engine import trainer
-
-    made = types.SimpleNamespace(n_gpu=2, _n_gpu=2)
-    monkeypatch.setattr(trainer, "TrainingArguments", lambda **_: made)
-    schedule = trainer.Schedule(1e-3, 1, 4, 0)
-    assert trainer._arguments("x", schedule, torch.device("cuda"), 8)._n_gpu == 1

@@ -144,7 +144,7 @@ def test_pairs_come_again_from_the_same_seed(tiny_study, tmp_path):
     kept = tiny_study.pairs(DOMAIN)
     assert (again.rows, again.summary) == (kept.rows, kept.summary)
     again.save(tmp_path)
-    read = Pairs.load(Artifact("pairs", "key", tmp_path, 0.0))
+    read = Pairs.load(Artifact("pairs", "key", tmp_path))
     assert read == dataclasses.replace(again, key="key")
 
 

@@ -17,8 +17,8 @@ from torch import multiprocessing
 from allo_lib import align, allo
 from allo_lib.data import miniature
 from allo_lib.engine import models, trainer
-from allo_lib.engine.checkpoints import Checkpoints
 from allo_lib.engine.forward import response_logps
+from allo_lib.engine.trainer import Checkpoints
 from allo_lib.errors import AlloError, Diverged
 from allo_lib.machine import devices, runtime, weights
 from allo_lib.method.neurons import NeuronMask, count_ties, select_neurons
