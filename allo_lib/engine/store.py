@@ -153,9 +153,8 @@ class Store:
             shutil.rmtree(partial_of(temporary), ignore_errors=True)
         except (OSError, SafetensorError) as error:
             raise AlloError(
-                f"cannot make {kind} in {self.folder} ({' '.join(str(error).split())}): if the disk "
-                "is full or closed, free space or permit writing; then run again, what is done is "
-                "kept"
+                f"cannot make {kind} in {self.folder} ({' '.join(str(error).split())}): mend that, "
+                "free space or permit writing, then run again; what is done is kept"
             ) from error
         finally:
             shutil.rmtree(temporary, ignore_errors=True)

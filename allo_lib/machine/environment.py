@@ -108,15 +108,15 @@ def prepare(root: Path = ROOT, tests: bool = False) -> str:
         fcntl.flock(handle, fcntl.LOCK_EX)
         if not (installed.exists() and installed.read_text(encoding="utf-8") == wanted):
             _say(f"installing the versions of {LOCK} into .venv (a few minutes, once)")
-            _run(
-                "could not make .venv; install Python's venv module (python3-venv on Debian)",
-                sys.executable, "-m", "venv", folder,
-            )  # fmt: skip
-            _run(
-                f"could not install {LOCK}",
-                python, "-m", "pip", "install", "--disable-pip-version-check", "--quiet",
-                "-r", root / LOCK,
-            )  # fmt: skip
+            pip = [python, "-m", "pip", "install", "--disable-pip-version-check", "--quiet"]
+            try:
+                for command in ([sys.executable, "-m", "venv", folder], [*pip, "-r", root / LOCK]):
+                    subprocess.run(command, stdout=sys.stderr, check=True)
+            except subprocess.CalledProcessError as error:
+                raise AlloError(
+                    f"could not install {LOCK} into .venv (the message stands above; Debian's "
+                    "package of venv is python3-venv); then type the same command again"
+                ) from error
             installed.write_text(wanted, encoding="utf-8")
     return str(python)
 
@@ -125,13 +125,6 @@ def _version(name: str) -> str | None:
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         return importlib.metadata.version(name)
     return None
-
-
-def _run(failure: str, *command) -> None:
-    if subprocess.run(command, stdout=sys.stderr).returncode:
-        raise AlloError(
-            f"{failure} (the message stands above); when that is fixed, type the same command again"
-        )
 
 
 def _say(text: str) -> None:

@@ -14,7 +14,6 @@ import threading
 import warnings
 from multiprocessing import forkserver
 
-
 ON_CPU = {
     "repeats": "same commit, versions, seed and number of threads: the same bytes; else within the "
     "tolerances of allo_lib/cli/verify.py",
