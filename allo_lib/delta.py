@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM
 from allo_lib.engine import models
 from allo_lib.engine.reference import tensors_hash
 from allo_lib.errors import AlloError
-from allo_lib.machine.weights import UNREADABLE, told
+from allo_lib.machine.weights import UNREADABLE, one_line
 
 NAME = "allo_delta.safetensors"
 _HEADER, _FORMAT = "allo_delta", 1
@@ -131,7 +131,7 @@ def _read(path) -> tuple[dict, dict]:
             sound = len(file.keys()) == 2 * len(names) and header.keys() >= _KEYS
             sound = sound and header["format"] == _FORMAT and type(header["base_sha256"]) is str
     except UNREADABLE as error:
-        raise _damaged(path, told(error)) from error
+        raise _damaged(path, one_line(error)) from error
     for name, (at, values) in changed.items():
         flat = at.ndim == 1 and at.shape == values.shape and at.numel()
         if not flat or int(at[0]) < 0 or not bool((at.diff() > 0).all()):

@@ -40,7 +40,7 @@ def with_reference(
 
     if first and store.has("reference", inputs):
         known = (store.get("reference", inputs, make).path / _FILE).is_file()
-    if not devices.told(known):  # of several processes all compute, or none does
+    if not devices.of_first(known):  # of several processes all compute, or none does
         values = pair_logps(model, rows, pad_token_id, batch_size)
     return attach(rows, store.get("reference", inputs, make).file(_FILE) if first else None)
 
@@ -56,7 +56,7 @@ def attach(rows: list[Row], path: Path | None) -> list[Row]:
 
     AlloError when the file holds another number of tokens than the rows: it is of other pairs.
     """
-    flat = devices.told(None if path is None else weights.read_tensors(path))
+    flat = devices.of_first(None if path is None else weights.read_tensors(path))
     result = [dict(row) for row in rows]
     for side in SIDES:
         lengths = [len(row[side]) for row in rows]

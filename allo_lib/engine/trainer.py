@@ -247,7 +247,7 @@ class Checkpoints:
     def due(self, at_end: bool = False) -> bool:
         """Whether it is time for one; at the end of a training, whether that is worth one."""
         since = self._began if at_end else self._last
-        return devices.told(0 < self.minutes * 60 <= time.monotonic() - since)
+        return devices.of_first(0 < self.minutes * 60 <= time.monotonic() - since)
 
     def latest(self) -> Path | None:
         """The last checkpoint that is whole, or None; a damaged one is named and removed."""

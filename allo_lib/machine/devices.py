@@ -192,17 +192,13 @@ def each(values: Tensor) -> Tensor:
     return torch.stack([other.to(values.device) for other in _of_all(values.cpu())])
 
 
-def told(value):
-    """What the first process gives; what the others give is not looked at."""
-    if count() == 1:
-        return value
-    box = [value]
-    dist.broadcast_object_list(box)
-    return box[0]
+def of_first(value):
+    """The first process's value on all of them."""
+    return _of_all(value if rank() == 0 else None)[0]
 
 
 def gathered(value) -> list | None:
-    """What all processes give, on the first one; None on the others."""
+    """The values of all processes, on the first one; None on the others."""
     if count() == 1:
         return [value]
     values = [None] * count() if rank() == 0 else None
@@ -211,10 +207,10 @@ def gathered(value) -> list | None:
 
 
 def agree(value, what: str) -> None:
-    """AlloError on all processes unless all give the same value."""
+    """AlloError on all processes unless all have the same value."""
     if any(other != value for other in _of_all(value)):
         raise AlloError(
-            f"align: the processes were given other {what}; load the same model and pairs in all, "
+            f"align: the processes have different {what}; load the same model and pairs in all, "
             "from files or with the same seed"
         )
 

@@ -139,9 +139,6 @@ def main() -> int:
     except AlloError as error:
         _say(str(error))
         return 2
-    except KeyboardInterrupt:
-        _say("stopped; the same command goes on from here")
-        return 130
     return 0
 
 

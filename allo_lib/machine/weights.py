@@ -58,11 +58,11 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         return load_file(str(path))
     except UNREADABLE as error:
         raise AlloError(
-            f"{path} is not a readable safetensors file ({told(error)}); make it anew"
+            f"{path} is not a readable safetensors file ({one_line(error)}); make it anew"
         ) from error
 
 
-def told(error: Exception) -> str:
+def one_line(error: Exception) -> str:
     """What an exception says, in one line of at most 200 characters."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 200 else f"{text[:197]}..."
