@@ -8,12 +8,7 @@ class AlloError(ValueError):
 
 
 class Diverged(AlloError):
-    """Training reached NaN or infinity: the learning rate is too large.
-
-    `batch` is the file with the batch of that step, None where none could be kept.
-    """
-
-    batch = None
+    """Training reached NaN or infinity: the learning rate is too large."""
 
 
 def short(value) -> str:

@@ -1,6 +1,5 @@
-"""What a study leaves in its store for the manifest: weights, data, and the device of each cell.
-
-Of weights that were lost and trained again with other bits it leaves where that was.
+"""What a study leaves in its store for the manifest: weights, data, the device of each cell, and
+where lost weights were trained again with other bits.
 """
 
 import contextlib
@@ -29,11 +28,11 @@ def leave(store: Path, name: str, value: Any) -> None:
 
 def collect(store: Path, prefix: str) -> dict[str, Any]:
     """Notes whose names start with `prefix`, by the rest of their names; unreadable ones not."""
-    found: dict[str, Any] = {}
+    notes: dict[str, Any] = {}
     for path in sorted((store / FOLDER).glob(f"{prefix}*.json")):
         with contextlib.suppress(ValueError, OSError):
-            found[path.stem.removeprefix(prefix)] = json.loads(path.read_text(encoding="utf-8"))
-    return found
+            notes[path.stem.removeprefix(prefix)] = json.loads(path.read_text(encoding="utf-8"))
+    return notes
 
 
 def cells_of(results: dict[str, dict[str, Any]]) -> dict[str, list[str]]:
@@ -41,35 +40,31 @@ def cells_of(results: dict[str, dict[str, Any]]) -> dict[str, list[str]]:
 
     Methods that started from SFT models of different bits have those named beside the device.
     """
-    starts = {found["sft"] for found in results.values() if "sft" in found}
+    starts = {result["sft"] for result in results.values() if "sft" in result}
     cells: dict[str, list[str]] = {}
-    for method, found in results.items():
-        place = found.get("device", UNKNOWN)
+    for method, result in results.items():
+        place = result.get("device", UNKNOWN)
         if len(starts) > 1:
-            place += f", SFT model {found.get('sft', UNKNOWN)}"
+            place += f", SFT model {result.get('sft', UNKNOWN)}"
         cells.setdefault(place, []).append(method)
     return cells
 
 
-def with_cells(known: Cells, found: dict[str, Any]) -> Cells:
-    """Devices of cells as they were known, with what the notes `found` in a store say of them.
+def with_cells(known: Cells, notes: dict[str, Any]) -> Cells:
+    """The devices of cells as they were known, with those that notes of a store name.
 
-    A note is of a seed ("seed0": device -> domain -> methods) or of a domain of it
-    ("seed0.maths": device -> methods), which leaves the seed's other domains as they were known.
+    notes: "seed0.maths" -> device -> methods; the seed's other domains stay as they were known.
     """
     cells = dict(known)
-    for name, told in sorted(found.items()):
+    for name, measured in sorted(notes.items()):
         seed, _, domain = name.partition(".")
-        if not domain:
-            cells[seed] = told
-            continue
-        others = {
-            device: {other: methods for other, methods in of_device.items() if other != domain}
-            for device, of_device in cells.get(seed, {}).items()
+        by_device = {
+            device: {other: methods for other, methods in domains.items() if other != domain}
+            for device, domains in cells.get(seed, {}).items()
         }
-        for device, methods in told.items():
-            others.setdefault(device, {})[domain] = methods
-        cells[seed] = {device: of_device for device, of_device in others.items() if of_device}
+        for device, methods in measured.items():
+            by_device.setdefault(device, {})[domain] = methods
+        cells[seed] = {device: domains for device, domains in by_device.items() if domains}
     return cells
 
 
@@ -78,10 +73,10 @@ def several_devices(cells: Cells) -> str:
     each seed and domain from one SFT model."""
     if len({device for of_seed in cells.values() for device in of_seed} - {UNKNOWN}) < 2:
         return ""
-    told = [
+    places = [
         f"{device}: {seed}, {name}: {', '.join(methods)}"
         for seed, of_seed in cells.items()
         for device, domains in of_seed.items()
         for name, methods in domains.items()
     ]
-    return f"Cells were measured on several devices or SFT models. {'; '.join(told)}."
+    return f"Cells were measured on several devices or SFT models. {'; '.join(places)}."

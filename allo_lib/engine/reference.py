@@ -1,8 +1,7 @@
 """Log-probs of preference pairs under the model that a stage starts from: computed once, kept.
 
-Per token and not per response, as key tokens are chosen by them. On disk they lie under a key that
-the SHA-256 of the weights and of the pairs' token ids give. The ids say all of tokenizer, template
-and data that a log-prob depends on; how rows are batched changes nothing but rounding.
+Per token, as key tokens are chosen by them; keyed by the weights and the pairs' token ids, which
+say all of tokenizer, template and data that a log-prob depends on.
 """
 
 import hashlib
@@ -29,23 +28,21 @@ def with_reference(
 ) -> list[Row]:
     """Encoded pairs with `chosen_reference` and `rejected_reference` under the model as it stands.
 
-    Read from the store where the same weights have met the same pairs before; else computed by a
-    forward pass over all pairs and written there.
+    Computed by a forward pass over all pairs, unless the store has them.
     """
     inputs = {"weights": state_hash(model), "pairs": rows_hash(rows), "version": VERSION}
+    first, known = devices.rank() == 0, False
     values: list[dict[str, list[float]]] = []
 
     def make(folder: Path) -> None:
-        write(values or pair_logps(model, rows, pad_token_id, batch_size), folder / _FILE)
+        write(values, folder / _FILE)
         write_json(folder / "record.json", {"pairs": len(rows)})
 
-    if devices.count() > 1:  # all of them compute, or none does
-        known = devices.rank() == 0 and store.has("reference", inputs)
-        known = known and (store.get("reference", inputs, make).path / _FILE).is_file()
-        if not devices.told(known):
-            values = pair_logps(model, rows, pad_token_id, batch_size)
-    path = store.get("reference", inputs, make).file(_FILE) if devices.rank() == 0 else None
-    return attach(rows, path)
+    if first and store.has("reference", inputs):
+        known = (store.get("reference", inputs, make).path / _FILE).is_file()
+    if not devices.of_first(known):  # of several processes all compute, or none does
+        values = pair_logps(model, rows, pad_token_id, batch_size)
+    return attach(rows, store.get("reference", inputs, make).file(_FILE) if first else None)
 
 
 def write(values: list[dict[str, list[float]]], path: Path) -> None:
@@ -55,21 +52,18 @@ def write(values: list[dict[str, list[float]]], path: Path) -> None:
 
 
 def attach(rows: list[Row], path: Path | None) -> list[Row]:
-    """Copies of the rows with the log-probs of a file that was written for them.
+    """Copies of the rows with the log-probs of a file; of several processes the first one reads it.
 
-    path: of several processes only the first one's is read.
-
-    Raises:
-        AlloError: the file holds another number of tokens than the rows: it is of other pairs.
+    AlloError when the file holds another number of tokens than the rows: it is of other pairs.
     """
-    flat = devices.told(None if path is None else weights.read_tensors(path))
+    flat = devices.of_first(None if path is None else weights.read_tensors(path))
     result = [dict(row) for row in rows]
     for side in SIDES:
         lengths = [len(row[side]) for row in rows]
-        given = flat[side].numel() if side in flat else 0
-        if given != sum(lengths):
+        stored = flat[side].numel() if side in flat else 0
+        if stored != sum(lengths):
             raise AlloError(
-                f"{path} has reference log-probs of {given} {side} tokens, the pairs have "
+                f"{path} has reference log-probs of {stored} {side} tokens, the pairs have "
                 f"{sum(lengths)}: it was made for other pairs; delete it to make it anew"
             )
         for row, part in zip(result, flat[side].split(lengths), strict=True):

@@ -1,29 +1,31 @@
-"""The one training loop: `transformers.Trainer` around an objective, an optimizer and rows."""
+"""The one training loop of all losses on given rows, and the checkpoints it goes on from.
 
+A run that was killed ends with the same bytes as a run that was not: weights, float32 masters,
+moments, schedule, random generators and the log so far are all in a checkpoint, without pickle.
+"""
+
+import json
 import math
 import multiprocessing
+import shutil
 import sys
-import tempfile
 import time
-from collections import deque
-from collections.abc import Callable
+import uuid
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from tqdm import tqdm
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import get_cosine_schedule_with_warmup
 
 from allo_lib.engine.batching import Row
-from allo_lib.engine.checkpoints import (
-    Checkpoints,
-    read_random_state,
-    read_state,
-    write_state,
-)
-from allo_lib.engine.forward import response_logps
+from allo_lib.engine.forward import response_logps, to_device
+from allo_lib.engine.store import read_manifest, seal, write_json
 from allo_lib.errors import AlloError, Diverged
 from allo_lib.machine import devices, weights
 from allo_lib.method.checks import values_unread
@@ -33,6 +35,9 @@ from allo_lib.method.masked_adamw import MaskedAdamW
 _LONG = 15.0  # seconds after which a training shows its progress
 # What must be finite, and how a divergence names it.
 _FINITE = {"log-probs": "log-probs", "loss": "loss", "grad_norm": "gradient norm"}
+_STEP = "step-"  # what the folders of checkpoints are called
+_MODEL, _OPTIMIZER = "model.safetensors", "optimizer.safetensors"
+_TRAINER = "trainer.json"
 
 
 @dataclass(frozen=True)
@@ -43,7 +48,7 @@ class Schedule:
     epochs: int
     batch_size: int  # rows (pairs) per optimizer step
     seed: int  # of the order of the rows
-    warmup: float = 0.1  # share of all steps with a linearly rising rate
+    warmup: float = 0.1  # share of all steps with a linearly rising rate; from 1 on their number
     accumulation: int = 1  # forward passes per step; batch_size is their sum
     max_steps: int | None = None  # optimizer steps at most
 
@@ -52,12 +57,31 @@ class Schedule:
         steps = self.epochs * math.ceil(rows / self.batch_size)
         return steps if self.max_steps is None else min(steps, self.max_steps)
 
+    def rates(self, optimizer: torch.optim.Optimizer, steps: int) -> Any:
+        """The scheduler of so many steps: up to the optimizer's rate, then down as a cosine."""
+        share = self.warmup < 1
+        warmup = math.ceil(steps * self.warmup) if share else int(self.warmup)
+        return get_cosine_schedule_with_warmup(optimizer, warmup, steps)
+
+    def batches(self, rows: list[Row]) -> Iterator[list[list[Row]]]:
+        """The rows of every step, a list for each forward pass; every epoch in another order."""
+        size = self.batch_size // self.accumulation
+        for epoch in range(self.epochs):
+            generator = torch.Generator().manual_seed(self.seed + epoch)
+            order = torch.randperm(len(rows), generator=generator).tolist()
+            passes = [
+                [rows[i] for i in order[start : start + size]]
+                for start in range(0, len(order), size)
+            ]
+            for start in range(0, len(passes), self.accumulation):
+                yield passes[start : start + self.accumulation]
+
 
 @dataclass
 class Log:
     """One entry per optimizer step (or forward pass, under accumulation), in order.
 
-    metrics: what the objective tells (`reward_margin`, `reward_accuracy`), and per optimizer step
+    metrics: those of the objective (`reward_margin`, `reward_accuracy`), and per optimizer step
     `grad_norm`, over the kept entries before clipping, and `moved`, the share of kept entries whose
     value in the model's dtype the step changed.
     """
@@ -76,15 +100,15 @@ def train(
     optimizer: MaskedAdamW,
     schedule: Schedule,
     label: str = "training",
-    checkpoints: Checkpoints | None = None,
+    checkpoints: "Checkpoints | None" = None,
     terms: Callable[[Batch], Tensor] | None = None,
 ) -> Log:
     """Train `model` in place on `rows`; returns the log.
 
     Args:
-        collator: rows -> batch (`batching`) with what the objective needs.
-        objective: (logps, batch) -> (loss, metrics), see `losses.objective`.
-        optimizer: it clips by itself if it should, Trainer's clipping is off.
+        collator: rows -> batch (`batching`) with what the objective needs. Of several processes
+            (`devices.split`) it takes this one's share.
+        objective: (logps [B, T], batch) -> (scalar loss, metrics), see `losses.objective`.
         label: for progress lines and errors.
         checkpoints: where the training goes on from if it was interrupted, and what it leaves
             there in case it is; None for neither.
@@ -92,198 +116,76 @@ def train(
             accumulation the gradient is then that of one batch of all. None: one a sequence.
 
     Raises:
-        AlloError: no rows.
-        Diverged: log-probs, loss or gradient are NaN or infinite; told with the step. The weights
-            are those before that step, and its batch is kept beside the checkpoints.
+        AlloError: no rows, or a batch size that is no multiple of the accumulation.
+        Diverged: log-probs, loss or gradient are NaN or infinite. The weights are those before that
+            step.
     """
     if not rows:
         raise AlloError(f"{label}: no rows to train on; give at least one")
-    started = time.perf_counter()
-    with tempfile.TemporaryDirectory() as folder:  # Trainer wants one, nothing is saved there
-        trainer = _Trainer(
-            model=model,
-            args=_arguments(folder, schedule, model.device, len(rows)),
-            train_dataset=rows,
-            data_collator=collator,
-            optimizers=(optimizer, None),
-        )
-        log = Log()
-        kept_in = None if checkpoints is None else checkpoints.folder
-        numbers = Numbers(optimizer, log, label, model.config.pad_token_id, kept_in)
-        trainer.objective, trainer.numbers, trainer.optimizer_ = objective, numbers, optimizer
-        trainer.started, trainer.terms = started, terms or terms_of("dpo")
-        if checkpoints is not None:
-            trainer.checkpoints = checkpoints
-        trainer.remove_callback(PrinterCallback)
-        trainer.add_callback(_AfterStep(numbers, checkpoints))
-        begun = checkpoints.latest() if checkpoints is not None else None
-        with numbers:
-            trainer.train(resume_from_checkpoint=None if begun is None else str(begun))
-            numbers.read()
-    log.seconds = round(log.seconds + time.perf_counter() - started, 3)
-    return log
-
-
-def _arguments(
-    folder: str, schedule: Schedule, device: torch.device, rows: int
-) -> TrainingArguments:
     if schedule.batch_size % schedule.accumulation:
         raise AlloError(
             f"batch_size {schedule.batch_size} is no multiple of accumulation "
             f"{schedule.accumulation}; choose one that is"
         )
-    arguments = TrainingArguments(
-        output_dir=folder,
-        per_device_train_batch_size=schedule.batch_size // schedule.accumulation,
-        gradient_accumulation_steps=schedule.accumulation,
-        num_train_epochs=schedule.epochs,
-        max_steps=-1 if schedule.max_steps is None else schedule.steps(rows),
-        learning_rate=schedule.learning_rate,
-        lr_scheduler_type="cosine",
-        warmup_steps=schedule.warmup if schedule.warmup < 1 else int(schedule.warmup),
-        max_grad_norm=0,
-        seed=schedule.seed,
-        use_cpu=device.type == "cpu",
-        # Neither a look at the loss nor a copy of a batch makes the host wait for a GPU.
-        logging_nan_inf_filter=False,
-        accelerator_config={"non_blocking": device.type != "cpu"},
-        save_strategy="no",
-        logging_strategy="no",
-        report_to=[],
-        disable_tqdm=True,
-        remove_unused_columns=False,
-        dataloader_pin_memory=device.type != "cpu",
-    )
-    # Where Trainer sees several GPUs it would wrap the model in replicas; a launcher shares them.
-    arguments._n_gpu = min(1, arguments.n_gpu)
-    return arguments
+    started, steps, terms = time.perf_counter(), schedule.steps(len(rows)), terms or terms_of("dpo")
+    torch.manual_seed(schedule.seed)  # of dropout, where a model has some
+    scheduler = schedule.rates(optimizer, steps)
+    begun, log = None if checkpoints is None else checkpoints.latest(), Log()
+    if begun is not None:
+        log = _load(begun, model, optimizer, scheduler)
+    done, seconds_before = scheduler.last_epoch, log.seconds
+    if done:
+        print(f"{label}: goes on from its checkpoint at step {done}", flush=True)
+    model.zero_grad()
+    model.train()
+    with (
+        Numbers(optimizer, log, label, model.config.pad_token_id) as numbers,
+        _bar(label, done, steps) as bar,
+    ):
+        for step, passes in enumerate(islice(schedule.batches(rows), done, steps), start=done):
+            batches = [to_device(collator(part), model) for part in passes]
+            if len(batches) > 1:
+                count = torch.stack([terms(batch) for batch in batches]).sum().clamp(min=1)
+            for batch in batches:
+                logps = response_logps(model, batch)
+                with values_unread():
+                    loss, metrics = objective(logps, batch)
+                numbers.forward(step, batch, logps, loss, metrics)
+                if len(batches) > 1:  # of unequal passes each counts by its terms
+                    loss = loss * (terms(batch) / count)
+                loss.backward()
+            optimizer.step()
+            scheduler.step()
+            numbers.step(step)
+            bar.set_postfix_str(f"loss {log.loss[-1]:.4f}", refresh=False)
+            bar.update()
+            log.seconds = round(seconds_before + time.perf_counter() - started, 3)
+            if checkpoints is not None and checkpoints.due(at_end=step + 1 == steps):
+                checkpoints.write(step + 1, lambda at: _save(at, model, optimizer, scheduler, log))
+    return log
 
 
-class _Trainer(Trainer):
-    """Trainer whose loss is an objective on the log-probs of response tokens."""
-
-    objective: Objective
-    numbers: "Numbers"
-    checkpoints: Checkpoints
-    optimizer_: MaskedAdamW  # as it was provided; Trainer wraps its own
-    started: float  # time.perf_counter() when this process began the training
-    terms: Callable[[Batch], Tensor]
-
-    def __init__(self, **arguments: Any):
-        super().__init__(**arguments)
-        # The loss is a mean over the batch, not a sum that Trainer should divide by tokens.
-        self.model_accepts_loss_kwargs = False
-
-    # Of several processes (`devices`): the model is where and as it should be, the optimizer sums
-    # gradients, and the collator takes this process's share of every batch.
-
-    def create_accelerator_and_postprocess(self) -> None:
-        super().create_accelerator_and_postprocess()
-        self.is_fsdp_enabled = False
-
-    def _move_model_to_device(self, model: Any, device: Any) -> None:
-        if devices.count() == 1:
-            super()._move_model_to_device(model, device)
-
-    def get_train_dataloader(self) -> Any:
-        loader = super().get_train_dataloader()
-        if devices.count() > 1:
-            shard = loader.batch_sampler
-            shard.num_processes, shard.process_index, shard.even_batches = 1, 0, False
-        return loader
-
-    def _prepare_for_training(
-        self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any
-    ) -> Any:
-        if devices.count() == 1:
-            return super()._prepare_for_training(
-                max_steps, train_dataloader, resume_from_checkpoint
-            )
-        self.create_scheduler(num_training_steps=max_steps)
-        self._load_optimizer_and_scheduler(resume_from_checkpoint)
-        for name in ("model", "optimizer", "lr_scheduler"):
-            setattr(self.callback_handler, name, getattr(self, name))
-        self.callback_handler.train_dataloader = train_dataloader
-        return self.model, train_dataloader
-
-    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> Any:
-        """The batches of one step; of several also how many terms their losses together have."""
-        batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
-        if len(batches) > 1:
-            count = torch.stack([self.terms(batch) for batch in batches]).sum().clamp(min=1)
-        return batches, count
-
-    def compute_loss(
-        self,
-        model: Any,
-        inputs: Batch,
-        return_outputs: bool = False,
-        num_items_in_batch: Any = None,
-    ) -> Tensor:
-        logps = response_logps(model, inputs)
-        with values_unread():
-            loss, metrics = self.objective(logps, inputs)
-        self.numbers.forward(self.state.global_step, inputs, logps, loss, metrics)
-        passes = self.current_gradient_accumulation_steps
-        if passes > 1:  # Trainer takes the mean of the passes, however unequal they are
-            loss = loss * (self.terms(inputs) * passes / num_items_in_batch)
-        return loss
-
-    # Trainer saves and resumes by these; its own versions pickle.
-
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        self.numbers.read()  # the log is part of it, and nothing that diverged may be
-        log = asdict(self.numbers.log)
-        log["seconds"] += time.perf_counter() - self.started
-
-        def fill(folder: Path) -> None:
-            weights.save(self.model, folder / "model.safetensors")
-            self.state.save_to_json(str(folder / "trainer_state.json"))
-            write_state(folder, self.optimizer_, self.lr_scheduler, log)
-
-        self.checkpoints.write(self.state.global_step, fill)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        path = Path(resume_from_checkpoint, "model.safetensors")
-        weights.restore(self.model, weights.read_tensors(path))
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is None:
-            return
-        before = read_state(Path(checkpoint), self.optimizer_, self.lr_scheduler)
-        vars(self.numbers.log).update(before)
-        step, label = self.state.global_step, self.numbers.label
-        print(f"{label}: goes on from its checkpoint at step {step}", flush=True)
-
-    def _load_rng_state(self, checkpoint: str | None) -> None:
-        if checkpoint is not None:
-            read_random_state(Path(checkpoint))
+def _bar(label: str, done: int, steps: int) -> tqdm:
+    """A bar for trainings that take long; workers, whose output would mix, show none."""
+    return tqdm(
+        desc=label, initial=done, total=steps, unit="step", file=sys.stdout, leave=False,
+        position=0, delay=_LONG, mininterval=2.0 if sys.stdout.isatty() else _LONG,
+        disable=multiprocessing.parent_process() is not None,
+    )  # fmt: skip
 
 
 class Numbers:
     """The numbers of a training on their way from its device to its log; entered like a file.
 
-    On a GPU a look at one makes the host wait until all work given so far is done, several times a
-    step. So they are copied together and looked at a step later, when they have long arrived. The
-    optimizer sees by itself, where they are, that one is not finite, and changes nothing from then
-    on (`MaskedAdamW.guard`): a divergence is told late, but the weights are those before it. On a
-    CPU everything is looked at at once.
+    They are looked at once a step, together, as a look makes the host wait for a GPU. Until then
+    the optimizer sees by itself, where they are, that one is not finite, and changes nothing from
+    then on (`MaskedAdamW.guard`): the weights are those before it.
     """
 
-    def __init__(
-        self,
-        optimizer: MaskedAdamW,
-        log: Log,
-        label: str,
-        pad_token_id: int,
-        kept_in: Path | None = None,
-    ):
-        """kept_in: the folder for the batch of a step that diverged; None keeps it nowhere."""
+    def __init__(self, optimizer: MaskedAdamW, log: Log, label: str, pad_token_id: int):
         self.optimizer, self.log, self.label = optimizer, log, label
-        self.pad_token_id, self.kept_in = pad_token_id, kept_in
-        self.late = optimizer.param_groups[0]["params"][0].is_cuda
-        self._waiting: deque[tuple[Any, ...]] = deque()
-        self._batch: Batch = {}  # of the last forward pass that was looked at
+        self.pad_token_id = pad_token_id
+        self._of_step: list[dict[str, Tensor]] = []  # of its forward passes
 
     def __enter__(self) -> "Numbers":
         self.optimizer.watch = True
@@ -297,98 +199,126 @@ class Numbers:
         self, step: int, batch: Batch, logps: Tensor, loss: Tensor, metrics: dict[str, Tensor]
     ) -> None:
         """Take what a forward pass gave; `step` is the number of steps before this one."""
-        total = logps.detach().sum()
         read = (batch["input_ids"] != self.pad_token_id).sum() * batch.get("counts", 1)
-        told = {"log-probs": total, "loss": loss.detach(), "tokens": read} | metrics
-        told = devices.pooled(told, sums=("log-probs", "tokens"))
+        numbers = {"log-probs": logps.detach().sum(), "loss": loss.detach(), "tokens": read}
+        numbers = devices.pooled(numbers | metrics, sums=("log-probs", "tokens"))
         for key in ("log-probs", "loss"):
-            self.optimizer.guard(told[key])
-        self._send(step, told, batch)
+            self.optimizer.guard(numbers[key])
+        self._of_step.append(numbers)
 
     def step(self, step: int) -> None:
-        """Take what the optimizer's step `step` gave, and look at the numbers before it."""
-        told = {"grad_norm": self.optimizer.grad_norm, "moved": self.optimizer.moved}
-        self._send(step, {key: value for key, value in told.items() if value is not None}, None)
-        self.read(before=step)
+        """Log the optimizer's step `step` and its passes; Diverged for a number not finite."""
+        last = {"grad_norm": self.optimizer.grad_norm, "moved": self.optimizer.moved}
+        self._of_step.append({key: value for key, value in last.items() if value is not None})
+        named = [(key, value) for numbers in self._of_step for key, value in numbers.items()]
+        self._of_step = []
+        values = torch.stack([value.double() for _, value in named]).tolist()
+        for (key, _), value in zip(named, values, strict=True):
+            if key in _FINITE and not math.isfinite(value):
+                raise Diverged(
+                    f"{self.label}: the {_FINITE[key]} became {value} at step {step}; lower the "
+                    "learning rate"
+                )
+            if key == "tokens":
+                self.log.tokens += int(value)
+            elif key == "loss":
+                self.log.loss.append(value)
+            elif key != "log-probs":
+                self.log.metrics.setdefault(key, []).append(value)
 
-    def read(self, before: float = math.inf) -> None:
-        """Look at all numbers of steps before `before`; Diverged for one that is not finite."""
-        while self._waiting and self._waiting[0][0] < before:
-            step, names, values, arrived, batch = self._waiting.popleft()
-            if arrived is not None:
-                arrived.synchronize()
-            self._note(step, dict(zip(names, values.tolist(), strict=True)), batch)
 
-    def _send(self, step: int, told: dict[str, Tensor], batch: Batch | None) -> None:
-        if not told:
-            return
-        together = torch.stack([value.double() for value in told.values()])
-        values, arrived = together.to("cpu", non_blocking=True), None
-        if together.is_cuda:
-            arrived = torch.cuda.Event()
-            arrived.record()
-        self._waiting.append((step, list(told), values, arrived, batch))
-        if not self.late:
-            self.read()
+# --- checkpoints ---------------------------------------------------------------------------------
 
-    def _note(self, step: int, told: dict[str, float], batch: Batch | None) -> None:
-        self._batch = self._batch if batch is None else batch
-        for key, what in _FINITE.items():
-            if not math.isfinite(told.get(key, 0.0)):
-                self._diverged(step, what, told[key])
-        self.log.tokens += int(told.pop("tokens", 0))
-        told.pop("log-probs", None)
-        if "loss" in told:
-            self.log.loss.append(told.pop("loss"))
-        for key, value in told.items():
-            self.log.metrics.setdefault(key, []).append(value)
 
-    def _diverged(self, step: int, what: str, value: float) -> None:
-        kept = self._keep(step)
-        told = f"; the batch is in {kept}" if kept else ""
-        error = Diverged(
-            f"{self.label}: the {what} became {value} at step {step}; lower the learning rate{told}"
-        )
-        error.batch = kept  # type: ignore[assignment]
-        raise error
+class Checkpoints:
+    """A folder that holds the latest checkpoint of one training, whole or absent.
 
-    def _keep(self, step: int) -> Path | None:
-        """The batch of this step as a file beside the checkpoints."""
-        if self.kept_in is None:
-            return None
-        path = self.kept_in / f"not-finite-at-step-{step}.safetensors"
+    minutes: of training between two of them; 0 or less writes none. A training that took longer
+    also leaves its end, so that what follows it can be tried again. Several processes keep one
+    each, of what each of them holds, and go on from it only together.
+    """
+
+    def __init__(self, folder: Path, minutes: float):
+        self.folder, self.minutes = Path(folder), minutes
+        if devices.count() > 1:
+            self.folder /= f"{devices.rank()}-of-{devices.count()}"
+        self._began = self._last = time.monotonic()
+
+    def due(self, at_end: bool = False) -> bool:
+        """Whether it is time for one; at the end of a training, whether that is worth one."""
+        since = self._began if at_end else self._last
+        return devices.of_first(0 < self.minutes * 60 <= time.monotonic() - since)
+
+    def latest(self) -> Path | None:
+        """The last checkpoint that is whole, or None; a damaged one is named and removed."""
+        paths = sorted(self.folder.glob(f"{_STEP}*"))
+        while paths and not _is_whole(paths[-1]):
+            print(f"checkpoint {paths[-1].name} is damaged; removed", file=sys.stderr)
+            shutil.rmtree(paths.pop(), ignore_errors=True)
+        own = int(paths[-1].name.removeprefix(_STEP)) if paths else -1
+        steps = devices.each(torch.tensor(own))
+        return paths[-1] if paths and (steps == own).all() else None
+
+    def write(self, step: int, fill: Callable[[Path], None]) -> None:
+        """Keep what `fill` writes into an empty folder as the checkpoint of `step`, and no other.
+
+        A disk that cannot take it costs the checkpoint, not the training: the reason is printed.
+        """
+        temporary = self.folder / f".{uuid.uuid4().hex[:8]}"
+        target = self.folder / f"{_STEP}{step:09d}"
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            weights.save_tensors(self._batch, path)
-        except OSError as error:
-            print(f"{self.label}: the batch could not be kept ({error})", file=sys.stderr)
-            return None
-        return path
+            temporary.mkdir(parents=True)
+            fill(temporary)
+            seal(temporary, {"step": step})
+            if not target.exists():  # as it does where another process was quicker
+                temporary.rename(target)
+            for path in self.folder.glob(f"{_STEP}*"):
+                if path.name < target.name:
+                    shutil.rmtree(path, ignore_errors=True)
+        except (OSError, SafetensorError) as error:
+            print(f"no checkpoint at step {step} ({error}); training goes on", file=sys.stderr)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+        self._last = time.monotonic()
 
 
-class _AfterStep(TrainerCallback):
-    """After every step: its numbers go to the log, the bar moves on, a checkpoint if it is time."""
+def _is_whole(path: Path) -> bool:
+    manifest = read_manifest(path)
+    return manifest is not None and all((path / name).exists() for name in manifest["files"])
 
-    def __init__(self, numbers: Numbers, checkpoints: Checkpoints | None):
-        self.numbers, self.checkpoints = numbers, checkpoints
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        # A bar for trainings that take long; workers, whose output would mix, show none.
-        self.bar = tqdm(
-            desc=self.numbers.label, total=state.max_steps, initial=state.global_step, unit="step",
-            file=sys.stdout, leave=False, position=0, delay=_LONG,
-            mininterval=2.0 if sys.stdout.isatty() else _LONG,
-            disable=multiprocessing.parent_process() is not None,
-        )  # fmt: skip
+def _save(folder: Path, model: Any, optimizer: MaskedAdamW, scheduler: Any, log: Log) -> None:
+    """Write all that a training goes on from, as safetensors and JSON."""
+    state = optimizer.state_dict()
+    tensors = {f"master.{i}": value for i, value in enumerate(state["masters"])}
+    for number, moments in state["state"].items():
+        tensors |= {f"state.{number}.{key}": value for key, value in moments.items()}
+    tensors["random.cpu"] = torch.get_rng_state()
+    if torch.cuda.is_available():
+        tensors["random.cuda"] = torch.cuda.get_rng_state()
+    weights.save(model, folder / _MODEL)
+    weights.save_tensors(tensors, folder / _OPTIMIZER)
+    record = {"groups": state["param_groups"], "mask": state["mask"], "log": asdict(log)}
+    write_json(folder / _TRAINER, record | {"schedule": scheduler.state_dict()})
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.numbers.step(state.global_step - 1)
-        loss = self.numbers.log.loss
-        if loss:
-            self.bar.set_postfix_str(f"loss {loss[-1]:.4f}", refresh=False)
-        self.bar.update()
-        if self.checkpoints is not None:
-            control.should_save = self.checkpoints.due(state.global_step >= state.max_steps)
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.bar.close()
+def _load(folder: Path, model: Any, optimizer: MaskedAdamW, scheduler: Any) -> Log:
+    """Put everything back as `_save` found it; returns the log. AlloError for another mask."""
+    weights.restore(model, weights.read_tensors(folder / _MODEL))
+    tensors = weights.read_tensors(folder / _OPTIMIZER)
+    record = json.loads((folder / _TRAINER).read_text(encoding="utf-8"))
+    state: dict[int, dict[str, Tensor]] = {}
+    for name, value in tensors.items():
+        if name.startswith("state."):
+            number, key = name.split(".")[1:]
+            state.setdefault(int(number), {})[key] = value
+    masters = [tensors[f"master.{i}"] for i in range(len(record["groups"][0]["params"]))]
+    groups = [group | {"betas": tuple(group["betas"])} for group in record["groups"]]
+    optimizer.load_state_dict(
+        {"state": state, "param_groups": groups, "masters": masters, "mask": record["mask"]}
+    )
+    scheduler.load_state_dict(record["schedule"])
+    torch.set_rng_state(tensors["random.cpu"])
+    if "random.cuda" in tensors and torch.cuda.is_available():
+        torch.cuda.set_rng_state(tensors["random.cuda"])
+    return Log(**record["log"])

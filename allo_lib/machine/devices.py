@@ -1,14 +1,12 @@
 """One training on many devices, as `accelerate launch` starts it: a process for each of them.
 
 Every process holds the model whole ("DDP", a config file without FSDP) or a part of it (FSDP2:
-`torch.distributed.fsdp.fully_shard`). Each reads its own pairs of a step's batch, and what they
-find is summed, so that results are those of one process up to rounding. Gradients of a whole model
-are not exchanged by torch's DistributedDataParallel, which would send dense ones: the optimizer
-sums those of the kept entries (`MaskedAdamW`).
+`torch.distributed.fsdp.fully_shard`). Each reads its own pairs of a step's batch and the results
+are summed, so that they are those of one process up to rounding. torch's DistributedDataParallel
+would exchange dense gradients: here the optimizer sums those of the kept entries (`MaskedAdamW`).
 
-Of a sharded model everything that goes with it is sharded as its parameters are, along their first
-dimension: scores (DTensors), masks (a process has the kept places that lie in its part), masters
-and moments. Without a launcher every function here gives back what it was given.
+Scores, masks, masters and moments of a sharded model are sharded as its parameters are, along their
+first dimension. Without a launcher every function here returns its argument.
 """
 
 import contextlib
@@ -37,13 +35,11 @@ def rank() -> int:
 def start(model) -> None:
     """Join the processes of the launcher, if there is one, with the model on this one's device.
 
-    Every process gives the same model. Where accelerate's config file says `use_fsdp` it is sharded
-    in place: every decoder layer, and all else together, tied embeddings included. Of that file's
-    further settings none is read: the model keeps its dtype, gradients are reduced in float32.
+    Where accelerate's config file says `use_fsdp` the model is sharded in place: every decoder
+    layer, and all else together, tied embeddings included. Of that file's further settings none is
+    read: the model keeps its dtype, gradients are reduced in float32.
 
-    Raises:
-        AlloError: the processes have other weights, or the file asks for FSDP1, for weights that
-            only the first process loads, or for weights on the CPU.
+    AlloError when the processes have other weights, as where only the first one loads them.
     """
     if _launched() < 2:
         return
@@ -59,13 +55,6 @@ def start(model) -> None:
     if not _says("ACCELERATE_USE_FSDP"):
         model.to(device)
         return
-    for key, said, right in (
-        ("fsdp_version", os.environ.get("FSDP_VERSION", "1") != "2", "2"),
-        ("fsdp_cpu_ram_efficient_loading", _says("FSDP_CPU_RAM_EFFICIENT_LOADING"), "false"),
-        ("fsdp_offload_params", _says("FSDP_OFFLOAD_PARAMS"), "false"),
-    ):
-        if said:
-            raise AlloError(f"align: set {key}: {right} in accelerate's config file; see configs/")
     how = {
         "mesh": init_device_mesh(device.type, (count(),)),
         # Else the outermost group would stay whole after a forward pass without gradients, and go
@@ -90,18 +79,15 @@ def inside(model, function: Callable, *arguments):
 @contextlib.contextmanager
 def quiet():
     """Within it all processes but the first print nothing."""
-    if _launched() < 2 or os.environ.get("RANK", "0") == "0":
-        yield
-        return
-    with (
-        open(os.devnull, "w") as nowhere,
-        contextlib.redirect_stdout(nowhere),
-        contextlib.redirect_stderr(nowhere),
-    ):
+    with contextlib.ExitStack() as stack:
+        if _launched() > 1 and os.environ.get("RANK", "0") != "0":
+            nowhere = stack.enter_context(open(os.devnull, "w"))
+            stack.enter_context(contextlib.redirect_stdout(nowhere))
+            stack.enter_context(contextlib.redirect_stderr(nowhere))
         yield
 
 
-# What one process holds of a tensor
+# --- what one process holds of a tensor ----------------------------------------------------------
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -143,7 +129,7 @@ def held(index: Tensor, tensor: Tensor) -> Tensor:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """All of a tensor; every process must ask for it."""
+    """All of a tensor; every process must call this."""
     return tensor.full_tensor() if is_sharded(tensor) else tensor
 
 
@@ -151,24 +137,32 @@ def whole_weights(model) -> dict[str, Tensor] | None:
     """The state dict of a sharded model on the CPU of the first process; None if not sharded."""
     if not _is_sharded_model(model):
         return None
-    found: dict[int, Tensor] = {}  # tied ones once
+    seen: dict[int, Tensor] = {}  # tied ones once
     result = {}
     for name, value in model.state_dict(keep_vars=True).items():
-        if id(value) not in found:
+        if id(value) not in seen:
             full = whole(value.detach())
-            found[id(value)] = full.cpu() if rank() == 0 else full.new_empty(0)
-        result[name] = found[id(value)]
+            seen[id(value)] = full.cpu() if rank() == 0 else full.new_empty(0)
+        result[name] = seen[id(value)]
     return result
 
 
-# What the processes tell one another
+def is_copy(parameter: Tensor) -> bool:
+    """Whether every process holds this parameter whole, so that nobody else sums its gradient."""
+    return count() > 1 and not is_sharded(parameter)
+
+
+# --- what the processes exchange -----------------------------------------------------------------
 
 
 def total(values: Tensor, how=dist.ReduceOp.SUM) -> Tensor:
     """The sum (`how`: or another reduction) over all processes, in the place of `values`."""
     if count() == 1:
         return values
-    there = _carried(values)
+    # Where the processes' backend reads them.
+    on_gpu = "nccl" in dist.get_backend()
+    device = torch.accelerator.current_accelerator() if on_gpu else torch.device("cpu")
+    there = values.contiguous() if values.device.type == device.type else values.to(device)
     dist.all_reduce(there, how)
     return values.copy_(there) if there is not values else values
 
@@ -180,11 +174,6 @@ def pooled(numbers: dict[str, Tensor], sums: tuple[str, ...]) -> dict[str, Tenso
     values = total(torch.stack([value.double() for value in numbers.values()]))
     named = zip(numbers, values, strict=True)
     return {key: value if key in sums else value / count() for key, value in named}
-
-
-def is_copy(parameter: Tensor) -> bool:
-    """Whether every process holds this parameter whole, so that nobody else sums its gradient."""
-    return count() > 1 and not is_sharded(parameter)
 
 
 def average_gradients(parameters: list[Tensor]) -> None:
@@ -200,70 +189,51 @@ def average_gradients(parameters: list[Tensor]) -> None:
 
 def each(values: Tensor) -> Tensor:
     """The values [n] of every process, [processes, n] in their order."""
-    if count() == 1:
-        return values[None]
-    there = _carried(values)
-    found = [torch.empty_like(there) for _ in range(count())]
-    dist.all_gather(found, there)
-    return torch.stack(found).to(values.device)
+    return torch.stack([other.to(values.device) for other in _of_all(values.cpu())])
 
 
-def told(value):
-    """What the first process gives; what the others give is not looked at."""
-    if count() == 1:
-        return value
-    box = [value]
-    dist.broadcast_object_list(box)
-    return box[0]
+def of_first(value):
+    """The first process's value on all of them."""
+    return _of_all(value if rank() == 0 else None)[0]
 
 
 def gathered(value) -> list | None:
-    """What all processes give, on the first one; None on the others."""
+    """The values of all processes, on the first one; None on the others."""
     if count() == 1:
         return [value]
-    found = [None] * count() if rank() == 0 else None
-    dist.gather_object(value, found)
-    return found
+    values = [None] * count() if rank() == 0 else None
+    dist.gather_object(value, values)
+    return values
 
 
 def agree(value, what: str) -> None:
-    """AlloError on all processes unless all give the same value."""
-    if count() == 1:
-        return
-    found = [None] * count()
-    dist.all_gather_object(found, value)
-    if any(other != value for other in found):
+    """AlloError on all processes unless all have the same value."""
+    if any(other != value for other in _of_all(value)):
         raise AlloError(
-            f"align: the processes were given other {what}; load the same model and pairs in all, "
+            f"align: the processes have different {what}; load the same model and pairs in all, "
             "from files or with the same seed"
         )
 
 
-def _carried(values: Tensor) -> Tensor:
-    """The values where the processes' backend reads them."""
-    on_gpu = "nccl" in dist.get_backend()
-    device = torch.accelerator.current_accelerator() if on_gpu else torch.device("cpu")
-    return values.contiguous() if values.device.type == device.type else values.to(device)
+def _of_all(value) -> list:
+    values = [value] * count()
+    if count() > 1:
+        dist.all_gather_object(values, value)
+    return values
 
 
-# Shares of the work
+# --- shares of the work --------------------------------------------------------------------------
 
 
 def turns(chunks: list) -> list:
     """This process's of some chunks of work; as many in all of them, so that some come twice."""
-    if count() == 1 or not chunks:
-        return chunks
     rounds = range(rank(), rank() + len(chunks), count())
     return [chunks[min(i, len(chunks) - 1)] for i in rounds]
 
 
 def merged(results: list[list]) -> list[list]:
     """For each place the result of a process that has one there."""
-    if count() == 1:
-        return results
-    found = [None] * count()
-    dist.all_gather_object(found, results)
-    return [next(filter(None, several), []) for several in zip(*found, strict=True)]
+    return [next(filter(None, several), []) for several in zip(*_of_all(results), strict=True)]
 
 
 def split(collator: Callable, objective: Callable, terms: Callable):

@@ -14,13 +14,6 @@ import threading
 import warnings
 from multiprocessing import forkserver
 
-# mallopt parameter numbers and values, glibc <malloc.h>.
-_M_TRIM_THRESHOLD = -1
-_M_MMAP_MAX = -4
-_LARGEST_INT = 2**31 - 1
-# What cuBLAS needs to add up in one order; read when CUDA starts.
-_CUBLAS = ("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-
 ON_CPU = {
     "repeats": "same commit, versions, seed and number of threads: the same bytes; else within the "
     "tolerances of allo_lib/cli/verify.py",
@@ -44,11 +37,9 @@ ON_GPU = {
 def configure() -> None:
     """Stop OpenMP threads from spinning for long, and keep freed memory in the process.
 
-    Threads of two processes that spin for work slow each other by an order of magnitude; those that
-    never spin are woken through the kernel at every operation, which costs a small model all that a
-    second thread gains. A short spin, well under a millisecond, does neither. Memory given back to
-    the system has to be touched page by page again at every step, which on virtual machines costs
-    more than the arithmetic of a small model.
+    Threads of two processes that spin for work slow each other by an order of magnitude; a spin
+    well under a millisecond does not, and is cheaper than waking a thread. Memory given back to the
+    system has to be touched page by page again, which can cost more than a small model's step.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     os.environ.setdefault("KMP_BLOCKTIME", "0")
@@ -56,25 +47,24 @@ def configure() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # Redrawn progress bars are off everywhere, so their missing widgets are nobody's concern.
     warnings.filterwarnings("ignore", message="IProgress not found")
-    if "MALLOC_MMAP_MAX_" not in os.environ and (mallopt := _glibc("mallopt")):
-        mallopt(_M_MMAP_MAX, 0)
-        mallopt(_M_TRIM_THRESHOLD, _LARGEST_INT)
+    if "MALLOC_MMAP_MAX_" not in os.environ:
+        # Parameters of glibc's <malloc.h>: M_MMAP_MAX, then M_TRIM_THRESHOLD.
+        _glibc("mallopt", -4, 0)
+        _glibc("mallopt", -1, 2**31 - 1)
 
 
 def make_deterministic(device: str) -> None:
-    """On a GPU ("cuda"), have torch take deterministic algorithms where it has them.
+    """On a GPU ("cuda"), have torch take deterministic algorithms where it has them (`ON_GPU`).
 
-    To be called before CUDA starts. Operations without such an algorithm run all the same and warn;
-    `ON_GPU` lists those, and the manifest states them. On a CPU there is nothing to switch.
+    To be called before CUDA starts. On a CPU there is nothing to switch.
     """
     if device != "cuda":
         return
     import torch
 
-    os.environ.setdefault(*_CUBLAS)
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
     torch.use_deterministic_algorithms(True, warn_only=True)
-    # Filling new memory finds mistakes in kernels; it costs time and changes no result.
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.utils.deterministic.fill_uninitialized_memory = False  # costs time, changes no result
     torch.backends.cudnn.benchmark = False
     # Its attention prepares itself anew for every shape, and rows have a new length at every step.
     torch.backends.cuda.enable_cudnn_sdp(False)
@@ -82,11 +72,10 @@ def make_deterministic(device: str) -> None:
 
 @contextlib.contextmanager
 def plain_writes():
-    """A block for writes to distinct places, of which no algorithm can spoil the result.
+    """A block for writes to distinct places, which repeat in any order.
 
-    Under `make_deterministic` torch would sort the places first and wait for the host to look at
-    them, which costs more than the write, and which a recording of steps (`generation`)
-    cannot hold.
+    Under `make_deterministic` torch would sort the places first, which makes the host wait and
+    costs more than the write.
     """
     import torch
 
@@ -102,23 +91,19 @@ def plain_writes():
 def give_back_freed_memory() -> None:
     """Return freed heap to the system: before other processes need it, or memory is measured."""
     gc.collect()
-    if trim := _glibc("malloc_trim"):
-        trim(0)
+    _glibc("malloc_trim", 0)
 
 
-def _glibc(name: str):
-    """A function of the C library, None where that is not glibc."""
+def _glibc(name: str, *arguments: int) -> None:
+    """Call a function of the C library, where that is glibc."""
     libc = ctypes.CDLL(None) if sys.platform.startswith("linux") else None
-    return getattr(libc, name, None) if hasattr(libc, "gnu_get_libc_version") else None
+    if hasattr(libc, "gnu_get_libc_version"):
+        getattr(libc, name)(*arguments)
 
 
 @contextlib.contextmanager
 def torch_threads(number: int):
-    """Torch with `number` threads (0: as it is) inside the block.
-
-    Results depend on the number by rounding, so whatever is trained in a worker must take as many
-    when it is trained elsewhere.
-    """
+    """Torch with `number` threads (0: as it is) inside the block; rounding depends on it."""
     import torch
 
     before = torch.get_num_threads()
@@ -131,10 +116,9 @@ def torch_threads(number: int):
 
 
 def fork_server():
-    """The multiprocessing context of the workers.
+    """The multiprocessing context of the workers: forks of a server that has imported the library.
 
-    A server process imports the library once and forks a worker from itself in no time, safe where
-    a fork of a notebook's own process, with its threads, is not.
+    A fork of a notebook's own process, with its threads, would not be safe.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["allo_lib.study.runs"])
@@ -142,10 +126,7 @@ def fork_server():
 
 
 def start_early() -> None:
-    """Start the server now, so that it imports while the caller does something else.
-
-    Needs no torch itself: a kernel calls it before it imports anything (`kernel`).
-    """
+    """Start the server now, so that it imports while the caller does something else."""
     fork_server()
     forkserver.ensure_running()
 
@@ -153,8 +134,7 @@ def start_early() -> None:
 def leave_with_parent() -> None:
     """In a worker: end as soon as the process that started it has ended, in whatever way.
 
-    Without this a worker would finish its training after a run was killed, and take the cores from
-    the run that goes on. The store is made for a process that ends in the middle of writing.
+    Else it would take the cores from the run that goes on after a kill.
     """
     parent = multiprocessing.parent_process()
 

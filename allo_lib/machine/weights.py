@@ -1,4 +1,7 @@
-"""Weights of a model to and from safetensors, by the names of `named_parameters` (ties once)."""
+"""Weights of a model to and from safetensors, by the names of `named_parameters` (ties once).
+
+Of a sharded model each process's own part.
+"""
 
 from pathlib import Path
 
@@ -18,20 +21,16 @@ UNREADABLE = (
 
 
 def snapshot(model, device=None) -> dict[str, Tensor]:
-    """name -> copy of each parameter, on `device` (None: where the parameter is).
-
-    Of a sharded model, here and below, each process's own part.
-    """
+    """name -> copy of each parameter, on `device` (None: where the parameter is)."""
     return {
-        name: devices.local(value).to(device or value.device, copy=True)
-        for name, value in model.named_parameters()
+        name: value.to(device or value.device, copy=True) for name, value in _parts(model).items()
     }
 
 
 @torch.no_grad()
 def restore(model, weights: dict[str, Tensor]) -> None:
     """Copy `weights` into the model; AlloError when names or shapes differ."""
-    parameters = {name: devices.local(value) for name, value in model.named_parameters()}
+    parameters = _parts(model)
     if set(parameters) != set(weights):
         odd = sorted(set(parameters) ^ set(weights))[0]
         raise AlloError(f"weights and model differ: {odd!r} is in only one of them")
@@ -45,7 +44,7 @@ def restore(model, weights: dict[str, Tensor]) -> None:
 
 def save(model, path: Path) -> None:
     """Write all parameters to one safetensors file, in their own dtypes."""
-    save_tensors({name: devices.local(value) for name, value in model.named_parameters()}, path)
+    save_tensors(_parts(model), path)
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
@@ -59,11 +58,11 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         return load_file(str(path))
     except UNREADABLE as error:
         raise AlloError(
-            f"{path} is not a readable safetensors file ({told(error)}); make it anew"
+            f"{path} is not a readable safetensors file ({one_line(error)}); make it anew"
         ) from error
 
 
-def told(error: Exception) -> str:
+def one_line(error: Exception) -> str:
     """What an exception says, in one line of at most 200 characters."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 200 else f"{text[:197]}..."
@@ -71,9 +70,13 @@ def told(error: Exception) -> str:
 
 @torch.no_grad()
 def displacement(model, before: dict[str, Tensor]) -> float:
-    """Euclidean length of the way the weights have gone, ||theta' - theta||, in float32."""
+    """Euclidean distance of the weights from `before`, ||theta' - theta||, in float32."""
     squares = [
-        (value.detach().float() - before[name].float()).square().sum().item()
-        for name, value in model.named_parameters()
+        (value.float() - before[name].float()).square().sum().item()
+        for name, value in _parts(model).items()
     ]
     return sum(squares) ** 0.5
+
+
+def _parts(model) -> dict[str, Tensor]:
+    return {name: devices.local(value) for name, value in model.named_parameters()}

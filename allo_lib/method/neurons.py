@@ -20,7 +20,7 @@ from torch import Tensor
 
 from allo_lib.errors import AlloError
 from allo_lib.machine import devices
-from allo_lib.machine.weights import UNREADABLE, told
+from allo_lib.machine.weights import UNREADABLE, one_line
 
 ORDERS = ("top", "bottom", "random")
 SCOPES = ("global", "tensor")
@@ -156,7 +156,7 @@ class NeuronMask:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}
         except UNREADABLE as error:
             raise AlloError(
-                f"{path} is not a readable mask file ({told(error)}): make it anew"
+                f"{path} is not a readable mask file ({one_line(error)}): make it anew"
             ) from error
         if _HEADER not in metadata:
             raise AlloError(f"{path} is no mask: it lacks the header {_HEADER!r}; expected a mask")

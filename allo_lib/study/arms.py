@@ -1,7 +1,6 @@
 """Training and measuring the methods: every candidate of a search, and the result of a method."""
 
 import itertools
-import shutil
 from dataclasses import asdict
 from pathlib import Path
 
@@ -269,8 +268,6 @@ def _make_candidate(study, name, stages, rates, folder: Path) -> None:
     except Diverged as error:
         # A rate that is too large is a result of the search, not a reason to stop the study.
         print(error, flush=True)
-        if error.batch is not None:
-            shutil.copy(error.batch, folder)
         write_json(folder / "record.json", {"dev": DIVERGED, "displacement": None,
                                             "train_margin": None})  # fmt: skip
         return

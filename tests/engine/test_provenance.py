@@ -9,8 +9,6 @@ from allo_lib.evaluation import claims
 from allo_lib.report import report
 from allo_lib.study import manifest
 
-CELLS = {"seed0": {"GPU <1>": {"toy": ["dpo", "allo"]}}, "seed1": {"CPU": {"toy": ["dpo"]}}}
-
 
 def test_a_note_is_whole_and_is_read_back(tmp_path):
     provenance.leave(tmp_path, "data-toy", {"toy/train": {"rows": 3}})
@@ -20,37 +18,35 @@ def test_a_note_is_whole_and_is_read_back(tmp_path):
         "data-toy.json", "data-broken.json"}  # fmt: skip
 
 
-def test_cells_are_told_by_device():
+def test_cells_are_those_of_devices_and_of_sft_models_where_these_differ():
     results = {"dpo": {"device": "CPU"}, "allo": {"device": "GPU"}, "sft": {}}
     assert provenance.cells_of(results) == {"CPU": ["dpo"], "GPU": ["allo"], "not told": ["sft"]}
+    results = {m: {"device": "GPU", "sft": m[0]} for m in ("dpo", "npo")}
+    cells = provenance.cells_of(results)
+    assert cells == {"GPU, SFT model d": ["dpo"], "GPU, SFT model n": ["npo"]}
+    line = provenance.several_devices({"seed0": {place: {"toy": m} for place, m in cells.items()}})
+    assert "GPU, SFT model n: seed0, toy: npo" in line
 
 
 def test_a_domain_measured_elsewhere_replaces_only_itself():
     known = {"seed0": {"CPU": {"a": ["dpo"], "b": ["dpo"]}, "old": {"b": ["allo"]}}}
-    found = {"seed0.b": {"GPU": ["dpo", "allo"]}, "seed1.a": {"CPU": ["dpo"]}}
-    assert provenance.with_cells(known, found) == {
+    notes = {"seed0.b": {"GPU": ["dpo", "allo"]}, "seed1.a": {"CPU": ["dpo"]}}
+    assert provenance.with_cells(known, notes) == {
         "seed0": {"CPU": {"a": ["dpo"]}, "GPU": {"b": ["dpo", "allo"]}},
         "seed1": {"CPU": {"a": ["dpo"]}},
     }
-    assert provenance.with_cells(known, {"seed0": {"CPU": {"a": ["npo"]}}}) == {
-        "seed0": {"CPU": {"a": ["npo"]}}}  # fmt: skip
-
-
-def test_only_several_devices_are_worth_a_line():
-    assert provenance.several_devices({}) == ""
-    assert provenance.several_devices({"seed0": {"CPU": {"toy": ["dpo"]}}}) == ""
-    older = {"seed0": {"CPU": {"toy": ["dpo"]}, provenance.UNKNOWN: {"toy": ["sft"]}}}
-    assert provenance.several_devices(older) == ""
-    line = provenance.several_devices(CELLS)
-    assert "GPU <1>: seed0, toy: dpo, allo" in line and "CPU: seed1, toy: dpo" in line
 
 
 def test_cells_of_earlier_runs_stay_in_the_manifest_and_are_marked_in_the_report(tmp_path):
-    told = {"profile": "x", "profile_hash": "", "seeds": [], "files": {}}
-    told["cells"] = {"seed0": CELLS["seed0"]}
-    (tmp_path / manifest.NAME).write_text(json.dumps(told))
-    provenance.leave(tmp_path / manifest.STORE, "cells-seed1", CELLS["seed1"])
-    assert manifest.noted(tmp_path)["cells"] == CELLS
+    known = {"seed0": {"GPU <1>": {"toy": ["dpo", "allo"]}}}
+    earlier = {"profile": "x", "profile_hash": "", "seeds": [], "files": {}, "cells": known}
+    (tmp_path / manifest.NAME).write_text(json.dumps(earlier))
+    provenance.leave(tmp_path / manifest.STORE, "cells-seed1.toy", {"CPU": ["dpo"]})
+    cells = manifest.noted(tmp_path)["cells"]
+    assert cells == known | {"seed1": {"CPU": {"toy": ["dpo"]}}}
+    # Only several devices are worth a line.
+    unknown = {"seed1": {"CPU": {"toy": ["dpo"]}, provenance.UNKNOWN: {"toy": ["sft"]}}}
+    assert provenance.several_devices(unknown) == ""
     claims.write(tmp_path / "claims.csv", [])
     page = report.build(tmp_path).read_text()
     assert "GPU &lt;1&gt;: seed0, toy: dpo, allo" in page and "<1>" not in page

@@ -1,5 +1,7 @@
-"""The training loop: every row once an epoch, a cosine schedule, a clear end when it diverges."""
+"""The training loop: every row once an epoch, a cosine schedule, a clear end when it diverges, and
+the same bytes after a stop as without one."""
 
+import errno
 import math
 
 import pytest
@@ -8,10 +10,9 @@ from tiny_models import VOCABULARY, tiny_llama, weights_of
 
 from allo_lib.allo import run_stage
 from allo_lib.engine.batching import Layout, collate
-from allo_lib.engine.checkpoints import Checkpoints
 from allo_lib.engine.forward import logps_of_rows
-from allo_lib.engine.trainer import Diverged, Numbers, Schedule, train
-from allo_lib.errors import AlloError
+from allo_lib.engine.trainer import Checkpoints, Schedule, train
+from allo_lib.errors import AlloError, Diverged
 from allo_lib.machine import weights
 from allo_lib.method.losses import objective
 from allo_lib.method.masked_adamw import MaskedAdamW
@@ -41,6 +42,10 @@ def pairs(model, count: int = 8) -> list[dict]:
 
 def dpo(model, rows, schedule, **settings):
     return run_stage(model, rows, "dpo", schedule, pad_token_id=0, **settings)
+
+
+def same(first, second) -> bool:
+    return all(torch.equal(first[name], second[name]) for name in first)
 
 
 class Watched(MaskedAdamW):
@@ -73,9 +78,12 @@ def test_every_row_is_used_once_an_epoch_in_a_seeded_order():
     wanted = sorted(tuple(row["response"]) for row in rows)
     assert sorted(first) == sorted(second) == wanted and first != second
     assert orders(5) == [first, second] and orders(6)[0] != first
+    # The order that the committed results were trained in.
+    shuffled = torch.randperm(8, generator=torch.Generator().manual_seed(5)).tolist()
+    assert list(first) == [tuple(rows[i]["response"]) for i in shuffled]
 
 
-@pytest.mark.parametrize("warmup, steps", [(0.1, 20), (0.25, 8), (0.0, 5)])
+@pytest.mark.parametrize("warmup, steps", [(0.1, 20), (0.25, 8), (0.0, 5), (2, 5)])
 def test_the_rate_rises_and_falls_as_a_cosine(warmup, steps):
     model = tiny_llama()
     optimizer = Watched(model, None, lr=0.5)
@@ -84,7 +92,7 @@ def test_the_rate_rises_and_falls_as_a_cosine(warmup, steps):
     train(model, rows, lambda batch: collate(batch, plain), lambda logps, _: (0 * logps.sum(), {}),
           optimizer, Schedule(1e-2, 1, 1, 0, warmup=warmup))  # fmt: skip
     optimizer.close()
-    rising = math.ceil(warmup * steps)
+    rising = math.ceil(warmup * steps) if warmup < 1 else warmup
     expected = [
         step / rising if step < rising
         else 0.5 * (1 + math.cos(math.pi * (step - rising) / (steps - rising)))
@@ -109,31 +117,6 @@ def test_it_learns_and_logs():
     assert log.tokens == 6 * read and log.seconds > 0
 
 
-def test_the_same_seed_gives_the_same_bits_and_another_does_not():
-    ends = []
-    for seed in (1, 1, 2):
-        model = tiny_llama()
-        torch.manual_seed(len(ends))  # whatever the global generator stands at
-        log = dpo(model, pairs(model), Schedule(1e-3, 1, 2, seed))
-        ends.append((log.loss, weights_of(model)))
-    assert ends[0][0] == ends[1][0] != ends[2][0]
-    assert all(torch.equal(ends[0][1][name], ends[1][1][name]) for name in ends[0][1])
-    assert any(not torch.equal(ends[0][1][name], ends[2][1][name]) for name in ends[0][1])
-
-
-def test_accumulated_passes_are_one_step():
-    ends = {}
-    for accumulation in (1, 2):
-        model = tiny_llama()
-        log = dpo(model, pairs(model), Schedule(1e-3, 2, 4, 0, accumulation=accumulation))
-        losses = torch.tensor(log.loss).view(-1, accumulation).mean(dim=1)
-        ends[accumulation] = losses, weights_of(model)
-    assert len(ends[1][0]) == 4
-    assert torch.allclose(ends[1][0], ends[2][0], atol=1e-5)
-    for name, value in ends[1][1].items():
-        assert torch.allclose(value, ends[2][1][name], atol=1e-5), name
-
-
 @pytest.mark.parametrize("name", ["learning", "forgetting", "sft"])
 def test_unequal_passes_count_by_their_terms(name):
     """Seven rows in batches of four, passes of two: the last one holds a single row, and tokens are
@@ -156,87 +139,52 @@ def test_unequal_passes_count_by_their_terms(name):
         assert torch.allclose(value, ends[2][key], rtol=0, atol=1e-6), key
 
 
-@pytest.mark.parametrize(("most", "steps"), [(1, 1), (3, 3), (4, 4), (99, 4)])
+@pytest.mark.parametrize(("most", "steps"), [(1, 1), (3, 3), (99, 4)])
 def test_max_steps_ends_a_training_and_never_prolongs_it(most, steps):
     model = tiny_llama()
     before = weights_of(model)
-    log = run_stage(
-        model, pairs(model), "dpo", Schedule(1e-3, 2, 4, 0, max_steps=most), pad_token_id=0
-    )
-    assert len(log.loss) == steps
-    assert any(not torch.equal(value, before[name]) for name, value in weights_of(model).items())
+    log = dpo(model, pairs(model), Schedule(1e-3, 2, 4, 0, max_steps=most))
+    assert len(log.loss) == steps and not same(before, weights_of(model))
 
 
-def test_batches_that_do_not_divide_are_refused():
+@pytest.mark.parametrize("rows, batch, told", [
+    (8, 5, "batch_size 5 is no multiple of accumulation 2"),
+    (0, 4, "study: no rows"),
+])  # fmt: skip
+def test_what_cannot_be_trained_is_refused(rows, batch, told):
     model = tiny_llama()
-    with pytest.raises(AlloError, match="batch_size 5 is no multiple of accumulation 2"):
-        dpo(model, pairs(model), Schedule(1e-3, 1, 5, 0, accumulation=2))
-
-
-def test_no_rows_is_told():
-    with pytest.raises(AlloError, match="study: no rows"):
-        dpo(tiny_llama(), [], Schedule(1e-3, 1, 4, 0), label="study")
-
-
-@pytest.fixture
-def late(monkeypatch):
-    """Numbers are looked at a step late, as on a GPU."""
-    begin = Numbers.__init__
-
-    def begin_late(self, *given, **named):
-        begin(self, *given, **named)
-        self.late = True
-
-    monkeypatch.setattr(Numbers, "__init__", begin_late)
+    schedule = Schedule(1e-3, 1, batch, 0, accumulation=2)
+    with pytest.raises(AlloError, match=told):
+        dpo(model, pairs(model)[:rows], schedule, label="study")
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
-def test_numbers_read_late_are_the_same_numbers(accumulation, request):
-    def run():
-        model = tiny_llama()
-        schedule = Schedule(3e-3, 2, 4, 0, accumulation=accumulation)
-        return dpo(model, pairs(model), schedule), weights_of(model)
+@pytest.mark.parametrize("what", ["log-probs", "loss", "gradient norm"])
+def test_a_divergence_names_its_step_and_leaves_the_weights_before_it(what, accumulation):
+    """In the second pass of the third step, where there are two."""
+    model, ends, calls = tiny_llama(), [], []
+    bad = 3 * accumulation
 
-    log, end = run()
-    request.getfixturevalue("late")
-    log_late, end_late = run()
-    assert log_late.loss == log.loss and log_late.metrics == log.metrics
-    assert log_late.tokens == log.tokens
-    assert all(torch.equal(end[name], end_late[name]) for name in end)
+    def turns_bad(logps, batch):
+        calls.append(1)
+        if len(calls) == bad and what == "gradient norm":
+            logps.register_hook(lambda gradient: gradient * math.nan)
+        return logps.sum() * (math.inf if len(calls) == bad and what == "loss" else 1.0), {}
 
+    def collator(rows):
+        if len(calls) >= bad - accumulation and not ends:
+            ends.append(weights_of(model))
+            if what == "log-probs":
+                model.model.norm.register_forward_hook(lambda module, given, out: out * math.nan)
+        return collate(rows, Layout(0))
 
-@pytest.mark.parametrize("what", ["loss", "gradient norm"])
-def test_a_divergence_told_late_leaves_the_weights_before_it_and_names_its_own_batch(
-    what, request, tmp_path
-):
-    """The steps that a GPU has begun by then change nothing."""
-
-    def run(folder):
-        model, calls, seen = tiny_llama(), [], []
-
-        def turns_bad(logps, batch):
-            calls.append(1)
-            seen.append(batch["input_ids"])
-            bad = len(calls) == 3
-            if bad and what == "gradient norm":
-                logps.register_hook(lambda grad: grad * math.nan)
-            return logps.sum() * (math.inf if bad and what == "loss" else 1.0), {}
-
-        optimizer = MaskedAdamW(model, None, lr=1e-3)
-        with pytest.raises(Diverged, match=f"the {what} became .* at step 2") as told:
-            train(model, solutions(12), lambda rows: collate(rows, Layout(0)), turns_bad, optimizer,
-                  Schedule(1e-3, 1, 2, 0), checkpoints=Checkpoints(folder, 1e9))  # fmt: skip
-        optimizer.close()
-        batch = weights.read_tensors(told.value.batch)
-        assert torch.equal(batch["input_ids"], seen[2])
-        assert optimizer.refused is None and not hasattr(optimizer, "found_inf")
-        return weights_of(model), len(calls)
-
-    end, calls = run(tmp_path / "at once")
-    request.getfixturevalue("late")
-    end_late, calls_late = run(tmp_path / "late")
-    assert calls_late > calls == 3
-    assert all(torch.equal(end[name], end_late[name]) for name in end)
+    optimizer = MaskedAdamW(model, None, lr=1e-3)
+    with pytest.raises(Diverged, match=f"the {what} became .* at step 2; lower the learning rate"):
+        train(model, solutions(12), collator, turns_bad, optimizer,
+              Schedule(1e-3, 1, accumulation, 0, accumulation=accumulation))  # fmt: skip
+    optimizer.close()
+    assert same(ends[0], weights_of(model))
+    assert optimizer.refused is None and not hasattr(optimizer, "found_inf")
 
 
 def test_a_rate_that_is_far_too_large_ends_clearly_and_frees_the_model():
@@ -266,7 +214,154 @@ def test_a_masked_stage_keeps_every_other_bit(name):
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
-# --- weights -----------------------------------------------------------------------------------
+def test_moved_is_the_share_of_kept_entries_that_changed():
+    def moved(dtype, rate):
+        model = tiny_llama(dtype=dtype)
+        before = weights_of(model)
+        log = run_stage(model, solutions(2), "sft", Schedule(rate, 1, 2, 0, 0), pad_token_id=0)
+        after = weights_of(model)
+        changed = sum(int((before[name] != after[name]).sum()) for name in before)
+        return log.metrics["moved"][0], changed / sum(v.numel() for v in before.values())
+
+    for dtype, rate in ((torch.float32, 1e-3), (torch.bfloat16, 1e-3), (torch.bfloat16, 1e-5)):
+        logged, counted = moved(dtype, rate)
+        assert logged == pytest.approx(counted, abs=1e-12)
+    assert moved(torch.bfloat16, 1e-5)[0] < moved(torch.float32, 1e-5)[0]
+
+
+# --- checkpoints ---------------------------------------------------------------------------------
+
+ALWAYS, NEVER = 1e-9, 1e9  # minutes: a checkpoint after every step, and none
+STEPS = 8  # two epochs of four batches of two rows
+
+
+class Stop(BaseException):
+    """What Ctrl-C would be."""
+
+
+def supervise(model, folder, minutes=NEVER, stop=None, accumulation=1, kind=None, **settings):
+    """Train on solutions; the training ends right behind the checkpoint of the step `stop`."""
+    mask = None
+    if kind:
+        scores = {name: value.float().abs() for name, value in weights_of(tiny_llama(7)).items()}
+        mask = select_neurons(scores, 0.3, granularity=kind)
+    checkpoints = Checkpoints(folder, minutes)
+    write = checkpoints.write
+
+    def write_then_stop(step, fill):
+        write(step, fill)
+        if step == stop:
+            raise Stop
+
+    checkpoints.write = write_then_stop
+    schedule = Schedule(0.02, 2, 2, seed=5, accumulation=accumulation)
+    return run_stage(model, solutions(), "sft", schedule, pad_token_id=0, mask=mask,
+                     checkpoints=checkpoints, **settings)  # fmt: skip
+
+
+def stopped(folder, step=3, **settings):
+    with pytest.raises(Stop):
+        supervise(tiny_llama(dtype=settings.pop("dtype", torch.float32)), folder, ALWAYS, step,
+                  **settings)  # fmt: skip
+
+
+@pytest.mark.parametrize("step, kind, dtype, accumulation", [
+    (1, None, torch.float32, 1),
+    (4, None, torch.float32, 2),  # at the end of an epoch
+    (STEPS - 1, "scalar", torch.float32, 1),
+    (3, "row", torch.float32, 2),
+    (3, None, torch.bfloat16, 1),
+    (3, "scalar", torch.bfloat16, 2),
+    (3, "row", torch.bfloat16, 1),
+])  # fmt: skip
+def test_a_stopped_training_ends_with_the_same_bits(step, kind, dtype, accumulation, tmp_path):
+    settings = {"kind": kind, "accumulation": accumulation}
+    whole, again, masters, resumed = tiny_llama(dtype=dtype), tiny_llama(dtype=dtype), {}, {}
+    log = supervise(whole, tmp_path / "whole", masters=masters, **settings)
+    stopped(tmp_path, step, dtype=dtype, **settings)
+    kept = tmp_path / f"step-{step:09d}"
+    assert [*tmp_path.iterdir()] == [kept]
+    assert {path.suffix for path in kept.iterdir()} == {".json", ".safetensors"}
+    torch.manual_seed(99)  # whatever another process did before
+    log_again = supervise(again, tmp_path, masters=resumed, **settings)
+    assert same(weights_of(whole), weights_of(again))
+    assert same({n: v[1] for n, v in masters.items()}, {n: v[1] for n, v in resumed.items()})
+    assert log_again.loss == log.loss and len(log.loss) == STEPS * accumulation
+    assert log_again.metrics == log.metrics and log_again.tokens == log.tokens
+
+
+def test_random_generators_come_back(tmp_path):
+    def noisy():
+        model = tiny_llama()
+        for layer in model.model.layers:
+            layer.self_attn.attention_dropout = 0.5
+        return model
+
+    whole, plain, broken, again = noisy(), tiny_llama(), noisy(), noisy()
+    supervise(whole, tmp_path)
+    supervise(plain, tmp_path)
+    with pytest.raises(Stop):
+        supervise(broken, tmp_path, ALWAYS, 3)
+    supervise(again, tmp_path)
+    assert not same(weights_of(whole), weights_of(plain)), "the dropout should do something"
+    assert same(weights_of(whole), weights_of(again))
+
+
+def test_a_finished_training_is_not_made_again_and_none_is_kept_before_its_time(tmp_path):
+    first, second = tiny_llama(), tiny_llama()
+    for minutes in (NEVER, 0):
+        supervise(tiny_llama(), tmp_path, minutes)
+        assert not [*tmp_path.iterdir()]
+    supervise(first, tmp_path, ALWAYS)
+    log = supervise(second, tmp_path, ALWAYS, stop=0)
+    assert same(weights_of(first), weights_of(second)) and len(log.loss) == STEPS
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "trainer.json", "manifest.json", None])
+def test_a_damaged_checkpoint_is_named_and_not_used(name, tmp_path, capsys):
+    """None: a file of it is gone."""
+    whole, again = tiny_llama(), tiny_llama()
+    supervise(whole, tmp_path / "whole")
+    stopped(tmp_path)
+    path = tmp_path / "step-000000003" / (name or "optimizer.safetensors")
+    data = path.read_bytes()
+    path.unlink()
+    if name:
+        path.write_bytes(data[:-7] + bytes([data[-7] ^ 1]) + data[-6:])
+    log = supervise(again, tmp_path)
+    assert "step-000000003 is damaged" in capsys.readouterr().err
+    assert same(weights_of(whole), weights_of(again)) and len(log.loss) == STEPS
+
+
+def test_half_a_checkpoint_is_never_taken_for_one(tmp_path):
+    def half(folder):
+        (folder / "model.safetensors").write_bytes(b"half")
+        raise Stop
+
+    with pytest.raises(Stop):
+        Checkpoints(tmp_path, ALWAYS).write(1, half)
+    assert Checkpoints(tmp_path, ALWAYS).latest() is None and not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_costs_the_checkpoint_and_not_the_training(tmp_path, monkeypatch, capsys):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    whole, model = tiny_llama(), tiny_llama()
+    supervise(whole, tmp_path)
+    monkeypatch.setattr("allo_lib.engine.trainer.seal", full)
+    supervise(model, tmp_path, ALWAYS)
+    assert same(weights_of(whole), weights_of(model))
+    assert "No space left" in capsys.readouterr().err and not [*tmp_path.iterdir()]
+
+
+def test_a_checkpoint_of_another_mask_is_refused(tmp_path):
+    stopped(tmp_path, kind="scalar")
+    with pytest.raises(AlloError, match="another mask"):
+        supervise(tiny_llama(), tmp_path, kind="row")
+
+
+# --- weights -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("tied", [False, True])

@@ -1,4 +1,4 @@
-"""Several processes find and write what one does, whether each holds the model or a part of it."""
+"""Several processes give and write what one does, whether each holds the model or a part of it."""
 
 import contextlib
 import io
@@ -17,40 +17,27 @@ from torch import multiprocessing
 from allo_lib import align, allo
 from allo_lib.data import miniature
 from allo_lib.engine import models, trainer
-from allo_lib.engine.checkpoints import Checkpoints
 from allo_lib.engine.forward import response_logps
+from allo_lib.engine.trainer import Checkpoints
 from allo_lib.errors import AlloError, Diverged
 from allo_lib.machine import devices, runtime, weights
 from allo_lib.method.neurons import NeuronMask, count_ties, select_neurons
 
-CONFIGS = ROOT / "configs"
 SETTINGS = {
-    "share": 0.2,
-    "batch_size": 5,
-    "importance_rate": 1e-3,
-    "forgetting_rate": 3e-3,
-    "learning_rate": 3e-3,
-    "rewriter_rate": 1e-3,
+    "share": 0.2, "batch_size": 5, "importance_rate": 1e-3, "forgetting_rate": 3e-3,
+    "learning_rate": 3e-3, "rewriter_rate": 1e-3, "max_grad_norm": 0.5,
     "token_threshold": 0.015,  # two in three of the tokens lie below
-    "max_grad_norm": 0.5,
-}
+}  # fmt: skip
 
 
 def tied_model():
     """Its tensors of 17 rows and of 2 have parts of other lengths in 2 processes and in 3."""
     tokenizer = miniature.tokenizer()
     return models.micro_llama(
-        len(tokenizer),
-        width=16,
-        layers=2,
-        heads=2,
-        feed_forward=17,
-        context=128,
-        initializer_range=0.05,
-        seed=1,
-        pad_token_id=tokenizer.pad_token_id,
+        len(tokenizer), width=16, layers=2, heads=2, feed_forward=17, context=128,
+        initializer_range=0.05, seed=1, pad_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id,
-    )
+    )  # fmt: skip
 
 
 def some_pairs():
@@ -81,7 +68,7 @@ def launched(work, processes: int, config: str, *arguments) -> None:
 
     On CPUs: accelerate itself would start those through MPI. All have ended afterwards.
     """
-    command = ["--config_file", str(CONFIGS / f"{config}.yaml"), "-m", "allo_lib"]
+    command = ["--config_file", str(ROOT / "configs" / f"{config}.yaml"), "-m", "allo_lib"]
     options, _, _ = launch._validate_launch_command(
         launch.launch_command_parser().parse_args(command)
     )
@@ -125,15 +112,12 @@ def alone(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize(
-    ("estimator", "processes", "config"),
-    [
-        ("delta", 2, "ddp"),
-        ("gradient", 3, "ddp"),
-        ("gradient", 2, "fsdp2"),
-        ("delta", 3, "fsdp2"),
-    ],
-)
+@pytest.mark.parametrize(("estimator", "processes", "config"), [
+    ("delta", 2, "ddp"),
+    ("gradient", 3, "ddp"),
+    ("gradient", 2, "fsdp2"),
+    ("delta", 3, "fsdp2"),
+])  # fmt: skip
 def test_processes_write_what_one_writes(estimator, processes, config, alone, tmp_path):
     launched(_align, processes, config, tmp_path, estimator)
     one, several = alone / estimator / "aligned", tmp_path / "aligned"
@@ -165,6 +149,12 @@ TIED = {
     "b": torch.tensor([1.0, 1, 0, 2, 1, 1, 1]),
     "c": torch.tensor([[1.0, 2, 1, 4]]),
 }
+CHOICES = [
+    (order, scope, share)
+    for order in ("top", "bottom")
+    for scope in ("global", "tensor")
+    for share in (0.04, 0.1, 0.3, 0.5, 0.77, 1.0)
+]
 
 
 def _select_all(folder: Path) -> None:
@@ -173,24 +163,16 @@ def _select_all(folder: Path) -> None:
     devices.start(torch.nn.Linear(1, 1))
     mesh = init_device_mesh("cpu", (devices.count(),))
     scores = {name: distribute_tensor(score, mesh, [Shard(0)]) for name, score in TIED.items()}
-    found = {}
+    ties = {}
     for order, scope, share in CHOICES:
         mask = select_neurons(scores, share, order=order, scope=scope)
         if order == "top":
-            found[f"{order}-{scope}-{share}"] = count_ties(scores, mask)
+            ties[f"{order}-{scope}-{share}"] = count_ties(scores, mask)
         whole = mask.joined()
         if whole is not None:
             whole.save(folder / f"{order}-{scope}-{share}")
     if devices.rank() == 0:
-        (folder / "ties.json").write_text(json.dumps(found))
-
-
-CHOICES = [
-    (order, scope, share)
-    for order in ("top", "bottom")
-    for scope in ("global", "tensor")
-    for share in (0.04, 0.1, 0.3, 0.5, 0.77, 1.0)
-]
+        (folder / "ties.json").write_text(json.dumps(ties))
 
 
 @pytest.mark.parametrize("processes", [2, 3])

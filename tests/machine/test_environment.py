@@ -1,9 +1,13 @@
-"""The lock, the ranges and the conda file tell one story; set-up is idempotent."""
+"""Lock, ranges and conda file agree; set-up is idempotent; workers end with their run."""
 
 import importlib.metadata
+import signal
 import subprocess
+import sys
+import time
 import tomllib
 
+import psutil
 import pytest
 import yaml
 from conftest import ROOT
@@ -14,40 +18,30 @@ from allo_lib.errors import AlloError
 from allo_lib.machine import environment
 
 
-def pins() -> dict[str, Requirement]:
-    lines = (ROOT / "requirements.lock").read_text().splitlines()
-    wanted = [Requirement(line) for line in lines if line and not line.startswith("#")]
-    return {canonicalize_name(requirement.name): requirement for requirement in wanted}
+def project() -> dict:
+    return tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 
-def of_the_site() -> list[str]:
-    """The ranges of the extra `docs`, which no study and few tests need."""
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    return project["optional-dependencies"]["docs"]
+def direct(*extras: str) -> list[Requirement]:
+    texts = [t for extra in extras for t in project()["optional-dependencies"][extra]]
+    return [*map(Requirement, [*texts, *environment.requirements()])]
 
 
-def pinned_version(requirement: Requirement) -> str:
-    (specifier,) = requirement.specifier
-    assert specifier.operator == "==", f"{requirement} is not an exact pin"
-    return specifier.version
+def pins() -> dict[str, str]:
+    """name -> version; every line of the lock is an exact pin."""
+    lines = (ROOT / environment.LOCK).read_text().splitlines()
+    split = [line.split("==") for line in lines if line and not line.startswith("#")]
+    return {canonicalize_name(name): version.split(";")[0].strip() for name, version in split}
 
 
 def test_every_direct_requirement_is_pinned_within_its_range():
-    versions = {name: pinned_version(requirement) for name, requirement in pins().items()}
-    assert versions["torch"] == "2.13.0"
-    for text in environment.requirements(tests=True) + of_the_site():
-        wanted = Requirement(text)
-        version = versions[canonicalize_name(wanted.name)]
-        assert wanted.specifier.contains(version), f"{text} against {version}"
+    for wanted in direct("test", "docs"):
+        assert wanted.specifier.contains(pins()[canonicalize_name(wanted.name)]), wanted
 
 
-@pytest.mark.parametrize(
-    "direct",
-    [environment.requirements(tests=True), pytest.param(of_the_site(), marks=pytest.mark.site)],
-    ids=["tests", "site"],
-)
-def test_lock_holds_every_indirect_requirement(direct):
-    todo, seen = [Requirement(text) for text in direct], set()
+@pytest.mark.parametrize("extra", ["test", pytest.param("docs", marks=pytest.mark.site)])
+def test_lock_holds_every_indirect_requirement(extra):
+    todo, seen = direct(extra), set()
     while todo:
         name = canonicalize_name(todo.pop().name)
         # What torch itself needs depends on its build (CPU or CUDA); torch pins it.
@@ -60,93 +54,86 @@ def test_lock_holds_every_indirect_requirement(direct):
 
 
 def test_conda_file_installs_the_lock_and_the_same_python():
-    told = yaml.safe_load((ROOT / "environment.yml").read_text())
-    *conda, pip = told["dependencies"]
+    *conda, pip = yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
     assert pip == {"pip": ["-r requirements.lock"]}
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    assert conda == [f"python{project['requires-python']}", "pip"]
+    assert conda == [f"python{project()['requires-python']}", "pip"]
 
 
-def test_this_environment_meets_the_ranges():
-    assert environment.unmet(tests=True) == []
+@pytest.mark.parametrize("installed, missing", [
+    ({}, []),
+    ({"torch": "2.14.0a0+nightly"}, []),  # another build of it is used as it is
+    ({"torch": "2.10.9", "datasets": None},
+     ["datasets>=4.0: not installed", "torch>=2.11: 2.10.9 is installed"]),
+])  # fmt: skip
+def test_ranges_that_are_not_met_are_named(monkeypatch, installed, missing):
+    real = environment._version
+    there = lambda name: installed[name] if name in installed else real(name)  # noqa: E731
+    monkeypatch.setattr(environment, "_version", there)
+    assert environment.unmet(tests=True) == missing
+    if not missing:
+        assert environment.prepare(tests=True) == sys.executable
 
 
-def test_unmet_names_old_and_absent_packages(monkeypatch):
-    real = importlib.metadata.version
+def test_set_up_installs_once_and_again_after_a_failure_or_another_lock(tmp_path, monkeypatch):
+    commands, fails = [], [True]
 
-    def version(name):
-        if name == "datasets":
-            raise importlib.metadata.PackageNotFoundError(name)
-        return "2.10.9" if name == "torch" else real(name)
+    def run(command, check, **_):
+        commands.append(command[2])
+        if fails and "pip" in command:
+            raise subprocess.CalledProcessError(fails.pop(), command)
 
-    monkeypatch.setattr(importlib.metadata, "version", version)
-    assert environment.unmet() == [
-        "datasets>=4.0: not installed",
-        "torch>=2.11: 2.10.9 is installed",
-    ]
-
-
-@pytest.mark.parametrize("version", ["2.11.0+cu130", "2.14.0a0+nightly"])
-def test_another_build_of_torch_is_used_as_it_is(monkeypatch, version):
-    real = importlib.metadata.version
-    monkeypatch.setattr(
-        importlib.metadata, "version", lambda name: version if name == "torch" else real(name)
-    )
-    assert environment.prepare() == environment.sys.executable
-
-
-class FakeCommands:
-    """Stands in for subprocess: makes `.venv/bin/python` and counts what pip is asked."""
-
-    def __init__(self, root):
-        self.python, self.installs, self.fails = root / ".venv" / "bin" / "python", 0, False
-
-    def __call__(self, command, **_):
-        command = [str(part) for part in command]
-        if command[1:3] == ["-m", "venv"]:
-            self.python.parent.mkdir(parents=True, exist_ok=True)
-            self.python.touch()
-        if "pip" in command:
-            self.installs += 1
-            return subprocess.CompletedProcess(command, int(self.fails))
-        return subprocess.CompletedProcess(command, 0)
-
-
-@pytest.fixture
-def bare(tmp_path, monkeypatch):
-    """A checkout whose active interpreter lacks everything, and the commands it would call."""
     (tmp_path / environment.LOCK).write_text("torch==2.13.0\n")
-    commands = FakeCommands(tmp_path)
     monkeypatch.setattr(environment, "unmet", lambda root, tests: ["torch: not installed"])
-    monkeypatch.setattr(environment.subprocess, "run", commands)
-    return tmp_path, commands
-
-
-def test_set_up_installs_once_and_again_when_the_lock_changes(bare):
-    root, commands = bare
+    monkeypatch.setattr(environment.subprocess, "run", run)
+    with pytest.raises(AlloError, match="could not install requirements.lock"):
+        environment.prepare(tmp_path)
     for _ in range(2):
-        assert environment.prepare(root) == str(commands.python)
-    assert commands.installs == 1
-    (root / environment.LOCK).write_text("torch==2.13.1\n")
-    environment.prepare(root)
-    environment.prepare(root)
-    assert commands.installs == 2
+        assert environment.prepare(tmp_path) == str(tmp_path / ".venv" / "bin" / "python")
+    assert commands == ["venv", "pip"] * 2
+    (tmp_path / environment.LOCK).write_text("torch==2.13.1\n")
+    for _ in range(2):
+        environment.prepare(tmp_path)
+    assert commands == ["venv", "pip"] * 3
 
 
-def test_interrupted_set_up_is_taken_up_again(bare):
-    root, commands = bare
-    commands.fails = True
-    with pytest.raises(AlloError, match="pip could not install"):
-        environment.prepare(root)
-    commands.fails = False
-    environment.prepare(root)
-    environment.prepare(root)
-    assert commands.installs == 2
+RUN = """
+import os, time
+from concurrent.futures import ProcessPoolExecutor
+from allo_lib.machine.runtime import fork_server, leave_with_parent
+
+if __name__ == "__main__":
+    with ProcessPoolExecutor(1, mp_context=fork_server(), initializer=leave_with_parent) as pool:
+        print(pool.submit(os.getpid).result(), flush=True)
+        pool.submit(time.sleep, 300).result()
+"""
 
 
-def test_own_environment_beside_the_script_counts_when_it_meets_the_ranges(bare):
-    root, commands = bare
-    commands.python.parent.mkdir(parents=True)
-    commands.python.touch()
-    assert environment.prepare(root) == str(commands.python)
-    assert commands.installs == 0
+def runs(pid: int) -> bool:
+    # A dead process stays listed until its parent asks how it ended.
+    return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_worker_ends_with_the_process_that_asked_for_it(tmp_path, number):
+    script = tmp_path / "run.py"
+    script.write_text(RUN)
+    run = subprocess.Popen(
+        [sys.executable, script], stdout=subprocess.PIPE, text=True,
+        env=environment.child_environment(),
+    )  # fmt: skip
+    with run.stdout:
+        worker = int(run.stdout.readline())
+    try:
+        assert runs(worker)
+        run.send_signal(number)
+        run.wait()
+        until = time.monotonic() + 10
+        while runs(worker) and time.monotonic() < until:
+            time.sleep(0.1)
+        assert not runs(worker)
+    finally:
+        run.kill()
+        run.wait()
+        if psutil.pid_exists(worker):
+            psutil.Process(worker).kill()

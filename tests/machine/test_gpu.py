@@ -7,18 +7,16 @@ does not wait for a GPU. What only a GPU has (compiled kernels, its allocator) i
 import contextlib
 import json
 import math
+import subprocess
+import sys
 import warnings
 
 import pytest
 import torch
-from test_alignment import FAST, LEAN
-from test_checkpoints import NEVER, Stop, stopping_at
-from test_checkpoints import train as train_with_checkpoints
-from test_forward import families, gradients, plainly
-from test_notebooks import PROFILE, driver
-from test_on_policy import WORD
-from test_trainer import pairs
+from conftest import ROOT
+from test_trainer import Stop, pairs, solutions, supervise
 from tiny_models import VOCABULARY, tiny_llama, weights_of
+from tiny_study import PROFILE
 from torch import nn
 from torch.nn.attention.flex_attention import flex_attention
 from transformers.integrations import flex_attention as flex_integration
@@ -26,21 +24,17 @@ from transformers.integrations import flex_attention as flex_integration
 from allo_lib import align
 from allo_lib.allo import run_stage
 from allo_lib.data import miniature
-from allo_lib.engine import forward, generation, models
+from allo_lib.engine import generation, models
 from allo_lib.engine.batching import Layout, collate
-from allo_lib.engine.checkpoints import Checkpoints
 from allo_lib.engine.encoding import encode_prompt
 from allo_lib.engine.forward import layout_of, response_logps, to_device
-from allo_lib.engine.on_policy import run_on_policy
 from allo_lib.engine.trainer import Schedule
 from allo_lib.errors import Diverged
 from allo_lib.machine.environment import device_name
 from allo_lib.machine.runtime import make_deterministic
-from allo_lib.method import checks
-from allo_lib.method.losses import ON_PAIRS, ON_REJECTED, ON_SOLUTIONS, objective
+from allo_lib.method.losses import ON_PAIRS, ON_REJECTED, ON_SOLUTIONS
 from allo_lib.method.masked_adamw import MaskedAdamW
 from allo_lib.method.neurons import NeuronMask, select_neurons
-from allo_lib.method.row_linear import RowLinear
 
 DTYPES = [torch.float32, torch.bfloat16]
 KINDS = ["scalar", "row", "whole"]
@@ -69,27 +63,6 @@ def mask_of(model, kind: str, share: float = 0.1) -> NeuronMask | None:
         return None
     scores = {name: torch.zeros(p.shape) for name, p in model.named_parameters()}
     return select_neurons(scores, share, order="random", granularity=kind, scope="tensor")
-
-
-@contextlib.contextmanager
-def unsteady():
-    """Yields a list that names, afterwards, the operations that torch says it cannot repeat."""
-    found: list[str] = []
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        yield found
-    found += sorted({str(w.message) for w in caught if "determinis" in str(w.message)})
-
-
-def assert_repeated(first: dict, second: dict, operations: list[str]) -> None:
-    """Equal to the bit; else torch has named operations, which are told, and they are near."""
-    differ = [name for name in first if not torch.equal(first[name], second[name])]
-    if differ:
-        assert operations, f"{differ} differ, and torch names no operation that may"
-        told = "\n".join(operations)
-        warnings.warn(f"{len(differ)} of {len(first)} tensors differ:\n{told}", stacklevel=2)
-    for name, value in first.items():
-        torch.testing.assert_close(value, second[name], rtol=1e-2, atol=1e-2)
 
 
 # --- the optimizer -------------------------------------------------------------------------------
@@ -132,22 +105,18 @@ def test_masked_adamw_is_adamw_in_float64(device, kind, dtype):
     assert (masters != start.float())[kept].float().mean() > 0.9
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("kind", KINDS)
-def test_no_dense_gradient_outlives_a_backward_pass(device, kind):
-    model = micro(device, torch.bfloat16, width=256, layers=3, heads=4, feed_forward=1024)
+def test_no_dense_gradient_outlives_a_backward_pass(kind):
+    model = micro("cuda", torch.bfloat16, width=256, layers=3, heads=4, feed_forward=1024)
     optimizer = MaskedAdamW(model, mask_of(model, kind))
-    batch = to_device(collate(families(), layout_of(model, 0)), model)
-
-    def backward():
+    batch = to_device(collate(solutions(), layout_of(model, 0)), model)
+    for _ in range(2):  # the first time libraries take memory for themselves
+        before = torch.cuda.memory_allocated()
         response_logps(model, batch).sum().backward()
-
-    backward()  # what libraries take for themselves at their first use
-    optimizer.step()
-    before = torch.cuda.memory_allocated() if device == "cuda" else 0
-    backward()
-    after = torch.cuda.memory_allocated() if device == "cuda" else 0
-    assert all(parameter.grad is None for parameter in model.parameters())
-    packed = sum(p.master.grad.nbytes for p in optimizer._packed if p.master.grad is not None)
+        after = torch.cuda.memory_allocated()
+        packed = sum(master.grad.nbytes for master in optimizer.param_groups[0]["params"])
+        optimizer.step()
     assert 0 < packed and after - before <= packed + 2**19  # all dense ones: 6 MB
     optimizer.close()
 
@@ -167,112 +136,33 @@ def eager_on_a_cpu(device, monkeypatch):
 @pytest.mark.parametrize("shared", [True, False])
 @pytest.mark.parametrize("attention", ["sdpa", "flex_attention"])
 def test_both_forwards_are_the_plain_one_of_the_cpu(device, attention, shared, eager_on_a_cpu):
-    rows = families(4)
+    rows = solutions(6)  # some share a prompt, and some the first words of their responses
+    rows += [row | {"response": row["response"][:1] + [9, 8]} for row in rows]
     plain, model = micro("cpu").eval(), micro(device).eval()
     model.set_attn_implementation(attention)
     layout = layout_of(model, 0)
     assert layout.shared
     batch = to_device(collate(rows, layout if shared else Layout(0)), model)
     weights = torch.rand(batch["labels"].shape, generator=torch.Generator().manual_seed(1))
-    values = [plainly(plain, row) for row in rows]
     with torch.set_grad_enabled(device == "cuda" or attention == "sdpa"):
         found = response_logps(model, batch)
-    for i, value in enumerate(values):
+    total = 0.0
+    for i, row in enumerate(rows):
+        logits = plain(input_ids=torch.tensor([row["prompt"] + row["response"]])).logits[0]
+        logps = logits[len(row["prompt"]) - 1 : -1].log_softmax(dim=-1)
+        value = logps.gather(1, torch.tensor(row["response"])[:, None])[:, 0]
         torch.testing.assert_close(found[i, : len(value)].cpu(), value, rtol=1e-4, atol=1e-4)
         assert not found[i, len(value) :].any()
+        total = total + (value * weights[i, : len(value)]).sum()
     if not found.requires_grad:
         return
-    total = sum((v * weights[i, : len(v)]).sum() for i, v in enumerate(values))
-    expected = gradients(plain, total)
-    for name, value in gradients(model, (found * weights.to(device)).sum()).items():
-        scale = expected[name].abs().max().clamp(min=1)
+    total.backward()
+    (found * weights.to(device)).sum().backward()
+    for (name, ours), value in zip(model.named_parameters(), plain.parameters(), strict=True):
+        scale = value.grad.abs().max().clamp(min=1)
         torch.testing.assert_close(
-            value.cpu() / scale, expected[name] / scale, rtol=0, atol=1e-4, msg=name
+            ours.grad.cpu() / scale, value.grad / scale, rtol=0, atol=1e-4, msg=name
         )
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_the_gradient_of_rows_is_the_product_in_float64(device, dtype):
-    generator = torch.Generator().manual_seed(0)
-    layer = nn.Linear(48, 40).to(device, dtype)
-    rows = torch.tensor([0, 3, 17, 39], device=device)
-    masters = nn.Parameter(layer.weight.detach()[rows].flatten().float())
-    taken = RowLinear(layer, rows, masters)
-    taken.attach()
-    x, y = (torch.randn(3, 7, n, generator=generator).to(device, dtype) for n in (48, 40))
-    x.requires_grad_()
-    layer(x).backward(y)
-    taken.detach()
-    x64, y64 = x.detach().cpu().double().flatten(0, 1), y.cpu().double().flatten(0, 1)
-    within = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 0.1}
-    found = masters.grad.cpu().double().view(4, 48)
-    torch.testing.assert_close(found, (y64.T @ x64)[rows.cpu()], **within)
-    to_x = (y64 @ layer.weight.detach().cpu().double()).view(3, 7, 48)
-    torch.testing.assert_close(x.grad.cpu().double(), to_x, **within)
-    torch.testing.assert_close(layer.bias.grad.cpu().double(), y64.sum(dim=0), **within)
-    assert layer.weight.grad is None
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_the_head_in_chunks_is_log_softmax_in_float64(device, dtype, monkeypatch):
-    count, vocabulary, width = 50, 211, 32
-    monkeypatch.setattr(forward, "CHUNK_BYTES", 4 * vocabulary * 7)
-    generator = torch.Generator().manual_seed(0)
-    parts = [
-        (torch.randn(*shape, generator=generator) * scale).to(device, dtype).requires_grad_()
-        for shape, scale in (((count, width), 1), ((vocabulary, width), 0.3), ((vocabulary,), 0.3))
-    ]
-    targets = torch.randint(vocabulary, (count,), generator=generator)
-    gradient = torch.randn(count, generator=generator) * (torch.arange(count) % 3 > 0)
-    found = forward.target_logps(*parts, targets.to(device))
-    found.backward(gradient.to(device))
-    doubles = [part.detach().cpu().double().requires_grad_() for part in parts]
-    expected = nn.functional.linear(*doubles).log_softmax(dim=-1).gather(1, targets[:, None])[:, 0]
-    expected.backward(gradient.double())
-    within = {"rtol": 1e-4, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 3e-2, "atol": 0.1}
-    assert found.dtype == torch.float32
-    torch.testing.assert_close(found.detach().cpu().double(), expected.detach(), **within)
-    for ours, double in zip(parts, doubles, strict=True):
-        torch.testing.assert_close(ours.grad.cpu().double(), double.grad, **within)
-    hidden, weight, bias = (double.detach() for double in doubles)
-    if dtype == torch.float32:
-        likeliest = nn.functional.linear(hidden, weight, bias).argmax(dim=-1)
-        assert torch.equal(forward.argmax_tokens(*(p.detach() for p in parts)).cpu(), likeliest)
-
-
-@contextlib.contextmanager
-def nothing_to_wait_for(device):
-    """A block in which an operation that makes the host wait for its GPU is an error."""
-    if device == "cuda":
-        torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        if device == "cuda":
-            torch.cuda.set_sync_debug_mode("default")
-
-
-@pytest.mark.parametrize("name", ["sft", "dpo", "ipo", "bco", "forgetting", "learning"])
-@pytest.mark.parametrize("kind", KINDS)
-def test_no_step_waits_for_the_device(device, kind, name):
-    model = micro(device, torch.bfloat16)
-    optimizer = MaskedAdamW(model, mask_of(model, kind), max_grad_norm=1.0)
-    optimizer.watch = True
-    rows = [row | {"reference": [-1.0] * len(row["response"])} for row in families()]
-    rows = [row | {"weights": [1.0] * len(row["response"])} for row in rows]
-    batch = to_device(collate(rows, layout_of(model, 0)), model)
-    loss_of, steps = objective(name, beta=0.1, key_share=0.3), []
-    for wait in (contextlib.nullcontext(), nothing_to_wait_for(device)):
-        with wait, checks.values_unread():  # at its first use a library may set itself up
-            logps = response_logps(model, batch)
-            loss, told = loss_of(logps, batch)
-            optimizer.guard(loss)
-            loss.backward()
-            optimizer.step()
-        steps.append([loss, optimizer.grad_norm, optimizer.moved, *told.values()])
-    assert all(math.isfinite(number.item()) for step in steps for number in step)
-    assert steps[1][2] > 0
-    optimizer.close()
 
 
 # --- training ------------------------------------------------------------------------------------
@@ -293,64 +183,44 @@ def test_every_objective_loses_what_it_loses_on_the_cpu(device, name):
     assert found[1] == pytest.approx(found[0], rel=1e-3, abs=1e-5) and len(found[1]) == 6
 
 
+@contextlib.contextmanager
+def unsteady():
+    """Yields a list that names, afterwards, the operations that torch says it cannot repeat."""
+    found: list[str] = []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        yield found
+    found += sorted({str(w.message) for w in caught if "determinis" in str(w.message)})
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_stopped_training_goes_on_to_the_same_bits(device, kind, dtype, tmp_path):
-    granularity = None if kind == "whole" else kind
+    """Or torch has named operations that it cannot repeat, and the bits are near."""
+    kind = None if kind == "whole" else kind
     whole, broken, again = (tiny_llama(dtype=dtype).to(device) for _ in range(3))
     with unsteady() as operations:
-        log = train_with_checkpoints(whole, tmp_path / "whole", NEVER, granularity=granularity)
+        log = supervise(whole, tmp_path / "whole", kind=kind)
         with pytest.raises(Stop):
-            train_with_checkpoints(
-                broken, tmp_path / "broken", stop=stopping_at(3), granularity=granularity
-            )
+            supervise(broken, tmp_path, 1e-9, stop=3, kind=kind)
         torch.manual_seed(99)  # whatever another process did before
-        resumed = train_with_checkpoints(again, tmp_path / "broken", NEVER, granularity=granularity)
-    assert_repeated(weights_of(whole), weights_of(again), operations)
+        resumed = supervise(again, tmp_path, kind=kind)
+    ends = weights_of(whole), weights_of(again)
+    assert operations or all(map(torch.equal, *(end.values() for end in ends)))
+    for name, value in ends[0].items():
+        torch.testing.assert_close(value, ends[1][name], rtol=1e-2, atol=1e-2)
+        assert value.device.type == device
     assert resumed.loss == pytest.approx(log.loss, rel=1e-2) and resumed.tokens == log.tokens
-    assert all(value.device.type == device for value in weights_of(again).values())
 
 
-@pytest.mark.parametrize("where", ["log-probs", "gradient norm"])
-def test_nan_stops_a_training_before_weights_change(device, where, tmp_path):
+def test_a_gradient_that_is_not_finite_changes_no_weight(device):
     model = tiny_llama().to(device)
     mask, before = mask_of(model, "scalar"), weights_of(model)
-    if where == "log-probs":
-        model.model.norm.register_forward_hook(lambda module, given, found: found * math.nan)
-    else:
-        weight = model.model.layers[0].mlp.up_proj.weight
-        weight.register_hook(lambda gradient: gradient * math.nan)
-    rows, schedule = pairs(tiny_llama()), Schedule(1e-2, 1, 4, 0)
-    checkpoints = Checkpoints(tmp_path, NEVER)
-    with pytest.raises(Diverged, match=f"the {where} became nan at step 0") as told:
-        run_stage(model, rows, "dpo", schedule, pad_token_id=0, mask=mask, checkpoints=checkpoints)
+    weight = model.model.layers[0].mlp.up_proj.weight
+    weight.register_hook(lambda gradient: gradient * math.nan)
+    with pytest.raises(Diverged, match="the gradient norm became nan at step 0"):
+        run_stage(model, solutions(), "sft", Schedule(1e-2, 1, 4, 0), pad_token_id=0, mask=mask)
     assert all(torch.equal(value, before[name]) for name, value in weights_of(model).items())
-    assert told.value.batch.is_file()
-
-
-@pytest.mark.parametrize("kind, name", [("scalar", "ppo"), ("row", "a2c")])
-def test_a_training_on_its_own_samples_moves_kept_entries_only(device, kind, name):
-    tokenizer = miniature.tokenizer()
-    model = micro(device, torch.bfloat16, tokenizer)
-    before, mask = weights_of(model), mask_of(model, kind)
-    log = run_on_policy(
-        model,
-        tokenizer,
-        [problem.prompt for problem in miniature.problems("chain", "pairs", 8, 0)],
-        lambda number, response: float(WORD in response.text.split()),
-        name,
-        Schedule(1e-2, 1, 4, 5),
-        max_new_tokens=12,
-        generation_batch=8,
-        mask=mask,
-    )
-    assert len(log.loss) == 2 and all(math.isfinite(value) for value in log.loss)
-    moved = 0
-    for key, value in weights_of(model).items():
-        kept = mask.dense(key).to(device)
-        assert torch.equal(value[~kept], before[key][~kept]), key
-        moved += int((value[kept] != before[key][kept]).sum())
-    assert moved > mask.kept / 2
 
 
 # --- decoding ------------------------------------------------------------------------------------
@@ -360,7 +230,7 @@ STEPS = 12
 
 
 def by_hand(model, prompt: list[int], end: int) -> list[int]:
-    """The likeliest token after the whole row, one at a time; no cache, no padding, no batch."""
+    """The argmax after the whole row, one token at a time; no cache, no padding, no batch."""
     new: list[int] = []
     while len(new) < STEPS and end not in new:
         with torch.no_grad():
@@ -369,31 +239,21 @@ def by_hand(model, prompt: list[int], end: int) -> list[int]:
     return new
 
 
-@pytest.mark.parametrize("attention, replayed", [("sdpa", 1), ("sdpa", 0), ("eager", None)])
-def test_every_way_of_decoding_is_the_argmax_at_every_step(
-    device, attention, replayed, monkeypatch
-):
-    """Of so many responses that those left over go on as a smaller batch. replayed: whether steps
-    are, on any device; None leaves it to the library, which has to see what a model can take."""
-    if replayed is not None:
-        monkeypatch.setattr(generation, "_replays_steps", lambda model: bool(replayed))
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_greedy_decoding_is_the_argmax_at_every_step(device, attention):
+    """Of so many responses that those left over go on as a smaller batch."""
     tokenizer = miniature.tokenizer()
     model = micro(device, tokenizer=tokenizer, initializer_range=0.6).eval()
     model.set_attn_implementation(attention)
     end, problems = tokenizer.eos_token_id, miniature.problems("chain", "pairs", 60, 0)
     prompts = [problem.prompt for problem in problems] + ["?", "calc 1 ?"]
-    encoded = [encode_prompt(tokenizer, text) for text in prompts]
-    expected = [by_hand(model, prompt, end) for prompt in encoded]
+    expected = [by_hand(model, encode_prompt(tokenizer, text), end) for text in prompts]
     ended = [end in ids for ids in expected]
     assert len(set(map(tuple, expected))) > 20 and 0 < sum(ended) < len(ended)
+    groups = generation.generate(model, tokenizer, prompts, max_new_tokens=STEPS, batch_size=48)
     texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in expected]
-    drafts = [ids[: i % 7] + [9] * (i % 3) for i, ids in enumerate(expected)]
-    for given in ({}, {"drafts": drafts}):
-        groups = generation.generate(
-            model, tokenizer, prompts, max_new_tokens=STEPS, batch_size=48, **given
-        )
-        assert [one.text for (one,) in groups] == texts
-        assert [one.ended for (one,) in groups] == ended
+    assert [one.text for (one,) in groups] == texts
+    assert [one.ended for (one,) in groups] == ended
 
 
 def test_samples_follow_from_the_seed(device):
@@ -414,8 +274,7 @@ def test_samples_follow_from_the_seed(device):
 # --- from end to end -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("settings", [{}, LEAN], ids=["delta", "gradient"])
-def test_align_of_a_bf16_model(device, settings, tmp_path):
+def test_align_of_a_bf16_model(device, tmp_path):
     tokenizer = miniature.tokenizer()
     model = micro(device, torch.bfloat16, tokenizer, initializer_range=0.05)
     before = weights_of(model)
@@ -423,10 +282,10 @@ def test_align_of_a_bf16_model(device, settings, tmp_path):
         {"prompt": p.prompt, "chosen": "therefore 1", "rejected": f"so {2 + i % 5}"}
         for i, p in enumerate(miniature.problems("chain", "pairs", 12, 0))
     ]
-    result = align(model, tokenizer, rows, config=FAST | settings, output_dir=tmp_path)
+    rates = {"importance_rate": 1e-3, "forgetting_rate": 1e-2, "learning_rate": 1e-2}
+    result = align(model, tokenizer, rows, config=rates | {"batch_size": 4}, output_dir=tmp_path)
     assert set(result.logs) == {"importance", "rewriter", "forgetting", "learning"}
     assert all(math.isfinite(loss) for log in result.logs.values() for loss in log.loss)
-    assert result.mask.kept == round(0.1 * result.mask.total)
     moved = 0
     for name, value in weights_of(model).items():
         kept = result.mask.dense(name).to(device)
@@ -438,19 +297,16 @@ def test_align_of_a_bf16_model(device, settings, tmp_path):
 
 @pytest.mark.gpu
 def test_the_study_of_seconds_on_a_gpu(tmp_path):
-    """All but 07, which on a GPU also trains models of 7B and 13B: a window has it as a phase."""
-    only = ("--only", "00,01,02,03,04,05,06")
-    done = driver(PROFILE, "-p", "size", "gpu", *only, "--out", tmp_path / "out")
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    check_study(tmp_path / "out", "cuda")
+    """All but 07, which on a GPU also trains models of 7B and 13B."""
+    out = tmp_path / "out"
 
+    def command(*arguments):
+        line = [sys.executable, "-P", "-m", "allo_lib.cli.cli", *map(str, arguments), "--out", out]
+        done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
 
-def check_study(folder, device: str) -> None:
-    """That results are those of a device, and as their manifest says; test_gpu_window asks so of a
-    CPU."""
-    told = json.loads((folder / "manifest.json").read_text())
-    assert told["size"] == {"cuda": "gpu", "cpu": "cpu"}[device]
-    assert told["device"] == (device_name(device) if device == "cuda" else "cpu")
-    assert list(told["cells"]["seed0"]) == [device_name(device)]
-    checked = driver("verify", PROFILE, "--out", folder)
-    assert checked.returncode == 0, checked.stderr
+    command(PROFILE, "-p", "size", "gpu", "--only", "00,01,02,03,04,05,06")
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert manifest["size"] == "gpu" and manifest["device"] == device_name("cuda")
+    assert list(manifest["cells"]["seed0"]) == [device_name("cuda")]
+    command("verify", PROFILE)
