@@ -1,12 +1,12 @@
 """From encoded rows to the tensors of one forward pass: which tokens are read, which are judged.
 
-A batch has two sides. What the model reads: `input_ids`, `position_ids` and, where sequences share
-their prefixes (`Tree`), `ends`, all int64 [R, L]; where all trees stand in one row, `sizes`, int64
-[trees]. What the loss judges: response tokens of B sequences, T the longest response; `labels`
-int64 [B, T] (-100 behind the end), and float32 [B, T] for every further value that goes along with
-the tokens. Between them stand `before` and `targets`, int64 [N]: the flat place whose hidden state
-predicts a token, and the token; and `place`, int64 [B, T]: which of the N log-probs belongs here, N
-where there is none.
+A batch has two sides. What the model reads: `input_ids` and, where sequences share their prefixes
+(`Tree`), `position_ids` and `ends`, all int64 [R, L]; where all trees stand in one row, `sizes`,
+int64 [trees]. What the loss judges: response tokens of B sequences, T the longest response;
+`labels` int64 [B, T] (-100 behind the end), and float32 [B, T] for every further value that goes
+along with the tokens. Between them stand `before` and `targets`, int64 [N]: the flat place whose
+hidden state predicts a token, and the token; and `place`, int64 [B, T]: which of the N log-probs
+belongs here, N where there is none.
 
 Sequences that begin alike are one tree: what they share is read, and paid for, once. The chosen and
 the rejected response of a pair follow the same prompt, several pairs may ask the same question, and
@@ -15,7 +15,7 @@ exactly those before it whose subtree it lies in: its own prefix.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,24 +25,19 @@ from torch.overrides import TorchFunctionMode
 
 from allo_lib.method.losses import IGNORED, Batch
 
-# Time of an operation of masked attention over that of one in a matrix product, roughly: on a CPU
-# attention took 26% of a step's time for a tenth of its operations. Not measured on a GPU.
-_MASKED = 3
-
 Row = dict[str, Any]  # `prompt` and its responses as lists of token ids, further lists of floats
 
 
 @dataclass(frozen=True)
 class Layout:
     """How sequences become rows. shared: one tree for what begins alike, several trees a row; else
-    one padded row a sequence, which every causal model can read. width: the model's hidden size.
-    one_row: all trees in one row without padding, for attention tree by tree (`TreeByTree`).
-    multiple: tokens of which a row's length is a multiple. window: tokens that attention looks back
-    where it does not see all, so that longer sequences are not shared; 0 for all."""
+    one padded row a sequence, which every causal model can read. one_row: all trees in one row
+    without padding, for attention tree by tree (`TreeByTree`). multiple: tokens of which a row's
+    length is a multiple. window: tokens that attention looks back where it does not see all, so
+    that longer sequences are not shared; 0 for all."""
 
     pad_token_id: int
     shared: bool = False
-    width: int = 1
     one_row: bool = False
     multiple: int = 1
     window: int = 0
@@ -73,23 +68,40 @@ def collate(rows: list[Row], layout: Layout) -> Batch:
     and left out, as in `losses.token_logps`.
     """
     sequences = [[*row["prompt"], *row["response"]] for row in rows]
-    if layout.window and max(map(len, sequences)) > layout.window:
-        layout = replace(layout, shared=False)
-    if layout.shared:
-        groups = _by_prompt(rows)
-        trees = [build_trie([sequences[i] for i in group]) for group in groups]
-        sizes = [len(tree) for tree in trees]
-        plan = [list(range(len(trees)))] if layout.one_row else pack(sizes, layout.width)
+    shared = layout.shared and not 0 < layout.window < max(map(len, sequences))
+    groups: dict[Any, list[int]] = {}  # sequences of one tree
+    for i, row in enumerate(rows):
+        groups.setdefault(tuple(row["prompt"]) if shared else i, []).append(i)
+    trees = [build_trie([sequences[i] for i in group]) for group in groups.values()]
+    sizes = [len(tree) for tree in trees]
+    if shared:
+        plan = [list(range(len(trees)))] if layout.one_row else pack(sizes)
     else:
-        groups = [[i] for i in range(len(rows))]
-        trees = [build_trie([sequence]) for sequence in sequences]
-        plan = groups
-    batch, starts = _read(trees, plan, layout)
-    nodes: list[list[int]] = [[] for _ in rows]
-    for tree, start, group in zip(trees, starts, groups, strict=True):
-        for i, path in zip(group, tree.paths, strict=True):
-            nodes[i] = [start + node for node in path]
-    return batch | _judged(rows, nodes, batch["input_ids"])
+        plan = [[number] for number in range(len(trees))]
+    length = max(sum(sizes[number] for number in row) for row in plan)
+    length = -(-length // layout.multiple) * layout.multiple
+    input_ids = torch.full((len(plan), length), layout.pad_token_id)
+    # Padding stands behind everything else and sees only itself.
+    position_ids = torch.arange(length).repeat(len(plan), 1)
+    ends = position_ids + 1
+    nodes: list[list[int]] = [[] for _ in rows]  # flat places of each sequence's tokens
+    group_of = list(groups.values())
+    for r, row in enumerate(plan):
+        start = 0
+        for number in row:
+            tree, part = trees[number], slice(start, start + sizes[number])
+            input_ids[r, part] = torch.tensor(tree.tokens)
+            position_ids[r, part] = torch.tensor(tree.depths)
+            ends[r, part] = torch.tensor(tree.ends) + start
+            for i, path in zip(group_of[number], tree.paths, strict=True):
+                nodes[i] = [r * length + start + node for node in path]
+            start += sizes[number]
+    batch = {"input_ids": input_ids}
+    if shared:
+        batch |= {"position_ids": position_ids, "ends": ends}
+    if shared and layout.one_row:
+        batch["sizes"] = torch.tensor(sizes)
+    return batch | _judged(rows, nodes, input_ids)
 
 
 def pair_batch(pairs: list[Row], layout: Layout) -> Batch:
@@ -98,57 +110,22 @@ def pair_batch(pairs: list[Row], layout: Layout) -> Batch:
     Each pair has `prompt`, `chosen`, `rejected`; further keys `chosen_<name>` and `rejected_<name>`
     become the further key `<name>` of the batch.
     """
-    both = [side(pair, "chosen") for pair in pairs] + [side(pair, "rejected") for pair in pairs]
+    both = [_side(pair, "chosen") for pair in pairs] + [_side(pair, "rejected") for pair in pairs]
     return collate(both, layout)
 
 
 def rejected_batch(pairs: list[Row], layout: Layout) -> Batch:
     """The rejected responses alone."""
-    return collate([side(pair, "rejected") for pair in pairs], layout)
+    return collate([_side(pair, "rejected") for pair in pairs], layout)
 
 
-def side(pair: Row, which: str) -> Row:
-    """One response of a pair, "chosen" or "rejected", as a row."""
+def _side(pair: Row, which: str) -> Row:
     extras = {
         key.removeprefix(f"{which}_"): value
         for key, value in pair.items()
         if key.startswith(f"{which}_")
     }
     return {"prompt": pair["prompt"], "response": pair[which]} | extras
-
-
-def _by_prompt(rows: list[Row]) -> list[list[int]]:
-    groups: dict[tuple[int, ...], list[int]] = {}
-    for i, row in enumerate(rows):
-        groups.setdefault(tuple(row["prompt"]), []).append(i)
-    return list(groups.values())
-
-
-def _read(trees: list[Tree], plan: list[list[int]], layout: Layout) -> tuple[Batch, list[int]]:
-    """What the model reads, and the flat place at which each tree starts."""
-    length = max(sum(len(trees[i]) for i in row) for row in plan)
-    length = -(-length // layout.multiple) * layout.multiple
-    shape = len(plan), length
-    input_ids = torch.full(shape, layout.pad_token_id)
-    # Padding stands behind everything else and sees only itself.
-    position_ids = torch.arange(length).repeat(len(plan), 1)
-    ends = position_ids + 1
-    starts = [0] * len(trees)
-    for r, row in enumerate(plan):
-        place = 0
-        for i in row:
-            tree, part = trees[i], slice(place, place + len(trees[i]))
-            input_ids[r, part] = torch.tensor(tree.tokens)
-            position_ids[r, part] = torch.tensor(tree.depths)
-            ends[r, part] = torch.tensor(tree.ends) + place
-            starts[i] = r * length + place
-            place += len(tree)
-    batch = {"input_ids": input_ids, "position_ids": position_ids}
-    if layout.shared:
-        batch["ends"] = ends
-    if layout.shared and layout.one_row:
-        batch["sizes"] = torch.tensor([len(tree) for tree in trees])
-    return batch, starts
 
 
 def _judged(rows: list[Row], nodes: list[list[int]], input_ids: Tensor) -> Batch:
@@ -215,46 +192,19 @@ def attention_mask(ends: Tensor) -> Tensor:
     return (before & (places[:, None] < ends[:, None, :]))[:, None]
 
 
-def block_mask(ends: Tensor) -> Any:
-    """`attention_mask` for FlexAttention [R, 1, L, L], which skips blocks that see nothing."""
-    from torch.nn.attention.flex_attention import create_block_mask  # slow to load, seldom used
+def pack(sizes: Sequence[int]) -> list[list[int]]:
+    """Rows of a batch, each a list of trees (by number), no longer than the longest tree.
 
-    def visible(row: Tensor, head: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        return (j <= i) & (i < ends[row, j])
-
-    rows, length = ends.shape
-    return create_block_mask(visible, rows, None, length, length, device=ends.device)
-
-
-def pack(sizes: Sequence[int], width: int) -> list[list[int]]:
-    """Rows of a batch, each a list of trees (by number), that cost the least arithmetic.
-
-    sizes: tokens of each tree. width: the model's hidden size; at L tokens a row the attention of a
-    transformer layer makes about L / (6 width) of the operations of its matrix products, each of
-    which takes about three times as long under a mask. That is what speaks against long rows, while
-    padding speaks against rows of unequal length.
+    First-fit decreasing: each tree, largest first, goes into the first row with room for it.
+    sizes: tokens of each tree.
     """
-    longest = max(sizes)
-    lengths = {longest * k for k in range(1, 1 + min(len(sizes), 8))} | {sum(sizes)}
-    plans = [_first_fit(sizes, length) for length in sorted(lengths)]
-    return min(plans, key=lambda plan: _cost(plan, sizes, width))
-
-
-def _cost(plan: list[list[int]], sizes: Sequence[int], width: int) -> float:
-    length = max(sum(sizes[i] for i in row) for row in plan)
-    return len(plan) * length * (1 + _MASKED * length / (6 * width))
-
-
-def _first_fit(sizes: Sequence[int], length: int) -> list[list[int]]:
-    """First-fit decreasing: each tree, largest first, goes into the first row with room for it."""
     rows: list[list[int]] = []
-    free: list[int] = []
-    for i in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
-        fits = next((r for r, room in enumerate(free) if room >= sizes[i]), None)
-        if fits is None:
+    free: list[int] = []  # tokens of each row that are left
+    for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
+        fits = next((r for r, room in enumerate(free) if room >= sizes[i]), len(rows))
+        if fits == len(rows):
             rows.append([])
-            free.append(length)
-            fits = len(rows) - 1
+            free.append(max(sizes))
         rows[fits].append(i)
         free[fits] -= sizes[i]
     return rows

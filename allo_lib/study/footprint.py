@@ -99,7 +99,7 @@ def count(
         dtype: of the weights and activations.
         recomputed: of each layer only what it is given is kept (gradient checkpointing).
     """
-    batch = pair_batch(_rows(prompt, response, pairs), Layout(0, True, config.hidden_size))
+    batch = pair_batch(_rows(prompt, response, pairs), Layout(0, True))
     with FakeTensorMode() as mode:
         batch = {key: mode.from_tensor(value) for key, value in batch.items()}
         # All layers are alike: models of one and of two tell what any number of them holds.

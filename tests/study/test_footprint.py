@@ -45,7 +45,7 @@ def small(tied):
 
 def peak_of_a_step(config, share, prompt, response, pairs, dtype) -> int:
     """Bytes alive at most in a step of training, the second, on tensors without memory."""
-    batch = pair_batch(_rows(prompt, response, pairs), Layout(0, True, config.hidden_size))
+    batch = pair_batch(_rows(prompt, response, pairs), Layout(0, True))
     with FakeTensorMode() as mode, LiveBytes() as live:
         batch = {key: mode.from_tensor(value) for key, value in batch.items()}
         model = _model(config, dtype, "cpu")
@@ -195,7 +195,7 @@ def test_weights_and_state_of_a_known_shape():
 def test_saved_bytes_are_those_that_a_forward_pass_leaves_in_use():
     """Against the allocator's own account: what it gave minus what it got back."""
     model = tiny_llama().train()
-    batch = pair_batch(_rows(9, 7, 3), Layout(0, True, 16))
+    batch = pair_batch(_rows(9, 7, 3), Layout(0, True))
     counted = saved_bytes(model, batch)
     response_logps(model, batch).sum().backward()  # what is made once and stays
     model.zero_grad()
