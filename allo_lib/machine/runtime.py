@@ -85,8 +85,7 @@ def plain_writes():
     """A block for writes to distinct places, of which no algorithm can spoil the result.
 
     Under `make_deterministic` torch would sort the places first and wait for the host to look at
-    them, which costs more than the write, and which a recording of steps (`generation`)
-    cannot hold.
+    them, which costs more than the write.
     """
     import torch
 
