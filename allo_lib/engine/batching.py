@@ -16,7 +16,7 @@ exactly those before it whose subtree it lies in: its own prefix.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -32,19 +32,16 @@ Row = dict[str, Any]  # `prompt` and its responses as lists of token ids, furthe
 class Layout:
     """How sequences become rows. shared: one tree for what begins alike, several trees a row; else
     one padded row a sequence, which every causal model can read. one_row: all trees in one row
-    without padding, for attention tree by tree (`TreeByTree`). multiple: tokens of which a row's
-    length is a multiple. window: tokens that attention looks back where it does not see all, so
-    that longer sequences are not shared; 0 for all."""
+    without padding, for attention tree by tree (`TreeByTree`). window: tokens that attention looks
+    back where it does not see all, so that longer sequences are not shared; 0 for all."""
 
     pad_token_id: int
     shared: bool = False
     one_row: bool = False
-    multiple: int = 1
     window: int = 0
 
 
-@dataclass(frozen=True)
-class Tree:
+class Tree(NamedTuple):
     """Tokens in depth-first order; lists over nodes, but for `paths`.
 
     tokens: ids. depths: number of tokens before the node in its sequence, its position. ends: one
@@ -55,9 +52,6 @@ class Tree:
     depths: list[int]
     ends: list[int]
     paths: list[list[int]]
-
-    def __len__(self) -> int:
-        return len(self.tokens)
 
 
 def collate(rows: list[Row], layout: Layout) -> Batch:
@@ -73,13 +67,12 @@ def collate(rows: list[Row], layout: Layout) -> Batch:
     for i, row in enumerate(rows):
         groups.setdefault(tuple(row["prompt"]) if shared else i, []).append(i)
     trees = [build_trie([sequences[i] for i in group]) for group in groups.values()]
-    sizes = [len(tree) for tree in trees]
+    sizes = [len(tree.tokens) for tree in trees]
     if shared:
         plan = [list(range(len(trees)))] if layout.one_row else pack(sizes)
     else:
         plan = [[number] for number in range(len(trees))]
     length = max(sum(sizes[number] for number in row) for row in plan)
-    length = -(-length // layout.multiple) * layout.multiple
     input_ids = torch.full((len(plan), length), layout.pad_token_id)
     # Padding stands behind everything else and sees only itself.
     position_ids = torch.arange(length).repeat(len(plan), 1)
@@ -110,8 +103,7 @@ def pair_batch(pairs: list[Row], layout: Layout) -> Batch:
     Each pair has `prompt`, `chosen`, `rejected`; further keys `chosen_<name>` and `rejected_<name>`
     become the further key `<name>` of the batch.
     """
-    both = [_side(pair, "chosen") for pair in pairs] + [_side(pair, "rejected") for pair in pairs]
-    return collate(both, layout)
+    return collate([_side(p, which) for which in ("chosen", "rejected") for p in pairs], layout)
 
 
 def rejected_batch(pairs: list[Row], layout: Layout) -> Batch:
@@ -120,11 +112,8 @@ def rejected_batch(pairs: list[Row], layout: Layout) -> Batch:
 
 
 def _side(pair: Row, which: str) -> Row:
-    extras = {
-        key.removeprefix(f"{which}_"): value
-        for key, value in pair.items()
-        if key.startswith(f"{which}_")
-    }
+    start = f"{which}_"
+    extras = {key.removeprefix(start): pair[key] for key in pair if key.startswith(start)}
     return {"prompt": pair["prompt"], "response": pair[which]} | extras
 
 
@@ -167,7 +156,7 @@ def build_trie(sequences: Sequence[Sequence[int]]) -> Tree:
     for i in sorted(range(len(sequences)), key=lambda i: tuple(sequences[i])):
         sequence = sequences[i]
         shared = shared_length(before, sequence)
-        size = len(tree)
+        size = len(tree.tokens)
         for node in path[shared:]:
             tree.ends[node] = size
         path = path[:shared] + list(range(size, size + len(sequence) - shared))
@@ -177,7 +166,7 @@ def build_trie(sequences: Sequence[Sequence[int]]) -> Tree:
         tree.paths[i] = path
         before = sequence
     for node in path:
-        tree.ends[node] = len(tree)
+        tree.ends[node] = len(tree.tokens)
     return tree
 
 
@@ -243,22 +232,15 @@ class TreeByTree(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
     def _attend(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attn_mask: Tensor | None = None,
-        **settings: Any,
+        self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Any = None, **settings: Any
     ) -> Tensor:
         # [1, heads, L, head size] -> one [1, heads, l, head size] a tree
-        parts = zip(*(part.split(self.sizes, dim=-2) for part in (query, key, value)), strict=True)
-        return torch.cat(
-            [
-                F.scaled_dot_product_attention(q, k, v, attn_mask=mask, **settings)
-                for (q, k, v), mask in zip(parts, self.masks, strict=True)
-            ],
-            dim=-2,
-        )
+        parts = (part.split(self.sizes, dim=-2) for part in (query, key, value))
+        each = [
+            F.scaled_dot_product_attention(q, k, v, attn_mask=mask, **settings)
+            for q, k, v, mask in zip(*parts, self.masks, strict=True)
+        ]
+        return torch.cat(each, dim=-2)
 
 
 def no_mask(ends: Tensor, dtype: torch.dtype) -> Tensor:
@@ -267,6 +249,5 @@ def no_mask(ends: Tensor, dtype: torch.dtype) -> Tensor:
     A model that attended with it, by another function than that one, would give NaN and not
     something that looks right.
     """
-    length = ends.shape[1]
     nothing = torch.full((1, 1, 1, 1), torch.nan, dtype=dtype, device=ends.device)
-    return nothing.expand(1, 1, length, length)
+    return nothing.expand(1, 1, *ends.shape[1:] * 2)

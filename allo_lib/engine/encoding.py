@@ -259,33 +259,28 @@ def check_tokenizer(tokenizer: Any, model: Any) -> None:
     """
     if not hasattr(tokenizer, "eos_token_id") or not hasattr(tokenizer, "get_vocab"):
         raise AlloError(
-            f"the tokenizer is a {type(tokenizer).__name__}; expected one of transformers, such as "
-            "AutoTokenizer.from_pretrained gives"
+            f"the tokenizer is a {type(tokenizer).__name__}; expected one of transformers"
         )
     end, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
     if end is None:
-        raise AlloError(
-            "the tokenizer has no end token; expected one that ends a response: set it with "
-            "tokenizer.eos_token = '<a token of its vocabulary>'"
-        )
+        raise AlloError("the tokenizer has no end token; set tokenizer.eos_token to one")
     if pad is None or pad == end:
         found = "no pad token" if pad is None else "one token for pad and end"
         raise AlloError(
-            f"the tokenizer has {found}; expected a pad token other than the end token "
-            f"{tokenizer.eos_token!r}: set it with tokenizer.pad_token = '<a token of its "
-            "vocabulary that no text contains>'"
+            f"the tokenizer has {found}; expected a pad token other than {tokenizer.eos_token!r}: "
+            "set tokenizer.pad_token to a token of its vocabulary that no text contains"
         )
     try:
         rows = model.get_input_embeddings().weight.shape[0]
     except (AttributeError, NotImplementedError, TypeError) as error:
         raise AlloError(
             f"the model is a {type(model).__name__} without token embeddings; expected a causal "
-            "language model of transformers, such as AutoModelForCausalLM.from_pretrained gives"
+            "language model of transformers"
         ) from error
     highest = max(tokenizer.get_vocab().values(), default=-1)
     if highest >= rows:
         raise AlloError(
             f"the tokenizer's highest token id is {highest}, the model's embedding has {rows} "
-            f"rows; expected ids below that: call model.resize_token_embeddings({highest + 1}) and "
-            "train the new rows, or use the tokenizer that belongs to the model"
+            f"rows; call model.resize_token_embeddings({highest + 1}) and train the new rows, or "
+            "use the tokenizer that belongs to the model"
         )

@@ -25,8 +25,6 @@ CHUNK_BYTES = 64 * 2**20  # of float32 logits alive at once
 # Config keys of models that change their logits after the head, by too little to be seen while
 # those are small.
 _AFTER_HEAD = ("final_logit_softcapping", "logit_scale", "logits_scaling")
-# Rows on a GPU are as long as a multiple of this: its attention copies masks of other lengths.
-_ALIGNED = 16
 # Config keys of how far back attention sees, of models that do not tell it layer by layer.
 _WINDOWS = ("sliding_window", "sliding_window_size", "window_size", "attention_chunk_size")
 # How far log-probs of the same sequences may lie apart, relative to their size, by dtype.
@@ -97,14 +95,14 @@ def layout_of(model: Any, pad_token_id: int, rows: list[Row] | None = None) -> L
 
 def _trees(model: Any, pad_token_id: int = 0) -> Layout:
     """The layout of a model that reads trees."""
-    config, on_cpu = model.config.get_text_config(), model.device.type == "cpu"
+    config = model.config.get_text_config()
     recomputes = any(getattr(part, "gradient_checkpointing", False) for part in model.modules())
-    one_row = on_cpu and config._attn_implementation == "sdpa" and not recomputes
+    on_cpu, by_sdpa = model.device.type == "cpu", config._attn_implementation == "sdpa"
     window = 0
     if not getattr(config, "layer_types", None):  # else it is told layer by layer
         found = (getattr(config, key, None) for key in _WINDOWS)
         window = min((one for one in found if type(one) is int and one > 0), default=0)
-    return Layout(pad_token_id, True, one_row, 1 if on_cpu else _ALIGNED, window)
+    return Layout(pad_token_id, True, on_cpu and by_sdpa and not recomputes, window)
 
 
 def _way(model: Any, layout: Layout, rows: list[Row] | None = None) -> _Way:
@@ -215,10 +213,9 @@ def logps_of_rows(
     chunks = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
     for chunk in devices.turns(chunks):
         picked = [{key: rows[i][key] for key in ("prompt", "response")} for i in chunk]
-        batch = to_device(collate(picked, layout), model)
-        logps = response_logps(model, batch)
+        logps = response_logps(model, to_device(collate(picked, layout), model))
         for i, values in zip(chunk, logps, strict=True):
-            result[i] = values[: len(rows[i]["response"])].tolist()
+            result[i] = values[: lengths[i]].tolist()
     return devices.merged(result)
 
 
@@ -226,15 +223,11 @@ def pair_logps(
     model: Any, pairs: list[Row], pad_token_id: int, batch_size: int
 ) -> list[dict[str, list[float]]]:
     """Per-token log-probs of both responses of encoded pairs: `chosen` and `rejected` lists."""
-    sides = ("chosen", "rejected")
     rows = [
-        {"prompt": pair["prompt"], "response": pair[which]} for pair in pairs for which in sides
+        {"prompt": p["prompt"], "response": p[s]} for p in pairs for s in ("chosen", "rejected")
     ]
-    values = logps_of_rows(model, rows, pad_token_id, batch_size)
-    return [
-        {"chosen": chosen, "rejected": rejected}
-        for chosen, rejected in zip(values[::2], values[1::2], strict=True)
-    ]
+    values = iter(logps_of_rows(model, rows, pad_token_id, batch_size))
+    return [{"chosen": next(values), "rejected": next(values)} for _ in pairs]
 
 
 def target_logps(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:

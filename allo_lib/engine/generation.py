@@ -148,13 +148,8 @@ class _Decoding:
         guess = guess.to(self.mask)  # int64 [rows, length], -1 behind the end of a draft
         self.mask = torch.cat([self.mask, (guess >= 0).long()], dim=1)
         positions = (self.mask.cumsum(1) - 1).clamp_min(0)
-        output = self.model.get_decoder()(
-            input_ids=torch.cat([self.input_ids, guess.clamp_min(0)], dim=1),
-            attention_mask=self.mask,
-            position_ids=positions,
-            past_key_values=self.cache,
-            use_cache=True,
-        )
+        input_ids = torch.cat([self.input_ids, guess.clamp_min(0)], dim=1)
+        output = self._pass(self.model.get_decoder(), input_ids, positions)
         hidden = output.last_hidden_state[:, width - 1 :]  # [rows, length + 1, H]
         head = self.model.get_output_embeddings()
         own = argmax_tokens(hidden.flatten(0, 1), head.weight, getattr(head, "bias", None))
@@ -197,15 +192,19 @@ class _Decoding:
 
     def read(self, input_ids: Tensor, positions: Tensor) -> Tensor:
         """Logits behind the last of the tokens, [rows, V] in float32."""
-        output = self.model(
+        output = self._pass(self.model, input_ids, positions, logits_to_keep=1)
+        return output.logits[:, -1].float()  # [rows, 1, V] -> [rows, V]
+
+    def _pass(self, part: Any, input_ids: Tensor, positions: Tensor, **settings: Any) -> Any:
+        """What `part` of the model gives of tokens behind those in the cache, which grows."""
+        return part(
             input_ids=input_ids,
             attention_mask=self.mask,
             position_ids=positions,
             past_key_values=self.cache,
             use_cache=True,
-            logits_to_keep=1,
+            **settings,
         )
-        return output.logits[:, -1].float()  # [rows, 1, V] -> [rows, V]
 
     def choose(self, logits: Tensor) -> Tensor:
         """The next token: the argmax, or the one where the draw falls in the cumulative odds."""
@@ -276,22 +275,12 @@ def answer(
     """
     if not questions:
         raise AlloError("no questions to answer; raise `dev` and `test` of the domain")
-    groups = generate(
-        model,
-        tokenizer,
-        [question.prompt for question in questions],
-        max_new_tokens=max_new_tokens,
-        batch_size=batch_size,
-        drafts=drafts,
-    )
-    responses = [response for (response,) in groups]
-    texts = [response.text for response in responses]
-    answered = [
-        one.ended and task.answered(question, one.text)
-        for question, one in zip(questions, responses, strict=True)
-    ]
-    right = [
-        read and task.right(question, text)
-        for question, text, read in zip(questions, texts, answered, strict=True)
-    ]
-    return Answers(texts, answered, right)
+    prompts = [question.prompt for question in questions]
+    sizes = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
+    responses = [one for (one,) in generate(model, tokenizer, prompts, **sizes, drafts=drafts)]
+    answers = Answers([response.text for response in responses], [], [])
+    for question, response in zip(questions, responses, strict=True):
+        answered = response.ended and task.answered(question, response.text)
+        answers.answered.append(answered)
+        answers.right.append(answered and task.right(question, response.text))
+    return answers

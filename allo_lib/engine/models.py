@@ -169,7 +169,7 @@ def pretrained(name: str, dtype: str = "float32", revision: str | None = None) -
         raise AlloError(f"dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
     source, revision = _source(name, revision)
     model, tokenizer, report = read_pretrained(
-        AutoModelForCausalLM, source, DTYPES[dtype], revision, named="model", expected=_MODELS
+        AutoModelForCausalLM, source, DTYPES[dtype], revision
     )
     if report["missing_keys"]:  # transformers fills these with random numbers and goes on
         missing = sorted(report["missing_keys"])[0]
@@ -205,8 +205,8 @@ def read_pretrained(
     dtype: torch.dtype,
     revision: str | None,
     *,
-    named: str,
-    expected: str,
+    named: str = "model",
+    expected: str = _MODELS,
 ) -> tuple[Any, Any, Any]:
     """(model, its tokenizer, transformers' report of missing weights) of a hub id or a folder.
 

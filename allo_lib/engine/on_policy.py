@@ -7,16 +7,14 @@ started from. Advantages are generalised ones (`advantages`) over a linear criti
 
 How this differs from common practice, and so from what "Vanilla PPO" and "PPO A2C" of the paper
 are likely to be (it names them and tells no settings): the critic is a ridge regression on the
-policy's last hidden states, not a second language model; there is no reward model, no entropy
-bonus, and no clipping of values; and the training is as short as that of the methods on pairs: as
-many updates, each of as many responses, of which PPO samples only every second one again. Its rows
-are to be called "PPO, linear critic" and "A2C, linear critic". Responses are encoded again from
-their texts, as those of pairs are: ids may differ from the sampled ones where a tokenizer has
-several ways to write a text.
+policy's last hidden states, not a second language model (hence "PPO, linear critic"); there is no
+reward model, no entropy bonus, and no clipping of values; the training is as short as that of the
+methods on pairs: as many updates, each of as many responses, of which PPO samples only every second
+one again. Responses are encoded again from their texts, as those of pairs are: ids may differ from
+the sampled ones where a tokenizer has several ways to write a text.
 
-The loop is not `trainer.train`: Trainer collates a batch before the update ahead of it is made,
-when the policy that has to sample it does not exist yet. An interrupted training starts over, and
-ends with the same bits.
+The loop is not `trainer.train`, where a batch is collated before the update ahead of it, when the
+policy that samples it does not exist yet. An interrupted training starts over, to the same bits.
 
 Shapes: B responses, T tokens of the longest, N tokens of all of them, H the model's hidden size.
 All values of tokens are float32 [B, T], 0 behind the end of a response; `mask`, bool [B, T], is
@@ -149,26 +147,23 @@ def _order(count: int, schedule: Schedule) -> list[list[int]]:
     return steps
 
 
+@dataclass
 class _Rollouts:
     """Makes rollouts of a policy; keeps the model it started from, and the critic."""
 
-    def __init__(
-        self,
-        model: Any,
-        tokenizer: Any,
-        prompts: list[Any],
-        reward: Callable[[int, Response], float],
-        seed: int,
-        settings: OnPolicy,
-        decoding: dict[str, int],
-    ):
-        """decoding: of `generate`, max_new_tokens and batch_size."""
-        self.model, self.tokenizer, self.decoding = model, tokenizer, decoding
-        self.prompts, self.reward, self.seed, self.settings = prompts, reward, seed, settings
-        self.encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]
-        self.layout = layout_of(model, tokenizer.pad_token_id)
-        self.reference = copy.deepcopy(model).eval().requires_grad_(False)
-        self.critic = Critic(settings.ridge, settings.memory)
+    model: Any
+    tokenizer: Any
+    prompts: list[Any]
+    reward: Callable[[int, Response], float]
+    seed: int
+    settings: OnPolicy
+    decoding: dict[str, int]  # of `generate`: max_new_tokens, batch_size
+
+    def __post_init__(self) -> None:
+        self.encoded = [encode_prompt(self.tokenizer, prompt) for prompt in self.prompts]
+        self.layout = layout_of(self.model, self.tokenizer.pad_token_id)
+        self.reference = copy.deepcopy(self.model).eval().requires_grad_(False)
+        self.critic = Critic(self.settings.ridge, self.settings.memory)
 
     @torch.no_grad()
     def sample(self, numbers: list[int], step: int) -> tuple[Batch, dict[str, Tensor]]:
