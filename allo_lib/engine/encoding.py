@@ -224,15 +224,16 @@ def encode_pairs(tokenizer: Any, pairs: Any, max_length: int) -> list[dict[str, 
             except AlloError as error:
                 raise AlloError(f"pair {number}, {key}: {error}") from error
         length = len(row["prompt"]) + max(len(row["chosen"]), len(row["rejected"]))
-        for is_wrong, why in (
-            (row["chosen"] == row["rejected"], "chosen equals rejected"),
-            (not row["prompt"], "the prompt has no tokens; give one"),
-            (length > max_length, f"{length} tokens, but the longest row is {max_length}; shorten "
-                                  "the prompt"),
-        ):  # fmt: skip
-            if is_wrong:
-                raise AlloError(f"pair {number}: {why} or leave the pair out")
-        rows.append(row)
+        if row["chosen"] == row["rejected"]:
+            why = "chosen equals rejected;"
+        elif not row["prompt"]:
+            why = "the prompt has no tokens; give one or"
+        elif length > max_length:
+            why = f"{length} tokens, but the longest row is {max_length}; shorten the prompt or"
+        else:
+            rows.append(row)
+            continue
+        raise AlloError(f"pair {number}: {why} leave the pair out")
     return rows
 
 

@@ -66,13 +66,15 @@ def plainly(model, row: dict) -> torch.Tensor:
     ids = torch.tensor([row["prompt"] + row["response"]])
     labels = ids.clone()
     labels[:, : len(row["prompt"])] = -100
-    return token_logps(model(input_ids=ids).logits, labels)[0, len(row["prompt"]) :]
+    logits = model(input_ids=ids, use_cache=False).logits
+    return token_logps(logits, labels)[0, len(row["prompt"]) :]
 
 
 def gradients(model, loss) -> dict:
     model.zero_grad()
     loss.backward()
-    return {name: value.grad.clone() for name, value in model.named_parameters()}
+    grads = {name: value.grad for name, value in model.named_parameters()}
+    return {name: value.clone() for name, value in grads.items() if value is not None}
 
 
 def assert_same(model, rows, layout, tolerance=1e-5):
