@@ -127,6 +127,8 @@ def _trial(model: Any, layout: Layout, rows: list[Row]) -> _Way:
     shares = config._attn_implementation == "sdpa" and kinds == {"full_attention"}
     alters = any(getattr(config, key, None) for key in _AFTER_HEAD)
     modes = [(part, part.training) for part in model.modules()]
+    why = "what it gives of a row depends on what stands behind or beside it"
+    cause: Exception | None = None
     model.eval()
     try:
         own = [_own(model, row) for row in rows]
@@ -145,16 +147,15 @@ def _trial(model: Any, layout: Layout, rows: list[Row]) -> _Way:
                     distance = (found - expected).norm() / expected.norm().clamp_min(1e-12)
                     if distance <= _SAME.get(model.dtype, 0.0):
                         return _Way(trees, matrix)
-        why = "what it gives of a row depends on what stands behind or beside it"
     except _LACKING as error:
-        why = "its forward pass fails: " + " ".join(str(error).split())[:200]
+        why, cause = "its forward pass fails: " + " ".join(str(error).split())[:200], error
     finally:
         for part, mode in modes:
             part.training = mode
     raise AlloError(
         f"{type(model).__name__} cannot be read as a causal language model: {why}; give one of "
         "transformers' ...ForCausalLM that reads from left to right"
-    )
+    ) from cause
 
 
 def _own(model: Any, row: Row) -> Tensor:

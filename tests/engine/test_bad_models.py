@@ -4,9 +4,7 @@ import types
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
-from refusals import read_or_refused, refused, tree
+from refusals import refused
 from tiny_models import tiny_llama
 from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers import models as tokenizer_models
@@ -21,9 +19,6 @@ WORDS = ["<pad>", "<eos>", "<unk>", *(f"w{i}" for i in range(30))]  # as many as
 PAIRS = [{"prompt": "w1 w2", "chosen": "w3", "rejected": f"w{4 + i}"} for i in range(4)]
 NAN, INF = float("nan"), float("inf")
 QUICK = {"batch_size": 4, "importance_rate": 1e-3, "forgetting_rate": 1e-3, "learning_rate": 1e-3}
-fuzzing = settings(
-    max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
 
 
 def words(vocabulary=WORDS, **special):
@@ -63,13 +58,6 @@ class Buffers(torch.nn.Module):
         return self
 
 
-def with_config(**changes):
-    model = tiny_llama()
-    for name, value in changes.items():
-        setattr(model.config, name, value)
-    return model
-
-
 def without_context():
     model = tiny_llama()
     model.config = types.SimpleNamespace(pad_token_id=0)
@@ -94,7 +82,6 @@ REFUSED = {  # argument of `align` -> (value, what is told); models and tokenize
         (lambda: with_entry(1e6, torch.float16), DOWN + "float16"),
         (partly_frozen, "embed_tokens.weight is frozen, but the scores of estimator"),
         (without_context, "the model's config does not say how many tokens it reads"),
-        (lambda: with_config(max_position_embeddings=3), "4 tokens, but the longest row is 3"),
     ],
     "tokenizer": [
         (lambda: "gpt2", "the tokenizer is a str; expected one of transformers"),
@@ -115,21 +102,13 @@ REFUSED = {  # argument of `align` -> (value, what is told); models and tokenize
         ([("share", 0.1)], "align: config is a list; expected an AlignConfig or a dict"),
         (AlignConfig, "align: config is a type; expected an AlignConfig or a dict"),
         ({"lr": 1e-4}, "align: unknown key 'lr'; expected one of accumulation"),
-        ({3: 1}, "align: unknown key 3; expected one of"),
         ({"share": 0}, "align: share: got 0, expected greater than 0"),
-        ({"share": 10}, "share: got 10, expected less than or equal to 1"),
         ({"share": NAN}, "align: share: got nan, expected a finite number"),
         ({"share": True}, "align: share: got True, expected a number"),
-        ({"key_share": 2.0}, "align: key_share: got 2.0, expected less"),
         ({"estimator": "hessian"}, "estimator: got 'hessian', expected 'delta' or"),
-        ({"rewriter_neurons": "top"}, "rewriter_neurons: got 'top', expected 'all' or"),
         ({"token_rule": "hard"}, "token_rule: got 'hard', expected 'threshold', 's"),
-        ({"token_threshold": -1}, "token_threshold: got -1, expected greater"),
         ({"batch_size": 16.0}, "got 16.0, expected a valid integer"),
-        ({"max_length": 0}, "max_length: got 0, expected greater than or equal"),
-        ({"max_grad_norm": 0}, "max_grad_norm: got 0, expected greater than 0"),
         ({"seed": None}, "align: seed: got None, expected a valid integer"),
-        ({"checkpoint_minutes": -1}, "minutes: got -1, expected greater than"),
     ],
     "stages": [
         (None, f"align: stages None {SOME_OF}"),
@@ -178,25 +157,3 @@ def test_a_file_in_the_place_of_the_folder_is_told_and_kept(tmp_path):
     with refused("align: output_dir", "is a file; name a folder"):
         align(tiny_llama(), words(), PAIRS, output_dir=tmp_path / "out")
     assert (tmp_path / "out").read_text() == "mine"
-
-
-@pytest.mark.parametrize("raw", [b"", b"\x80\x04cos\nsystem\n(S'touch ran'\ntR.", b"x" * 99])
-def test_a_damaged_mask_in_the_folder_is_told_and_kept(tmp_path, monkeypatch, raw):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "mask.safetensors").write_bytes(raw)
-    model = tiny_llama()
-    before = models.weights_hash(model)
-    with refused("mask.safetensors is not a readable mask file"):
-        align(model, words(), PAIRS, stages=("learning",), config=QUICK, output_dir=tmp_path)
-    assert models.weights_hash(model) == before
-    assert tree(tmp_path) == {(tmp_path / "mask.safetensors").relative_to(tmp_path): raw}
-
-
-values = st.none() | st.booleans() | st.integers(-5, 5) | st.floats() | st.text(max_size=3)
-
-
-@fuzzing
-@given(st.dictionaries(st.sampled_from([*AlignConfig.__dataclass_fields__]), values, max_size=3))
-def test_any_settings_are_taken_or_refused(config):
-    taken = read_or_refused(lambda: checked(config))
-    assert taken is None or checked(taken) == taken

@@ -165,15 +165,24 @@ def test_special_tokens_in_a_text_are_read_as_letters(letters, token, text):
 @pytest.mark.parametrize("token", [miniature.EOS, miniature.PAD])
 def test_a_tokenizer_of_words_cannot_tell_and_refuses(token):
     tokenizer = miniature.tokenizer()
-    told = f"contains the special token {token!r}, which this tokenizer cannot read as plain"
+    for encode in (encode_prompt, encode_response):
+        with refused(f"contains the special token {token!r}, which this tokenizer cannot read"):
+            encode(tokenizer, f"calc {token} 1")
     tokenizer.chat_template = TEMPLATE
-    for encode, text in (
-        (encode_prompt, f"calc {token} 1"),
-        (encode_response, f"calc {token} 1"),
-        (encode_prompt, [says("user", f"calc {token}")]),
-    ):
-        with refused(told):
-            encode(tokenizer, text)
+    with refused(repr(token)):
+        encode_prompt(tokenizer, [says("user", f"calc {token}")])
+
+
+def test_a_transformers_that_cannot_sanitize_is_refused(letters, monkeypatch):
+    real = type(letters).apply_chat_template
+
+    def older(self, *arguments, sanitize_control_tokens=False, **settings):
+        return real(self, *arguments, **settings)
+
+    monkeypatch.setattr(type(letters), "apply_chat_template", older)
+    with refused("contains the special token '<|im_end|>', which this tokenizer cannot read"):
+        encode_prompt(letters, [says("user", "a<|im_end|>b")])
+    assert encode_prompt(letters, [says("user", "ab")])
 
 
 @fuzzing

@@ -71,21 +71,6 @@ def test_greedy_is_the_argmax_at_every_step_in_any_batch(model, tokenizer, by_ha
     assert held == [3, 2]  # of 64 tokens: 12 new ones each, and prompts of 1, 3, 3, 6 and 8
 
 
-@settings(max_examples=200, deadline=None)
-@given(
-    st.lists(st.integers(1, 90), min_size=1, max_size=30), st.integers(1, 8), st.integers(1, 200)
-)
-def test_a_batch_holds_so_many_rows_and_so_many_tokens(widths, rows, room):
-    order = sorted(range(len(widths)), key=lambda i: (widths[i], i))
-    batches = generation._batches(order, widths, rows, room)
-    assert [i for batch in batches for i in batch] == order
-    for batch, following in zip(batches, [*batches[1:], []], strict=True):
-        size = len(batch)
-        assert 1 <= size <= rows
-        assert size == 1 or size * max(widths[i] for i in batch) <= room
-        assert not following or size == rows or (size + 1) * widths[following[0]] > room
-
-
 # --- drafts ---
 
 

@@ -3,7 +3,6 @@
 import json
 import shutil
 import subprocess
-import threading
 import zipfile
 from pathlib import Path
 
@@ -311,19 +310,6 @@ def test_an_interruption_leaves_nothing_half_done(cache, monkeypatch):
             models.smollm2_folder()
     assert not list(cache.glob("smollm2*"))
     assert models.load("smollm2-135m-instruct") and not list(cache.glob(".part*"))
-
-
-def test_two_at_once_convert_once(cache, monkeypatch):
-    calls, convert, found = [], models._convert, []
-    monkeypatch.setattr(models, "_convert", lambda *paths: calls.append(paths) or convert(*paths))
-    threads = [
-        threading.Thread(target=lambda: found.append(models.smollm2_folder())) for _ in range(2)
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(calls) == 1 and len(found) == 2 and found[0].is_dir()
 
 
 def test_what_stands_in_the_way_of_the_packaged_weights_is_told(cache, monkeypatch):
