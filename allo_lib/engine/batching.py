@@ -30,10 +30,10 @@ Row = dict[str, Any]  # `prompt` and its responses as lists of token ids, furthe
 
 @dataclass(frozen=True)
 class Layout:
-    """How sequences become rows. shared: one tree for what begins alike, several trees a row; else
-    one padded row a sequence, which every causal model can read. one_row: all trees in one row
-    without padding, for attention tree by tree (`TreeByTree`). window: tokens that attention looks
-    back where it does not see all, so that longer sequences are not shared; 0 for all."""
+    """How sequences become padded rows. shared: one tree a row, for what begins alike; else one
+    sequence a row, which every causal model can read. one_row: all trees in one row without
+    padding, for attention tree by tree (`TreeByTree`). window: tokens that attention looks back
+    where it does not see all, so that longer sequences are not shared; 0 for all."""
 
     pad_token_id: int
     shared: bool = False
@@ -68,31 +68,26 @@ def collate(rows: list[Row], layout: Layout) -> Batch:
         groups.setdefault(tuple(row["prompt"]) if shared else i, []).append(i)
     trees = [build_trie([sequences[i] for i in group]) for group in groups.values()]
     sizes = [len(tree.tokens) for tree in trees]
-    if shared:
-        plan = [list(range(len(trees)))] if layout.one_row else pack(sizes)
-    else:
-        plan = [[number] for number in range(len(trees))]
-    length = max(sum(sizes[number] for number in row) for row in plan)
-    input_ids = torch.full((len(plan), length), layout.pad_token_id)
+    one_row = shared and layout.one_row
+    count, length = (1, sum(sizes)) if one_row else (len(trees), max(sizes))
+    input_ids = torch.full((count, length), layout.pad_token_id)
     # Padding stands behind everything else and sees only itself.
-    position_ids = torch.arange(length).repeat(len(plan), 1)
+    position_ids = torch.arange(length).repeat(count, 1)
     ends = position_ids + 1
     nodes: list[list[int]] = [[] for _ in rows]  # flat places of each sequence's tokens
-    group_of = list(groups.values())
-    for r, row in enumerate(plan):
-        start = 0
-        for number in row:
-            tree, part = trees[number], slice(start, start + sizes[number])
-            input_ids[r, part] = torch.tensor(tree.tokens)
-            position_ids[r, part] = torch.tensor(tree.depths)
-            ends[r, part] = torch.tensor(tree.ends) + start
-            for i, path in zip(group_of[number], tree.paths, strict=True):
-                nodes[i] = [r * length + start + node for node in path]
-            start += sizes[number]
+    row, start = 0, 0
+    for tree, size, group in zip(trees, sizes, groups.values(), strict=True):
+        part = slice(start, start + size)
+        input_ids[row, part] = torch.tensor(tree.tokens)
+        position_ids[row, part] = torch.tensor(tree.depths)
+        ends[row, part] = torch.tensor(tree.ends) + start
+        for i, path in zip(group, tree.paths, strict=True):
+            nodes[i] = [row * length + start + node for node in path]
+        row, start = (0, start + size) if one_row else (row + 1, 0)
     batch = {"input_ids": input_ids}
     if shared:
         batch |= {"position_ids": position_ids, "ends": ends}
-    if shared and layout.one_row:
+    if one_row:
         batch["sizes"] = torch.tensor(sizes)
     return batch | _judged(rows, nodes, input_ids)
 
@@ -179,24 +174,6 @@ def attention_mask(ends: Tensor) -> Tensor:
     places = torch.arange(ends.shape[1], device=ends.device)
     before = places[:, None] >= places[None, :]
     return (before & (places[:, None] < ends[:, None, :]))[:, None]
-
-
-def pack(sizes: Sequence[int]) -> list[list[int]]:
-    """Rows of a batch, each a list of trees (by number), no longer than the longest tree.
-
-    First-fit decreasing: each tree, largest first, goes into the first row with room for it.
-    sizes: tokens of each tree.
-    """
-    rows: list[list[int]] = []
-    free: list[int] = []  # tokens of each row that are left
-    for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
-        fits = next((r for r, room in enumerate(free) if room >= sizes[i]), len(rows))
-        if fits == len(rows):
-            rows.append([])
-            free.append(max(sizes))
-        rows[fits].append(i)
-        free[fits] -= sizes[i]
-    return rows
 
 
 def shared_length(a: Sequence[Any], b: Sequence[Any]) -> int:

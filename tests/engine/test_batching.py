@@ -9,7 +9,6 @@ from allo_lib.engine.batching import (
     Layout,
     attention_mask,
     collate,
-    pack,
     pair_batch,
     rejected_batch,
 )
@@ -100,11 +99,3 @@ def test_every_row_can_be_read_back_from_its_batch(rows, shared, one_row):
             path = (start + seen.nonzero()[:, 0]).tolist()
             assert batch["position_ids"].view(-1)[path].tolist() == list(range(len(path)))
         assert flat[path].tolist() == prompt + response[:-1]
-
-
-@given(st.lists(st.integers(1, 60), min_size=1, max_size=20))
-def test_every_tree_gets_one_place_in_a_row_no_longer_than_the_longest(sizes):
-    plan = pack(sizes)
-    assert sorted(i for row in plan for i in row) == list(range(len(sizes)))
-    assert all(sum(sizes[i] for i in row) <= max(sizes) for row in plan)
-    assert pack([8, 3, 5, 4, 4]) == [[0], [2, 1], [3, 4]]
