@@ -75,15 +75,15 @@ def collate(rows: list[Row], layout: Layout) -> Batch:
     position_ids = torch.arange(length).repeat(count, 1)
     ends = position_ids + 1
     nodes: list[list[int]] = [[] for _ in rows]  # flat places of each sequence's tokens
-    row, start = 0, 0
+    place, start = 0, 0  # of the next tree: its row, and its first token
     for tree, size, group in zip(trees, sizes, groups.values(), strict=True):
         part = slice(start, start + size)
-        input_ids[row, part] = torch.tensor(tree.tokens)
-        position_ids[row, part] = torch.tensor(tree.depths)
-        ends[row, part] = torch.tensor(tree.ends) + start
+        input_ids[place, part] = torch.tensor(tree.tokens)
+        position_ids[place, part] = torch.tensor(tree.depths)
+        ends[place, part] = torch.tensor(tree.ends) + start
         for i, path in zip(group, tree.paths, strict=True):
-            nodes[i] = [row * length + start + node for node in path]
-        row, start = (0, start + size) if one_row else (row + 1, 0)
+            nodes[i] = [place * length + start + node for node in path]
+        place, start = (0, start + size) if one_row else (place + 1, 0)
     batch = {"input_ids": input_ids}
     if shared:
         batch |= {"position_ids": position_ids, "ends": ends}

@@ -157,7 +157,7 @@ class _Rollouts:
     reward: Callable[[int, Response], float]
     seed: int
     settings: OnPolicy
-    decoding: dict[str, int]  # of `generate`: max_new_tokens, batch_size
+    decoding: dict[str, Any]  # of `generate`: max_new_tokens, batch_size
 
     def __post_init__(self) -> None:
         self.encoded = [encode_prompt(self.tokenizer, prompt) for prompt in self.prompts]
