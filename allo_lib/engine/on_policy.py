@@ -131,7 +131,6 @@ def run_on_policy(
             if log.loss and time.perf_counter() - printed >= _PRINT_EVERY:
                 printed, right = time.perf_counter(), log.metrics["reward"][-1]
                 print(f"{label}: step {step + 1} of {len(steps)}, reward {right:.3f}", flush=True)
-        numbers.read()
     model.eval()
     log.seconds = round(time.perf_counter() - started, 3)
     return log

@@ -26,11 +26,10 @@ from allo_lib.allo import run_stage
 from allo_lib.data import miniature
 from allo_lib.engine import forward, generation, models
 from allo_lib.engine.batching import Layout, collate
-from allo_lib.engine.checkpoints import Checkpoints
 from allo_lib.engine.encoding import encode_prompt
 from allo_lib.engine.forward import layout_of, response_logps, to_device
 from allo_lib.engine.on_policy import run_on_policy
-from allo_lib.engine.trainer import Schedule
+from allo_lib.engine.trainer import Checkpoints, Schedule
 from allo_lib.errors import Diverged
 from allo_lib.machine.environment import device_name
 from allo_lib.machine.runtime import make_deterministic
