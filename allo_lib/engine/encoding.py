@@ -9,7 +9,7 @@ import json
 import weakref
 from typing import Any, NamedTuple
 
-from allo_lib.errors import AlloError
+from allo_lib.errors import AlloError, short
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 BEFORE_A_REPLY = ("user", "tool", "function")  # what the last message of a prompt may be
@@ -57,7 +57,7 @@ def encode_response(tokenizer: Any, response: Any) -> list[int]:
 
 def encode_text(tokenizer: Any, text: str) -> list[int]:
     """Token ids of plain text, without any special token; AlloError where that cannot be."""
-    check_text(text)
+    _check_text(text)
     special = _tokens_of(tokenizer).special
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     if not special.isdisjoint(ids):
@@ -68,12 +68,11 @@ def encode_text(tokenizer: Any, text: str) -> list[int]:
     return ids
 
 
-def check_text(text: Any) -> None:
-    """AlloError unless `text` is a string of whole characters, which tokenizers need."""
+def _check_text(text: Any) -> None:
     if not isinstance(text, str):
-        raise AlloError(f"{_short(text)} is no text; expected a string")
+        raise AlloError(f"{short(text)} is no text; expected a string")
     try:
-        text.encode("utf-8")
+        text.encode("utf-8")  # tokenizers need whole characters
     except UnicodeEncodeError as error:
         raise AlloError(
             f"half of a surrogate pair at character {error.start}; expected valid Unicode: mend or "
@@ -87,35 +86,24 @@ def check_messages(messages: Any, last: tuple[str, ...]) -> None:
     A message is a dict with `role`, one of ROLES, and `content`, text. A system message is first.
     """
     if not isinstance(messages, (list, tuple)):
-        raise AlloError(f"{_short(messages)} given; expected a string or a list of chat messages")
+        raise AlloError(f"{short(messages)} given; expected a string or a list of chat messages")
     if not messages:
         raise AlloError("the list of chat messages is empty; expected at least one")
     for number, message in enumerate(messages):
-        _check_message(message, f"message {number}")
-        if number and message["role"] in ("system", "developer"):
-            raise AlloError(f"message {number} is the {message['role']}'s; put it first")
-    role = messages[-1]["role"]
+        place = f"message {number}"
+        if not isinstance(message, dict) or not {"role", "content"} <= set(message):
+            raise AlloError(f"{place} is {short(message)}; expected a dict with role and content")
+        role = message["role"]
+        if role not in ROLES:
+            raise AlloError(f"{place}: role is {short(role)}, expected one of {', '.join(ROLES)}")
+        try:
+            _check_text(message["content"])
+        except AlloError as error:
+            raise AlloError(f"{place}: {error}") from None
+        if number and role in ("system", "developer"):
+            raise AlloError(f"{place} is the {role}'s; put it first")
     if role not in last:
         raise AlloError(f"the last message is of role {role!r}, expected {' or '.join(last)}")
-
-
-def _check_message(message: Any, place: str) -> None:
-    if not isinstance(message, dict) or not {"role", "content"} <= set(message):
-        raise AlloError(f"{place} is {_short(message)}; expected a dict with role and content")
-    if message["role"] not in ROLES:
-        raise AlloError(
-            f"{place}: role is {_short(message['role'])}, expected one of {', '.join(ROLES)}"
-        )
-    try:
-        check_text(message["content"])
-    except AlloError as error:
-        raise AlloError(f"{place}: {error}") from None
-
-
-def special_tokens_in(tokenizer: Any, text: str) -> list[str]:
-    """Names of the tokenizer's special tokens that a text contains, the one for unknown aside."""
-    groups = _tokens_of(tokenizer).names.items()
-    return [name for start, names in groups if start in text for name in names if name in text]
 
 
 class _Tokens(NamedTuple):
@@ -147,6 +135,12 @@ def _tokens_of(tokenizer: Any) -> _Tokens:
     return _known[tokenizer][1]
 
 
+def special_tokens_in(tokenizer: Any, text: str) -> list[str]:
+    """Names of the tokenizer's special tokens that a text contains, the one for unknown aside."""
+    groups = _tokens_of(tokenizer).names.items()
+    return [name for start, names in groups if start in text for name in names if name in text]
+
+
 def added_tokens(tokenizer: Any) -> frozenset[int]:
     """Ids of the tokens that no text is made of: special ones and those added for templates."""
     return _tokens_of(tokenizer).added
@@ -159,18 +153,21 @@ def encode_chat(tokenizer: Any, messages: Any, **settings: Any) -> list[int]:
     where the template does not take the messages.
     """
     texts = json.dumps([messages, settings.get("tools")], ensure_ascii=False, default=str)
-    names = special_tokens_in(tokenizer, texts)
+    names = sorted(special_tokens_in(tokenizer, texts), key=len, reverse=True)
     expected = "give messages in its order, or strings"
     if not names:
         return render_chat(tokenizer, messages, expected, **settings)
     ids = render_chat(tokenizer, messages, expected, sanitize_control_tokens=True, **settings)
-    # Versions of transformers that do not know this argument pass over it in silence.
-    without, tools = json.loads(_without(texts, names))
-    plain = settings | ({"tools": tools} if tools else {})
+    # Versions of transformers that do not know this argument pass over it in silence; but without
+    # these names the template gives as many special tokens.
+    for name in names:
+        texts = texts.replace(name, "x")
+    without, tools = json.loads(texts)
+    bare = settings | ({"tools": tools} if tools else {})
+    harmless = render_chat(tokenizer, without, expected, **bare)
     special = _tokens_of(tokenizer).special
-    bare = render_chat(tokenizer, without, expected, **plain)
-    if sum(token in special for token in ids) != sum(token in special for token in bare):
-        raise _unreadable(sorted(names)[0])
+    if sum(token in special for token in ids) != sum(token in special for token in harmless):
+        raise _unreadable(names[0])
     return ids
 
 
@@ -194,22 +191,11 @@ def render_chat(
         ) from error
 
 
-def _without(text: str, names: list[str]) -> str:
-    for name in sorted(names, key=len, reverse=True):
-        text = text.replace(name, "x")
-    return text
-
-
 def _unreadable(name: str) -> AlloError:
     return AlloError(
         f"the text contains the special token {name!r}, which this tokenizer cannot read as plain "
         "text; take it out of the text"
     )
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def encode_demonstration(tokenizer: Any, prompt: Any, response: Any) -> dict[str, list[int]]:
@@ -228,28 +214,27 @@ def encode_pairs(tokenizer: Any, pairs: Any, max_length: int) -> list[dict[str, 
             prompt is empty, or whose prompt and longer response do not fit into `max_length`
             tokens.
     """
-    return [_encode_pair(tokenizer, pair, n, max_length) for n, pair in enumerate(pairs)]
-
-
-def _encode_pair(tokenizer: Any, pair: Any, number: int, max_length: int) -> dict[str, list[int]]:
-    row = {}
-    for key in ("prompt", "chosen", "rejected"):
-        try:
-            encode = encode_prompt if key == "prompt" else encode_response
-            row[key] = encode(tokenizer, pair[key])
-        except AlloError as error:
-            raise AlloError(f"pair {number}, {key}: {error}") from error
-    if row["chosen"] == row["rejected"]:
-        raise AlloError(f"pair {number}: chosen equals rejected; leave the pair out")
-    if not row["prompt"]:
-        raise AlloError(f"pair {number}: the prompt has no tokens; give one or leave the pair out")
-    length = len(row["prompt"]) + max(len(row["chosen"]), len(row["rejected"]))
-    if length > max_length:
-        raise AlloError(
-            f"pair {number}: {length} tokens, but the longest row is {max_length}; "
-            "shorten the prompt or leave the pair out"
-        )
-    return row
+    rows = []
+    for number, pair in enumerate(pairs):
+        row = {}
+        for key in ("prompt", "chosen", "rejected"):
+            try:
+                encode = encode_prompt if key == "prompt" else encode_response
+                row[key] = encode(tokenizer, pair[key])
+            except AlloError as error:
+                raise AlloError(f"pair {number}, {key}: {error}") from error
+        length = len(row["prompt"]) + max(len(row["chosen"]), len(row["rejected"]))
+        if row["chosen"] == row["rejected"]:
+            why = "chosen equals rejected;"
+        elif not row["prompt"]:
+            why = "the prompt has no tokens; give one or"
+        elif length > max_length:
+            why = f"{length} tokens, but the longest row is {max_length}; shorten the prompt or"
+        else:
+            rows.append(row)
+            continue
+        raise AlloError(f"pair {number}: {why} leave the pair out")
+    return rows
 
 
 def choose_pad(tokenizer: Any) -> None:
@@ -275,32 +260,28 @@ def check_tokenizer(tokenizer: Any, model: Any) -> None:
     """
     if not hasattr(tokenizer, "eos_token_id") or not hasattr(tokenizer, "get_vocab"):
         raise AlloError(
-            f"the tokenizer is a {type(tokenizer).__name__}; expected one of transformers, such as "
-            "AutoTokenizer.from_pretrained gives"
+            f"the tokenizer is a {type(tokenizer).__name__}; expected one of transformers"
         )
-    if tokenizer.eos_token_id is None:
+    end, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
+    if end is None:
+        raise AlloError("the tokenizer has no end token; set tokenizer.eos_token to one")
+    if pad is None or pad == end:
+        found = "no pad token" if pad is None else "one token for pad and end"
         raise AlloError(
-            "the tokenizer has no end token; expected one that ends a response: set it with "
-            "tokenizer.eos_token = '<a token of its vocabulary>'"
-        )
-    if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
-        found = "no pad token" if tokenizer.pad_token_id is None else "one token for pad and end"
-        raise AlloError(
-            f"the tokenizer has {found}; expected a pad token other than the end token "
-            f"{tokenizer.eos_token!r}: set it with tokenizer.pad_token = '<a token of its "
-            "vocabulary that no text contains>'"
+            f"the tokenizer has {found}; expected a pad token other than {tokenizer.eos_token!r}: "
+            "set tokenizer.pad_token to a token of its vocabulary that no text contains"
         )
     try:
         rows = model.get_input_embeddings().weight.shape[0]
     except (AttributeError, NotImplementedError, TypeError) as error:
         raise AlloError(
             f"the model is a {type(model).__name__} without token embeddings; expected a causal "
-            "language model of transformers, such as AutoModelForCausalLM.from_pretrained gives"
+            "language model of transformers"
         ) from error
     highest = max(tokenizer.get_vocab().values(), default=-1)
     if highest >= rows:
         raise AlloError(
             f"the tokenizer's highest token id is {highest}, the model's embedding has {rows} "
-            f"rows; expected ids below that: call model.resize_token_embeddings({highest + 1}) and "
-            "train the new rows, or use the tokenizer that belongs to the model"
+            f"rows; call model.resize_token_embeddings({highest + 1}) and train the new rows, or "
+            "use the tokenizer that belongs to the model"
         )

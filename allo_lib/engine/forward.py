@@ -8,65 +8,46 @@ alone, and backward makes them again where the loss has a gradient. Positions th
 
 import contextlib
 import weakref
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from allo_lib.engine.batching import (
-    Layout,
-    Row,
-    TreeByTree,
-    attention_mask,
-    block_mask,
-    collate,
-    no_mask,
-)
+from allo_lib.engine.batching import Layout, Row, TreeByTree, attention_mask, collate, no_mask
 from allo_lib.errors import AlloError
 from allo_lib.machine import devices
 from allo_lib.method.losses import IGNORED, Batch
 
+CHUNK_BYTES = 64 * 2**20  # of float32 logits alive at once
 # Config keys of models that change their logits after the head, by too little to be seen while
 # those are small.
 _AFTER_HEAD = ("final_logit_softcapping", "logit_scale", "logits_scaling")
-# The attentions of transformers that take a mask for every two tokens, and how it is made.
-_MASKS = {"sdpa": attention_mask, "flex_attention": block_mask}
-# Rows on a GPU are as long as a multiple of this: its attention copies masks of other lengths.
-_ALIGNED = 16
 # Config keys of how far back attention sees, of models that do not tell it layer by layer.
 _WINDOWS = ("sliding_window", "sliding_window_size", "window_size", "attention_chunk_size")
 # How far log-probs of the same sequences may lie apart, relative to their size, by dtype.
 _SAME = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 3e-2}
 # What a model raises for arguments or parts that it does not have.
 _LACKING = (TypeError, ValueError, RuntimeError, LookupError, AttributeError, NotImplementedError)
+_TRIAL: list[Row] = [  # ids that every vocabulary has
+    {"prompt": [1, 2, 3], "response": [4, 5, 6, 7]},
+    {"prompt": [1, 2, 3], "response": [7, 6, 4, 5, 1]},
+    {"prompt": [5, 2], "response": [3, 6, 7]},
+]
 
 
-CHUNK_BYTES = 64 * 2**20  # of float32 logits alive at once
-
-
-@dataclass(frozen=True)
-class _Way:
+class _Way(NamedTuple):
     """How a model is read. trees: prefixes are shared. matrix: logits are its head's matrix times
-    its decoder's hidden states. placed: it is told positions, as in all ways but the plainest."""
+    its decoder's hidden states. With neither it is the model's own forward pass of padded rows."""
 
     trees: bool
     matrix: bool
-    placed: bool = True
 
 
-# The cheapest first; the last one is the model's own forward pass of padded rows.
-_WAYS = (_Way(True, True), _Way(True, False), _Way(False, True), _Way(False, False),
-         _Way(False, False, False))  # fmt: skip
 # model -> (its attention, tree by tree or not) -> how it is read
 _known: weakref.WeakKeyDictionary[Any, dict[Any, _Way]] = weakref.WeakKeyDictionary()
-_TRIAL = (
-    {"prompt": [1, 2, 3], "response": [4, 5, 6, 7]},
-    {"prompt": [1, 2, 3], "response": [8, 9, 10, 11, 12]},
-    {"prompt": [13, 2], "response": [3, 14, 15]},
-)
 
 
 def response_logps(model: Any, batch: Batch) -> Tensor:
@@ -75,20 +56,20 @@ def response_logps(model: Any, batch: Batch) -> Tensor:
     The language-model head runs on the positions before response tokens only, and once for
     positions that several responses share; but for models whose logits are more than its product.
     """
-    return _logps(model, batch, _way(model))
+    return _logps(model, batch, _way(model, _trees(model)).matrix)
 
 
-def _logps(model: Any, batch: Batch, way: _Way) -> Tensor:
-    if way.matrix:
-        logps = devices.inside(model, _by_matrix, model, batch, way.placed)
+def _logps(model: Any, batch: Batch, matrix: bool) -> Tensor:
+    if matrix:
+        logps = devices.inside(model, _by_matrix, model, batch)
     else:
-        logits = _read(model, model, batch, way.placed).logits.flatten(0, 1)[batch["before"]]
+        logits = _read(model, model, batch).logits.flatten(0, 1)[batch["before"]]  # [N, V]
         logps = -F.cross_entropy(logits.float(), batch["targets"], reduction="none")
     return torch.cat([logps, logps.new_zeros(1)])[batch["place"]]  # [N + 1] -> [B, T]
 
 
-def _by_matrix(model: Any, batch: Batch, placed: bool) -> Tensor:
-    hidden = _read(model, model.get_decoder(), batch, placed).last_hidden_state.flatten(0, 1)
+def _by_matrix(model: Any, batch: Batch) -> Tensor:
+    hidden = _read(model, model.get_decoder(), batch).last_hidden_state.flatten(0, 1)
     hidden = hidden[batch["before"]]  # [R * L, H] -> [N, H]
     head = model.get_output_embeddings()
     return target_logps(hidden, head.weight, getattr(head, "bias", None), batch["targets"])
@@ -112,35 +93,24 @@ def layout_of(model: Any, pad_token_id: int, rows: list[Row] | None = None) -> L
     return replace(layout, shared=way.trees, one_row=way.trees and layout.one_row)
 
 
-def _trees(model: Any, pad_token_id: int) -> Layout:
+def _trees(model: Any, pad_token_id: int = 0) -> Layout:
+    """The layout of a model that reads trees."""
     config = model.config.get_text_config()
     recomputes = any(getattr(part, "gradient_checkpointing", False) for part in model.modules())
-    on_cpu = model.device.type == "cpu"
-    one_row = on_cpu and config._attn_implementation == "sdpa" and not recomputes
-    width, multiple = getattr(config, "hidden_size", 1), 1 if on_cpu else _ALIGNED
-    return Layout(pad_token_id, True, width, one_row, multiple, _window(config))
+    on_cpu, by_sdpa = model.device.type == "cpu", config._attn_implementation == "sdpa"
+    window = 0
+    if not getattr(config, "layer_types", None):  # else it is told layer by layer
+        found = (getattr(config, key, None) for key in _WINDOWS)
+        window = min((one for one in found if type(one) is int and one > 0), default=0)
+    return Layout(pad_token_id, True, on_cpu and by_sdpa and not recomputes, window)
 
 
-def _window(config: Any) -> int:
-    """Tokens up to which a row is read by full attention although it is a sliding one; 0: all."""
-    if getattr(config, "layer_types", None):
-        return 0  # told layer by layer
-    found = (getattr(config, key, None) for key in _WINDOWS)
-    return min((one for one in found if type(one) is int and one > 0), default=0)
-
-
-def _way(model: Any, layout: Layout | None = None, rows: list[Row] | None = None) -> _Way:
+def _way(model: Any, layout: Layout, rows: list[Row] | None = None) -> _Way:
     """The way that was found for the model, or is found now."""
     known = _known.setdefault(model, {})
-    attention = model.config.get_text_config()._attn_implementation
-    if layout is None:  # what it is asked for next to that, the trial found as well
-        found = next((way for key, way in known.items() if key[0] == attention), None)
-        if found is not None:
-            return found
-        layout = _trees(model, getattr(model.config, "pad_token_id", None) or 0)
-    key = attention, layout.one_row
+    key = model.config.get_text_config()._attn_implementation, layout.one_row
     if rows is not None or key not in known:
-        way = _found(model, layout, rows or _TRIAL)
+        way = _trial(model, layout, rows or _TRIAL)
         if not way.matrix and known.get(key) != way:
             name = type(model).__name__
             print(f"{name}: its own logits are used, which are no product of its head", flush=True)
@@ -149,13 +119,14 @@ def _way(model: Any, layout: Layout | None = None, rows: list[Row] | None = None
 
 
 @torch.no_grad()
-def _found(model: Any, layout: Layout, rows: Sequence[Row]) -> _Way:
+def _trial(model: Any, layout: Layout, rows: list[Row]) -> _Way:
     config = model.config.get_text_config()
-    if config.vocab_size < 16 and rows is _TRIAL:
-        rows = [{k: [i % config.vocab_size for i in v] for k, v in row.items()} for row in rows]
     kinds = set(getattr(config, "layer_types", None) or ("full_attention",))
-    shares = config._attn_implementation in _MASKS and kinds == {"full_attention"}
+    shares = config._attn_implementation == "sdpa" and kinds == {"full_attention"}
+    alters = any(getattr(config, key, None) for key in _AFTER_HEAD)
     modes = [(part, part.training) for part in model.modules()]
+    why = "what it gives of a row depends on what stands behind or beside it"
+    cause: Exception | None = None
     model.eval()
     try:
         own = [_own(model, row) for row in rows]
@@ -163,24 +134,26 @@ def _found(model: Any, layout: Layout, rows: Sequence[Row]) -> _Way:
         counted = type(expected) is not Tensor or expected.is_meta  # shapes without values
         if counted or not torch.isfinite(expected).all():  # the training tells of that
             return _Way(False, True)
-        for way in _WAYS[0 if shares else 2 :]:
-            if way.matrix and any(getattr(config, key, None) for key in _AFTER_HEAD):
-                continue
-            batch = to_device(collate(list(rows), replace(layout, shared=way.trees)), model)
-            try:
-                logps = _logps(model, batch, way)
-            except _LACKING:
-                continue
-            found = torch.cat([one[: len(e)] for one, e in zip(logps, own, strict=True)])
-            if _same(found, expected, model.dtype):
-                return way
+        for trees in (True, False) if shares else (False,):
+            batch = to_device(collate(rows, replace(layout, shared=trees)), model)
+            for matrix in (False,) if alters else (True, False):
+                with contextlib.suppress(*_LACKING):
+                    logps = _logps(model, batch, matrix)
+                    found = torch.cat([one[: len(e)] for one, e in zip(logps, own, strict=True)])
+                    # A mean, as in 16 bits a mixture of experts may send a token elsewhere for a
+                    # rounding error.
+                    distance = (found - expected).norm() / expected.norm().clamp_min(1e-12)
+                    if distance <= _SAME.get(model.dtype, 0.0):
+                        return _Way(trees, matrix)
     except _LACKING as error:
-        reason = " ".join(str(error).split())[:200]
-        raise _no_causal(model, f"its forward pass fails: {reason}") from error
+        why, cause = "its forward pass fails: " + " ".join(str(error).split())[:200], error
     finally:
         for part, mode in modes:
             part.training = mode
-    raise _no_causal(model, "what it gives of a row depends on what stands behind or beside it")
+    raise AlloError(
+        f"{type(model).__name__} cannot be read as a causal language model: {why}; give one of "
+        "transformers' ...ForCausalLM that reads from left to right"
+    ) from cause
 
 
 def _own(model: Any, row: Row) -> Tensor:
@@ -190,19 +163,6 @@ def _own(model: Any, row: Row) -> Tensor:
     return -F.cross_entropy(logits.float(), ids[0, len(row["prompt"]) :], reduction="none")
 
 
-def _same(found: Tensor, expected: Tensor, dtype: torch.dtype) -> bool:
-    # A mean, as in 16 bits a mixture of experts may send a token elsewhere for a rounding error.
-    distance = (found - expected).norm() / expected.norm().clamp_min(1e-12)
-    return bool(distance <= _SAME.get(dtype, 0.0))
-
-
-def _no_causal(model: Any, why: str) -> AlloError:
-    return AlloError(
-        f"{type(model).__name__} cannot be read as a causal language model: {why}; give one of "
-        "transformers' ...ForCausalLM that reads from left to right"
-    )
-
-
 def before_responses(model: Any, batch: Batch) -> Tensor:
     """Hidden states before the response tokens of all sequences, in order: [all tokens, H]."""
     batch = to_device(batch, model)
@@ -210,22 +170,20 @@ def before_responses(model: Any, batch: Batch) -> Tensor:
     return hidden[batch["before"][batch["place"][batch["labels"] != IGNORED]]]
 
 
-def _read(model: Any, part: Any, batch: Batch, placed: bool = True) -> Any:
+def _read(model: Any, part: Any, batch: Batch) -> Any:
     """What `part` of the model (its decoder, or all of it) gives of the batch's rows."""
     reads = {"input_ids": batch["input_ids"], "use_cache": False}
-    if placed:
-        reads["position_ids"] = batch["position_ids"]
-    attention: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
-    if "sizes" in batch:
-        attention = TreeByTree(batch["ends"], batch["sizes"])
-        reads["attention_mask"] = no_mask(batch["ends"], model.dtype)
-    elif "ends" in batch:
-        mask = _MASKS[model.config.get_text_config()._attn_implementation](batch["ends"])
-        if isinstance(mask, Tensor):  # to be added, as attention would make it so in every layer
-            mask = torch.zeros_like(mask, dtype=model.dtype).masked_fill_(~mask, -torch.inf)
-        reads["attention_mask"] = mask
-    with attention:
+    if "ends" not in batch:  # padding stands behind what is read, and goes unseen
         return part(**reads)
+    reads["position_ids"] = batch["position_ids"]
+    if "sizes" in batch:
+        reads["attention_mask"] = no_mask(batch["ends"], model.dtype)
+        with TreeByTree(batch["ends"], batch["sizes"]):
+            return part(**reads)
+    seen = attention_mask(batch["ends"])
+    # To be added, as attention would make it so in every layer.
+    mask = torch.zeros_like(seen, dtype=model.dtype).masked_fill_(~seen, -torch.inf)
+    return part(**reads, attention_mask=mask)
 
 
 def to_device(batch: Batch, model: Any) -> Batch:
@@ -244,24 +202,19 @@ def logps_of_rows(
     """
     model.eval()
     layout = layout_of(model, pad_token_id)
-    longest: dict[tuple[int, ...], int] = {}
-    for row in rows:
-        key = tuple(row["prompt"])
-        longest[key] = max(longest.get(key, 0), len(row["prompt"]) + len(row["response"]))
-
-    def length(i: int) -> tuple[int, tuple[int, ...], int]:
-        key = tuple(rows[i]["prompt"])
-        return longest[key], key, len(rows[i]["response"])
-
-    order = sorted(range(len(rows)), key=length)
+    prompts = [tuple(row["prompt"]) for row in rows]
+    lengths = [len(row["response"]) for row in rows]
+    longest: dict[tuple[int, ...], int] = {}  # tokens of a prompt and its longest response
+    for prompt, length in zip(prompts, lengths, strict=True):
+        longest[prompt] = max(longest.get(prompt, 0), len(prompt) + length)
+    order = sorted(range(len(rows)), key=lambda i: (longest[prompts[i]], prompts[i], lengths[i]))
     result: list[list[float]] = [[] for _ in rows]
     chunks = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
     for chunk in devices.turns(chunks):
         picked = [{key: rows[i][key] for key in ("prompt", "response")} for i in chunk]
-        batch = to_device(collate(picked, layout), model)
-        logps = response_logps(model, batch)
+        logps = response_logps(model, to_device(collate(picked, layout), model))
         for i, values in zip(chunk, logps, strict=True):
-            result[i] = values[: len(rows[i]["response"])].tolist()
+            result[i] = values[: lengths[i]].tolist()
     return devices.merged(result)
 
 
@@ -269,15 +222,11 @@ def pair_logps(
     model: Any, pairs: list[Row], pad_token_id: int, batch_size: int
 ) -> list[dict[str, list[float]]]:
     """Per-token log-probs of both responses of encoded pairs: `chosen` and `rejected` lists."""
-    sides = ("chosen", "rejected")
     rows = [
-        {"prompt": pair["prompt"], "response": pair[which]} for pair in pairs for which in sides
+        {"prompt": p["prompt"], "response": p[s]} for p in pairs for s in ("chosen", "rejected")
     ]
-    values = logps_of_rows(model, rows, pad_token_id, batch_size)
-    return [
-        {"chosen": chosen, "rejected": rejected}
-        for chosen, rejected in zip(values[::2], values[1::2], strict=True)
-    ]
+    values = iter(logps_of_rows(model, rows, pad_token_id, batch_size))
+    return [{"chosen": next(values), "rejected": next(values)} for _ in pairs]
 
 
 def target_logps(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
@@ -369,11 +318,8 @@ def implicit_margins(
 
     policy, reference: `pair_logps` of the same pairs.
     """
-    return [
-        beta
-        * (
-            (sum(ours["chosen"]) - sum(theirs["chosen"]))
-            - (sum(ours["rejected"]) - sum(theirs["rejected"]))
-        )
-        for ours, theirs in zip(policy, reference, strict=True)
-    ]
+    margins = []
+    for ours, theirs in zip(policy, reference, strict=True):
+        chosen, rejected = (sum(ours[side]) - sum(theirs[side]) for side in ("chosen", "rejected"))
+        margins.append(beta * (chosen - rejected))
+    return margins

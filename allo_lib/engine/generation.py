@@ -5,30 +5,22 @@ every row until the last one has ended: here a prompt is read once for all its s
 that have ended leave the batch. Every sample draws from a generator of its own, so that it does not
 depend on which others share its batch.
 
-A small model on a GPU waits for its kernels to be launched, not for arithmetic. There the steps
-after the first are recorded as a CUDA graph and replayed (`_replay`), on a cache with a place for
-every token to come; rows that have ended stay until most have.
-
 Greedy decoding takes drafts, such as the responses of the model that a training started from. A
 draft is read together with its prompt, in one pass, and kept as far as the model would have written
 it itself (greedy speculative decoding, arXiv 2211.17192): the responses are those of decoding token
 by token, up to the rounding of a near tie.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer
 
 from allo_lib.engine.encoding import encode_prompt
 from allo_lib.engine.forward import argmax_tokens
 from allo_lib.errors import AlloError
-from allo_lib.machine.runtime import plain_writes
 from allo_lib.method.losses import Batch
 from allo_lib.seeds import derive
 
@@ -36,11 +28,6 @@ from allo_lib.seeds import derive
 _LEAVE_AT = 0.125
 # Tokens that a response is reckoned with, prompt included: what a batch may hold in its cache.
 _TOKENS = 512
-# Replayed steps between two looks at which rows have ended; up to as many are in vain at the end.
-_LOOK_AFTER = 8
-# A replayed batch of more rows than this begins again with those left when a quarter is: a new
-# recording and a copied cache cost about as much as a dozen steps.
-_SMALL = 32
 
 
 @dataclass(frozen=True)
@@ -74,25 +61,24 @@ def generate(
     """
     encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]
     order = sorted(range(len(encoded)), key=lambda i: (len(encoded[i]), i))
-    rows = max(1, batch_size // samples)
     if temperature is not None or samples > 1 or not _sees_all(model):
         drafts = None
     model.eval()
     results: list[list[Response]] = [[] for _ in prompts]
     with torch.inference_mode():
-        room = batch_size * _TOKENS // samples
+        rows, room = max(1, batch_size // samples), batch_size * _TOKENS // samples
         widths = [len(ids) + max_new_tokens for ids in encoded]
         for chunk in _batches(order, widths, rows, room):
             batch = _left_padded([encoded[i] for i in chunk], tokenizer.pad_token_id, model.device)
-            decoding = _Decoding(model, tokenizer.eos_token_id, max_new_tokens)
+            decoding = _Decoding(model, tokenizer.eos_token_id, max_new_tokens, batch, samples)
             if drafts is not None:
-                decoding.read_drafts(batch, [drafts[i] for i in chunk])
-            elif temperature is None:
-                decoding.read_prompts(batch, samples)
+                decoding.read_drafts([drafts[i] for i in chunk])
             else:
-                draws = _draws(chunk, samples, max_new_tokens, seed)
-                decoding.read_prompts(batch, samples, temperature, draws)
-            ids = _replay(decoding) if _replays_steps(model) else decoding.run()
+                if temperature is not None:
+                    decoding.temperature = temperature
+                    decoding.draws = _draws(chunk, samples, max_new_tokens, seed).to(model.device)
+                decoding.read_prompts()
+            ids = decoding.run()
             for position, i in enumerate(chunk):
                 own = ids[position * samples : (position + 1) * samples]
                 results[i] = [_response(tokenizer, one) for one in own]
@@ -120,70 +106,50 @@ def _sees_all(model: Any) -> bool:
     return set(kinds) == {"full_attention"}
 
 
-def _replays_steps(model: Any) -> bool:
-    """Whether steps can be recorded: on a GPU, by an attention that reads a mask of every two."""
-    attention = model.config.get_text_config()._attn_implementation
-    on_gpu = model.device.type == "cuda"
-    return on_gpu and attention == "sdpa" and _sees_all(model)
-
-
 class _Decoding:
-    """One batch. Lists and tensors over `rows`, the responses that have not left, by number.
-
-    chosen: the next token of each. lengths: tokens of its response before that. over: whether the
-    response has come to its end or its limit. positions: [rows, 1], of the last token read. mask:
-    [rows, places], 1 where the cache holds a token; ids: tokens of all responses.
-    """
+    """One batch. Tensors over the responses that have not left: `rows`, their numbers; `chosen`,
+    the next token of each; `lengths`, tokens of its response before that; `over`, whether it has
+    come to its end or its limit; `positions`, [rows, 1], of the last token read; `mask`,
+    [rows, places], 1 where the cache holds a token. ids: tokens of all responses, as lists."""
 
     chosen: Tensor
     positions: Tensor
-    mask: Tensor
 
-    def __init__(self, model: Any, end: int, limit: int):
-        self.model, self.end, self.limit = model, end, limit
+    def __init__(self, model: Any, end: int, limit: int, prompts: Batch, samples: int):
+        self.model, self.end, self.limit, self.samples = model, end, limit, samples
+        self.input_ids, self.mask = prompts["input_ids"], prompts["attention_mask"]
         self.cache = DynamicCache(config=model.config)
         self.temperature = 1.0
-        self.draws: Tensor | None = None  # float32 [all rows, limit]; None: greedy
+        self.draws: Tensor | None = None  # float32 [responses, limit]; None: greedy
+        count = len(self.input_ids) * samples
+        self.ids: list[list[int]] = [[] for _ in range(count)]
+        self.rows = torch.arange(count, device=model.device)
+        self.lengths = torch.zeros_like(self.rows)
+        self.over = torch.zeros_like(self.rows, dtype=torch.bool)
 
-    def read_prompts(
-        self,
-        batch: Batch,
-        samples: int,
-        temperature: float = 1.0,
-        draws: Tensor | None = None,
-    ) -> None:
+    def read_prompts(self) -> None:
         """Begin with the prompts alone, each read once for all its samples."""
-        self._begin(batch, samples)
-        self.temperature = temperature
-        self.draws = None if draws is None else draws.to(self.model.device)
         positions = (self.mask.cumsum(1) - 1).clamp_min(0)
-        logits = self.read(batch["input_ids"], positions)
+        logits = self.read(self.input_ids, positions)
         self.positions = positions[:, -1:]
-        if samples > 1:
-            self.cache.batch_repeat_interleave(samples)
-            self.mask = self.mask.repeat_interleave(samples, dim=0)
-            self.positions = self.positions.repeat_interleave(samples, dim=0)
-            logits = logits.repeat_interleave(samples, dim=0)
+        if self.samples > 1:
+            self.cache.batch_repeat_interleave(self.samples)
+            self.mask, self.positions, logits = (
+                each.repeat_interleave(self.samples, dim=0)
+                for each in (self.mask, self.positions, logits)
+            )
         self.chosen = self.choose(logits)
 
-    def read_drafts(self, batch: Batch, drafts: list[list[int]]) -> None:
+    def read_drafts(self, drafts: list[list[int]]) -> None:
         """Begin with prompts and drafts, and keep of each draft what the model agrees with."""
-        self._begin(batch, 1)
         drafts = [draft[: self.limit] for draft in drafts]
-        width, length = batch["input_ids"].shape[1], max(map(len, drafts))
-        guess = torch.full((len(drafts), length), -1)
-        for i, draft in enumerate(drafts):
-            guess[i, : len(draft)] = torch.tensor(draft, dtype=torch.int64)
-        guess = guess.to(self.model.device)
+        width, length = self.input_ids.shape[1], max(map(len, drafts))
+        guess = torch.tensor([draft + [-1] * (length - len(draft)) for draft in drafts])
+        guess = guess.to(self.mask)  # int64 [rows, length], -1 behind the end of a draft
         self.mask = torch.cat([self.mask, (guess >= 0).long()], dim=1)
         positions = (self.mask.cumsum(1) - 1).clamp_min(0)
-        output = self.model.get_decoder()(
-            input_ids=torch.cat([batch["input_ids"], guess.clamp_min(0)], dim=1),
-            attention_mask=self.mask,
-            position_ids=positions,
-            past_key_values=self.cache,
-            use_cache=True,
-        )
+        input_ids = torch.cat([self.input_ids, guess.clamp_min(0)], dim=1)
+        output = self._pass(self.model.get_decoder(), input_ids, positions)
         hidden = output.last_hidden_state[:, width - 1 :]  # [rows, length + 1, H]
         head = self.model.get_output_embeddings()
         own = argmax_tokens(hidden.flatten(0, 1), head.weight, getattr(head, "bias", None))
@@ -195,28 +161,24 @@ class _Decoding:
         self.chosen = own.gather(1, self.lengths[:, None])[:, 0]
         ends = (guess == self.end) & agreed.bool()
         self.over = ends.any(dim=1) | (self.lengths >= self.limit)
-        for ids, row, count in zip(self.ids, guess.tolist(), self.lengths.tolist(), strict=True):
-            ids.extend(row[:count])
+        self.ids = [
+            row[:count] for row, count in zip(guess.tolist(), self.lengths.tolist(), strict=True)
+        ]
 
     def run(self) -> list[list[int]]:
         """The tokens of every response, with its end token if it has come to it."""
         self.take()
         while not self.over.all():
             if self.over.float().mean() >= _LEAVE_AT:
-                self.keep((~self.over).nonzero()[:, 0])
+                going_on = (~self.over).nonzero()[:, 0]
+                self.cache.batch_select_indices(going_on)
+                for name in ("mask", "positions", "rows", "chosen", "lengths", "over"):
+                    setattr(self, name, getattr(self, name)[going_on])
             self.mask = torch.cat([self.mask, self.mask.new_ones(len(self.mask), 1)], dim=1)
             self.positions = self.positions + 1
             self.chosen = self.choose(self.read(self.chosen[:, None], self.positions))
             self.take()
         return self.ids
-
-    def _begin(self, batch: Batch, samples: int) -> None:
-        count, device = len(batch["input_ids"]) * samples, self.model.device
-        self.ids: list[list[int]] = [[] for _ in range(count)]
-        self.rows = torch.arange(count, device=device)
-        self.lengths = torch.zeros(count, dtype=torch.int64, device=device)
-        self.over = torch.zeros(count, dtype=torch.bool, device=device)
-        self.mask = batch["attention_mask"]
 
     def take(self) -> None:
         """Add the chosen tokens to the responses that are not over."""
@@ -229,20 +191,20 @@ class _Decoding:
         self.over = self.over | (self.chosen == self.end) | (self.lengths >= self.limit)
 
     def read(self, input_ids: Tensor, positions: Tensor) -> Tensor:
-        output = self.model(
+        """Logits behind the last of the tokens, [rows, V] in float32."""
+        output = self._pass(self.model, input_ids, positions, logits_to_keep=1)
+        return output.logits[:, -1].float()  # [rows, 1, V] -> [rows, V]
+
+    def _pass(self, part: Any, input_ids: Tensor, positions: Tensor, **settings: Any) -> Any:
+        """What `part` of the model gives of tokens behind those in the cache, which grows."""
+        return part(
             input_ids=input_ids,
             attention_mask=self.mask,
             position_ids=positions,
             past_key_values=self.cache,
             use_cache=True,
-            logits_to_keep=1,
+            **settings,
         )
-        return output.logits[:, -1].float()  # [rows, 1, V] -> [rows, V]
-
-    def keep(self, rows: Tensor) -> None:
-        self.cache.batch_select_indices(rows)
-        for name in ("mask", "positions", "rows", "chosen", "lengths", "over"):
-            setattr(self, name, getattr(self, name)[rows])
 
     def choose(self, logits: Tensor) -> Tensor:
         """The next token: the argmax, or the one where the draw falls in the cumulative odds."""
@@ -265,13 +227,14 @@ def _draws(prompts: list[int], samples: int, count: int, seed: int) -> Tensor:
 
 
 def _left_padded(rows: list[list[int]], pad_token_id: int, device: Any) -> Batch:
-    length = max(len(row) for row in rows)
-    ids = torch.full((len(rows), length), pad_token_id)
-    mask = torch.zeros(len(rows), length, dtype=torch.int64)
-    for i, row in enumerate(rows):
-        ids[i, length - len(row) :] = torch.tensor(row)
-        mask[i, length - len(row) :] = 1
-    return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
+    length = max(map(len, rows))
+    padding = [length - len(row) for row in rows]
+    ids = [[pad_token_id] * n + row for n, row in zip(padding, rows, strict=True)]
+    mask = [[0] * n + [1] * len(row) for n, row in zip(padding, rows, strict=True)]
+    return {
+        "input_ids": torch.tensor(ids, device=device),
+        "attention_mask": torch.tensor(mask, device=device),
+    }
 
 
 def _response(tokenizer: Any, ids: list[int]) -> Response:
@@ -279,91 +242,6 @@ def _response(tokenizer: Any, ids: list[int]) -> Response:
     if ended:
         ids = ids[: ids.index(tokenizer.eos_token_id)]
     return Response(tokenizer.decode(ids, skip_special_tokens=True), ended)
-
-
-def _replay(decoding: _Decoding) -> list[list[int]]:
-    """`_Decoding.run` by steps that are recorded once.
-
-    A recording takes tensors that stay where they are: the cache is as long from the start as it
-    will be at the end, and rows that have ended stay until most have, when the others go on as a
-    smaller batch. No step is compiled, which would take longer than a small study decodes.
-    """
-    decoding.take()
-    if bool(decoding.over.all()):
-        return decoding.ids
-    most = decoding.limit - int(decoding.lengths.min()) + 2 * _LOOK_AFTER
-    place = torch.tensor([decoding.mask.shape[1]], device=decoding.mask.device)
-    layers = decoding.cache.layers
-    decoding.cache.layers = [_Places(layer, most, place) for layer in layers]
-    decoding.mask = F.pad(decoding.mask, (0, most)).bool()[:, None, None]  # [rows, 1, 1, places]
-    with plain_writes():
-        while not bool(decoding.over.all()):
-            decoding.keep((~decoding.over).nonzero()[:, 0])
-            _go_on(decoding, place, most)
-    return decoding.ids
-
-
-def _go_on(decoding: _Decoding, place: Tensor, most: int) -> None:
-    """Go on with rows that are all under way until most of them have ended, of few rows all."""
-    rows, device = len(decoding.rows), place.device
-    left = rows // 4 if rows > _SMALL else 0
-    written = torch.full((rows, most), -1, device=device)
-    number = torch.zeros(1, dtype=torch.int64, device=device)  # of the next column of `written`
-    step = _recorded(lambda: _step(decoding, place, written, number), device)
-    while rows - int(decoding.over.sum()) > left:
-        for _ in range(_LOOK_AFTER):
-            step()
-    for row, tokens in zip(decoding.rows.tolist(), written.tolist(), strict=True):
-        decoding.ids[row].extend(token for token in tokens if token >= 0)
-
-
-def _step(decoding: _Decoding, place: Tensor, written: Tensor, number: Tensor) -> None:
-    """Read the chosen tokens and choose the next ones; every tensor is changed in its place."""
-    decoding.mask.index_fill_(3, place, True)
-    decoding.positions.add_((~decoding.over).long()[:, None])  # an ended row stays in its context
-    chosen = decoding.choose(decoding.read(decoding.chosen[:, None], decoding.positions))
-    decoding.chosen.copy_(chosen)
-    written.index_copy_(1, number, torch.where(decoding.over, -1, chosen)[:, None])
-    decoding.lengths.add_((~decoding.over).long())
-    decoding.over.logical_or_((chosen == decoding.end) | (decoding.lengths >= decoding.limit))
-    place.add_(1)
-    number.add_(1)
-
-
-def _recorded(step: Callable[[], None], device: torch.device) -> Callable[[], None]:
-    """What makes the same step again, its kernels launched together. One step is made here, as
-    whatever a kernel sets up at its first call cannot be recorded."""
-    if device.type != "cuda":
-        return step
-    beside = torch.cuda.Stream(device)
-    beside.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(beside):
-        step()
-    torch.cuda.current_stream(device).wait_stream(beside)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
-    return graph.replay
-
-
-class _Places(DynamicLayer):
-    """A layer's keys and values, [rows, heads, places, head size], with `more` places behind those
-    that are taken; the next token's go to `place`, int64 [1], which all layers share."""
-
-    def __init__(self, layer: DynamicLayer, more: int, place: Tensor):
-        super().__init__()
-        self.lazy_initialization(layer.keys, layer.values)
-        self.keys = F.pad(layer.keys, (0, 0, 0, more))
-        self.values = F.pad(layer.values, (0, 0, 0, more))
-        self.place = place
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any
-    ) -> tuple[Tensor, Tensor]:
-        """Put the states of one token into their place; returns all, the mask says which count."""
-        self.keys.index_copy_(2, self.place, key_states)
-        self.values.index_copy_(2, self.place, value_states)
-        return self.keys, self.values
 
 
 @dataclass(frozen=True)
@@ -392,28 +270,17 @@ def answer(
 ) -> Answers:
     """Greedy decoding of every question, judged by the task; an unended response has no answer.
 
-    drafts: guesses at the responses, see `generate`.
-
-    Raises:
-        AlloError: no questions, of which there is no accuracy.
+    drafts: guesses at the responses, see `generate`. AlloError without questions, of which there is
+    no accuracy.
     """
     if not questions:
         raise AlloError("no questions to answer; raise `dev` and `test` of the domain")
-    responses = generate(
-        model,
-        tokenizer,
-        [question.prompt for question in questions],
-        max_new_tokens=max_new_tokens,
-        batch_size=batch_size,
-        drafts=drafts,
-    )
-    texts = [group[0].text for group in responses]
-    answered = [
-        group[0].ended and task.answered(question, group[0].text)
-        for question, group in zip(questions, responses, strict=True)
-    ]
-    right = [
-        read and task.right(question, text)
-        for question, text, read in zip(questions, texts, answered, strict=True)
-    ]
-    return Answers(texts, answered, right)
+    prompts = [question.prompt for question in questions]
+    sizes = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
+    responses = [one for (one,) in generate(model, tokenizer, prompts, **sizes, drafts=drafts)]
+    answers = Answers([response.text for response in responses], [], [])
+    for question, response in zip(questions, responses, strict=True):
+        answered = response.ended and task.answered(question, response.text)
+        answers.answered.append(answered)
+        answers.right.append(answered and task.right(question, response.text))
+    return answers

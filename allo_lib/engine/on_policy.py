@@ -7,12 +7,11 @@ started from. Advantages are generalised ones (`advantages`) over a linear criti
 
 How this differs from common practice, and so from what "Vanilla PPO" and "PPO A2C" of the paper
 are likely to be (it names them and tells no settings): the critic is a ridge regression on the
-policy's last hidden states, not a second language model; there is no reward model, no entropy
-bonus, and no clipping of values; and the training is as short as that of the methods on pairs: as
-many updates, each of as many responses, of which PPO samples only every second one again. Its rows
-are to be called "PPO, linear critic" and "A2C, linear critic". Responses are encoded again from
-their texts, as those of pairs are: ids may differ from the sampled ones where a tokenizer has
-several ways to write a text.
+policy's last hidden states, not a second language model (hence "PPO, linear critic"); there is no
+reward model, no entropy bonus, and no clipping of values; the training is as short as that of the
+methods on pairs: as many updates, each of as many responses, of which PPO samples only every second
+one again. Responses are encoded again from their texts, as those of pairs are: ids may differ from
+the sampled ones where a tokenizer has several ways to write a text.
 
 The loop is not `trainer.train`, whose rows are there before it begins: here every step's are
 sampled. An interrupted training starts over, and ends with the same bits.
@@ -22,6 +21,7 @@ All values of tokens are float32 [B, T], 0 behind the end of a response; `mask`,
 True on its tokens, which stand together from its start.
 """
 
+import contextlib
 import copy
 import math
 import time
@@ -101,50 +101,29 @@ def run_on_policy(
     """
     if not prompts:
         raise AlloError(f"{label}: no questions to train on; give at least one")
-    started = time.perf_counter()
+    started = printed = time.perf_counter()
+    decoding = {"max_new_tokens": max_new_tokens, "batch_size": generation_batch}
     # Before the optimizer, whose hooks the copy of the starting model must not have.
-    rollouts = _Rollouts(model, tokenizer, prompts, reward, schedule.seed, settings)
-    rollouts.decoding = {"max_new_tokens": max_new_tokens, "batch_size": generation_batch}
+    rollouts = _Rollouts(model, tokenizer, prompts, reward, schedule.seed, settings, decoding)
     optimizer = MaskedAdamW(
-        model,
-        mask,
-        lr=schedule.learning_rate,
-        weight_decay=weight_decay,
+        model, mask, lr=schedule.learning_rate, weight_decay=weight_decay,
         max_grad_norm=max_grad_norm,
-    )
-    try:
-        log = _train(model, rollouts, name, optimizer, schedule, label)
-    finally:
-        optimizer.close()
-    model.eval()
-    log.seconds = round(time.perf_counter() - started, 3)
-    return log
-
-
-def _train(
-    model: Any,
-    rollouts: "_Rollouts",
-    name: str,
-    optimizer: MaskedAdamW,
-    schedule: Schedule,
-    label: str,
-) -> Log:
-    steps, log = _order(len(rollouts.prompts), schedule), Log()
-    warmup = schedule.warmup
+    )  # fmt: skip
+    steps, log, warmup = _order(len(prompts), schedule), Log(), schedule.warmup
     warmup = math.ceil(len(steps) * warmup) if warmup < 1 else int(warmup)  # as Trainer has it
     scheduler = get_cosine_schedule_with_warmup(optimizer, warmup, len(steps))
     loss_of = objective(name, beta=1.0)  # of methods on pairs
-    passes = rollouts.settings.passes if name == "ppo" else 1
-    printed = time.perf_counter()
-    with Numbers(optimizer, log, label, model.config.pad_token_id) as numbers:
+    passes = settings.passes if name == "ppo" else 1
+    pad = model.config.pad_token_id
+    with contextlib.closing(optimizer), Numbers(optimizer, log, label, pad) as numbers:
         for step, chosen in enumerate(steps):
             if step % passes == 0:
-                batch, told = rollouts.sample(chosen, step)
+                batch, rollout = rollouts.sample(chosen, step)
             model.train()
             logps = response_logps(model, batch)
             with values_unread():
                 loss, metrics = loss_of(logps, batch)
-            numbers.forward(step, batch, logps, loss, told | metrics)
+            numbers.forward(step, batch, logps, loss, rollout | metrics)
             loss.backward()
             optimizer.step()
             scheduler.step()
@@ -152,6 +131,8 @@ def _train(
             if log.loss and time.perf_counter() - printed >= _PRINT_EVERY:
                 printed, right = time.perf_counter(), log.metrics["reward"][-1]
                 print(f"{label}: step {step + 1} of {len(steps)}, reward {right:.3f}", flush=True)
+    model.eval()
+    log.seconds = round(time.perf_counter() - started, 3)
     return log
 
 
@@ -160,43 +141,33 @@ def _order(count: int, schedule: Schedule) -> list[list[int]]:
     steps = []
     for epoch in range(schedule.epochs):
         generator = torch.Generator().manual_seed(derive(schedule.seed, "epoch", epoch))
-        order = torch.randperm(count, generator=generator).tolist()
-        size = schedule.batch_size
-        steps += [order[start : start + size] for start in range(0, count, size)]
+        order = torch.randperm(count, generator=generator)
+        steps += [part.tolist() for part in order.split(schedule.batch_size)]
     return steps
 
 
-def _explained(values: Tensor, seen: Tensor) -> Tensor:
-    spread = seen.var(correction=0).double()
-    explained = 1 - (seen - values).var(correction=0).double() / spread
-    return torch.where(spread > 1e-6, explained, 0.0)
-
-
+@dataclass
 class _Rollouts:
     """Makes rollouts of a policy; keeps the model it started from, and the critic."""
 
+    model: Any
+    tokenizer: Any
+    prompts: list[Any]
+    reward: Callable[[int, Response], float]
+    seed: int
+    settings: OnPolicy
     decoding: dict[str, Any]  # of `generate`: max_new_tokens, batch_size
 
-    def __init__(
-        self,
-        model: Any,
-        tokenizer: Any,
-        prompts: list[Any],
-        reward: Callable[[int, Response], float],
-        seed: int,
-        settings: OnPolicy,
-    ):
-        self.model, self.tokenizer = model, tokenizer
-        self.prompts, self.reward, self.seed, self.settings = prompts, reward, seed, settings
-        self.encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]
-        self.layout = layout_of(model, tokenizer.pad_token_id)
-        self.reference = copy.deepcopy(model).eval().requires_grad_(False)
-        self.critic = Critic(settings.ridge, settings.memory)
+    def __post_init__(self) -> None:
+        self.encoded = [encode_prompt(self.tokenizer, prompt) for prompt in self.prompts]
+        self.layout = layout_of(self.model, self.tokenizer.pad_token_id)
+        self.reference = copy.deepcopy(self.model).eval().requires_grad_(False)
+        self.critic = Critic(self.settings.ridge, self.settings.memory)
 
     @torch.no_grad()
     def sample(self, numbers: list[int], step: int) -> tuple[Batch, dict[str, Tensor]]:
         """The batch of the responses to these questions, and what there is to log of it."""
-        rows, verdicts = self._responses(numbers, step)
+        rows, verdicts = self.responses(numbers, step)
         batch = to_device(collate(rows, self.layout), self.model)
         mask = batch["labels"] != IGNORED
         right = torch.tensor(verdicts, device=mask.device)  # [B]
@@ -209,15 +180,18 @@ class _Rollouts:
         values[mask] = self.critic.values(hidden)
         raw = advantages(rewards, values, mask, self.settings.decay)
         batch |= {"before_update": policy, "advantages": whitened(raw, mask)}
-        told = {
+        spread = seen.var(correction=0).double()
+        explained = 1 - (seen - values[mask]).var(correction=0).double() / spread
+        rollout = {
             "reward": right.mean(),
             "kl": (policy - reference)[mask].mean(),
-            "explained": _explained(values[mask], seen),
+            "explained": torch.where(spread > 1e-6, explained, 0.0),
         }
         self.critic.learn(hidden, seen)  # last: a baseline must not know the outcome
-        return batch, told
+        return batch, rollout
 
-    def _responses(self, numbers: list[int], step: int) -> tuple[list[Row], list[float]]:
+    def responses(self, numbers: list[int], step: int) -> tuple[list[Row], list[float]]:
+        """Rows of the responses sampled to these questions, and the reward of each."""
         groups = generate(
             self.model,
             self.tokenizer,
@@ -269,11 +243,9 @@ def advantages(rewards: Tensor, values: Tensor, mask: Tensor, decay: float) -> T
     """
     values = values * mask
     after = torch.cat([values[:, 1:], torch.zeros_like(values[:, :1])], dim=1)
-    errors = (rewards + after - values) * mask
-    result, later = torch.empty_like(errors), torch.zeros_like(errors[:, 0])
-    for t in range(errors.shape[1] - 1, -1, -1):
-        later = errors[:, t] + decay * later
-        result[:, t] = later
+    result = (rewards + after - values) * mask  # d_t
+    for t in range(result.shape[1] - 2, -1, -1):
+        result[:, t] += decay * result[:, t + 1]
     return result
 
 

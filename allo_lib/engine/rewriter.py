@@ -43,7 +43,10 @@ def rewriter_prompt(
 
 def heading(solution: str, prediction: str) -> str:
     """What stands between a question and the corrected prediction."""
-    return f"\nCorrect solution:{_spaced(solution)}\nPrediction:{_spaced(prediction)}\nCorrected:"
+    solution, prediction = (
+        text if text.startswith(" ") else f" {text}" for text in (solution, prediction)
+    )
+    return f"\nCorrect solution:{solution}\nPrediction:{prediction}\nCorrected:"
 
 
 def training_rows(
@@ -58,13 +61,7 @@ def training_rows(
     targets = [example.corrected for example in corrections]
     if quality == "shuffled":
         random.Random(seed).shuffle(targets)
-    rows = [
-        {
-            "prompt": rewriter_prompt(tokenizer, e.prompt, e.solution, e.prediction, plain),
-            "response": encode_response(tokenizer, target),
-        }
-        for e, target in zip(corrections, targets, strict=True)
-    ]
+    rows = _rows(tokenizer, corrections, targets, plain)
     return rows[: max(1, int(len(rows) * STOPPED.get(quality, 1)))]
 
 
@@ -72,14 +69,20 @@ def keep_probabilities(
     model: Any, tokenizer: Any, examples: list[Correction], batch_size: int, plain: bool
 ) -> list[list[float]]:
     """p_t of every token (end token included) of each example's prediction, in [0, 1]."""
-    rows = [
+    rows = _rows(tokenizer, examples, [example.prediction for example in examples], plain)
+    return probabilities(model, rows, tokenizer.pad_token_id, batch_size)
+
+
+def _rows(
+    tokenizer: Any, examples: list[Correction], responses: list[str], plain: bool
+) -> list[dict[str, Any]]:
+    return [
         {
             "prompt": rewriter_prompt(tokenizer, e.prompt, e.solution, e.prediction, plain),
-            "response": encode_response(tokenizer, e.prediction),
+            "response": encode_response(tokenizer, response),
         }
-        for e in examples
+        for e, response in zip(examples, responses, strict=True)
     ]
-    return probabilities(model, rows, tokenizer.pad_token_id, batch_size)
 
 
 def probabilities(
@@ -88,7 +91,3 @@ def probabilities(
     """The model's probability of every token of each row's `response`."""
     logps = logps_of_rows(model, rows, pad_token_id, batch_size)
     return [[math.exp(min(0.0, value)) for value in row] for row in logps]
-
-
-def _spaced(text: str) -> str:
-    return text if text.startswith(" ") else f" {text}"

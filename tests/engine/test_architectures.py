@@ -4,6 +4,7 @@ import pytest
 import torch
 from refusals import assert_one_line
 from test_bad_models import WORDS, words
+from test_forward import gradients, plainly
 from tiny_models import weights_of
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -85,18 +86,12 @@ def rows() -> list[dict]:
 
 
 @torch.no_grad()
-def own_logps(model, row: dict) -> torch.Tensor:
-    """By the model's forward pass of that row alone, nothing said of positions or masks."""
-    ids = torch.tensor([row["prompt"] + row["response"]])
-    logps = model(input_ids=ids, use_cache=False).logits.log_softmax(-1)
-    return logps[0, len(row["prompt"]) - 1 : -1].gather(1, ids[0, len(row["prompt"]) :, None])[:, 0]
-
-
 def assert_own(model, layout) -> None:
+    """Against the model's forward pass of each row alone, nothing said of positions or masks."""
     given = rows()
     found = response_logps(model, collate(given, layout))
     for row, values in zip(given, found, strict=True):
-        expected = own_logps(model, row)
+        expected = plainly(model, row)
         assert torch.allclose(values[: len(expected)], expected, atol=1e-3), type(model).__name__
 
 
@@ -162,18 +157,12 @@ def test_the_attention_may_be_changed_between_calls():
 def test_gradients_of_a_windowed_model_and_of_a_head_are_the_models_own():
     for kind in ("mistral", "bert", "cohere"):
         model, given = tiny(kind), rows()
+        expected = gradients(model, sum(plainly(model, row).sum() for row in given))
         batch = collate(given, layout_of(model, 0))
-        response_logps(model, batch).sum().backward()
-        found = {name: value.grad for name, value in model.named_parameters()}
-        model.zero_grad(set_to_none=True)
-        for row in given:
-            ids = torch.tensor([row["prompt"] + row["response"]])
-            logps = model(input_ids=ids).logits.log_softmax(-1)[0, len(row["prompt"]) - 1 : -1]
-            logps.gather(1, ids[0, len(row["prompt"]) :, None]).sum().backward()
-        for name, value in model.named_parameters():
-            if value.grad is not None:
-                scale = value.grad.abs().max().clamp_min(1)
-                assert torch.allclose(found[name] / scale, value.grad / scale, atol=1e-4), name
+        found = gradients(model, response_logps(model, batch).sum())
+        for name, value in expected.items():
+            scale = value.abs().max().clamp_min(1)
+            assert torch.allclose(found[name] / scale, value / scale, atol=1e-4), name
 
 
 # --- `align` whole ---

@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_models import VOCABULARY, tiny_llama, weights_of
-from transformers import LlamaConfig, LlamaForCausalLM
+from test_forward import make, plainly
+from tiny_models import VOCABULARY, weights_of
 
 from allo_lib.allo import collator_of
 from allo_lib.engine.forward import layout_of, response_logps
@@ -18,29 +18,9 @@ from allo_lib.method.neurons import select_neurons
 BETA, KEY_SHARE = 0.1, 0.4
 
 
-def grouped_queries():
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64,
-        initializer_range=0.3, tie_word_embeddings=False, pad_token_id=0, eos_token_id=1,
-    )  # fmt: skip
-    return LlamaForCausalLM(config)
-
-
-MODELS = {"tied": lambda: tiny_llama(tied=True), "grouped queries": grouped_queries}
-
-
-def plain_logps(model, prompt: list[int], response: list[int]) -> torch.Tensor:
-    """Of every token of the response, by a forward pass of its own with whole logits."""
-    ids = torch.tensor([[*prompt, *response]])
-    logps = F.log_softmax(model(input_ids=ids).logits[0].float(), dim=-1)
-    places = torch.arange(len(prompt), ids.shape[1])
-    return logps[places - 1, ids[0, places]]
-
-
 def plain_ratio(model, row: dict, side: str) -> torch.Tensor:
-    return plain_logps(model, row["prompt"], row[side]) - torch.tensor(row[f"{side}_reference"])
+    logps = plainly(model, {"prompt": row["prompt"], "response": row[side]})
+    return logps - torch.tensor(row[f"{side}_reference"])
 
 
 def plain_dpo(model, rows) -> torch.Tensor:
@@ -92,7 +72,7 @@ tokens = st.lists(st.integers(2, VOCABULARY - 1), min_size=1, max_size=9)
 pair = st.tuples(tokens, tokens, tokens).filter(lambda parts: parts[1] != parts[2])
 
 
-@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("kind", ["tied", "grouped queries"])
 @pytest.mark.parametrize("granularity", ["scalar", "row"])
 @pytest.mark.parametrize("name", PLAIN)
 @settings(deadline=None, max_examples=12)
@@ -101,7 +81,7 @@ def test_loss_and_every_packed_gradient_are_those_of_the_plain_way(
     name, kind, granularity, parts, seed
 ):
     rows = encoded(parts, seed)
-    plain, ours = MODELS[kind](), MODELS[kind]()
+    plain, ours = make(kind), make(kind)
     expected = PLAIN[name](plain, rows)
     expected.backward()
 
