@@ -23,10 +23,10 @@ from allo_lib.engine.reference import rows_hash, state_hash, with_reference
 from allo_lib.engine.store import Store, write_json
 from allo_lib.engine.trainer import Checkpoints, Log, Schedule
 from allo_lib.errors import AlloError, Diverged
+from allo_lib.evaluation import stats
 from allo_lib.machine import devices
 from allo_lib.method.neurons import NeuronMask
 from allo_lib.profiles.config import fingerprint
-from allo_lib.report import warning_signs
 from allo_lib.seeds import derive
 from allo_lib.study.search import search
 
@@ -151,7 +151,7 @@ class _Run:
         mask, ties = allo.find_neurons(self._scores(), self.config.share)
         whole = mask.joined() if devices.is_sharded(next(self.model.parameters())) else mask
         if devices.rank() == 0:
-            _warn(warning_signs.arbitrary_mask(**ties, kept=whole.kept, total=whole.total))
+            _warn(stats.arbitrary_mask(**ties, kept=whole.kept, total=whole.total))
             whole.save(self.output_dir / "mask.safetensors")
         return mask
 
@@ -255,7 +255,7 @@ class _Run:
             self.logs["rewriter"] = allo.run_stage(self.model, list(learnt), "sft", **settings)
             values = rewriter.probabilities(self.model, list(read), self.pad, config.forward_batch)
         weights = allo.token_weights(values, config.token_rule, config.token_threshold)
-        _warn(warning_signs.no_choice_of_tokens(weights))
+        _warn(stats.no_choice_of_tokens(weights))
         return weights
 
     def _stage(self, name: str, rate: float, mask, place: str) -> dict:
