@@ -26,11 +26,11 @@ from allo_lib.engine.reference import rows_hash, state_hash, with_reference
 from allo_lib.engine.store import Store, write_json
 from allo_lib.engine.trainer import Log, Schedule
 from allo_lib.errors import AlloError, Diverged
+from allo_lib.evaluation import stats
 from allo_lib.evaluation.stats import mean_and_error, mean_interval
 from allo_lib.machine import devices
 from allo_lib.method.neurons import NeuronMask
 from allo_lib.profiles.config import fingerprint
-from allo_lib.report import warning_signs
 from allo_lib.seeds import derive
 from allo_lib.study.search import search
 
@@ -170,7 +170,7 @@ class _Run:
         mask, ties = allo.find_neurons(self._scores(), self.config.share)
         whole = mask.joined() if devices.is_sharded(next(self.model.parameters())) else mask
         if devices.rank() == 0:
-            _warn(warning_signs.arbitrary_mask(**ties, kept=whole.kept, total=whole.total))
+            _warn(stats.arbitrary_mask(**ties, kept=whole.kept, total=whole.total))
             whole.save(self.output_dir / "mask.safetensors")
         return mask
 
@@ -296,7 +296,7 @@ class _Run:
             )
             values = rewriter.probabilities(self.model, list(read), pad, config.forward_batch)
         chosen = allo.token_weights(values, config.token_rule, config.token_threshold)
-        _warn(warning_signs.no_choice_of_tokens(chosen))
+        _warn(stats.no_choice_of_tokens(chosen))
         return chosen
 
     def _schedule(self, name: str, rate: float, warmup: float) -> Schedule:

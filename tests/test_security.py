@@ -29,7 +29,7 @@ from transformers import PreTrainedTokenizerFast
 from allo_lib.data.benchmarks import load_rows
 from allo_lib.engine import checkpoints, models, reference
 from allo_lib.engine.store import Artifact, Store, write_json
-from allo_lib.evaluation import claims, outcomes, published
+from allo_lib.evaluation import claims, outcomes
 from allo_lib.machine import weights
 from allo_lib.method.neurons import NeuronMask
 from allo_lib.profiles.profile_files import load_profile
@@ -103,7 +103,6 @@ READERS = {
     "measurements": outcomes.read_measurements,
     "efficiency": report.read_efficiency,
     "claims": claims.read,
-    "published": in_folder("main_results.csv", published.main_results),
     "profile": in_folder("own.yaml", lambda folder: load_profile(str(folder / "own.yaml"))),
     "manifest": in_folder(manifest.NAME, manifest.read),
     "folder's profile": in_folder(
