@@ -152,7 +152,8 @@ def _parts(
     for first, second in pairs:
         interval = results.compare(first, second, domain)
         bar, word = (-MARGIN, "no worse than") if kind == "no worse" else (0.0, "above")
-        p, notes = p_values(interval, domain.unit, bar, results.models), ()
+        p = p_values(interval, domain.unit, bar, results.models)
+        notes: tuple[str, ...] = ()
         if kind == "no worse" and p is not None:
             learned, notes = _sensitive(results, second.removesuffix("_paper"), domain)
             p = replace(p, above=max(p.above, learned), over=max(p.over, learned))
