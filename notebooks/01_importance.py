@@ -242,7 +242,7 @@ draw(method_figures.overlap_matrix(list(masks), analysis.overlaps(masks), chance
      "Masks of one model by several scores: " + "; ".join(f"{key}: {meant.get(key, '')}" for key in masks) + ".")
 compared = {row.method: row.value for row in results.overlap_rows(study, domain) if row.metric == "mask_overlap"}
 say("**Overlap, chance being " + f"{chance:.3f}: " + ", ".join(f"{key} {value:.3f}" for key, value in compared.items()) + ".**")
-weak = [key for key, value in compared.items() if stats.weak_overlap(key, value, chance)]
+weak = [key for key, value in compared.items() if value < stats.NEAR_CHANCE * chance]
 noisy = [text for key, text in (("orders", "two orders"), ("halves", "two halves")) if key in weak]
 say(f"Between {' and between '.join(noisy)} of the pairs the masks agree hardly better than random ones: the scores are mostly noise here, and "
     "more pairs would be needed." if noisy else

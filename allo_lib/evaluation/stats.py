@@ -175,16 +175,6 @@ NO_CHOICE = 0.02  # share of tokens, or of all but these, that is as good as non
 FAR_BELOW = 0.05  # accuracy that a stage lost, if it is twice its standard error too
 
 
-def weak_overlap(what: str, overlap: float, chance: float) -> str | None:
-    """Masks that should agree: `overlap` and that of two random ones, both in [0, 1]."""
-    if overlap >= NEAR_CHANCE * chance:
-        return None
-    return (
-        f"{what}: masks overlap {overlap:.3f}, hardly more than the {chance:.3f} of random ones; "
-        "the scores are mostly noise, give them more pairs"
-    )
-
-
 def arbitrary_mask(zeros: int, tied: int, tied_kept: int, kept: int, total: int) -> str | None:
     """`neurons.count_ties` of a mask that keeps `kept` of `total` entries."""
     if zeros > total - kept:

@@ -179,8 +179,6 @@ def weights(chosen):
 @pytest.mark.parametrize(
     ("told", "expected"),
     [
-        (stats.weak_overlap("two orders", 0.079, 0.0527), "two orders: masks overlap 0.079"),
-        (stats.weak_overlap("two orders", 0.08, 0.0527), None),
         (stats.arbitrary_mask(95, 95, 5, 10, 100), "95 of 100 scores are exactly 0"),
         (stats.arbitrary_mask(90, 1, 1, 10, 100), None),
         (stats.arbitrary_mask(0, 30, 6, 10, 100), "6 of 10 kept entries tie"),
