@@ -356,8 +356,8 @@ def labelled_grid(axis, values: np.ndarray, rows, columns, texts, light, **style
     for (row, column), value in np.ndenumerate(values):
         colour = GREY if np.isnan(value) else "black" if light[row, column] else "white"
         axis.text(column, row, texts[row][column], ha="center", va="center", color=colour, size=9)
-    axis.set_xticks(range(len(columns)), columns, rotation=35 * (max(map(len, columns)) > 5),
-                    ha="center")  # fmt: skip
+    slant = {"rotation": 35, "ha": "right", "rotation_mode": "anchor"}
+    axis.set_xticks(range(len(columns)), columns, **slant if max(map(len, columns)) > 5 else {})
     axis.set_yticks(range(len(rows)), rows)
     axis.spines[:].set_visible(False)
     return image
