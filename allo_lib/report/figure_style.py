@@ -31,7 +31,6 @@ VERDICT_STYLE = {
     "no difference": ("#0072B2", "D"),
     "undecided": (GREY, "s"),
 }
-_SIDES = (("#E69F00", "<"), ("#56B4E9", ">"), (GREY, "s"))  # below, above, around zero
 _STYLE = {
     "font.size": 10,
     "axes.titlesize": 10.5,
@@ -59,11 +58,6 @@ def subplots(rows: int = 1, columns: int = 1, size: tuple[float, float] = (6.4, 
 def method_colour(method: str) -> str:
     """The colour of a method by its name in `measurements.csv`, in whatever figure it stands."""
     return next(colour for begins, colour in _METHODS.items() if method.startswith(begins))
-
-
-def side_style(low: float, high: float) -> tuple[str, str]:
-    """Colour and marker by which side of zero an interval lies on; those of no verdict."""
-    return _SIDES[0 if high < 0 else 1 if low > 0 else 2]
 
 
 def row_names(axis, names) -> None:

@@ -21,7 +21,6 @@ from allo_lib.report.figure_style import (
     method_colour,
     row_names,
     save,
-    side_style,
     subplots,
 )
 
@@ -48,6 +47,7 @@ SHORT = {
 _PARTS = ("dpo_top10", "dpo_random10", "dpo_last10", "dpo")
 _PROTOCOLS = (("", "own best rate", "full"), ("_paper", "one rate for all", "none"),
               ("_long", "own best rate, as many updates as ALLO", "left"))  # fmt: skip
+_SIDES = (("#E69F00", "<"), ("#56B4E9", ">"), (GREY, "s"))  # below, above, around zero
 _SAME = "paper, same data"
 _PAPER_MARKERS = dict(zip(("paper", _SAME, *published.AVERAGES.values()), "DDDs^", strict=True))
 # By the figure's name, or what stands before the domain's.
@@ -279,7 +279,7 @@ def ablation_bars(
     for name, one in effects.items():
         if not isinstance(one, Interval):
             one = Interval(*one, kind="", seeds=(), n=0)
-        colour, marker = side_style(one.low, one.high)
+        colour, marker = _SIDES[0 if one.high < 0 else 1 if one.low > 0 else 2]
         lines.append(_line(published.arm_label(name), one, colour=colour, marker=marker))
     figure, axis = subplots(size=(8.0, 1.3 + 0.34 * len(lines)))
     forest(axis, lines)

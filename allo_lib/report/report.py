@@ -60,6 +60,7 @@ _ALONE = (
     "One SFT model decides nothing: no claim about methods has a verdict here, whatever its "
     "interval over problems. The numbers show that everything runs and what it gives."
 )
+_TOLD = ("commit", "dirty", "profile_hash", "size", "platform", "device", "python", "versions")
 _EFFICIENCY = {"variant", "device", "seconds_per_pair", "peak_bytes_above_model"}
 _GENERATOR = '<meta name="generator" content="allo_lib">'
 
@@ -234,37 +235,24 @@ def _profile(folder: Path, models: int | None) -> dict:
     """What the page shows of one results folder, pictures as paths."""
     models = models or models_of(folder)
     claims = claims_module.read(folder / "claims.csv")
-    ids = {claim.id for claim in claims}
-    cards = [
-        {"claim": claim, "parts": [c for c in claims if c.whole == claim.id != c.id]}
-        for claim in claims
-        if claim.effect is not None and (claim.whole == claim.id or claim.whole not in ids)
-    ]
     written = [_table(path) for path in sorted((folder / "tables").glob("*.md"))]
     first, groups = _main_figure(folder), {words: [] for words, _ in _GROUPS}
     for path in sorted((folder / "figures").glob("*.png")):
         if path != first:
             words = next(words for words, begins in _GROUPS if path.stem.startswith(begins))
             groups[words].append(_picture(path))
-    told = manifest.read(folder) or {}
     return {
         "name": folder.name,
         "anchor": _anchor(folder.name),
         "short": _in_short(claims, models),
         "provenance": _inline(_provenance(folder, models)),
         "devices": provenance.several_devices(manifest.noted(folder)["cells"]),
-        "facts": {
-            "commit": f"{told.get('commit')}{' (changed)' * bool(told.get('dirty'))}",
-            "settings": f"profile hash {told.get('profile_hash')}, size {told.get('size')}",
-            "machine": f"{told.get('platform')}, {told.get('device')}, Python {told.get('python')}",
-            **{name: version for name, version in sorted(told.get("versions", {}).items())},
-        },
+        "told": dict.fromkeys(_TOLD) | (manifest.read(folder) or {}),
         "files": [n for n in (outcomes.NAME, "measurements.csv", "claims.csv", manifest.NAME)
                   if (folder / n).exists()],
         "answers": answers(folder, claims),
         "first": first and _picture(first),
-        "cards": cards,
-        "missing": [c.id for c in claims if c.whole == c.id and c.effect is None],
+        "claims": claims,
         "disagreements": claims_module.protocol_disagreements(claims),
         "main": [table for table in written if table["name"].startswith("main_")],
         "tables": [table for table in written if not table["name"].startswith("main_")],

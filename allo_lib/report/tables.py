@@ -6,6 +6,7 @@ far as the results themselves can tell.
 """
 
 import math
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
@@ -86,19 +87,13 @@ def rank(column: Sequence[str]) -> list[str]:
 
     A cell counts by its leading number; cells without one are left alone.
     """
-    numbers = [_leading(cell) for cell in column]
+    found = [re.match(r"\d+\.\d+", cell) for cell in column]
+    numbers = [float(number[0]) if number else None for number in found]
     best = sorted({number for number in numbers if number is not None}, reverse=True)[:2]
     forms = dict(zip(best, ("**{}**", "<u>{}</u>"), strict=False))
     return [
         forms.get(number, "{}").format(cell) for number, cell in zip(numbers, column, strict=True)
     ]
-
-
-def _leading(cell: str) -> float | None:
-    try:
-        return float(cell.split(" ")[0])
-    except ValueError:
-        return None
 
 
 def plain(cell: object) -> object:
