@@ -20,11 +20,10 @@ from allo_lib import align_setup, allo, delta
 from allo_lib.align_setup import STAGES, TRAINED, AlignConfig, entries, put
 from allo_lib.data.preferences import SIDES
 from allo_lib.engine import models, rewriter
-from allo_lib.engine.checkpoints import Checkpoints
 from allo_lib.engine.forward import implicit_margins, layout_of, pair_logps
 from allo_lib.engine.reference import rows_hash, state_hash, with_reference
 from allo_lib.engine.store import Store, write_json
-from allo_lib.engine.trainer import Log, Schedule
+from allo_lib.engine.trainer import Checkpoints, Log, Schedule
 from allo_lib.errors import AlloError, Diverged
 from allo_lib.evaluation import stats
 from allo_lib.evaluation.stats import mean_and_error, mean_interval
