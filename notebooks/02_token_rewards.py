@@ -54,7 +54,7 @@ from allo_lib.engine.encoding import encode_response
 from allo_lib.evaluation import stats
 from allo_lib.method.tokens import unaligned_weights
 from allo_lib.profiles import methods
-from allo_lib.report import method_figures, warning_signs
+from allo_lib.report import method_figures
 from allo_lib.report.notebook import draw, percent, say, table
 from allo_lib.study import analysis, runs
 from allo_lib.study.study import Study
@@ -194,7 +194,7 @@ if study.domain(domain).kind == "miniature":
         f"{percent(grades[0]['found'])} of the wrong decisions (AUC {grades[0]['auc']:.2f}).**")
 else:
     say(f"**The threshold rule selects {percent(analysis.selected_share(study, domain, 'trained'))} of the rejected tokens.**")
-nothing = warning_signs.no_choice_of_tokens(study.forgetting_weights(domain, methods.stages_of("allo", study.profile)[0]))
+nothing = stats.no_choice_of_tokens(study.forgetting_weights(domain, methods.stages_of("allo", study.profile)[0]))
 if nothing:
     say(f"{nothing[0].upper()}{nothing[1:]}.")
 

@@ -47,7 +47,6 @@ from allo_lib.evaluation import claims, outcomes
 from allo_lib.evaluation.verdicts import RULE
 from allo_lib.report import report
 from allo_lib.report.notebook import say, table
-from allo_lib.report.row_comparisons import with_tags
 from allo_lib.study import results
 from allo_lib.study.study import Study
 
@@ -78,7 +77,7 @@ def pictures(*beginnings):
 whole = [claim for claim in verdicts if claim.id == claim.whole]  # its parts stand in the appendix
 answers = [(claim, *report.effect_text(claim)) for claim in whole]
 table([{"id": claim.id, "claim": claim.claim, "effect": effect, "95% interval": interval,
-        "verdict": with_tags(claim.verdict, claim.tags)} for claim, effect, interval in answers])
+        "verdict": claim.told} for claim, effect, interval in answers])
 counts = {verdict: [claim.id for claim in whole if claim.verdict == verdict] for verdict in
           ("supported", "contradicted", "no difference", "undecided")}
 say("**" + "; ".join(f"{verdict}: {', '.join(ids) or 'none'}" for verdict, ids in counts.items()) + ".**")

@@ -101,7 +101,7 @@ def rows(models=(0, 1, 2), domain="miniature"):
         for method, overlap in OVERLAP.items():
             value = overlap + rng.normal(0, 0.003)
             found.append(make(seed, method, domain, "mask_overlap", value, 0.0, 1))
-            found.append(make(seed, method, domain, "mask_overlap_chance", CHANCE, 0.0, 1))
+            found.append(make(seed, method, domain, outcomes.CHANCE_IN_TENSORS, CHANCE, 0.0, 1))
     return found
 
 

@@ -24,8 +24,6 @@ from itertools import pairwise
 from pathlib import Path
 
 from allo_lib.errors import AlloError
-from allo_lib.evaluation import published
-from allo_lib.evaluation.ablations import INVERTED, REWARD_MODELS
 from allo_lib.evaluation.comparisons import Domain, StudyResults, paper_effect
 from allo_lib.evaluation.outcomes import CHANCE_IN_TENSORS, REWARD, read_csv, write_csv
 from allo_lib.evaluation.stats import LEVEL, Interval, mean_interval
@@ -33,7 +31,6 @@ from allo_lib.evaluation.verdicts import (
     CONTRADICTED,
     MARGIN,
     POINTS,
-    UNDECIDED,
     Claim,
     PValues,
     corrected,
@@ -44,7 +41,27 @@ from allo_lib.evaluation.verdicts import (
 Pair = tuple[str, str]  # of methods: the first against the second
 Ends = tuple[float | None, float | None]  # of an interval
 
-COLUMNS = ("id", "claim", "effect", "ci_low", "ci_high", "unit", "verdict", "evidence")
+
+def _maybe(cell: str) -> float | None:
+    return float(cell) if cell else None
+
+
+# The columns of `claims.csv`, and how a cell of each is read.
+COLUMNS = {"id": str, "claim": str, "effect": _maybe, "ci_low": _maybe, "ci_high": _maybe,
+           "unit": str, "verdict": str, "evidence": str}  # fmt: skip
+# Row -> quality of its reward model and how figures name it, from the least trained on.
+REWARD_MODELS = {
+    "allo_rm_untrained": ("untrained", "untrained"),
+    "allo_rm_shuffled": ("shuffled", "shuffled targets"),
+    "allo_rm_sixteenth": ("sixteenth", "1/16 of the examples"),
+    "allo_rm_eighth": ("eighth", "1/8 of the examples"),
+    "allo_rm_early": ("early", "1/4 of the examples"),
+    "allo_rm_half": ("half", "1/2 of the examples"),
+    "allo": ("trained", "trained"),
+    "allo_rm_oracle": ("oracle", "oracle"),
+}
+# Forgetting on exactly the tokens that the rewriter would keep: a difference that must be seen.
+INVERTED = "allo_rm_inverted"
 BASELINES = ("sft", "rft", "rdpo", "ipo", "bco", "simpo", "npo", "ppo", "a2c")
 _OVERLAPS = ("orders", "halves", "estimators")
 _LOSS = (
@@ -86,13 +103,15 @@ _UNITS = {
 }
 _C10 = "ALLO costs less than full optimisation with a dense mask (time, peak memory, state)"
 _C10_UNIT = "ln(time of dense / time of ALLO)"
+_ALONE = "one SFT model decides nothing"
 
 
 @dataclass(frozen=True)
 class Part:
-    """One comparison inside a claim; `interval` and `p` are None when not measured.
+    """One comparison inside a claim that was measured, if `interval` is not None.
 
-    `key` names it behind the claim's id, `notes` are further sentences of its evidence.
+    `key` names it behind the claim's id, `notes` are further sentences of its evidence; `p` is None
+    where no verdict can rest on the interval.
     """
 
     key: str
@@ -103,64 +122,52 @@ class Part:
     notes: tuple[str, ...] = ()
 
 
-def compute(
-    results: StudyResults,
-    efficiency: Sequence[Mapping[str, str]] = (),
-    paper_dir: str | Path | None = None,
-) -> list[Claim]:
+def compute(results: StudyResults, efficiency: Sequence[Mapping[str, str]] = ()) -> list[Claim]:
     """All claims, each with the rows of its parts, for every domain of the results, corrected for
     many comparisons; C10 from the efficiency table."""
-    paper = published.main_results(paper_dir), published.empirical_study(paper_dir)
     claims = []
     for position, domain in enumerate(results.domains or [Domain("no domain", ())]):
         suffix = f":{domain.name}" if position else ""
         for number, text, kind, pairs in DECLARED:
-            parts, notes = _parts(number, kind, pairs, results, domain, paper)
-            unit = _UNITS.get(kind, domain.unit)
-            empty = Claim(number + suffix, text, None, None, None, unit, UNDECIDED, "")
+            parts, notes = _parts(number, kind, pairs, results, domain)
+            empty = Claim(number + suffix, text, unit=_UNITS.get(kind, domain.unit))
             claims += _rows(empty, domain, parts, notes, results.models)
     return corrected(claims + efficiency_claims(efficiency))
 
 
 def _parts(
-    number: str,
-    kind: str,
-    pairs: Sequence[Pair],
-    results: StudyResults,
-    domain: Domain,
-    paper: tuple[published.Table, published.Table],
+    number: str, kind: str, pairs: Sequence[Pair], results: StudyResults, domain: Domain
 ) -> tuple[list[Part], list[str]]:
     """The parts of a claim and what else its evidence should say."""
-    models = results.models
     if kind == "overlap":
         return [_overlap_part(results, name, domain) for name in _OVERLAPS], []
     if kind == "lower loss":
         ((first, second),) = pairs
         gap = results.loss_reduction(first, second, domain)
-        name = f"held-out loss of {second} minus {first}"
-        return [Part(second, name, gap, p_values(gap, "loss", models=models))], []
+        p = p_values(gap, _UNITS[kind], models=results.models)
+        return [Part(second, f"held-out loss of {second} minus {first}", gap, p)], []
     if number == "C9":
         return _reward_parts(results, domain)
-    parts, bar = [], -MARGIN if kind == "no worse" else 0.0
-    word = "above" if kind == "above" else "no worse than"
+    parts = []
     for first, second in pairs:
         interval = results.compare(first, second, domain)
-        p = p_values(interval, domain.unit, bar, models)
+        bar, word = (-MARGIN, "no worse than") if kind == "no worse" else (0.0, "above")
+        p = p_values(interval, domain.unit, bar, results.models)
         notes: tuple[str, ...] = ()
         if kind == "no worse" and p is not None:
             learned, notes = _sensitive(results, second.removesuffix("_paper"), domain)
             p = replace(p, above=max(p.above, learned), over=max(p.over, learned))
         if number == "C5" and interval is not None:
             notes = (_improvement(results, first, second, domain),)
-        effect = paper_effect(paper, first, second, domain)
-        parts.append(Part(second, f"{first} {word} {second}", interval, p, effect, notes))
+        paper = paper_effect(first, second, domain)
+        parts.append(Part(second, f"{first} {word} {second}", interval, p, paper, notes))
     if number == "C5" and (known := _measured(parts)):
         strongest, _ = min(known, key=lambda one: one[1].effect)
         return parts, [f"strongest baseline: {strongest.key}", *strongest.notes]
     if number != "C7":
         return parts, []
-    forgetting, caveat = parts[0], _assay(results, domain)[1]
-    parts[0] = replace(forgetting, notes=caveat)
+    _, caveat = _assay(results, domain)
+    parts[0] = replace(parts[0], notes=caveat)  # of forgetting
     return parts, [*caveat, *_mentions(results, [("allo", "allo_random_tokens")], domain)]
 
 
@@ -195,7 +202,7 @@ def _assay(results: StudyResults, domain: Domain) -> tuple[float, tuple[str, ...
     p = p_values(found, domain.unit, models=results.models) or PValues()
     if p.above < 1 - LEVEL:
         return p.above, ()
-    gap = "not run" if found is None else f"{_size(found.effect, domain.unit)} points"
+    gap = "not run" if found is None else f"{size(found.effect, domain.unit)} points"
     return p.above, (
         "planted check: ALLO is not shown to beat forgetting on the tokens that the rewriter would "
         f"keep ({INVERTED}: {gap}), so this assay is insensitive to the choice of tokens",
@@ -214,8 +221,8 @@ def _sensitive(
     p = p_values(learned, domain.unit, models=results.models) or PValues()
     if p.above < 1 - LEVEL:
         return p.above, ()
-    size = "" if learned is None else f" ({_size(learned.effect, domain.unit)} points)"
-    return p.above, (f"{reference} itself is not shown to beat the starting model{size}",)
+    gap = "" if learned is None else f" ({size(learned.effect, domain.unit)} points)"
+    return p.above, (f"{reference} itself is not shown to beat the starting model{gap}",)
 
 
 def _improvement(results: StudyResults, first: str, second: str, domain: Domain) -> str:
@@ -227,60 +234,57 @@ def _improvement(results: StudyResults, first: str, second: str, domain: Domain)
 
 
 def _overlap_part(results: StudyResults, name: str, domain: Domain) -> Part:
-    """Against chance within each tensor, where that was measured, else chance over all neurons."""
-    ways = {
-        CHANCE_IN_TENSORS: "of random masks as large in every tensor",
-        "mask_overlap_chance": "of random masks over all neurons (the global one)",
-    }
-    for metric in ways:
-        interval = results.metric_difference(name, ("mask_overlap", metric), domain.name)
-        if interval is not None:
-            break
-    told, notes = f"masks of two {name}, overlap minus chance", (f"chance: {ways[metric]}",)
-    p = p_values(interval, "overlap", models=results.models)
-    return Part(name, told, interval, p, notes=notes)
+    """Against chance within each tensor: masks that only agree on tensors are no more stable."""
+    interval = results.metric(name, "mask_overlap", domain.name, CHANCE_IN_TENSORS)
+    p = p_values(interval, _UNITS["overlap"], models=results.models)
+    note = "chance: of random masks as large in every tensor"
+    return Part(name, f"masks of two {name}, overlap minus chance", interval, p, notes=(note,))
+
+
+def _measured(parts: Sequence[Part]) -> list[tuple[Part, Interval]]:
+    return [(part, part.interval) for part in parts if part.interval is not None]
+
+
+# --- the rows of a claim, and its evidence in words ----------------------------------------------
 
 
 def _rows(
     claim: Claim, domain: Domain, parts: Sequence[Part], notes: Sequence[str], models: int
 ) -> list[Claim]:
     """The claim's row, and one a part where it has several and some were measured."""
-    measured = _measured(parts)
+    measured, unit = _measured(parts), claim.unit
     missing = [part.name for part in parts if part.interval is None]
     lost = f"not measured: {', '.join(missing)}" if missing else ""
     if not measured:
         return [replace(claim, evidence=lost)]
-    unit, where = claim.unit, f"on {domain.name} ({', '.join(domain.datasets)})"
+    where = f"on {domain.name} ({', '.join(domain.datasets)})"
     count = sum(interval.decides for _, interval in measured)
-    (part, interval), several = measured[0], len(parts) > 1
-    held = [_held(interval, count) for _, interval in measured] if several else []
-    told, paper = [_tell(part, interval, unit)], part.paper
-    low: float | None = None
-    high: float | None = None
-    if several:
-        told = [_ends(part.name, interval.effect, ends, unit)
+    if len(parts) == 1:
+        ((part, interval),) = measured
+        told, paper, held = [_tell(part, interval, unit)], part.paper, []
+    else:
+        held, paper = [_held(interval, count) for _, interval in measured], None
+        told = [_effect(part.name, interval.effect, ends, unit)
                 for (part, interval), ends in zip(measured, held, strict=True)]  # fmt: skip
-        told += ["one SFT model decides nothing"] * (len(interval.seeds) < 2)
-        paper = None
-    told += [*notes, where]
-    told += [*dict.fromkeys(_how(interval, models) for _, interval in measured), lost]
+        told += [_ALONE] * (len(measured[0][1].seeds) < 2)
+    ways = dict.fromkeys(_how(interval, models) for _, interval in measured)
+    low = high = None
     if count == len(measured):
         low = min(interval.low for _, interval in measured)
-        high = min([high for _, high in held if high is not None] or [interval.high])
-    found = [replace(
+        high = min([end for _, end in held if end is not None] or [measured[0][1].high])
+    rows = [replace(
         claim, effect=min(interval.effect for _, interval in measured), ci_low=low, ci_high=high,
-        evidence="; ".join(filter(None, told)), p=jointly([part.p for part in parts]), paper=paper,
+        evidence="; ".join(filter(None, [*told, *notes, where, *ways, lost])),
+        p=jointly([part.p for part in parts]), paper=paper,
     )]  # fmt: skip
     number, colon, name = claim.id.partition(":")
-    for (part, interval), (low, high) in zip(measured, held, strict=several):
-        evidence = "; ".join([_tell(part, interval, unit), where, _how(interval, models)])
-        found.append(Claim(f"{number}.{part.key}{colon}{name}", part.name, interval.effect, low,
-                           high, unit, UNDECIDED, evidence, part.p, part.paper))  # fmt: skip
-    return found
-
-
-def _measured(parts: Sequence[Part]) -> list[tuple[Part, Interval]]:
-    return [(part, part.interval) for part in parts if part.interval is not None]
+    for (part, interval), (low, high) in zip(measured, held, strict=bool(held)):
+        rows.append(Claim(
+            f"{number}.{part.key}{colon}{name}", part.name, interval.effect, low, high, unit,
+            evidence="; ".join([_tell(part, interval, unit), where, _how(interval, models)]),
+            p=part.p, paper=part.paper,
+        ))  # fmt: skip
+    return rows
 
 
 def _held(interval: Interval, count: int) -> Ends:
@@ -291,26 +295,23 @@ def _held(interval: Interval, count: int) -> Ends:
     return low, high
 
 
-def _ends(name: str, effect: float, ends: Ends, unit: str) -> str:
+def _effect(name: str, effect: float, ends: Ends, unit: str) -> str:
     """One part in words: its effect and interval."""
-    words = f"{name}: {_size(effect, unit)}"
-    known = [_size(end, unit) for end in ends if end is not None]
-    if known:
-        words += f" [{', '.join(known)}]"
+    known = ", ".join(size(end, unit) for end in ends if end is not None)
+    words = f"{name}: {size(effect, unit)}" + (f" [{known}]" if known else "")
     return words + " points" * (unit in POINTS)
 
 
 def _tell(part: Part, interval: Interval, unit: str) -> str:
     """One part in words: effect, 95% interval, each model's effect, and the paper's."""
     ends = (interval.low, interval.high) if interval.defined else (None, None)
-    words = _ends(part.name, interval.effect, ends, unit)
+    details = [_ALONE]
     if len(interval.by_seed) > 1:
-        each = ", ".join(_size(effect, unit) for effect in interval.by_seed)
-        details = [f"by model {each}", f"SD {_size(interval.seed_sd, unit).lstrip('+')}"]
-    else:
-        details = ["one SFT model decides nothing"]
-    details += [] if part.paper is None else [f"paper {_size(part.paper, unit)}"]
-    return f"{words} ({'; '.join([*details, *filter(None, part.notes)])})"
+        each = ", ".join(size(effect, unit) for effect in interval.by_seed)
+        details = [f"by model {each}", f"SD {size(interval.seed_sd, unit).lstrip('+')}"]
+    details += [] if part.paper is None else [f"paper {size(part.paper, unit)}"]
+    words = "; ".join([*details, *filter(None, part.notes)])
+    return f"{_effect(part.name, interval.effect, ends, unit)} ({words})"
 
 
 def _how(interval: Interval, models: int) -> str:
@@ -324,15 +325,15 @@ def _how(interval: Interval, models: int) -> str:
 
 def _mentions(results: StudyResults, pairs: Sequence[Pair], domain: Domain) -> list[str]:
     """Comparisons beside those of a claim, in words."""
-    found = [(*pair, results.compare(*pair, domain)) for pair in pairs]
     return [
-        "also " + _ends(f"{first} against {second}", gap.effect, (gap.low, gap.high), domain.unit)
-        for first, second, gap in found
-        if gap is not None
+        "also " + _effect(f"{first} against {second}", gap.effect, (gap.low, gap.high), domain.unit)
+        for first, second in pairs
+        if (gap := results.compare(first, second, domain)) is not None
     ]
 
 
-def _size(value: float, unit: str) -> str:
+def size(value: float, unit: str) -> str:
+    """An effect as text: in points where the unit is told in points."""
     return f"{100 * value:+z.2f}" if unit in POINTS else f"{value:+z.4f}"
 
 
@@ -341,8 +342,8 @@ def protocol_disagreements(claims: Sequence[Claim]) -> list[str]:
     by_id = {claim.id: claim for claim in claims}
     sentences = []
     for name, fair in by_id.items():
-        number, _, domain = name.partition(":")
-        other = by_id.get(f"{number}p" + (f":{domain}" if domain else ""))
+        number, colon, domain = name.partition(":")
+        other = by_id.get(f"{number}p{colon}{domain}")
         if other is not None and other.verdict != fair.verdict:
             sentences.append(
                 f"{name} is {fair.verdict} when each arm has its own best learning rate, "
@@ -360,15 +361,7 @@ def write(path: str | Path, claims: Iterable[Claim]) -> None:
 
 def read(path: str | Path) -> list[Claim]:
     """The rows of a `claims.csv`; AlloError when it is missing, no text, or no such table."""
-    claims = []
-    for where, cells in read_csv(path, COLUMNS, "run notebook 06_evaluation first"):
-        try:
-            effect, low, high = (float(cell) if cell else None for cell in cells[2:5])
-        except ValueError as error:
-            raise AlloError(f"{where} has a cell that is not a number ({error})"[:200]) from None
-        (name, text), (unit, verdict, evidence) = cells[:2], cells[5:]
-        claims.append(Claim(name, text, effect, low, high, unit, verdict, evidence))
-    return claims
+    return [Claim(*cells) for cells in read_csv(path, COLUMNS, "run notebook 06_evaluation first")]
 
 
 # --- C10, what ALLO costs -------------------------------------------------------------------------
@@ -382,38 +375,36 @@ def efficiency_claims(table: Sequence[Mapping[str, str]]) -> list[Claim]:
     compared with the first of the other; one process of each decides nothing of time.
     To support the claim ALLO must also take less peak memory and less optimizer state.
     """
-    by_device: dict[str, dict[str, Mapping[str, str]]] = {}
-    for row in table:
-        by_device.setdefault(row["device"], {})[row["variant"]] = row
+    devices = dict.fromkeys(row["device"] for row in table)
+    rows = {(row["device"], row["variant"]): row for row in table}
     claims: list[Claim] = []
-    for device, variants in by_device.items():
-        if {"allo_scalar", "dense_masked"} <= set(variants):
-            suffix = f":{device}" if claims else ""
-            claims.append(_efficiency_claim(device, variants, suffix))
+    for device in devices:
+        pair = [rows.get((device, variant), {}) for variant in ("dense_masked", "allo_scalar")]
+        if all(pair):
+            try:
+                claims.append(_cost(f"C10:{device}" if claims else "C10", device, *pair))
+            except (ValueError, ArithmeticError) as error:
+                raise AlloError(f"efficiency table, {device}: {error}; measure it again") from None
     text = "not measured: allo_scalar and dense_masked on one device"
-    return claims or [Claim("C10", _C10, None, None, None, _C10_UNIT, UNDECIDED, text)]
+    return claims or [Claim("C10", _C10, unit=_C10_UNIT, evidence=text)]
 
 
-def _efficiency_claim(device: str, variants: Mapping[str, Mapping[str, str]], suffix: str) -> Claim:
-    ours, dense = variants["allo_scalar"], variants["dense_masked"]
-    seconds = [_number(row, "seconds_per_pair") for row in (dense, ours)]
-    each = [_each(row) for row in (dense, ours)]
-    if not all(time > 0 or math.isnan(time) for time in (*seconds, *each[0], *each[1])):
-        raise AlloError(
-            f"efficiency table, {device} has a time that is not above 0: measure it again"
-        )
-    words = [f"on {device}: time of allo_scalar over dense_masked {seconds[1] / seconds[0]:.3f}"]
-    lasting = []  # whether ALLO takes less of what is no matter of chance; None where unknown
-    for column, name in (
-        ("peak_bytes_above_model", "peak memory"),
-        ("state_bytes_per_parameter", "optimizer state"),
-    ):
-        pair = [_number(row, column) for row in (ours, dense)]
-        known = not any(map(math.isnan, pair)) and pair[1] > 0
-        words.append(f"{name} {pair[0] / pair[1]:.3f}" if known else f"{name} not measured")
-        lasting.append(pair[0] < pair[1] if known else None)
-    claim = Claim(f"C10{suffix}", _C10, math.log(seconds[0] / seconds[1]), None, None, _C10_UNIT,
-                  UNDECIDED, "")  # fmt: skip
+def _cost(name: str, device: str, dense: Mapping[str, str], ours: Mapping[str, str]) -> Claim:
+    """C10 on one device; ValueError or ArithmeticError for what cannot be a measurement."""
+    columns = ("seconds_per_pair", "seconds_per_pair_each", "peak_bytes_above_model",
+               "state_bytes_per_parameter")  # fmt: skip
+    once, each, *lasting = (
+        [[float(number) for number in (row.get(column) or "").split()] for row in (dense, ours)]
+        for column in columns
+    )
+    (seconds,), (own,) = once
+    words = [f"on {device}: time of allo_scalar over dense_masked {own / seconds:.3f}"]
+    less = []  # whether ALLO takes less of what is no matter of chance; None where unknown
+    for pair, what in zip(lasting, ("peak memory", "optimizer state"), strict=True):
+        known = [other[0] / one[0] for one, other in [pair] if one and other]
+        words.append(f"{what} {known[0]:.3f}" if known else f"{what} not measured")
+        less.append(known[0] < 1 if known else None)
+    claim = Claim(name, _C10, math.log(seconds / own), unit=_C10_UNIT)
     if len(each[0]) == len(each[1]) > 1:
         ratios = [math.log(first / second) for first, second in zip(*each, strict=True)]
         found = mean_interval(dict(enumerate(ratios)))
@@ -423,27 +414,8 @@ def _efficiency_claim(device: str, variants: Mapping[str, Mapping[str, str]], su
             claim = replace(claim, ci_low=found.low, ci_high=found.high)
     else:
         words.append("one process of each, which tells no spread")
-    if False in lasting:
+    if False in less:
         claim = replace(claim, verdict=CONTRADICTED, p=None)
-    elif None in lasting and claim.p is not None:
+    elif None in less and claim.p is not None:
         claim = replace(claim, p=replace(claim.p, above=1.0))
     return replace(claim, evidence=", ".join(words))
-
-
-def _each(row: Mapping[str, str]) -> list[float]:
-    """The seconds a pair of each process, in the order in which they ran."""
-    cell = row.get("seconds_per_pair_each") or ""
-    try:
-        return [float(text) for text in cell.split()]
-    except ValueError:
-        raise AlloError(
-            f"efficiency table, seconds_per_pair_each is {cell[:80]!r}: expected numbers"
-        ) from None
-
-
-def _number(row: Mapping[str, str], column: str) -> float:
-    cell = row.get(column)
-    try:
-        return float(cell) if cell not in (None, "") else math.nan
-    except ValueError:
-        raise AlloError(f"efficiency table, {column} is {cell!r}: expected a number") from None

@@ -21,10 +21,10 @@ from allo_lib.evaluation.stats import Interval, mean_and_error, mean_interval
 
 # Rows of measurements by (seed, method, dataset, metric).
 Index = Mapping[tuple[int, str, str, str], Measurement]
-# (model, data set) -> method -> values [problems, replicates], NaN where a replicate was not run.
-Cells = dict[tuple[int, str], dict[str, np.ndarray]]
+Estimate = tuple[float, float, int]  # value, standard error, number of problems
 
 WIN = "win_"
+_LOSS = "loss_"
 # The first domain has the plain ids of the claims; domains of a user's own come after these.
 _DOMAINS = ("miniature", "questions", "maths", "helpfulness")
 _DATASETS = (*published.QUESTIONS, *published.MATHS, *published.INSTRUCTIONS)
@@ -51,6 +51,11 @@ class Domain:
         """The metric of a method's own score."""
         return "win_rate" if self.prefix == WIN else f"{self.prefix}accuracy"
 
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Those of its tables: its data sets, and their mean where there are several."""
+        return (*self.datasets, AVERAGE) if len(self.datasets) > 1 else self.datasets
+
     def only(self, dataset: str) -> "Domain":
         """The domain with one data set of it; with all for `average`."""
         return self if dataset == AVERAGE else replace(self, datasets=(dataset,))
@@ -66,11 +71,6 @@ NOBODY = "no judge was named"
 def index_of(rows: Iterable[Measurement]) -> Index:
     """Rows by (seed, method, dataset, metric)."""
     return {(row.seed, row.method, row.dataset, row.metric): row for row in rows}
-
-
-def columns_of(domain: Domain) -> list[str]:
-    """The columns of the domain's tables: its data sets, and their mean where there are several."""
-    return [*domain.datasets, AVERAGE] if len(domain.datasets) > 1 else list(domain.datasets)
 
 
 class StudyResults:
@@ -90,13 +90,15 @@ class StudyResults:
         self.left_out = sorted(seed for seed in known if seed >= models)
         self.index = index_of(row for row in rows if row.seed < models)
         table = table[table["model"] < models]
-        answered = table["margin"].isna()
-        self._right = _cells(table[answered], lambda part: part["right"])
-        self._ranked = _cells(table[~answered], lambda part: part["right"])
-        self._losses = _cells(
-            table[~answered], lambda part: np.logaddexp(0, -part["margin"].astype(float))
-        )
-        self._known: dict[tuple[str, str, Domain, bool], Interval | None] = {}
+        pairs = table[table["margin"].notna()]
+        losses = pairs.assign(right=np.logaddexp(0, -pairs["margin"].astype(float)))
+        # Prefix -> (domain, data set, model) -> method -> outcomes [problems, replicates].
+        self._outcomes = {
+            "": _by_place(table[table["margin"].isna()]),
+            REWARD: _by_place(pairs),
+            _LOSS: _by_place(losses),
+        }
+        self._compared: dict[tuple[Domain, str, str, bool], Interval | None] = {}
 
     @classmethod
     def load(cls, folder: str | Path, models: int = 1) -> "StudyResults":
@@ -111,13 +113,16 @@ class StudyResults:
     @cached_property
     def domains(self) -> list[Domain]:
         """The domains with outcomes, and instructions where replies to any were written."""
-        found = []
-        for name in _in_order({*self._right, *self._ranked}, _DOMAINS):
-            if name in self._right:
-                sets = {dataset for _, dataset in self._right[name]}
-                found.append(Domain(name, tuple(_in_order(sets, _DATASETS))))
-            else:
-                found.append(Domain(name, (name,), REWARD))
+        answered: dict[str, set[str]] = {}
+        for name, dataset, _ in self._outcomes[""]:
+            answered.setdefault(name, set()).add(dataset)
+        found = [
+            Domain(name, tuple(_in_order(answered[name], _DATASETS)))
+            if name in answered
+            else Domain(name, (name,), REWARD)
+            for name in _in_order({*answered, *(name for name, *_ in self._outcomes[REWARD])},
+                                  _DOMAINS)
+        ]  # fmt: skip
         named = {dataset for _, _, dataset, _ in self.index}
         if replied := tuple(name for name in INSTRUCTIONS.datasets if name in named):
             found.append(replace(INSTRUCTIONS, datasets=replied))
@@ -126,27 +131,20 @@ class StudyResults:
     @cached_property
     def methods(self) -> set[str]:
         """Every method of which anything was measured."""
-        cells = [*self._right.values(), *self._ranked.values()]
-        found = {method for of_domain in cells for cell in of_domain.values() for method in cell}
-        return found | {method for _, method, *_ in self.index}
+        places = [place for places in self._outcomes.values() for place in places.values()]
+        return {name for place in places for name in place} | {name for _, name, *_ in self.index}
 
     def datasets_of(self, method: str, domain: Domain) -> list[str]:
         """The domain's data sets on which any model has a score of the method."""
-        if domain.prefix == WIN:
-            had = {key[2] for key in self.index if key[1::2] == (method, domain.metric)}
-        else:
-            had = {name for (_, name), cell in self._cells(domain).items() if method in cell}
-        return [name for name in domain.datasets if name in had]
+        had = self._wins if domain.prefix == WIN else self._sides
+        return [
+            name for name in domain.datasets
+            if any(had(model, domain.only(name), method) for model in self.seeds)
+        ]  # fmt: skip
 
     def score(self, method: str, domain: Domain) -> Interval | None:
         """A method's own score, a fraction; None where no model has it on all data sets."""
-        if domain.prefix == WIN:
-            found = self._win_rates(method, domain)
-        else:
-            found = {model: (*mean_and_error(groups), sum(map(len, groups)))
-                     for model in self.seeds
-                     if (groups := self._groups(model, method, domain))}  # fmt: skip
-        return _interval_of(found, 0.0, 1.0)
+        return self._interval(lambda model: self._score(model, domain, method), 0.0, 1.0)
 
     def compare(
         self, first: str, second: str, domain: Domain, *, relative: bool = False
@@ -157,23 +155,114 @@ class StudyResults:
         mean over them, as the paper does; models on which that is 0 are left out. Win rates are
         compared as if they were independent.
         """
-        key = first, second, domain, relative
-        if key not in self._known:  # claims, tables and figures ask for the same pairs
-            if domain.prefix == WIN:
-                found = self._win_gaps(*key)
-            else:
-                found = {model: gap for model in self.seeds if (gap := self._gap(model, *key))}
+        key = domain, first, second, relative
+        if key not in self._compared:  # claims, tables and figures ask for the same pairs
+            gap = self._win_gap if domain.prefix == WIN else self._gap
             # Scores differ by 1 at most, and fall by all at most.
             most = math.inf if relative else 1.0
-            self._known[key] = _interval_of(found, -1.0, most)
-        return self._known[key]
+            self._compared[key] = self._interval(lambda model: gap(model, *key), -1.0, most)
+        return self._compared[key]
+
+    def loss_reduction(self, first: str, second: str, domain: Domain) -> Interval | None:
+        """Held-out DPO loss of the second method minus that of the first, pair by pair."""
+        losses = Domain(domain.name, (domain.name,), _LOSS)
+
+        def reduction(model: int) -> Estimate | None:
+            gaps = [theirs - ours for ours, theirs in self._means(model, losses, first, second)]
+            return (*mean_and_error(gaps), len(gaps[0])) if gaps else None
+
+        return self._interval(reduction)
+
+    def improvement(self, first: str, second: str, domain: Domain) -> Interval | None:
+        """The chance that a run of the first method is better than one of the second.
+
+        Agarwal et al. 2021 (arXiv 2108.13264, `probability_of_improvement` of rliable): the mean
+        over data sets and pairs of runs of 1 where it is better, 1/2 where they are equal; here of
+        runs from one SFT model, whose mean over models has the interval.
+        """
+
+        def chance(model: int) -> Estimate | None:
+            ours, theirs = (self._runs(model, domain, method) for method in (first, second))
+            if not ours or not theirs:
+                return None
+            sides = zip(ours, theirs, strict=True)
+            won = [np.mean((a[:, None] > b) + (a[:, None] == b) / 2) for a, b in sides]
+            return float(np.mean(won)), 0.0, 0
+
+        return self._interval(chance, 0.0, 1.0)
+
+    def runs(self, method: str, domain: Domain) -> list[float]:
+        """The score of each run (model, replicate), the mean over the domain's data sets."""
+        sides = [self._runs(model, domain, method) for model in self.seeds]
+        return [float(value) for side in sides if side for value in np.mean(side, axis=0)]
+
+    def trend(self, ranks: Mapping[str, int], own: str, domain: Domain) -> Interval | None:
+        """The rise in score from the lowest to the highest rank, by a straight line.
+
+        Least squares, model by model, over the differences to `own`, on the same problems. None
+        with fewer than three methods, or one that was not compared with `own` on the same models.
+        """
+        gaps = {name: self.compare(name, own, domain) for name in ranks if name != own}
+        known = [gap for gap in gaps.values() if gap is not None]
+        if own not in ranks or len(known) < max(2, len(gaps)) or len(set(ranks.values())) < 2:
+            return None
+        if len({gap.seeds for gap in known}) > 1:
+            return None
+        places = np.unique([*ranks.values()], return_inverse=True)[1]
+        slopes = (places - places.mean()) / places.var() / len(places) * places.max()
+        weights = np.array([w for name, w in zip(ranks, slopes, strict=True) if name != own])
+        values = weights @ [gap.by_seed for gap in known]
+        errors = np.hypot.reduce(weights[:, None] * [gap.errors for gap in known])
+        seeds = known[0].seeds
+        return mean_interval(
+            dict(zip(seeds, values, strict=True)), dict(zip(seeds, errors, strict=True)), known[0].n
+        )
+
+    def metric(
+        self, method: str, metric: str, place: str, minus: str | None = None
+    ) -> Interval | None:
+        """The mean of a metric over models, or of what it is above the metric `minus`; None where
+        it was not measured. `place` is a data set or a domain's name."""
+
+        def value(model: int) -> Estimate | None:
+            row, other = (
+                self.index.get((model, method, place, name or "")) for name in (metric, minus)
+            )
+            if row is None or (minus and other is None):
+                return None
+            return (row.value - other.value, 0.0, 0) if other else (row.value, row.stderr, row.n)
+
+        return self._interval(value)
+
+    def _interval(
+        self,
+        of_model: Callable[[int], Estimate | None],
+        least: float = -math.inf,
+        most: float = math.inf,
+    ) -> Interval | None:
+        """The mean over models, cut to where it can lie; None where none has a value."""
+        found = {model: one for model in self.seeds if (one := of_model(model))}
+        if not found:
+            return None
+        values, errors = ({model: one[place] for model, one in found.items()} for place in (0, 1))
+        n = sum(count for _, _, count in found.values())
+        return mean_interval(values, errors, n).within(least, most)
+
+    def _score(self, model: int, domain: Domain, method: str) -> Estimate | None:
+        if domain.prefix == WIN:
+            rows = self._wins(model, domain, method)
+            if not rows:
+                return None
+            error = math.hypot(*(row.stderr for row in rows)) / len(rows)
+            return sum(row.value for row in rows) / len(rows), error, sum(row.n for row in rows)
+        groups = [values for (values,) in self._means(model, domain, method)]
+        return (*mean_and_error(groups), sum(map(len, groups))) if groups else None
 
     def _gap(
-        self, model: int, first: str, second: str, domain: Domain, relative: bool
-    ) -> tuple[float, float, int] | None:
-        """(difference, standard error, n) on one model; None where it lacks a side."""
-        groups = _common(self._cells(domain), model, first, second, domain.datasets)
-        if groups is None:
+        self, model: int, domain: Domain, first: str, second: str, relative: bool
+    ) -> Estimate | None:
+        groups = self._means(model, domain, first, second)
+        if not groups:
             return None
         gaps = [ours - theirs for ours, theirs in groups]
         (gap, error), n = mean_and_error(gaps, (1.0, -1.0)), sum(map(len, gaps))
@@ -187,161 +276,62 @@ class StudyResults:
         rest = [one - ratio * theirs for one, (_, theirs) in zip(gaps, groups, strict=True)]
         return ratio, mean_and_error(rest, (1.0, -1.0 - ratio))[1] / base, n
 
-    def _win_gaps(
-        self, first: str, second: str, domain: Domain, relative: bool
-    ) -> dict[int, tuple[float, float, int]]:
-        ours, theirs = (self._win_rates(method, domain) for method in (first, second))
-        found = {}
-        for seed in [seed for seed in ours if seed in theirs]:
-            (value, error, n), (base, other, _) = ours[seed], theirs[seed]
-            if not relative:
-                found[seed] = value - base, math.hypot(error, other), n
-            elif base:
-                change = math.hypot(error, value / base * other) / base
-                found[seed] = value / base - 1, change, n
-        return found
+    def _win_gap(
+        self, model: int, domain: Domain, first: str, second: str, relative: bool
+    ) -> Estimate | None:
+        ours, theirs = (self._score(model, domain, method) for method in (first, second))
+        if ours is None or theirs is None:
+            return None
+        (value, error, n), (base, other, _) = ours, theirs
+        if not relative:
+            return value - base, math.hypot(error, other), n
+        return (
+            (value / base - 1, math.hypot(error, value / base * other) / base, n) if base else None
+        )
 
-    def loss_reduction(self, first: str, second: str, domain: Domain) -> Interval | None:
-        """Held-out DPO loss of the second method minus that of the first, pair by pair."""
-        found, cells = {}, self._losses.get(domain.name, {})
-        for model in self.seeds:
-            groups = _common(cells, model, first, second, (domain.name,))
-            if groups is not None:
-                ((ours, theirs),) = groups
-                found[model] = *mean_and_error([theirs - ours]), len(ours)
-        return _interval_of(found)
-
-    def improvement(self, first: str, second: str, domain: Domain) -> Interval | None:
-        """The chance that a run of the first method is better than one of the second.
-
-        Agarwal et al. 2021 (arXiv 2108.13264, `probability_of_improvement` of rliable): the mean
-        over data sets and pairs of runs of 1 where it is better, 1/2 where they are equal; here of
-        runs from one SFT model, whose mean over models has the interval.
-        """
-        values = {}
-        for model in self.seeds:
-            sides = [self._runs(model, method, domain) for method in (first, second)]
-            if all(sides):
-                won = [
-                    np.mean((a[:, None] > b) + (a[:, None] == b) / 2)
-                    for a, b in zip(*sides, strict=True)
-                ]
-                values[model] = float(np.mean(won))
-        return mean_interval(values).within(0.0, 1.0) if values else None
-
-    def runs(self, method: str, domain: Domain) -> list[float]:
-        """The score of each run (model, replicate), the mean over the domain's data sets."""
-        sides = [self._runs(model, method, domain) for model in self.seeds]
-        return [float(value) for side in sides if side for value in np.mean(side, axis=0)]
-
-    def _runs(self, model: int, method: str, domain: Domain) -> list[np.ndarray]:
+    def _runs(self, model: int, domain: Domain, method: str) -> list[np.ndarray]:
         """A run's score each, [replicates], by data set; empty where one is missing."""
         if domain.prefix == WIN:
-            return [np.array([row.value]) for row in self._wins(model, method, domain)]
-        scores = [values.mean(axis=0) for values in self._values(model, method, domain)]
+            return [np.array([row.value]) for row in self._wins(model, domain, method)]
+        scores = [values.mean(axis=0) for (values,) in self._sides(model, domain, method)]
         return [score[~np.isnan(score)] for score in scores]
 
-    def trend(self, ranks: Mapping[str, int], own: str, domain: Domain) -> Interval | None:
-        """The rise in score from the lowest to the highest rank, by a straight line.
-
-        Least squares, model by model, over the differences to `own`, on the same problems. None
-        with fewer than three methods, or one that was not compared with `own` on the same models.
-        """
-        compared = {name: self.compare(name, own, domain) for name in ranks if name != own}
-        gaps = {name: gap for name, gap in compared.items() if gap is not None}
-        if len(gaps) < 2 or own not in ranks or len(gaps) < len(compared):
-            return None
-        seeds = {gap.seeds for gap in gaps.values()}
-        levels = sorted(set(ranks.values()))
-        places = {name: levels.index(rank) for name, rank in ranks.items()}
-        mean = sum(places.values()) / len(places)
-        spread = sum((place - mean) ** 2 for place in places.values())
-        if len(seeds) > 1 or not spread:
-            return None
-        weights = {name: (places[name] - mean) / spread * (len(levels) - 1) for name in gaps}
-        values, errors = {}, {}
-        for i, seed in enumerate(next(iter(seeds))):
-            values[seed] = sum(weights[name] * gap.by_seed[i] for name, gap in gaps.items())
-            parts = (weights[name] * gap.errors[i] for name, gap in gaps.items())
-            errors[seed] = math.hypot(*parts)
-        return mean_interval(values, errors, next(iter(gaps.values())).n)
-
-    def metric(self, method: str, metric: str, place: str) -> dict[int, Measurement]:
-        """The measurements of one metric, by seed; `place` is a data set or a domain's name."""
-        rows = {seed: self.index.get((seed, method, place, metric)) for seed in self.seeds}
-        return {seed: row for seed, row in rows.items() if row}
-
-    def metric_interval(self, method: str, metric: str, place: str) -> Interval | None:
-        """The mean of a metric over models; None where it was not measured."""
-        found = self.metric(method, metric, place)
-        return _interval_of({seed: (r.value, r.stderr, r.n) for seed, r in found.items()})
-
-    def metric_difference(
-        self, method: str, metrics: tuple[str, str], place: str
-    ) -> Interval | None:
-        """The first minus the second metric of a method, by seed; None where no seed has both."""
-        ours, theirs = (self.metric(method, metric, place) for metric in metrics)
-        values = {
-            seed: row.value - theirs[seed].value for seed, row in ours.items() if seed in theirs
-        }
-        return mean_interval(values) if values else None
-
-    def _win_rates(self, method: str, domain: Domain) -> dict[int, tuple[float, float, int]]:
-        """(value, standard error, n) of the mean win rate over the data sets, by seed."""
-        found = {}
-        for seed in self.seeds:
-            if rows := self._wins(seed, method, domain):
-                error = math.hypot(*(row.stderr for row in rows)) / len(rows)
-                value = sum(row.value for row in rows) / len(rows)
-                found[seed] = value, error, sum(row.n for row in rows)
-        return found
-
-    def _wins(self, model: int, method: str, domain: Domain) -> list[Measurement]:
+    def _wins(self, model: int, domain: Domain, method: str) -> list[Measurement]:
         """The win rates on every data set; none where one is missing."""
         keys = [(model, method, name, domain.metric) for name in domain.datasets]
         return [self.index[key] for key in keys] if all(key in self.index for key in keys) else []
 
-    def _cells(self, domain: Domain) -> Cells:
-        table = self._ranked if domain.prefix == REWARD else self._right
-        return table.get(domain.name, {})
+    def _means(self, model: int, domain: Domain, *methods: str) -> list[tuple[np.ndarray, ...]]:
+        """Of every data set the methods' outcomes, [problems] each: means over the replicates that
+        all of them have; empty where there are none on a data set."""
+        found = []
+        for values in self._sides(model, domain, *methods):
+            shared = ~np.isnan(sum(values)).any(axis=0)
+            if not shared.any():
+                return []
+            found.append(tuple(one[:, shared].mean(axis=1) for one in values))
+        return found
 
-    def _values(self, model: int, method: str, domain: Domain) -> list[np.ndarray]:
-        """Outcomes, [problems, replicates], by data set; empty where one is missing."""
-        cells = [self._cells(domain).get((model, name), {}) for name in domain.datasets]
-        return [cell[method] for cell in cells] if all(method in cell for cell in cells) else []
-
-    def _groups(self, model: int, method: str, domain: Domain) -> list[np.ndarray]:
-        """Means over replicates, [problems], by data set; empty where one is missing."""
-        return [np.nanmean(values, axis=1) for values in self._values(model, method, domain)]
-
-
-def _common(
-    cells: Cells, model: int, first: str, second: str, datasets: Iterable[str]
-) -> list[tuple[np.ndarray, np.ndarray]] | None:
-    """Of every data set both methods' values, [problems], means over the replicates of both."""
-    found = []
-    for dataset in datasets:
-        ours, theirs = (cells.get((model, dataset), {}).get(m) for m in (first, second))
-        if ours is None or theirs is None:
-            return None
-        both = ~np.isnan(ours + theirs).any(axis=0)
-        if not both.any():
-            return None
-        found.append((ours[:, both].mean(axis=1), theirs[:, both].mean(axis=1)))
-    return found
+    def _sides(self, model: int, domain: Domain, *methods: str) -> list[tuple[np.ndarray, ...]]:
+        """Of every data set the methods' outcomes, [problems, replicates] each; empty where one is
+        missing."""
+        known = self._outcomes[domain.prefix]
+        places = [known.get((domain.name, name, model), {}) for name in domain.datasets]
+        if any(method not in place for place in places for method in methods):
+            return []
+        return [tuple(place[method] for method in methods) for place in places]
 
 
-def _cells(table: pd.DataFrame, value: Callable[[pd.DataFrame], pd.Series]) -> dict[str, Cells]:
-    """Domain -> cells of the rows' values."""
-    found: dict[str, Cells] = {}
-    places = table.groupby(["domain", "model", "dataset"], observed=True)
-    for (domain, model, dataset), part in places:
+def _by_place(table: pd.DataFrame) -> dict[tuple[str, str, int], dict[str, np.ndarray]]:
+    """(domain, data set, model) -> method -> `right` [problems, replicates], NaN where not run."""
+    found = {}
+    for place, part in table.groupby(["domain", "dataset", "model"], observed=True):
         method, methods = pd.factorize(part["method"])
         problem, problems = pd.factorize(part["problem"])
         replicate = part["replicate"].to_numpy()
         values = np.full((len(methods), len(problems), replicate.max() + 1), np.nan)
-        values[method, problem, replicate] = value(part)
-        found.setdefault(domain, {})[int(model), dataset] = dict(zip(methods, values, strict=True))
+        values[method, problem, replicate] = part["right"]
+        found[place] = dict(zip(methods, values, strict=True))
     return found
 
 
@@ -352,29 +342,18 @@ def _in_order(names: Iterable[str], known: tuple[str, ...]) -> list[str]:
     )
 
 
-def _interval_of(
-    found: Mapping[int, tuple[float, float, int]], least: float = -math.inf, most: float = math.inf
-) -> Interval | None:
-    """The mean of (value, standard error, n) a seed, cut to where it can lie; None without any."""
-    if not found:
-        return None
-    values, errors = ({seed: one[place] for seed, one in found.items()} for place in (0, 1))
-    n = sum(count for _, _, count in found.values())
-    return mean_interval(values, errors, n).within(least, most)
-
-
-def paper_effect(
-    paper: tuple[published.Table, published.Table], first: str, second: str, domain: Domain
-) -> float | None:
-    """The paper's effect on the same data sets; for data sets of ours on all eight of its
-    questions and maths. `paper` holds its main results and its empirical study."""
-    main, empirical = paper
-    first, second = first.removesuffix("_paper"), second.removesuffix("_paper")
-    own = [name for name in domain.datasets if name in _DATASETS]
-    answered = not own and not domain.prefix
-    datasets = published.QUESTIONS + published.MATHS if answered else domain.datasets
-    table = main if {first, second} <= set(main) else empirical
-    return published.difference(table, first, second, datasets)
+def paper_effect(first: str, second: str, domain: Domain) -> float | None:
+    """The paper's effect on the same data sets; for data sets of ours on all eight of its questions
+    and maths. From its main results, or its empirical study where these lack a method."""
+    sides = first.removesuffix("_paper"), second.removesuffix("_paper")
+    for table in (published.main_results(), published.empirical_study()):
+        if set(sides) <= set(table):
+            ours = not domain.prefix and not set(domain.datasets) & set(_DATASETS)
+            datasets = published.QUESTIONS + published.MATHS if ours else domain.datasets
+            one, other = (table[method] for method in sides)
+            gaps = [one[name] - other[name] for name in datasets if name in one]
+            return sum(gaps) / len(gaps) if gaps else None
+    return None
 
 
 # --- who judged ----------------------------------------------------------------------------------
@@ -385,26 +364,20 @@ def was_judged(index: Index, domain: Domain) -> bool:
     return any(key[2] in domain.datasets and key[3] == domain.metric for key in index)
 
 
-def judges_of(index: Index, domain: Domain) -> dict[str, list[str]]:
-    """Judge, in words -> seeds and data sets of the domain that it judged: `0 arena_hard`."""
-    found: dict[str, list[str]] = {}
-    for seed, _, dataset, metric in sorted(index):
-        if metric.startswith(JUDGED_BY) and dataset in domain.datasets:
-            kind, _, model = metric.removeprefix(JUDGED_BY).partition(":")
-            name, _, weights = model.partition("+")
-            told = f"{kind.replace('_', ' ')} `{name}`"
-            told += f" (weights {weights})" if weights else ""
-            found.setdefault(told, []).append(f"{seed} {dataset}")
-    return found
-
-
 def judged_by(index: Index, domain: Domain) -> str:
     """What win rates are and whose, for the caption of a table; "" for other measures."""
     if domain.prefix != WIN:
         return ""
     if not was_judged(index, domain):
         return f" Replies were written; {NOBODY} to compare them."
-    found = judges_of(index, domain)
+    found: dict[str, list[str]] = {}
+    for seed, _, dataset, metric in sorted(index):
+        if metric.startswith(JUDGED_BY) and dataset in domain.datasets:
+            kind, _, model = metric.removeprefix(JUDGED_BY).partition(":")
+            name, _, weights = model.partition("+")
+            judge = f"{kind.replace('_', ' ')} `{name}`"
+            judge += f" (weights {weights})" if weights else ""
+            found.setdefault(judge, []).append(f"{seed} {dataset}")
     told = "; ".join(found) or "not told"
     if len(found) > 1:
         each = [f"{judge} (seed and data set {', '.join(on)})" for judge, on in found.items()]

@@ -17,9 +17,9 @@ import io
 import math
 import os
 import re
-from collections import Counter
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import astuple, dataclass, fields
+from itertools import pairwise
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,7 @@ COLUMNS = SCHEMA.names
 
 
 def frame(results: Iterable[tuple[int, int, str, str, dict[str, Any], list[str]]]) -> pd.DataFrame:
-    """The outcomes of results as `arms.result` gives them.
+    """The outcomes of results as the study gives them.
 
     results: (model, replicate, method, domain, result, ids of the held-out pairs) each.
     """
@@ -119,7 +119,7 @@ class Measurement:
     n: int
 
 
-MEASURED = tuple(field.name for field in fields(Measurement))
+MEASURED = {field.name: field.type for field in fields(Measurement)}
 _key = attrgetter("seed", "method", "dataset", "metric")
 
 
@@ -178,26 +178,18 @@ def write_measurements(path: str | Path, rows: Iterable[Measurement]) -> None:
     Raises AlloError for a value that is not finite, a bad name, a row given twice, or a disk that
     does not take the file.
     """
-    rows = sorted(rows, key=_key)
-    for row in rows:
-        _check(row, str(path))
-    _check_unique(rows, str(path))
-    write_csv(path, MEASURED, ([_format(cell) for cell in astuple(row)] for row in rows))
+    # Ten significant digits survive a round trip through text; adding 0.0 turns -0.0 into 0.
+    cells = (
+        [f"{cell + 0.0:.10g}" if isinstance(cell, float) else cell for cell in astuple(row)]
+        for row in _checked(rows, path)
+    )
+    write_csv(path, MEASURED, cells)
 
 
 def read_measurements(path: str | Path) -> list[Measurement]:
-    """The rows of a `measurements.csv`; AlloError names the file and line of the first mistake."""
-    rows = []
-    for where, cells in read_csv(path, MEASURED, "run the notebooks 00 to 05 first"):
-        seed, method, dataset, metric, value, stderr, n = cells
-        try:
-            numbers = int(seed), float(value), float(stderr), int(n)
-        except ValueError as error:
-            raise AlloError(f"{where} has a cell that is not a number ({error})"[:200]) from None
-        rows.append(Measurement(numbers[0], method, dataset, metric, *numbers[1:]))
-        _check(rows[-1], where)
-    _check_unique(rows, str(path))
-    return rows
+    """The rows of a `measurements.csv`, sorted; AlloError names the file and the first mistake."""
+    rows = read_csv(path, MEASURED, "run the notebooks 00 to 06 first")
+    return _checked((Measurement(*cells) for cells in rows), path)
 
 
 def seeds_of(rows: Iterable[Measurement]) -> list[int]:
@@ -205,40 +197,33 @@ def seeds_of(rows: Iterable[Measurement]) -> list[int]:
     return sorted({row.seed for row in rows})
 
 
-def _format(cell: object) -> str:
-    # Ten significant digits survive a round trip through text; adding 0.0 turns -0.0 into 0.
-    return f"{cell + 0.0:.10g}" if isinstance(cell, float) else str(cell)
-
-
-def _check(row: Measurement, where: str) -> None:
-    for name in (row.method, row.dataset, row.metric):
-        if not isinstance(name, str) or not _NAME.fullmatch(name):
+def _checked(rows: Iterable[Measurement], path: str | Path) -> list[Measurement]:
+    """The rows, sorted; AlloError for the first that cannot be."""
+    rows = sorted(rows, key=_key)
+    for row in rows:
+        for name in (row.method, row.dataset, row.metric):
+            if not _NAME.fullmatch(name):
+                raise AlloError(f"{path} has the name {name[:40]!r}: use letters, digits or _.:+-")
+        what = f"{path}, seed {row.seed}, {row.method} {row.metric} on {row.dataset}"
+        if not math.isfinite(row.value) or not math.isfinite(row.stderr):
             raise AlloError(
-                f"{where} has the name {str(name)[:40]!r}: expected letters, digits or _.:+-"
+                f"{what}: value {row.value} and stderr {row.stderr} must both be finite"
             )
-    what = f"{where}, {row.method} {row.metric} on {row.dataset}"
-    if not math.isfinite(row.value) or not math.isfinite(row.stderr):
-        raise AlloError(f"{what}: value {row.value} and stderr {row.stderr} must both be finite")
-    if row.stderr < 0 or row.n < 0 or row.seed < 0:
-        raise AlloError(f"{what}: seed {row.seed}, stderr {row.stderr} and n {row.n} must be >= 0")
-
-
-def _check_unique(rows: Iterable[Measurement], where: str) -> None:
-    for (seed, method, dataset, metric), count in Counter(map(_key, rows)).items():
-        if count > 1:
-            raise AlloError(
-                f"{where} has seed {seed} {method} {metric} on {dataset} twice: expected each "
-                "measurement once"
-            )
+        if row.stderr < 0 or row.n < 0 or row.seed < 0:
+            raise AlloError(f"{what}: seed, stderr {row.stderr} and n {row.n} must be >= 0")
+    for row, other in pairwise(rows):
+        if _key(row) == _key(other):
+            raise AlloError(f"{path} has {_key(row)} twice: expected each measurement once")
+    return rows
 
 
 # --- files ----------------------------------------------------------------------------------------
 
 
-def read_csv(path: str | Path, columns: Sequence[str], missing: str) -> list[tuple[str, list[str]]]:
-    """(the file and line, its cells) of every line of a CSV file with just these columns.
+def read_csv(path: str | Path, columns: Mapping[str, Any], missing: str) -> list[list[Any]]:
+    """The rows of a CSV file with just these columns, each cell read by its column's function.
 
-    AlloError, in one line, where there is no such file; `missing` says what to do then.
+    AlloError, in one line, for any other file, or none; `missing` says what to do then.
     """
     try:
         text = Path(path).read_bytes().decode("utf-8")
@@ -250,13 +235,16 @@ def read_csv(path: str | Path, columns: Sequence[str], missing: str) -> list[tup
     if not lines or lines[0] != list(columns):
         found = ",".join(lines[0])[:80] if lines else "an empty file"
         raise AlloError(f"{path} has columns {found!r}: expected {','.join(columns)}")
-    for line, cells in enumerate(lines, 1):
-        if len(cells) != len(columns):
-            raise AlloError(f"{path} line {line} has {len(cells)} cells: expected {len(columns)}")
-    return [(f"{path} line {line}", cells) for line, cells in enumerate(lines[1:], 2)]
+    rows = []
+    for line, cells in enumerate(lines[1:], 2):
+        try:
+            rows.append([f(cell) for f, cell in zip(columns.values(), cells, strict=True)])
+        except ValueError as error:
+            raise AlloError(f"{path} line {line} cannot be read ({error})"[:300]) from None
+    return rows
 
 
-def write_csv(path: str | Path, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+def write_csv(path: str | Path, columns: Iterable[str], rows: Iterable[Sequence[object]]) -> None:
     """Write a table with LF ends; the file is whole or unchanged."""
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")

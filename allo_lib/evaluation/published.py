@@ -1,14 +1,19 @@
-"""The paper's numbers (arXiv 2406.12606), read from `results/paper/` and turned into fractions."""
+"""The paper's numbers (arXiv 2406.12606), of `results/paper/`, and the names of all methods."""
 
-import csv
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from functools import cache
 from pathlib import Path
 
-from allo_lib.errors import AlloError
+import pandas as pd
+
+from allo_lib.evaluation.outcomes import AVERAGE
 from allo_lib.profiles.config import INSTRUCTIONS as INSTRUCTIONS
+from allo_lib.profiles.methods import GRID, KEYS, RATES
 
 PAPER_DIR = Path(__file__).resolve().parents[2] / "results" / "paper"
+QUESTIONS = ("ecqa", "qasc", "openbookqa", "strategyqa")
+MATHS = ("gsm8k", "math", "mawps", "tabmwp")
 
 # Our names of the paper's rows, in the paper's order; the values are the labels tables show.
 LABELS = {
@@ -25,8 +30,8 @@ LABELS = {
     "a2c": "+ PPO A2C",
     "allo": "+ ALLO",
 }
-# Arms of the empirical study and of the ablations, as figures and tables name them.
-_ARMS = {
+# Methods of the empirical study and of the ablations, as figures and tables name them.
+NAMES = {
     "dpo": "DPO, all neurons",
     "dpo_long": "DPO, as long as both stages",
     "allo": "ALLO",
@@ -66,74 +71,75 @@ _ARMS = {
 }
 # dpo_top10, dpo_last10, dpo_random10, dpo_top2p5, dpo_top10_gradient, dpo_top10_long
 _MASKED = re.compile(r"dpo_(top|last|random)(\d+)(?:p(\d+))?(?:_(\w+))?")
-QUESTIONS = ("ecqa", "qasc", "openbookqa", "strategyqa")
-MATHS = ("gsm8k", "math", "mawps", "tabmwp")
-# Columns of the paper's tables whose data set has another name here.
-_COLUMNS = {"alpaca_eval_2": "alpaca_eval"}
-_NEURONS = {"dpo_top10": "top 10%", "dpo_last10": "last 10%", "dpo": "full"}
+
+# ALLO as the official code departs from the paper, one departure at a time and all together.
+OFFICIAL = ("allo_all_wrong", "allo_key10", "allo_f5_l5", "allo_official")
+# The paper's averages, which stand beside data sets that it does not have.
+AVERAGES = {
+    "qa_avg": "paper, 4 question sets",
+    "math_avg": "paper, 4 maths sets",
+    "instructions_avg": "paper, 2 instruction sets",
+}
+_AVERAGED = dict(zip(map(frozenset, (QUESTIONS, MATHS, INSTRUCTIONS)), AVERAGES, strict=True))
+
+Table = dict[str, dict[str, float]]
 
 
 def arm_label(method: str) -> str:
     """A readable name for a method of the empirical study or an ablation."""
     base = method.removesuffix("_paper")
-    name = _ARMS.get(base, LABELS.get(base, base).removeprefix("+ "))
-    masked = _MASKED.fullmatch(base)
-    if masked:
+    name = NAMES.get(base, LABELS.get(base, base).removeprefix("+ "))
+    if masked := _MASKED.fullmatch(base):
         order, whole, decimals, rest = masked.groups()
         share = f"{whole}.{decimals}" if decimals else whole
         name = f"DPO, {order} {share}%" + (f", {rest.replace('_', ' ')}" if rest else "")
     return name + " (one rate)" * (base != method)
 
 
-Table = dict[str, dict[str, float]]
+def single_changes(methods: Iterable[str]) -> list[str]:
+    """Rows that change one part of ALLO, or as the official code does, without points of sweeps."""
+    swept = {*GRID.values(), *KEYS.values(), *RATES.values()} - {*OFFICIAL}
+    return [name for name in methods if name.startswith("allo_") and name not in swept]
 
 
-def main_results(paper_dir: str | Path | None = None) -> Table:
-    """Accuracy of every method on the eight question and maths sets, and win rate on the two
-    instruction sets: `table[method][dataset]`, fractions."""
+@cache
+def main_results() -> Table:
+    """Accuracy of every method on the eight question and maths sets and its averages, win rate on
+    the two instruction sets and its average: `table[method][dataset]`, fractions."""
     methods = {label: name for name, label in LABELS.items()}
-    table = _read("main_results.csv", "method", methods, paper_dir)
-    for method, row in _read("instruction_following.csv", "method", methods, paper_dir).items():
-        row["instructions_avg"] = row.pop("avg")
-        table.setdefault(method, {}).update(row)
-    return table
+    columns = {"alpaca_eval_2": "alpaca_eval", "avg": "instructions_avg"}
+    answered = _read("main_results.csv", methods)
+    followed = _read("instruction_following.csv", methods).rename(columns=columns)
+    return answered.join(followed).to_dict("index")
 
 
-def empirical_study(paper_dir: str | Path | None = None) -> Table:
+@cache
+def empirical_study() -> Table:
     """Accuracy of DPO on the top 10%, last 10% and all neurons, on three data sets."""
-    neurons = {label: name for name, label in _NEURONS.items()}
-    return _read("empirical_study.csv", "neurons", neurons, paper_dir)
+    names = {"top 10%": "dpo_top10", "last 10%": "dpo_last10", "full": "dpo"}
+    return _read("empirical_study.csv", names).drop(columns="note").to_dict("index")
 
 
-def difference(table: Table, first: str, second: str, datasets: Sequence[str]) -> float | None:
-    """First minus second method over those of `datasets` that the table has; None without any."""
-    if first not in table or second not in table:
-        return None
-    shared = [name for name in datasets if name in table[first] and name in table[second]]
-    if not shared:
-        return None
-    return sum(table[first][name] - table[second][name] for name in shared) / len(shared)
+def beside(datasets: Sequence[str]) -> dict[str, dict[str, float]]:
+    """The numbers that stand beside data sets: column -> method -> fraction.
+
+    Those of the same sets, and their mean (as printed, where the paper prints it); where the paper
+    has none of them, its averages.
+    """
+    paper = main_results()
+    own = [name for name in datasets if name in paper["dpo"]]
+    found = {name: {m: row[name] for m, row in paper.items()} for name in own or AVERAGES}
+    if own == list(datasets) and len(own) > 1:
+        printed = _AVERAGED.get(frozenset(own))
+        found[AVERAGE] = {
+            method: row[printed] if printed else sum(row[name] for name in own) / len(own)
+            for method, row in paper.items()
+        }
+    return found
 
 
-def _read(name: str, key: str, rename: dict[str, str], paper_dir: str | Path | None) -> Table:
-    path = Path(paper_dir or PAPER_DIR) / name
-    try:
-        rows = list(csv.DictReader(path.read_text(encoding="utf-8").splitlines(), strict=True))
-    except (OSError, UnicodeDecodeError, csv.Error):
-        raise AlloError(f"{path} cannot be read: restore the paper's numbers from git") from None
-    table = {}
-    for row in rows:
-        label = row.pop(key, None)
-        if label not in rename:
-            raise AlloError(f"{path} has the row {label!r}: expected {', '.join(rename)}"[:400])
-        row.pop("note", None)
-        try:
-            numbers = {_COLUMNS.get(name, name): float(cell) / 100 for name, cell in row.items()}
-        except (TypeError, ValueError):
-            raise AlloError(
-                f"{path}, row {label!r}, has a cell that is not a number: restore it from git"
-            ) from None
-        table[rename[label]] = numbers
-    if set(table) != set(rename.values()):
-        raise AlloError(f"{path} lacks rows: expected {', '.join(rename)}; restore it from git")
-    return table
+def _read(name: str, rows: dict[str, str]) -> pd.DataFrame:
+    """A table of the paper, a row a method under our name, per cent as fractions."""
+    found = pd.read_csv(PAPER_DIR / name, index_col=0)
+    numbers = found.select_dtypes("number")
+    return found.assign(**numbers / 100).rename(index=rows)

@@ -1,4 +1,4 @@
-"""Intervals for effects: Student's t over independent SFT models; and Holm's correction.
+"""Intervals for effects: Student's t over independent SFT models; Holm's correction; warnings.
 
 The unit of inference is the SFT model (one a seed): it gives one effect, of several replicates
 their mean, and these effects are independent draws. Problems of one model share its weights, so
@@ -101,11 +101,9 @@ def mean_interval(
 
     Several models: Student's t over their values, or the normal interval of what their problems
     alone would make them vary, if that is wider: no set of models agrees better than each of them
-    is known, and equal effects of two would else give an interval of no width. In simulation it
-    covers 95% where models differ by more than their problems explain, and where they do not 97%
-    (8 models) to 99% (2).
-    One model: a normal interval over its problems, on which no verdict rests. Without any error:
-    none.
+    is known. In simulation it covers 95% where models differ by more than their problems explain,
+    and where they do not 97% (8 models) to 99% (2). One model: a normal interval over its problems,
+    on which no verdict rests. Without any error: none. AlloError without values.
     """
     seeds = tuple(sorted(values))
     if not seeds:
@@ -167,3 +165,54 @@ def concentration(ratios: ArrayLike, points: int = 101) -> tuple[np.ndarray, np.
     held = np.concatenate([[0.0], np.cumsum(negative) / negative.sum()])
     shares = np.linspace(0, 1, points)
     return shares, np.interp(shares, np.linspace(0, 1, len(held)), held)
+
+
+# --- signs that a stage has nothing to work with, each a line with its number, or None ------------
+
+NEAR_CHANCE = 1.5  # masks that overlap less than this many times chance hardly agree
+MOSTLY_TIES = 0.5  # of the kept entries, that tie with entries left out
+NO_CHOICE = 0.02  # share of tokens, or of all but these, that is as good as none or all of them
+FAR_BELOW = 0.05  # accuracy that a stage lost, if it is twice its standard error too
+
+
+def arbitrary_mask(zeros: int, tied: int, tied_kept: int, kept: int, total: int) -> str | None:
+    """`neurons.count_ties` of a mask that keeps `kept` of `total` entries."""
+    if zeros > total - kept:
+        return (
+            f"{zeros} of {total} scores are exactly 0, so that the mask of {kept} keeps some of "
+            "them; take the scores in float32, at a larger rate"
+        )
+    if tied > tied_kept > MOSTLY_TIES * kept:
+        return (
+            f"{tied_kept} of {kept} kept entries tie with entries left out; the order of the "
+            "tensors chose among them"
+        )
+    return None
+
+
+def no_choice_of_tokens(weights: Sequence[Sequence[float]]) -> str | None:
+    """Token weights of forgetting, a list for each response: are none or all of them chosen?"""
+    values = [value for row in weights for value in row]
+    share = sum(value != 0 for value in values) / max(1, len(values))
+    if NO_CHOICE <= share <= 1 - NO_CHOICE:
+        return None
+    effect, way = (
+        ("has next to nothing to work on", "raise")
+        if share < NO_CHOICE
+        else ("does not choose", "lower")
+    )
+    return (
+        f"the token rule selects {100 * share:.1f}% of {len(values)} rejected tokens: forgetting "
+        f"{effect}; train the reward model longer, or {way} its threshold"
+    )
+
+
+def far_below(what: str, score: float, start: float, noise: float) -> str | None:
+    """A stage's score against the one it started from, both in [0, 1]; `noise` is the standard
+    error of their difference."""
+    if start - score <= max(FAR_BELOW, 2 * noise):
+        return None
+    return (
+        f"{what} scores {100 * score:.1f}%, the model before it {100 * start:.1f}% (standard error "
+        f"of the difference {100 * noise:.1f} points): it does harm, lower its learning rate"
+    )

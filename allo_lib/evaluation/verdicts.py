@@ -77,12 +77,12 @@ class Claim:
 
     id: str
     claim: str
-    effect: float | None
-    ci_low: float | None
-    ci_high: float | None
-    unit: str
-    verdict: str
-    evidence: str
+    effect: float | None = None
+    ci_low: float | None = None
+    ci_high: float | None = None
+    unit: str = POINTS[0]
+    verdict: str = UNDECIDED
+    evidence: str = ""
     p: PValues | None = field(default=None, compare=False)
     paper: float | None = field(default=None, compare=False)
     sign: float | None = field(default=None, compare=False)
@@ -100,6 +100,11 @@ class Claim:
         return tuple(words for words in self.evidence.split("; ") if words in known)
 
     @property
+    def told(self) -> str:
+        """The verdict and its tags in words."""
+        return f"{self.verdict} ({'; '.join(self.tags)})" if self.tags else self.verdict
+
+    @property
     def whole(self) -> str:
         """The id of the claim that this row is a part of; its own for a whole claim."""
         name, colon, domain = self.id.partition(":")
@@ -108,7 +113,7 @@ class Claim:
     @property
     def family(self) -> str:
         """The family of claims that it is corrected in."""
-        name = self.id.partition(":")[0].partition(".")[0]
+        name = self.whole.partition(":")[0]
         named = {"C4": "secondary", "C10": "costs"} | dict.fromkeys(("C2s", "C3s"), "equal updates")
         return named.get(name, "paper's protocol" if name.endswith("p") else "primary")
 
@@ -131,12 +136,11 @@ def jointly(parts: Sequence[PValues | None]) -> PValues | None:
     if not known:
         return None
     every = [part or PValues() for part in parts]
-    above, over = (max(getattr(part, way) for part in every) for way in ("above", "over"))
     below, under = (
         min(1.0, len(known) * min(getattr(part, way) for part in known))
         for way in ("below", "under")
     )
-    return PValues(above, below, under, over)
+    return PValues(max(p.above for p in every), below, under, max(p.over for p in every))
 
 
 def decide(p: PValues, sign: float, small: float) -> str:
@@ -144,16 +148,6 @@ def decide(p: PValues, sign: float, small: float) -> str:
     if sign < 1 - LEVEL:
         return SUPPORTED if p.above <= p.below else CONTRADICTED
     return NO_DIFFERENCE if small < 1 - LEVEL else UNDECIDED
-
-
-def tags_of(
-    verdict: str, small: float, paper: float | None, low: float | None, high: float | None
-) -> list[str]:
-    """The tags of a verdict on an interval over SFT models; the paper's effect may be None."""
-    tags = [NEGLIGIBLE] * (verdict in (SUPPORTED, CONTRADICTED) and small < 1 - LEVEL)
-    if paper is not None and low is not None and high is not None:
-        tags.append(INSIDE if low <= paper <= high else OUTSIDE)
-    return tags
 
 
 def corrected(claims: Sequence[Claim]) -> list[Claim]:
@@ -181,6 +175,12 @@ def corrected(claims: Sequence[Claim]) -> list[Claim]:
     return [_decided(claim, *found[claim.id]) if claim.id in found else claim for claim in claims]
 
 
+def corrected_together(claims: Sequence[Claim]) -> list[Claim]:
+    """The claims with their verdicts and tags, corrected as one family without parts."""
+    found = _adjusted([claim for claim in claims if claim.p is not None])
+    return [_decided(claim, *found[claim.id]) if claim.id in found else claim for claim in claims]
+
+
 def _adjusted(
     claims: Sequence[Claim], weights: Sequence[float] | None = None
 ) -> dict[str, tuple[float, float]]:
@@ -194,7 +194,9 @@ def _adjusted(
 
 
 def _decided(claim: Claim, sign: float, small: float) -> Claim:
-    verdict = decide(claim.shown, sign, small)
-    tags = tags_of(verdict, small, claim.paper, claim.ci_low, claim.ci_high)
-    told = "; ".join([*tags, claim.evidence])
-    return replace(claim, verdict=verdict, evidence=told, sign=sign, small=small)
+    verdict, low, high = decide(claim.shown, sign, small), claim.ci_low, claim.ci_high
+    tags = [NEGLIGIBLE] * (verdict in (SUPPORTED, CONTRADICTED) and small < 1 - LEVEL)
+    if claim.paper is not None and low is not None and high is not None:
+        tags.append(INSIDE if low <= claim.paper <= high else OUTSIDE)
+    evidence = "; ".join(filter(None, [*tags, claim.evidence]))
+    return replace(claim, verdict=verdict, evidence=evidence, sign=sign, small=small)

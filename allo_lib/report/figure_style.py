@@ -8,7 +8,6 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from PIL import Image, PngImagePlugin
 
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -32,7 +31,6 @@ VERDICT_STYLE = {
     "no difference": ("#0072B2", "D"),
     "undecided": (GREY, "s"),
 }
-_SIDES = (("#E69F00", "<"), ("#56B4E9", ">"), (GREY, "s"))  # below, above, around zero
 _STYLE = {
     "font.size": 10,
     "axes.titlesize": 10.5,
@@ -62,23 +60,10 @@ def method_colour(method: str) -> str:
     return next(colour for begins, colour in _METHODS.items() if method.startswith(begins))
 
 
-def side_style(low: float, high: float) -> tuple[str, str]:
-    """Colour and marker by which side of zero an interval lies on; those of no verdict."""
-    return _SIDES[0 if high < 0 else 1 if low > 0 else 2]
-
-
 def row_names(axis, names) -> None:
     """Name the rows of a panel from top to bottom, at places 0, 1, ..."""
     axis.set_yticks(range(len(names)), list(names))
     axis.set_ylim(len(names) - 0.4, -0.6)
-
-
-def log_x(axis) -> None:
-    """A logarithmic x axis whose labels (1, 2, 5 in each decade) never run into each other."""
-    axis.set_xscale("log")
-    axis.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-    axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axis.xaxis.set_minor_formatter(NullFormatter())
 
 
 def save(figure: Figure, folder: str | Path, name: str, caption: str = "") -> Path:

@@ -4,7 +4,7 @@ Error bars and intervals are 95% unless a label says otherwise. What lies far ou
 an arrow and its number at the right. A small dot is one SFT model, a diamond the paper's value.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,8 +12,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from allo_lib.evaluation import published
-from allo_lib.evaluation.ablations import single_changes
-from allo_lib.evaluation.comparisons import Domain, StudyResults, columns_of, judged_by
+from allo_lib.evaluation.comparisons import Domain, StudyResults, judged_by
 from allo_lib.evaluation.stats import Interval
 from allo_lib.evaluation.verdicts import MARGIN, POINTS, Claim
 from allo_lib.report.figure_style import (
@@ -22,10 +21,8 @@ from allo_lib.report.figure_style import (
     method_colour,
     row_names,
     save,
-    side_style,
     subplots,
 )
-from allo_lib.report.tables import PAPER_AVERAGES, published_columns
 
 # Claims in a few words; `claims.csv` has them in full.
 SHORT = {
@@ -46,14 +43,13 @@ SHORT = {
     "C9": "better rewards help",
     "C10": "ALLO is faster",
 }
-# The arms of the empirical study, and its protocols: ending of the method, words, marker's inside.
-_ARMS = ("dpo_top10", "dpo_random10", "dpo_last10", "dpo")
+# The parts of the neurons that DPO trains, and the protocols: ending of the method, words, marker.
+_PARTS = ("dpo_top10", "dpo_random10", "dpo_last10", "dpo")
 _PROTOCOLS = (("", "own best rate", "full"), ("_paper", "one rate for all", "none"),
               ("_long", "own best rate, as many updates as ALLO", "left"))  # fmt: skip
-_OWN = "paper, same data"
-_PAPER_MARKERS = dict(zip((_OWN, *PAPER_AVERAGES.values()), "DDs^", strict=True))
-# Of the paper's averages those of the same kind, where there is one.
-_LIKE = {"helpfulness": ("instructions_avg",), "instructions": ("instructions_avg",)}
+_SIDES = (("#E69F00", "<"), ("#56B4E9", ">"), (GREY, "s"))  # below, above, around zero
+_SAME = "paper, same data"
+_PAPER_MARKERS = dict(zip(("paper", _SAME, *published.AVERAGES.values()), "DDDs^", strict=True))
 # By the figure's name, or what stands before the domain's.
 CAPTIONS = {
     "claims": "Every claim and, below it, its parts with 95% intervals over SFT models, those of "
@@ -78,7 +74,6 @@ def draw(
     claims: Sequence[Claim],
     efficiency: Sequence[Mapping[str, str]],
     folder: Path,
-    paper_dir: str | Path | None = None,
 ) -> list[Path]:
     """Write every figure that the results allow; returns the PNGs and PDFs."""
     by_domain: dict[str, list[Claim]] = {}
@@ -86,26 +81,26 @@ def draw(
         name = claim.id.partition(":")[2]
         by_domain.setdefault(f"claims_{name}" if name else "claims", []).append(claim)
     found = {name: claims_figure(group) for name, group in by_domain.items()}
-    changes = changes_of(results, paper_dir)
-    if any(change.interval for change in changes):
-        found["relative_change"] = relative_change(changes)
+    said = {}
+    for name, group in by_domain.items():
+        missing = [claim.id for claim in group if claim.effect is None and claim.whole == claim.id]
+        said[name] = f" Not measured: {', '.join(missing)}." if missing else ""
+    if changes := relative_change(results):
+        found["relative_change"] = changes
     for domain in results.domains:
         own = {method: results.score(method, domain) for method in published.LABELS}
         if any(own.values()):
-            found[f"main_{domain.name}"] = main_table_figure(own, domain, paper_dir)
-        arms = [arm + end for arm in _ARMS for end, *_ in _PROTOCOLS]
-        study = {arm: one for arm in arms if (one := results.score(arm, domain))}
+            found[f"main_{domain.name}"] = main_table_figure(own, domain)
+            said[f"main_{domain.name}"] = judged_by(results.index, domain)
+        parts = [part + end for part in _PARTS for end, *_ in _PROTOCOLS]
+        study = {part: one for part in parts if (one := results.score(part, domain))}
         if len(study) > 1:
-            found[f"empirical_{domain.name}"] = empirical_dots(study, domain.unit, paper_dir)
-        names = ["dpo", "dpo_long", *sorted(single_changes(results.methods))]
+            found[f"empirical_{domain.name}"] = empirical_dots(study, domain.unit)
+        names = ["dpo", "dpo_long", *sorted(published.single_changes(results.methods))]
         if gaps := {n: gap for n in names if (gap := results.compare(n, "allo", domain))}:
             found[f"ablations_{domain.name}"] = ablation_bars(gaps, unit=domain.unit)
     if efficiency:
         found["efficiency"] = efficiency_bars(efficiency)
-    said = {f"main_{domain.name}": judged_by(results.index, domain) for domain in results.domains}
-    for name, group in by_domain.items():
-        missing = [claim.id for claim in group if claim.effect is None and claim.whole == claim.id]
-        said[name] = f" Not measured: {', '.join(missing)}." if missing else ""
     paths = []
     for name, figure in found.items():
         caption = CAPTIONS.get(name) or CAPTIONS[name.partition("_")[0]]
@@ -122,7 +117,7 @@ def draw(
 class Line:
     """A line of a panel, in the unit of its axis: effect, interval, what stands beside it.
 
-    dots: SFT models; paper: (marker, value) each; small: a part of what stands above. Without an
+    dots: SFT models; paper: (label, value) each; small: a part of what stands above. Without an
     effect `why` is shown.
     """
 
@@ -159,8 +154,9 @@ def forest(axis, lines: Sequence[Line], digits: int = 1) -> None:
     reach = max(3 * np.median(np.abs(ends)) if ends else 0, *map(abs, papers), 1e-9)
     for place, line in enumerate(lines):
         axis.axhline(place, color="#eeeeee", lw=0.8, zorder=0)
-        for marker, value in line.paper:
-            axis.plot(value, place - 0.27, marker, mfc="white", mec="black", ms=4.5, zorder=4)
+        for label, value in line.paper:
+            axis.plot(value, place - 0.27, _PAPER_MARKERS[label], mfc="white", mec="black", ms=4.5,
+                      zorder=4)  # fmt: skip
         text, colour = line.why, GREY
         if line.effect is not None:
             _point(axis, place, line, reach)
@@ -176,7 +172,7 @@ def forest(axis, lines: Sequence[Line], digits: int = 1) -> None:
     row_names(axis, [line.label for line in lines])
 
 
-def _point(axis, place: float, line: Line, reach: float) -> None:
+def _point(axis, place: float, line: Line, reach: float = 100) -> None:
     size, width = (4.5, 1.0) if line.small else (7.0, 2.0)
     if line.low is not None:
         ends = np.clip((line.low, line.high), -reach, reach)
@@ -195,11 +191,9 @@ def _point(axis, place: float, line: Line, reach: float) -> None:
 # --- what the study comes to ---------------------------------------------------------------------
 
 
-def main_table_figure(
-    measured: Mapping[str, Interval | None], domain: Domain, paper_dir: str | Path | None = None
-) -> Figure:
+def main_table_figure(measured: Mapping[str, Interval | None], domain: Domain) -> Figure:
     """Every method's score, best first, beside the paper's number; the dashed line is DPO."""
-    paper, title = paper_beside(domain, paper_dir)
+    paper, title = paper_beside(domain)
     known = {name: one for name, one in measured.items() if one}
     names = sorted(known, key=lambda name: -known[name].effect)
     names += [name for name in published.LABELS if name not in known]
@@ -208,15 +202,13 @@ def main_table_figure(
     for place, name in enumerate(names):
         colour = method_colour(name)
         if name in known:
-            line = _line(name, known[name], colour=colour)
-            _point(axes[0], place, line, 100)
+            _point(axes[0], place, _line(name, known[name], colour=colour))
         else:
             axes[0].text(0.02, place, "not run", color=GREY, size=9, va="center",
                          transform=axes[0].get_yaxis_transform())  # fmt: skip
         axes[1].plot(100 * paper[name], place, "D", color=colour)
-    for axis, scores in zip(
-        axes, ({n: one.effect for n, one in known.items()}, paper), strict=True
-    ):
+    ours = {name: one.effect for name, one in known.items()}
+    for axis, scores in zip(axes, (ours, paper), strict=True):
         if "dpo" in scores:
             axis.axvline(100 * scores["dpo"], color=GREY, ls="--", lw=1)
         axis.grid(axis="y", color="#e5e5e5")
@@ -232,40 +224,39 @@ def main_table_figure(
     return figure
 
 
-def paper_beside(domain: Domain, paper_dir: str | Path | None) -> tuple[dict[str, float], str]:
+def paper_beside(domain: Domain) -> tuple[dict[str, float], str]:
     """The paper's number of each method on the domain's own data sets, as far as it has them, else
     an average of its own; and which it is."""
-    table = published.main_results(paper_dir)
-    if own := [name for name in domain.datasets if name in table["dpo"]]:
-        mean = {method: sum(row[n] for n in own) / len(own) for method, row in table.items()}
-        return mean, f"paper, {', '.join(own)}"
-    column = _LIKE.get(domain.name, ("qa_avg",))[0]
-    titles = {"qa_avg": "paper, mean of 4 question sets"}
-    title = titles.get(column, "paper, instruction following (win rate)")
-    return {method: row[column] for method, row in table.items()}, title
+    table = published.main_results()
+    columns = [name for name in domain.datasets if name in table["dpo"]]
+    title = f"paper, {', '.join(columns)}"
+    if not columns and domain.prefix:
+        columns, title = ["instructions_avg"], "paper, instruction following (win rate)"
+    elif not columns:
+        columns, title = ["qa_avg"], "paper, mean of 4 question sets"
+    mean = {m: sum(row[name] for name in columns) / len(columns) for m, row in table.items()}
+    return mean, title
 
 
-def empirical_dots(
-    measured: Mapping[str, Interval], unit: str, paper_dir: str | Path | None = None
-) -> Figure:
-    """DPO on the top, random and last 10% and on all neurons, a row an arm, beside the paper's."""
+def empirical_dots(measured: Mapping[str, Interval], unit: str) -> Figure:
+    """DPO on the top, random and last 10% and on all neurons, a row each, beside the paper's."""
     figure, (ours, theirs) = subplots(1, 2, (9.2, 3.6), sharey=True, width_ratios=(1.4, 1))
-    row_names(ours, [published.arm_label(arm) for arm in _ARMS])
-    shown = [one for one in _PROTOCOLS if any(arm + one[0] in measured for arm in _ARMS)]
+    row_names(ours, [published.arm_label(part) for part in _PARTS])
+    shown = [one for one in _PROTOCOLS if any(part + one[0] in measured for part in _PARTS)]
     for number, (end, label, fill) in enumerate(shown):
-        for place, arm in enumerate(_ARMS):
-            if arm + end in measured:
+        for place, part in enumerate(_PARTS):
+            if part + end in measured:
                 y = place + 0.22 * (number - (len(shown) - 1) / 2)
-                line = _line("", measured[arm + end], colour=method_colour(arm), fill=fill)
-                _point(ours, y, line, 100)
+                _point(ours, y, _line("", measured[part + end], colour=method_colour(part),
+                                      fill=fill))  # fmt: skip
         ours.plot([], [], "o", color=GREY, fillstyle=fill, markerfacecoloralt="white", label=label)
     ours.set(xlabel=f"{unit} (%), 95% interval", title="measured")
-    paper = published.empirical_study(paper_dir)
-    for dataset, marker in zip(paper["dpo"], "D^s", strict=False):
-        for place, arm in enumerate(_ARMS):
-            if arm in paper:
-                gap = 100 * (paper[arm][dataset] - paper["dpo"][dataset])
-                theirs.plot(gap, place, marker, mfc="none", mec=method_colour(arm), mew=1.5)
+    paper = published.empirical_study()
+    for dataset, marker in zip(paper["dpo"], "D^s", strict=True):
+        for place, part in enumerate(_PARTS):
+            if part in paper:
+                gap = 100 * (paper[part][dataset] - paper["dpo"][dataset])
+                theirs.plot(gap, place, marker, mfc="none", mec=method_colour(part), mew=1.5)
         theirs.plot([], [], marker, mfc="none", mec=GREY, label=dataset)
     theirs.axvline(0, color="black", lw=0.8)
     theirs.set(xlabel="accuracy, points above all neurons", title="paper (one rate, no intervals)")
@@ -288,7 +279,7 @@ def ablation_bars(
     for name, one in effects.items():
         if not isinstance(one, Interval):
             one = Interval(*one, kind="", seeds=(), n=0)
-        colour, marker = side_style(one.low, one.high)
+        colour, marker = _SIDES[0 if one.high < 0 else 1 if one.low > 0 else 2]
         lines.append(_line(published.arm_label(name), one, colour=colour, marker=marker))
     figure, axis = subplots(size=(8.0, 1.3 + 0.34 * len(lines)))
     forest(axis, lines)
@@ -297,6 +288,49 @@ def ablation_bars(
     )
     axis.set_title(title)
     return figure
+
+
+def relative_change(results: StudyResults) -> Figure | None:
+    """ALLO over DPO, minus 1: a panel a domain, a line a data set, beside the paper's change.
+
+    Data sets that the paper does not have stand alone, and their average beside the paper's
+    averages. None where no data set has both methods.
+    """
+    panels = {domain: [_change(results, domain, name) for name in domain.columns]
+              for domain in results.domains}  # fmt: skip
+    lines = [line for group in panels.values() for line in group]
+    if all(line.effect is None for line in lines):
+        return None
+    heights = [len(group) + 0.8 for group in panels.values()]
+    size = 8.6, 1.2 + 0.36 * sum(heights) + 0.3 * len(panels)
+    figure, axes = subplots(len(panels), 1, size, height_ratios=heights, squeeze=False)
+    for axis, (domain, group) in zip(axes[:, 0], panels.items(), strict=True):
+        forest(axis, group)
+        axis.set_title(f"{domain.name}: {domain.unit}", loc="left")
+    axes[-1, 0].set_xlabel("relative change from DPO to ALLO (%), 95% interval")
+    axes[0, 0].plot([], [], "o-", color=method_colour("allo"), label="measured")
+    shown = {label for line in lines for label, _ in line.paper}
+    for label in [label for label in _PAPER_MARKERS if label in shown]:
+        style = {"mfc": "white", "mec": "black", "ms": 5.5}
+        axes[0, 0].plot([], [], _PAPER_MARKERS[label], **style, label=label)
+    handles = axes[0, 0].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside upper center", ncols=4)
+    return figure
+
+
+def _change(results: StudyResults, domain: Domain, dataset: str) -> Line:
+    beside, part = published.beside(domain.datasets), domain.only(dataset)
+    points = {_SAME: beside[dataset]} if dataset in beside else {}
+    if dataset == domain.columns[-1] and not set(domain.columns) & set(beside):
+        like = ("instructions_avg",) if domain.prefix else published.AVERAGES
+        points = {published.AVERAGES[name]: beside[name] for name in like}
+    both = results.compare("allo", "dpo", part) is not None
+    return _line(
+        dataset, results.compare("allo", "dpo", part, relative=True),
+        colour=method_colour("allo"), why="DPO: none right" if both else "not run",
+        paper=tuple((label, 100 * (row["allo"] / row["dpo"] - 1)) for label, row in points.items()),
+        small=dataset != domain.columns[-1],
+    )  # fmt: skip
 
 
 def claims_figure(claims: Sequence[Claim]) -> Figure:
@@ -342,7 +376,7 @@ def _claim_line(claim: Claim, scale: float) -> Line:
     words = f"\u00b7 {published.arm_label(part)}" if part else f"{SHORT.get(name, '')}  {name}"
     colour, marker = VERDICT_STYLE[claim.verdict]
     ends = [None if end is None else scale * end for end in (claim.ci_low, claim.ci_high)]
-    paper = () if claim.paper is None or scale == 1 else (("D", scale * claim.paper),)
+    paper = () if claim.paper is None or scale == 1 else (("paper", scale * claim.paper),)
     return Line(words, scale * claim.effect, *ends, colour, marker, paper=paper, small=bool(part))
 
 
@@ -373,70 +407,4 @@ def efficiency_bars(rows: Sequence[Mapping[str, str]], title: str = "") -> Figur
             axes[0].plot((floor, floor), (place - 0.4, place + 0.4), color="black", lw=2)
     row_names(axes[0], names)
     figure.suptitle(title or None)
-    return figure
-
-
-# --- relative to DPO -----------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Change:
-    """ALLO over DPO, minus 1, on one data set; `paper` holds (label, relative change), fractions.
-
-    `why_none` says in words why there is no interval.
-    """
-
-    domain: Domain
-    dataset: str
-    interval: Interval | None
-    paper: tuple[tuple[str, float], ...]
-    why_none: str = "not run"
-
-
-def changes_of(results: StudyResults, paper_dir: str | Path | None = None) -> list[Change]:
-    """The relative change on each data set of each domain and on their averages.
-
-    Data sets that the paper does not have stand alone, and their average beside the paper's
-    averages.
-    """
-    table, found = published.main_results(paper_dir), []
-    for domain in results.domains:
-        columns, beside = columns_of(domain), published_columns(table, domain)
-        for name in columns:
-            part = domain.only(name)
-            points = {_OWN: beside[name]} if name in beside else {}
-            if name == columns[-1] and not set(columns) & set(beside):
-                like = _LIKE.get(domain.name, beside)
-                points = {PAPER_AVERAGES[key]: beside[key] for key in like}
-            told = tuple((label, row["allo"] / row["dpo"] - 1) for label, row in points.items())
-            both = results.compare("allo", "dpo", part) is not None
-            why = "DPO: none right" if both else "not run"
-            interval = results.compare("allo", "dpo", part, relative=True)
-            found.append(Change(domain, name, interval, told, why))
-    return found
-
-
-def relative_change(changes: Iterable[Change]) -> Figure:
-    """A panel a domain, a line a data set: the measured change, its interval, the paper's."""
-    groups: dict[Domain, list[Change]] = {}
-    for change in changes:
-        groups.setdefault(change.domain, []).append(change)
-    heights = [len(group) + 0.8 for group in groups.values()]
-    size = 8.6, 1.2 + 0.36 * sum(heights) + 0.3 * len(groups)
-    figure, axes = subplots(len(groups), 1, size, height_ratios=heights, squeeze=False)
-    for axis, (domain, group) in zip(axes[:, 0], groups.items(), strict=True):
-        forest(axis, [_line(
-            change.dataset, change.interval, colour=method_colour("allo"), why=change.why_none,
-            paper=tuple((_PAPER_MARKERS[label], 100 * value) for label, value in change.paper),
-            small=change.dataset != columns_of(domain)[-1],
-        ) for change in group])  # fmt: skip
-        axis.set_title(f"{domain.name}: {domain.unit}", loc="left")
-    axes[-1, 0].set_xlabel("relative change from DPO to ALLO (%), 95% interval")
-    axes[0, 0].plot([], [], "o-", color=method_colour("allo"), label="measured")
-    shown = {label for group in groups.values() for change in group for label, _ in change.paper}
-    for label in [label for label in _PAPER_MARKERS if label in shown]:
-        style = {"mfc": "white", "mec": "black", "ms": 5.5}
-        axes[0, 0].plot([], [], _PAPER_MARKERS[label], **style, label=label)
-    handles = axes[0, 0].get_legend_handles_labels()
-    figure.legend(*handles, loc="outside upper center", ncols=4)
     return figure

@@ -1,5 +1,6 @@
 """Figures of the method: what it does to neurons and tokens, and what one seed makes of it.
 
+Scores are fractions with standard errors, and drawn with 95% intervals.
 `python -m allo_lib.report.method_figures FOLDER` writes the drawing of the method.
 """
 
@@ -11,13 +12,13 @@ import numpy as np
 from matplotlib.colors import LinearSegmentedColormap, PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch, Rectangle
+from matplotlib.ticker import LogLocator
 
 from allo_lib.evaluation.published import arm_label
 from allo_lib.report.figure_style import (
     GREY,
     PALETTE,
     Z95,
-    log_x,
     method_colour,
     row_names,
     save,
@@ -30,6 +31,8 @@ _WARM = LinearSegmentedColormap.from_list("warm", ["#FFFFFF", "#FBD0A8", "#F28E2
 _CHANGE = LinearSegmentedColormap.from_list("change", ["#5BA3D9", "#FFFFFF", "#F28E2B"])
 _COLUMN, _ROW, _LABEL = 0.35, 0.28, 2.1  # inches of a token, a row, and the labels before them
 _LINE, _MOST = 24, 72  # tokens a line of a panel, and in all
+
+Scores = Mapping[str, tuple[float, float]]  # method -> score, standard error
 
 
 def method_drawing() -> Figure:
@@ -71,34 +74,6 @@ def method_drawing() -> Figure:
     axis.text(right - 0.1, level + 0.1, "only these neurons move", ha="right", color=BLUE, size=9.5)
     axis.set(xlim=(-0.15, 10.45), ylim=(-0.15, 4.55))
     axis.axis("off")
-    return figure
-
-
-def score_histogram(scores: np.ndarray, cut: float, title: str = "") -> Figure:
-    """How often each score occurs, on a logarithmic axis, and where the mask cuts.
-
-    scores: all entries, at least 0, one dimension; zeros cannot be drawn there and are told.
-    """
-    figure, axis = subplots(size=(6.4, 3.4))
-    moved = scores[scores > 0]
-    low, high = np.log10(moved.min() / cut), np.log10(moved.max() / cut)
-    step = (high - low) / 80  # the cut is an edge, and all bins are equally wide
-    edges = cut * 10 ** (step * np.arange(np.floor(low / step), np.ceil(high / step) + 1))
-    kept = scores >= cut
-    for part, colour, label in (
-        (moved[moved < cut], GREY, f"left as they are: {1 - kept.mean():.1%} of the neurons"),
-        (moved[moved >= cut], method_colour("dpo_top"), f"kept: {kept.mean():.1%}, which made "
-         f"{scores[kept].sum() / scores.sum():.0%} of the movement"),
-    ):  # fmt: skip
-        axis.hist(part, edges, color=colour, label=label)
-    axis.axvline(cut, color="black", lw=1.2, label=f"the cut, at a score of {cut:.3g}")
-    axis.set_xscale("log")
-    axis.set_xlim(left=np.quantile(moved, 0.002))  # a few moved a thousand times less
-    still = int((scores == 0).sum())
-    zeros = f"; {still:,} did not move" if still else ""
-    axis.set(xlabel=rf"score $|\theta'_i - \theta_i|\,/\,\alpha${zeros}", ylabel="neurons")
-    axis.set_title(title)
-    axis.legend(loc="upper left", bbox_to_anchor=(0, -0.2))
     return figure
 
 
@@ -172,101 +147,55 @@ def _cells(axis, kind: str, values: Sequence, top: float) -> None:
         axis.text(*middle, text, ha="center", va="center", size=9)
 
 
-def method_dots(
-    found: Mapping[str, tuple[float, float]], title: str = "", xlabel: str = "accuracy (%)"
-) -> Figure:
-    """Scores of methods, `found[method]` = (value, standard error) as fractions, a row a method."""
+# --- scores, a row a method -----------------------------------------------------------------------
+
+
+def method_dots(found: Scores, title: str = "", xlabel: str = "accuracy (%)") -> Figure:
+    """Scores of methods, a row a method."""
     figure, axis = subplots(size=(6.4, 0.95 + 0.32 * len(found)))
-    for place, (method, (value, error)) in enumerate(found.items()):
-        colour = method_colour(method)
-        axis.errorbar(100 * value, place, xerr=100 * Z95 * error, fmt="o", color=colour, capsize=3)
+    _dots(axis, found, list(found))
+    for place, (value, _) in enumerate(found.values()):
         axis.annotate(f"{100 * value:.1f}", (100 * value, place), (0, 5),
                       textcoords="offset points", ha="center", size=9)  # fmt: skip
-    row_names(axis, [arm_label(method) for method in found])
-    axis.set_xlabel(f"{xlabel}, 95% interval over problems")
-    axis.set_title(title)
-    axis.grid(axis="x", color="#EEEEEE")
+    axis.set(xlabel=f"{xlabel}, 95% interval over problems", title=title)
     return figure
 
 
 def empirical_panels(
-    losses: Mapping[str, Sequence[float]],
-    fair: Mapping[str, tuple[float, float]],
-    paper: Mapping[str, tuple[float, float]],
-    xlabel: str = "accuracy (%)",
+    losses: Mapping[str, Sequence[float]], fair: Scores, paper: Scores, xlabel: str = "accuracy (%)"
 ) -> Figure:
     """The empirical study of one seed: training loss by step at one rate, and scores.
 
-    losses: arm -> loss of every step; fair: arm -> (score, standard error) at the arm's own best
-    rate; paper: the same at the one rate that is best for all neurons. Fractions.
+    losses: method -> loss of every step; fair: scores at the method's own best rate; paper: at the
+    one rate that is best for all neurons.
     """
     figure, (left, right) = subplots(1, 2, (9.6, 3.4), width_ratios=(1, 1.15))
-    for arm, values in losses.items():
+    for method, values in losses.items():
         window = max(1, len(values) // 6)
         smooth = np.convolve(values, np.ones(window) / window, mode="valid")
         steps = np.arange(window, len(values) + 1)
-        left.plot(steps, smooth, color=method_colour(arm), label=arm_label(arm))
+        left.plot(steps, smooth, color=method_colour(method), label=arm_label(method))
     left.set(xlabel="step (running mean)", ylabel="training loss of DPO")
     left.set_title("all at one rate" if paper else "each at its own best rate")
-    arms = list(dict.fromkeys([*fair, *paper]))
-    for place, arm in enumerate(arms):
-        colour = method_colour(arm)
-        for scores, filled, shift in ((fair, colour, -0.12), (paper, "white", 0.12)):
-            if arm in scores:
-                value, error = scores[arm]
-                right.errorbar(100 * value, place + shift, xerr=100 * Z95 * error, fmt="o",
-                               color=colour, mfc=filled, capsize=3)  # fmt: skip
+    methods = list(dict.fromkeys([*fair, *paper]))
+    _dots(right, fair, methods, -0.12)
+    _dots(right, paper, methods, 0.12, mfc="white")
     right.plot([], [], "o", color=GREY, label="own best rate")
     right.plot([], [], "o", color=GREY, mfc="white", label="one rate for all")
-    row_names(right, [arm_label(arm) for arm in arms])
     right.set_xlabel(f"{xlabel}, 95% interval over problems")
-    right.grid(axis="x", color="#EEEEEE")
     right.legend(loc="upper center", bbox_to_anchor=(0.4, 1.17), ncols=2)
     return figure
 
 
-def importance_heatmap(
-    matrix, layers: Sequence[str], modules: Sequence[str], share: float, title: str = ""
-) -> Figure:
-    """Share of each tensor's entries that are key neurons, `matrix[layer][module]` in [0, 1].
-
-    NaN marks tensors that do not exist. `share` is the overall share, what chance would give.
-    """
-    values = 100 * np.asarray(matrix, dtype=float)
-    size = (1.6 + 0.72 * len(modules), 1.4 + 0.36 * len(layers))
-    figure, axis = subplots(size=(max(5.2, size[0]), max(2.6, size[1])))
-    image = axis.imshow(np.ma.masked_invalid(values), cmap="cividis", aspect="auto", vmin=0)
-    bar = figure.colorbar(image, ax=axis)
-    bar.set_label("kept entries (%)")
-    axis.set_xticks(range(len(modules)), modules, rotation=35, ha="right", rotation_mode="anchor")
-    axis.set_yticks(range(len(layers)), layers)
-    middle = np.nanmax(values) * 0.55
-    for (row, column), value in np.ndenumerate(values):
-        if np.isfinite(value):
-            colour = "black" if value > middle else "white"
-            axis.text(column, row, f"{value:.1f}", ha="center", va="center", color=colour, size=9)
-    axis.set_title(f"{title or 'where key neurons sit'} (chance: {100 * share:g}%)")
-    axis.spines[:].set_visible(False)
-    return figure
+def _dots(axis, found: Scores, rows: Sequence[str], shift: float = 0.0, **style) -> None:
+    for method, (value, error) in found.items():
+        axis.errorbar(100 * value, rows.index(method) + shift, xerr=100 * Z95 * error, fmt="o",
+                      color=method_colour(method), capsize=3, **style)  # fmt: skip
+    row_names(axis, [arm_label(method) for method in rows])
+    axis.grid(axis="x", color="#EEEEEE")
 
 
-def overlap_matrix(labels: Sequence[str], matrix, chance: float, title: str = "") -> Figure:
-    """Intersection over union of masks, `matrix[i][j]` in [0, 1], beside what chance would give."""
-    values = np.asarray(matrix, dtype=float)
-    side = 2.6 + 0.62 * len(labels)
-    figure, axis = subplots(size=(side + 0.9, side * 0.86))
-    image = axis.imshow(values, cmap="cividis", norm=PowerNorm(0.5, 0, 1))
-    bar = figure.colorbar(image, ax=axis, shrink=0.85)
-    bar.set_label("intersection over union")
-    bar.ax.axhline(chance, color="white", lw=2)
-    axis.set_xticks(range(len(labels)), labels, rotation=35, ha="right", rotation_mode="anchor")
-    axis.set_yticks(range(len(labels)), labels)
-    for (row, column), value in np.ndenumerate(values):
-        colour = "black" if value > 0.3 else "white"
-        axis.text(column, row, f"{value:.2f}", ha="center", va="center", color=colour, size=9)
-    axis.set_title(f"{title or 'overlap of masks'} (chance: {chance:.3f})")
-    axis.spines[:].set_visible(False)
-    return figure
+# --- curves ---------------------------------------------------------------------------------------
 
 
 def concentration_curve(
@@ -293,7 +222,7 @@ def concentration_curve(
 def sweep_panels(
     tried: Mapping[str, Sequence[dict]], start: float | None = None, count: int | None = None
 ) -> Figure:
-    """Every model of the search by rate, by displacement and by margin (records of `arms.result`).
+    """Every model of the search by rate, by displacement and by margin (records of the study).
 
     A ring marks a best rate at the edge of its search: a better one may lie beyond.
     start: the score before alignment; count: problems behind each score, for 95% intervals.
@@ -305,12 +234,11 @@ def sweep_panels(
         ("training reward margin (nats)", lambda one: one["train_margin"]),
     )
     for axis, (label, read) in zip(axes, columns, strict=True):
-        for number, (arm, records) in enumerate(tried.items()):
-            points = sorted((read(one), one["dev"]) for one in records)
-            where, values = np.array(points).T
+        for number, (method, records) in enumerate(tried.items()):
+            where, values = np.array(sorted((read(one), one["dev"]) for one in records)).T
             error = 100 * Z95 * np.sqrt(values * (1 - values) / count) if count else None
-            axis.errorbar(where, 100 * values, error, color=method_colour(arm),
-                          label=arm_label(arm), marker="osD^"[number % 4], elinewidth=0.7,
+            axis.errorbar(where, 100 * values, error, color=method_colour(method),
+                          label=arm_label(method), marker="osD^"[number % 4], elinewidth=0.7,
                           lw=1.4)  # fmt: skip
             best = int(np.argmax(values))
             if axis is axes[0] and len(values) > 1 and best in (0, len(values) - 1):
@@ -319,7 +247,10 @@ def sweep_panels(
             axis.axhline(100 * start, color=GREY, ls=":", label="before alignment")
         axis.set_xlabel(label)
         if "margin" not in label:
-            log_x(axis)
+            axis.set_xscale("log")
+            axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axis.xaxis.set_major_formatter("{x:g}")
+            axis.xaxis.set_minor_formatter("")
     interval = ", 95% interval" if count else ""
     axes[0].set_ylabel(f"development score (%){interval}")
     axes[0].plot([], [], "o", mfc="none", mec="black", ms=12, label="best at the edge: unsettled")
@@ -338,19 +269,98 @@ def change_curve(steps: Sequence[int], changes: Mapping[str, Sequence[float]]) -
     return figure
 
 
+# --- histograms -----------------------------------------------------------------------------------
+
+
+def score_histogram(scores: np.ndarray, cut: float, title: str = "") -> Figure:
+    """How often each score occurs, on a logarithmic axis, and where the mask cuts.
+
+    scores: all entries, at least 0, one dimension; zeros cannot be drawn there and are told.
+    """
+    figure, axis = subplots(size=(6.4, 3.4))
+    moved = scores[scores > 0]
+    low, high = np.log10(moved.min() / cut), np.log10(moved.max() / cut)
+    step = (high - low) / 80  # the cut is an edge, and all bins are equally wide
+    edges = cut * 10 ** (step * np.arange(np.floor(low / step), np.ceil(high / step) + 1))
+    kept = scores >= cut
+    for part, colour, label in (
+        (moved[moved < cut], GREY, f"left as they are: {1 - kept.mean():.1%} of the neurons"),
+        (moved[moved >= cut], method_colour("dpo_top"), f"kept: {kept.mean():.1%}, which made "
+         f"{scores[kept].sum() / scores.sum():.0%} of the movement"),
+    ):  # fmt: skip
+        axis.hist(part, edges, color=colour, label=label)
+    axis.axvline(cut, color="black", lw=1.2, label=f"the cut, at a score of {cut:.3g}")
+    axis.set_xscale("log")
+    axis.set_xlim(left=np.quantile(moved, 0.002))  # a few moved a thousand times less
+    still = int((scores == 0).sum())
+    zeros = f"; {still:,} did not move" if still else ""
+    axis.set(xlabel=rf"score $|\theta'_i - \theta_i|\,/\,\alpha${zeros}", ylabel="neurons")
+    axis.set_title(title)
+    axis.legend(loc="upper left", bbox_to_anchor=(0, -0.2))
+    return figure
+
+
 def probability_histogram(groups: Mapping[str, Sequence[float]], threshold: float) -> Figure:
     """Distribution of p_t in groups of tokens, each in per cent of its own, and the threshold."""
     figure, axis = subplots(size=(6.4, 3.2))
-    edges = np.linspace(0, 1, 21)
     for number, (label, values) in enumerate(groups.items()):
         weights = np.full(len(values), 100 / max(1, len(values)))
-        axis.hist(values, edges, weights=weights, alpha=0.6, color=(ORANGE, BLUE)[number % 2],
-                  label=f"{label} ({len(values)})")  # fmt: skip
+        axis.hist(values, np.linspace(0, 1, 21), weights=weights, alpha=0.6,
+                  color=(ORANGE, BLUE)[number % 2], label=f"{label} ({len(values)})")  # fmt: skip
     axis.axvline(threshold, color="black", lw=1.2, label=f"threshold {threshold:g}")
     axis.set(xlabel="$p_t$, the rewriter's probability of keeping the token", xlim=(0, 1))
     axis.set_ylabel("tokens of the group (%)")
     axis.legend()
     return figure
+
+
+# --- neurons --------------------------------------------------------------------------------------
+
+
+def importance_heatmap(
+    matrix, layers: Sequence[str], modules: Sequence[str], share: float, title: str
+) -> Figure:
+    """Share of each tensor's entries that are key neurons, `matrix[layer][module]` in [0, 1].
+
+    NaN marks tensors that do not exist. `share` is the overall share, what chance would give.
+    """
+    values = 100 * np.asarray(matrix, dtype=float)
+    size = max(5.2, 1.6 + 0.72 * len(modules)), max(2.6, 1.4 + 0.36 * len(layers))
+    figure, axis = subplots(size=size)
+    texts = [["" if np.isnan(value) else f"{value:.1f}" for value in row] for row in values]
+    light = values > 0.55 * np.nanmax(values)
+    image = labelled_grid(axis, values, layers, modules, texts, light, cmap="cividis", vmin=0)
+    figure.colorbar(image, ax=axis).set_label("kept entries (%)")
+    axis.set_title(f"{title} (chance: {100 * share:g}%)")
+    return figure
+
+
+def overlap_matrix(labels: Sequence[str], matrix, chance: float, title: str) -> Figure:
+    """Intersection over union of masks, `matrix[i][j]` in [0, 1], beside what chance would give."""
+    values = np.asarray(matrix, dtype=float)
+    side = 2.6 + 0.62 * len(labels)
+    figure, axis = subplots(size=(side + 0.9, side * 0.86))
+    texts = [[f"{value:.2f}" for value in row] for row in values]
+    image = labelled_grid(axis, values, labels, labels, texts, values > 0.3, cmap="cividis",
+                  norm=PowerNorm(0.5, 0, 1))  # fmt: skip
+    bar = figure.colorbar(image, ax=axis, shrink=0.85)
+    bar.set_label("intersection over union")
+    bar.ax.axhline(chance, color="white", lw=2)
+    axis.set_title(f"{title} (chance: {chance:.3f})")
+    return figure
+
+
+def labelled_grid(axis, values: np.ndarray, rows, columns, texts, light, **style):
+    """A picture of values with a text in every cell, black where the cell is `light`."""
+    image = axis.imshow(np.ma.masked_invalid(values), aspect="auto", **style)
+    for (row, column), value in np.ndenumerate(values):
+        colour = GREY if np.isnan(value) else "black" if light[row, column] else "white"
+        axis.text(column, row, texts[row][column], ha="center", va="center", color=colour, size=9)
+    slant = {"rotation": 35, "ha": "right", "rotation_mode": "anchor"}
+    axis.set_xticks(range(len(columns)), columns, **slant if max(map(len, columns)) > 5 else {})
+    axis.set_yticks(range(len(rows)), rows)
+    axis.spines[:].set_visible(False)
+    return image
 
 
 if __name__ == "__main__":

@@ -4,9 +4,8 @@ import base64
 import csv
 import hashlib
 import html
-import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -19,7 +18,7 @@ from allo_lib.evaluation import outcomes
 from allo_lib.evaluation.claims import Claim
 from allo_lib.evaluation.comparisons import StudyResults
 from allo_lib.evaluation.verdicts import POINTS, RULE
-from allo_lib.report import figures, row_comparisons, tables
+from allo_lib.report import figures, tables
 from allo_lib.report.figure_style import caption_of
 from allo_lib.study import manifest
 
@@ -43,11 +42,8 @@ QUESTIONS = {
     "C9": "Does a better reward model give a better model?",
     "C10": "Does ALLO cost less than a dense mask?",
 }
-ANSWERS = {
-    "supported": "yes",
-    "contradicted": "no",
-    "no difference": "no difference",
-    "undecided": "undecided",
+ANSWERS = {"supported": "yes", "contradicted": "no"} | {
+    verdict: verdict for verdict in ("no difference", "undecided")
 }
 # The report's figures by what they answer: words, beginnings of their names.
 _GROUPS = (
@@ -58,28 +54,23 @@ _GROUPS = (
     ("All claims", ("claims",)),
     ("Other figures", ("",)),
 )
-_OF_A_NOTEBOOK = re.compile(r"\d\d_|.*_seed\d+$")  # figures that stand in the notebooks themselves
 _MOST_BYTES = 1_900_000  # of the page; pictures that do not fit in are linked
 # Of a profile of one SFT model, wherever its claims stand.
 _ALONE = (
     "One SFT model decides nothing: no claim about methods has a verdict here, whatever its "
     "interval over problems. The numbers show that everything runs and what it gives."
 )
+_TOLD = ("commit", "dirty", "profile_hash", "size", "platform", "device", "python", "versions")
 _EFFICIENCY = {"variant", "device", "seconds_per_pair", "peak_bytes_above_model"}
 _GENERATOR = '<meta name="generator" content="allo_lib">'
 
 
-def rebuild(
-    results_dir: str | Path, paper_dir: str | Path | None = None, models: int | None = None
-) -> list[Path]:
+def rebuild(results_dir: str | Path, models: int | None = None) -> list[Path]:
     """Claims, tables and figures (`remake`), and the report beside the folder (`build`)."""
-    made = remake(results_dir, paper_dir, models)
-    return [*made, build(results_dir, models)]
+    return [*remake(results_dir, models), build(results_dir, models)]
 
 
-def remake(
-    results_dir: str | Path, paper_dir: str | Path | None = None, models: int | None = None
-) -> list[Path]:
+def remake(results_dir: str | Path, models: int | None = None) -> list[Path]:
     """Claims, tables and figures, from `outcomes.parquet` and `measurements.csv` (and, for C10,
     from `tables/efficiency.csv`), without torch; returns what was written.
 
@@ -89,20 +80,12 @@ def remake(
     folder = Path(results_dir)
     results = StudyResults.load(folder, models or models_of(folder))
     efficiency = read_efficiency(folder / "tables" / "efficiency.csv")
-    found = claims_module.compute(results, efficiency, paper_dir)
-    claims_module.write(folder / "claims.csv", found)
-    paths = tables.write(every_table(results, found, paper_dir), folder / "tables")
-    paths += figures.draw(results, found, efficiency, folder / "figures", paper_dir)
+    claims = claims_module.compute(results, efficiency)
+    claims_module.write(folder / "claims.csv", claims)
+    made = [*tables.build(results), tables.claims_table(claims)]
+    paths = tables.write(made, folder / "tables")
+    paths += figures.draw(results, claims, efficiency, folder / "figures")
     return [folder / "claims.csv", *paths]
-
-
-def every_table(
-    results: StudyResults, claims: Sequence[Claim], paper_dir: str | Path | None = None
-) -> list[tables.Table]:
-    """Those of `tables.build`, ALLO against every row, and the p-values of the claims."""
-    rows = row_comparisons.row_comparisons(results, paper_dir)
-    every = [*tables.build(results, paper_dir), rows]
-    return [*[table for table in every if table.body], row_comparisons.claims_table(claims)]
 
 
 def models_of(folder: str | Path) -> int:
@@ -157,12 +140,10 @@ def effect_text(claim: Claim) -> tuple[str, str]:
     """Effect and interval as text: points for accuracies, the plain number for other units."""
     if claim.effect is None:
         return "not measured", ""
-    points = claim.unit in POINTS
-    form = (lambda x: f"{100 * x:+z.2f}") if points else (lambda x: f"{x:+z.4f}")
-    words = form(claim.effect) + (" points" if points else "")
-    if claim.ci_low is None:
-        return words, "none"
-    return words, f"[{form(claim.ci_low)}, {form(claim.ci_high)}]"
+    words = claims_module.size(claim.effect, claim.unit) + " points" * (claim.unit in POINTS)
+    ends = [claims_module.size(end, claim.unit)
+            for end in (claim.ci_low, claim.ci_high) if end is not None]  # fmt: skip
+    return words, f"[{', '.join(ends)}]" if ends else "none"
 
 
 def _in_short(claims: Iterable[Claim], models: int) -> str:
@@ -242,9 +223,7 @@ def build(results_dir: str | Path, models: int | None = None) -> Path:
         script=Markup(script),
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
     )
-    temporary = target.with_name(f".{NAME}.{os.getpid()}.tmp")
-    temporary.write_bytes(page.encode("utf-8"))
-    os.replace(temporary, target)
+    outcomes.replace_file(target, page.encode("utf-8"))
     return target
 
 
@@ -256,37 +235,24 @@ def _profile(folder: Path, models: int | None) -> dict:
     """What the page shows of one results folder, pictures as paths."""
     models = models or models_of(folder)
     claims = claims_module.read(folder / "claims.csv")
-    ids = {claim.id for claim in claims}
-    cards = [
-        {"claim": claim, "parts": [c for c in claims if c.whole == claim.id != c.id]}
-        for claim in claims
-        if claim.effect is not None and (claim.whole == claim.id or claim.whole not in ids)
-    ]
     written = [_table(path) for path in sorted((folder / "tables").glob("*.md"))]
     first, groups = _main_figure(folder), {words: [] for words, _ in _GROUPS}
     for path in sorted((folder / "figures").glob("*.png")):
-        if not _OF_A_NOTEBOOK.match(path.stem) and path != first:
+        if path != first:
             words = next(words for words, begins in _GROUPS if path.stem.startswith(begins))
             groups[words].append(_picture(path))
-    told = manifest.read(folder) or {}
     return {
         "name": folder.name,
         "anchor": _anchor(folder.name),
         "short": _in_short(claims, models),
         "provenance": _inline(_provenance(folder, models)),
         "devices": provenance.several_devices(manifest.noted(folder)["cells"]),
-        "facts": {
-            "commit": f"{told.get('commit')}{' (changed)' * bool(told.get('dirty'))}",
-            "settings": f"profile hash {told.get('profile_hash')}, size {told.get('size')}",
-            "machine": f"{told.get('platform')}, {told.get('device')}, Python {told.get('python')}",
-            **{name: version for name, version in sorted(told.get("versions", {}).items())},
-        },
+        "told": dict.fromkeys(_TOLD) | (manifest.read(folder) or {}),
         "files": [n for n in (outcomes.NAME, "measurements.csv", "claims.csv", manifest.NAME)
                   if (folder / n).exists()],
         "answers": answers(folder, claims),
         "first": first and _picture(first),
-        "cards": cards,
-        "missing": [c.id for c in claims if c.whole == c.id and c.effect is None],
+        "claims": claims,
         "disagreements": claims_module.protocol_disagreements(claims),
         "main": [table for table in written if table["name"].startswith("main_")],
         "tables": [table for table in written if not table["name"].startswith("main_")],

@@ -8,7 +8,6 @@ import pytest
 from allo_lib.errors import AlloError
 from allo_lib.evaluation import claims
 from allo_lib.evaluation.comparisons import StudyResults
-from allo_lib.evaluation.stats import Interval
 from allo_lib.evaluation.verdicts import (
     CONTRADICTED,
     NO_DIFFERENCE,
@@ -16,7 +15,6 @@ from allo_lib.evaluation.verdicts import (
     UNDECIDED,
     corrected,
 )
-from allo_lib.report.tables import change_text, plain
 from tests import synthetic_results
 
 IDS = "C1 C1p C2 C2p C2s C3 C3p C3s C4 C4s C5 C6 C7 C8 C9 C10".split()
@@ -168,20 +166,6 @@ def test_no_difference_of_reward_models_needs_a_planted_one_that_is_seen(
     assert ("(allo_rm_inverted: not run)" in found["C9"].evidence) == (inverted is None)
 
 
-def test_masks_are_measured_against_chance_within_tensors_where_that_is_known(table, rows, by_id):
-    assert "over all neurons (the global one)" in by_id["C8.orders"].evidence
-    more = [
-        dataclasses.replace(row, metric="mask_overlap_chance_per_tensor", value=0.12)
-        for row in rows
-        if row.metric == "mask_overlap_chance"
-    ]
-    found = computed(StudyResults(table, [*rows, *more], 3))
-    assert "as large in every tensor" in found["C8.orders"].evidence
-    change = synthetic_results.CHANCE - 0.12
-    assert found["C8.halves"].effect == pytest.approx(by_id["C8.halves"].effect + change)
-    assert found["C8.halves"].verdict == UNDECIDED and by_id["C8.halves"].verdict == SUPPORTED
-
-
 def test_a_refuted_part_refutes_a_claim_with_missing_parts(monkeypatch):
     monkeypatch.setattr(synthetic_results, "ACCURACY", {"allo": 0.6, "sft": 0.75, "rft": 0.5})
     found = computed(synthetic_results.results())["C5"]
@@ -224,14 +208,6 @@ def test_fewer_models_than_were_fixed_decide_nothing_and_more_are_not_counted(ta
     fewer = computed(StudyResults(two, [row for row in rows if row.seed < 2], 2), EFFICIENCY)
     assert computed(StudyResults(table, rows, 2), EFFICIENCY) == fewer
     assert StudyResults(table, rows, 2).left_out == [2] and fewer["C4"].verdict == SUPPORTED
-
-
-def test_a_users_own_data_sets_form_a_domain():
-    found = computed(synthetic_results.results(datasets=("my_b", "my_a"), domain="mine"))
-    assert wholes(found.values()) == IDS
-    assert found["C4"].verdict == SUPPORTED and "on mine (my_a, my_b)" in found["C4"].evidence
-    assert found["C1"].verdict == SUPPORTED
-    assert found["C8"].effect > 0
 
 
 def test_a_second_domain_adds_claims_with_its_name():
@@ -277,8 +253,9 @@ def test_one_process_of_each_decides_nothing_of_time_and_cost_may_without_chance
         claims.efficiency_claims([once[0] | {"state_bytes_per_parameter": "10"}, once[1]])
     )
     assert (claim.verdict, claim.p, claim.sign) == (CONTRADICTED, None, None)
-    for changes in ({"seconds_per_pair": "0"}, {"seconds_per_pair_each": "0.1 fast"}):
-        with pytest.raises(AlloError, match="efficiency table"):
+    for changes in ({"seconds_per_pair": "0"}, {"seconds_per_pair_each": "0.1 fast"},
+                    {"seconds_per_pair": ""}):  # fmt: skip
+        with pytest.raises(AlloError, match="efficiency table, cpu: .*; measure it again"):
             claims.efficiency_claims([EFFICIENCY[0] | changes, EFFICIENCY[1]])
 
 
@@ -300,21 +277,14 @@ def test_claims_file_comes_back(tmp_path, by_id):
     # An effect that rounds to zero has no sign of its own.
     claims.write(path, [dataclasses.replace(by_id["C4"], effect=-1e-18)])
     assert ",0.000000," in path.read_text() and "-0.000000" not in path.read_text()
-    assert plain(-1e-18) == "0.000000"
-    change = Interval(-1e-18, -0.02, 0.02, "made up", (0,), 9)
-    assert change_text(change) == ["+0.00", "[-2.00, +2.00]"]
 
 
 @pytest.mark.parametrize(
     ("content", "told"),
     [
         (None, "does not exist: run notebook 06_evaluation first"),
-        (b"\xff\xfe", "is no CSV file in UTF-8"),
-        (b"", "an empty file"),
-        (b'"open', "is no CSV file in UTF-8"),
         (b"id,effect\nC1,2\n", "has columns .id,effect."),
-        (b"HEADER\nC1,text\n", "line 2 has 2 cells"),
-        (b"HEADER\nC1,text,much,0,1,accuracy,undecided,e\n", "not a number"),
+        (b"HEADER\nC1,text,much,0,1,accuracy,undecided,e\n", "line 2 cannot be read"),
     ],
 )
 def test_claims_files_that_are_none_are_told_in_one_line(tmp_path, content, told):

@@ -8,6 +8,7 @@ import pytest
 from conftest import ROOT
 
 from allo_lib.cli import cli
+from allo_lib.evaluation import outcomes
 from allo_lib.report import report
 from allo_lib.study import manifest
 
@@ -15,29 +16,39 @@ COMMITTED = ROOT / "results" / "tiny"
 FIGURES = ("claims", "main_miniature", "relative_change")
 
 
+def copied(source, target):
+    ignored = shutil.ignore_patterns(manifest.STORE, "notebooks")
+    return shutil.copytree(source, target, ignore=ignored)
+
+
 @pytest.fixture
 def folder(tmp_path):
-    ignored = shutil.ignore_patterns(manifest.STORE, "notebooks")
-    return shutil.copytree(COMMITTED, tmp_path / "tiny", ignore=ignored)
+    return copied(COMMITTED, tmp_path / "tiny")
 
 
 @pytest.mark.slow
-def test_all_are_made_again_as_committed_without_torch(folder):
-    gone = [folder / "figures" / f"{name}{end}" for name in FIGURES for end in (".png", ".pdf")]
-    gone += [folder / "claims.csv", *(folder / "tables").glob("*.md")]
-    for path in gone:
-        path.unlink()
+def test_all_are_made_again_as_committed_without_torch(tmp_path):
     code = "import sys; from allo_lib.cli import cli; status = cli.main(sys.argv[1:]); "
     code += "sys.exit(status or ('torch' in sys.modules and 'torch was loaded'))"
-    command = [sys.executable, "-c", code, "figures", "tiny", "--out", str(folder)]
-    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert ended.returncode == 0, ended.stderr
-    for path in gone:
-        assert f"wrote {path}\n" in ended.stdout
-        assert path.read_bytes() == (COMMITTED / path.relative_to(folder)).read_bytes(), path
-    assert f"wrote {folder.parent / report.NAME}\n" in ended.stdout
-    kept = (folder / manifest.NAME).read_bytes()
-    assert kept == (COMMITTED / manifest.NAME).read_bytes()
+    results = [path.parent for path in (ROOT / "results").glob(f"*/{outcomes.NAME}")]
+    folders = [copied(path, tmp_path / path.name) for path in results]
+    assert folders
+    for folder, committed in zip(folders, results, strict=True):
+        gone = [folder / "figures" / f"{name}{end}" for name in FIGURES for end in (".png", ".pdf")]
+        gone = [path for path in gone if path.exists()]
+        gone += [folder / "claims.csv", *(folder / "tables").glob("*.md")]
+        for path in gone:
+            path.unlink()
+        command = [sys.executable, "-c", code, "figures", folder.name, "--out", str(folder)]
+        ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        assert ended.returncode == 0, ended.stderr
+        assert all(f"wrote {path}\n" in ended.stdout for path in gone)
+        made = [*gone, *(folder / "tables").glob("*.csv"), folder / manifest.NAME]
+        for path in made:
+            same = committed / path.relative_to(folder)
+            assert path.read_bytes() == same.read_bytes(), f"{same} is out of date"
+    report_of = (root / report.NAME for root in (tmp_path, ROOT / "results"))
+    assert len({path.read_bytes() for path in report_of}) == 1, "results/report.html is out of date"
 
 
 def test_one_is_made_again_and_nothing_else(folder, monkeypatch, capsys):
