@@ -50,14 +50,14 @@ from allo_lib.evaluation.published import arm_label
 from allo_lib.profiles.methods import share_name
 from allo_lib.report import ablation_figures, figures, method_figures
 from allo_lib.report.notebook import draw, percent, say, table
-from allo_lib.study import analysis, key_neurons, results, runs, scoring
+from allo_lib.study import importance, runs, scoring
 from allo_lib.study.study import Study
 
 study = Study.open(profile, seed, results_dir, overrides)
 domain = domain or next(iter(study.profile.domains))
 found = runs.run_methods(study, {domain: runs.methods_of(study, domain)})[domain]
-unit, here = results.unit(found["allo"]), f"{domain}, seed {seed}"
-scores = {method: analysis.score_of(one) for method, one in found.items()}  # (score, standard error)
+unit, here = scoring.unit(found["allo"]), f"{domain}, seed {seed}"
+scores = {method: scoring.score_of(one) for method, one in found.items()}  # (score, standard error)
 dpo = "dpo_long" if "dpo_long" in found else "dpo"  # DPO with as many updates as ALLO
 say(f"{len(found)} methods of {here}. **ALLO {percent(scores['allo'][0])}, {arm_label(dpo)} {percent(scores[dpo][0])}** ({unit}).")
 
@@ -211,5 +211,5 @@ if rates := swept.get("rates"):
 
 # %%
 if other := [method for method in found if method.startswith("allo_scores_")]:
-    draw(ablation_figures.overlap_dots(key_neurons.compare(study, domain), here), "Overlap of masks of other data, warm-ups and scores.")
+    draw(ablation_figures.overlap_dots(importance.compare(study, domain), here), "Overlap of masks of other data, warm-ups and scores.")
     against_allo(other, "ALLO on the top neurons of other scores, minus ALLO.")

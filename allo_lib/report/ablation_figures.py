@@ -15,14 +15,14 @@ from allo_lib.profiles.config import Profile
 from allo_lib.profiles.methods import GRID, KEYS, RATES
 from allo_lib.report.figure_style import GREY, PALETTE, Z95, row_names, subplots
 from allo_lib.report.method_figures import labelled_grid
-from allo_lib.study import analysis, results
-from allo_lib.study.key_neurons import Overlap
+from allo_lib.study import importance, scoring
+from allo_lib.study.importance import Overlap
 from allo_lib.study.study import Study
 
 
 def effects(found: Mapping[str, dict], rows: Mapping, reference: str) -> dict:
     """Label -> (effect, low, high) of rows (method -> label) against a row, 95% intervals."""
-    gaps = {label: results.difference(found[row], found[reference]) for row, label in rows.items()}
+    gaps = {label: scoring.difference(found[row], found[reference]) for row, label in rows.items()}
     return {label: (one.effect, one.low, one.high) for label, one in gaps.items()}
 
 
@@ -79,8 +79,8 @@ def reward_points(study: Study, name: str, found: Mapping[str, dict]) -> list[tu
     for row, (quality, label) in REWARD_MODELS.items():
         if row in found:
             oracle = quality == "oracle"
-            area = 1.0 if oracle else analysis.separation(study, name, quality)["auc"]
-            points.append((label, area, *analysis.score_of(found[row])))
+            area = 1.0 if oracle else importance.separation(study, name, quality)["auc"]
+            points.append((label, area, *scoring.score_of(found[row])))
     return points
 
 

@@ -23,7 +23,7 @@ from allo_lib.cli import execute
 from allo_lib.evaluation import claims, outcomes, published
 from allo_lib.profiles.methods import GRID, KEYS, RATES, stages_of
 from allo_lib.report import ablation_figures, notebook
-from allo_lib.study import key_neurons, runs, scoring
+from allo_lib.study import importance, runs, scoring
 
 ROOT = conftest.ROOT
 NOTEBOOKS = sorted(path.with_suffix("") for path in (ROOT / "notebooks").glob("*.py"))
@@ -178,11 +178,11 @@ def test_05_draws_what_was_trained_and_tells_what_was_not(asked, tmp_path, monke
         rows = list(dict.fromkeys([*rows, "dpo_top1", "dpo_top10", *published.NAMES,
                                   *GRID.values(), *KEYS.values(), *RATES.values()]))  # fmt: skip
     found = {row: invented(row, study.profile, i) for i, row in enumerate(rows)}
-    masks = [key_neurons.Overlap("other data", "a", "b", 0.3, 0.28, 0.32, 0.05, 0.1)]
+    masks = [importance.Overlap("other data", "a", "b", 0.3, 0.28, 0.32, 0.05, 0.1)]
     points = [("early", 0.7, 0.7, 0.05), ("trained", 0.9, 0.8, 0.05)]
     for place, name, value in (
         (runs, "run_methods", {DOMAIN: found}),
-        (key_neurons, "compare", masks),
+        (importance, "compare", masks),
         (ablation_figures, "reward_points", points if asked == "all" else []),
         (scoring, "dev_count", 40),
     ):

@@ -14,7 +14,7 @@ from allo_lib.errors import AlloError
 from allo_lib.evaluation import outcomes
 from allo_lib.evaluation.outcomes import Measurement
 from allo_lib.profiles.config import Replicates
-from allo_lib.study import arms, results, runs
+from allo_lib.study import results, runs, training
 from allo_lib.study.study import Study
 
 METHODS = ["dpo", "dpo_top10"]
@@ -41,7 +41,7 @@ def test_pair_sets_share_no_question_and_orders_share_all(replicated):
 
 def test_every_replicate_is_another_run_at_the_rates_of_the_first_from_one_sft_model(replicated):
     study, _ = replicated
-    found = [arms.result(study.at(r), DOMAIN, "dpo") for r in study.replicates]
+    found = [training.result(study.at(r), DOMAIN, "dpo") for r in study.replicates]
     assert len({tuple(one["rates"]) for one in found}) == 1
     assert len({tuple(one["loss"][-1]) for one in found}) == len(study.replicates) == 4
     for kind, count in {"sft": 1, "pairs": 1, "scores": 3}.items():  # of all pairs, of either half
