@@ -12,7 +12,7 @@ log pi(y_t) - log pi_ref(y_t) of one response token.
 3. `forget`: NPO on the rejected responses, by those weights.
 4. `learn`: DPO in which a rejected response counts by its key tokens only.
 
-The study (`study.arms`) and `align` (`alignment`) call these functions. Both stages start from the
+The study (`study.training`) and `align` call these functions. Both stages start from the
 weights that the one before left, and those are their reference. One stage of any method is
 `run_stage`: rows and the name of a loss in, a trained model and its log out; the losses stand in
 `method.losses`.

@@ -58,7 +58,7 @@ from allo_lib.method.losses import dpo_loss
 from allo_lib.method.masked_adamw import MaskedAdamW
 from allo_lib.report import method_figures, warning_signs
 from allo_lib.report.notebook import draw, percent, say, table
-from allo_lib.study import analysis, arms, results, runs, scoring
+from allo_lib.study import importance, results, runs, scoring, training
 from allo_lib.study.study import Study
 
 study = Study.open(profile, seed, results_dir, overrides)
@@ -222,7 +222,7 @@ say(f"The mask is partly arbitrary: {arbitrary}." if arbitrary else f"{ties['zer
 # ## Where the key neurons sit
 
 # %%
-matrix, layers, modules = analysis.where_kept(mask)
+matrix, layers, modules = importance.where_kept(mask)
 draw(method_figures.importance_heatmap(matrix, layers, modules, share, title=f"key neurons, {domain}"),
      f"Share of each tensor that is kept; neurons spread evenly would give {percent(share, 0)} everywhere.")
 
@@ -237,7 +237,7 @@ draw(method_figures.importance_heatmap(matrix, layers, modules, share, title=f"k
 masks, chance = results.top_masks(study, domain), neurons.chance_overlap(share)
 meant = {"delta": "the warm-up's |delta|", "order": "the same with the pairs in another order", "half_a": "on the first half of the pairs",
          "half_b": "on the second half", "gradient": "accumulated |gradient|", "magnitude": "|weight|"}
-draw(method_figures.overlap_matrix(list(masks), analysis.overlaps(masks), chance, title=domain),
+draw(method_figures.overlap_matrix(list(masks), [[a.overlap(b) for b in masks.values()] for a in masks.values()], chance, title=domain),
      "Masks of one model by several scores: " + "; ".join(f"{key}: {meant.get(key, '')}" for key in masks) + ".")
 compared = {row.method: row.value for row in results.overlap_rows(study, domain) if row.metric == "mask_overlap"}
 say("**Overlap, chance being " + f"{chance:.3f}: " + ", ".join(f"{key} {value:.3f}" for key, value in compared.items()) + ".**")
@@ -264,13 +264,13 @@ arms_of_study = [a for a in ("dpo", *(f"dpo_{kind}{percentage}" for kind in ("to
                  if a in runs.methods_of(study, domain)]
 paper_arms = [f"{a}_paper" for a in arms_of_study if f"{a}_paper" in runs.methods_of(study, domain)]
 found = runs.run_methods(study, {domain: [*arms_of_study, *paper_arms]})[domain]
-fair = {a: analysis.score_of(found[a]) for a in arms_of_study}
-paper = {a.removesuffix("_paper"): analysis.score_of(found[a]) for a in paper_arms}
+fair = {a: scoring.score_of(found[a]) for a in arms_of_study}
+paper = {a.removesuffix("_paper"): scoring.score_of(found[a]) for a in paper_arms}
 curves = {a.removesuffix("_paper"): found[a]["loss"][-1] for a in paper_arms} or {a: found[a]["loss"][-1] for a in arms_of_study}
-draw(method_figures.empirical_panels(curves, fair, paper, f"{results.unit(found['dpo'])} (%)"),
+draw(method_figures.empirical_panels(curves, fair, paper, f"{scoring.unit(found['dpo'])} (%)"),
      f"DPO on parts of the neurons, the same colours on both sides; {domain}, seed {seed}. Whiskers: 95% over the problems "
      "of one trained model.")
-start, _ = analysis.score_of(arms.result(study, domain, "sft_base"))
+start, _ = scoring.score_of(training.result(study, domain, "sft_base"))
 say(f"**From {percent(start)}, each at its own best rate: "
     + ", ".join(f"{a} {percent(value)}" for a, (value, _) in fair.items()) + ".**")
 
@@ -283,7 +283,7 @@ say(f"**From {percent(start)}, each at its own best rate: "
 
 # %%
 tried = {a: [one for one in found[a]["tried"] if one["displacement"] is not None] for a in arms_of_study}
-before_alignment = arms.result(study, domain, "sft_base")["dev"] if study.task(domain) is not None else None
+before_alignment = training.result(study, domain, "sft_base")["dev"] if study.task(domain) is not None else None
 draw(method_figures.sweep_panels(tried, before_alignment, scoring.dev_count(study, domain)),
      "Every trained model of the search, scored on the development split.")
 order = sorted(tried, key=lambda a: -max(one["dev"] for one in tried[a]))

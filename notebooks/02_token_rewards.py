@@ -47,6 +47,7 @@ sys.path[:0] = [str(p) for p in (Path.cwd(), *Path.cwd().parents) if (p / "allo_
 
 import copy
 
+import numpy as np
 import torch
 
 from allo_lib.engine import rewriter
@@ -56,7 +57,7 @@ from allo_lib.method.tokens import unaligned_weights
 from allo_lib.profiles import methods
 from allo_lib.report import method_figures, warning_signs
 from allo_lib.report.notebook import draw, percent, say, table
-from allo_lib.study import analysis, runs
+from allo_lib.study import importance, runs, training
 from allo_lib.study.study import Study
 
 study = Study.open(profile, seed, results_dir, overrides)
@@ -163,7 +164,7 @@ say(f"Equal to 1e-4. The study's rewriter learned from {record['examples']} corr
 # but the correction changes them too.
 
 # %%
-tokens, right = analysis.tokens_of(study, said.tolist()), analysis.tokens_of(study, corrected.tolist())
+tokens, right = ([study.tokenizer.decode([i]) for i in ids.tolist()] for ids in (said, corrected))
 aligned = (right + [""] * len(tokens))[: len(tokens)]
 strips = [("correction", "words", [b if a != b else "" for a, b in zip(tokens, aligned, strict=True)])]
 if study.domain(domain).kind == "miniature":
@@ -187,13 +188,14 @@ if study.domain(domain).kind == "miniature":
     groups = {"wrong decisions": [v for v, bad in pairs if bad], "other tokens": [v for v, bad in pairs if not bad]}
 draw(method_figures.probability_histogram(groups, threshold), f"Held-out rejected tokens of {domain}, seed {seed}.")
 if study.domain(domain).kind == "miniature":
-    grades = [analysis.separation(study, domain, quality) for quality in ("trained", "early", "shuffled", "untrained")]
+    grades = [importance.separation(study, domain, quality) for quality in ("trained", "early", "shuffled", "untrained")]
     table(grades, "auc: chance that a wrong decision gets a lower p_t than another token (0.5 is guessing); selected: "
           "share of all tokens below the threshold; found: share of the wrong decisions among them.")
     say(f"**The rewriter selects {percent(grades[0]['selected'])} of the rejected tokens and finds "
         f"{percent(grades[0]['found'])} of the wrong decisions (AUC {grades[0]['auc']:.2f}).**")
 else:
-    say(f"**The threshold rule selects {percent(analysis.selected_share(study, domain, 'trained'))} of the rejected tokens.**")
+    selected = [p < threshold for one in study.keep_probabilities(domain, "train") for p in one]
+    say(f"**The threshold rule selects {percent(sum(selected) / len(selected))} of the rejected tokens.**")
 nothing = warning_signs.no_choice_of_tokens(study.forgetting_weights(domain, methods.stages_of("allo", study.profile)[0]))
 if nothing:
     say(f"{nothing[0].upper()}{nothing[1:]}.")
@@ -208,13 +210,14 @@ if nothing:
 
 # %%
 runs.run_methods(study, {domain: ["dpo_long"]})
-ratios = analysis.log_ratios(study, domain, "dpo_long", "heldout")
-held = analysis.concentration_of(ratios)
-curve = stats.concentration([value for one in ratios for value in one])
-draw(method_figures.concentration_curve({domain: curve}, mark=analysis.LOWEST),
+ratios = training.log_ratios(study, domain, "dpo_long", "heldout")
+curve, lowest = stats.concentration([value for one in ratios for value in one]), 0.1  # of the tokens
+negative = [sorted(min(value, 0.0) for value in one) for one in ratios]
+within = sum(sum(one[: max(1, round(lowest * len(one)))]) for one in negative) / sum(map(sum, negative))
+draw(method_figures.concentration_curve({domain: curve}, mark=lowest),
      "Share of the negative log-ratio of held-out rejected responses that the lowest tokens hold, after plain DPO.")
-say(f"**After plain DPO the lowest {percent(analysis.LOWEST, 0)} of the rejected tokens hold {percent(held['pooled'])} "
-    f"of the negative log-ratio** (counted within each response: {percent(held['per_response'])}).")
+say(f"**After plain DPO the lowest {percent(lowest, 0)} of the rejected tokens hold {percent(np.interp(lowest, *curve))} "
+    f"of the negative log-ratio** (counted within each response: {percent(within)}).")
 
 # %% [markdown]
 # ## What it means

@@ -57,7 +57,7 @@ from allo_lib.method.masked_adamw import MaskedAdamW
 from allo_lib.profiles import methods
 from allo_lib.report import method_figures, warning_signs
 from allo_lib.report.notebook import draw, percent, say, table
-from allo_lib.study import analysis, arms, results, runs
+from allo_lib.study import runs, scoring, training
 from allo_lib.study.study import Study
 
 study = Study.open(profile, seed, results_dir, overrides)
@@ -100,7 +100,7 @@ sft = copy.deepcopy(study.load_sft(domain)).float()
 prompt, rejected = (torch.tensor(row[key], device=sft.device) for key in ("prompt", "rejected"))  # [P], [T]
 p_keep = torch.tensor(study.keep_probabilities(domain, split)[number], device=sft.device)  # [T], of 02
 w = (p_keep < threshold).float()  # [T]
-neurons = arms.mask_of(study, domain, stage)  # of 01
+neurons = training.mask_of(study, domain, stage)  # of 01
 mask = {name: neurons.dense(name).to(sft.device) for name, _ in sft.named_parameters()}  # bool, shapes of the weights
 
 
@@ -123,7 +123,7 @@ for _ in range(10):
 with torch.no_grad():
     change = response_logps(model, prompt, rejected) - ref  # [T]
 
-words = analysis.tokens_of(study, row["rejected"])
+words = [study.tokenizer.decode([i]) for i in row["rejected"]]
 draw(method_figures.token_panel(words, [("$p_t$", "low", p_keep.tolist()), ("$w_t$", "high", w.tolist()),
                                         ("change, nats", "change", change.tolist())]),
      "Change of the log-probability of every token after ten steps on this one response.")
@@ -204,8 +204,8 @@ say(f"**Forgetting changed the log-probability of selected tokens by {selected[-
 here = ("allo_no_learning", "allo", "allo_all_tokens_forgetting")
 run = [method for method in here if method in runs.methods_of(study, domain)]
 found = runs.run_methods(study, {domain: ["sft_base", *run]})[domain]
-scores = {method: analysis.score_of(one) for method, one in found.items()}
-draw(method_figures.method_dots(scores, xlabel=f"{results.unit(found['allo'])} (%)"),
+scores = {method: scoring.score_of(one) for method, one in found.items()}
+draw(method_figures.method_dots(scores, xlabel=f"{scoring.unit(found['allo'])} (%)"),
      f"Forgetting alone, ALLO, and ALLO without a choice of tokens in forgetting; {domain}, seed {seed}.")
 alone = "allo_no_learning" if "allo_no_learning" in run else "allo"
 (start, error), (score, noise) = scores["sft_base"], scores[alone]

@@ -51,7 +51,7 @@ from allo_lib.method.masked_adamw import MaskedAdamW
 from allo_lib.profiles import methods
 from allo_lib.report import method_figures, warning_signs
 from allo_lib.report.notebook import draw, percent, say, table
-from allo_lib.study import analysis, arms, results, runs
+from allo_lib.study import runs, scoring, training
 from allo_lib.study.study import Study
 
 study = Study.open(profile, seed, results_dir, overrides)
@@ -92,9 +92,9 @@ number = next((i for i, p in enumerate(study.keep_probabilities(domain, split)) 
 row = study.encoded(domain, split)[number]
 reference = copy.deepcopy(study.load_sft(domain)).float()
 prompt, chosen, rejected = (torch.tensor(row[key], device=reference.device) for key in ("prompt", "chosen", "rejected"))
-neurons = arms.mask_of(study, domain, stage)
+neurons = training.mask_of(study, domain, stage)
 mask = {name: neurons.dense(name).to(reference.device) for name, _ in reference.named_parameters()}
-words = analysis.tokens_of(study, row["rejected"])
+words = [study.tokenizer.decode([i]) for i in row["rejected"]]
 
 
 def response_logps(model, prompt, response):  # [P], [T] -> [T]
@@ -159,7 +159,7 @@ print(f"the changes of all tokens agree to {(change - ours).abs().max():.0e} nat
 # cannot tell the two apart.
 
 # %%
-by_stage = arms.logps_by_stage(study, domain, "allo", split)  # the pairs' log-probs after each stage
+by_stage = training.logps_by_stage(study, domain, "allo", split)  # the pairs' log-probs after each stage
 rows, keep = study.encoded(domain, split), study.keep_probabilities(domain, split)
 
 
@@ -206,9 +206,9 @@ table([{"key tokens among": text, "share of the key tokens": percent(ours), "of 
 wanted = ("dpo", "dpo_long", "allo_no_learning", "allo_no_forgetting", "allo_all_tokens_learning", "allo")
 run = [method for method in wanted if method in runs.methods_of(study, domain)]
 found = runs.run_methods(study, {domain: ["sft_base", *dict.fromkeys(["dpo_long", "allo", *run])]})[domain]
-scores = {method: analysis.score_of(found[method]) for method in ("sft_base", *run)}
-draw(method_figures.method_dots(scores, xlabel=f"{results.unit(found['allo'])} (%)"), f"ALLO and its parts; {domain}, seed {seed}.")
-(allo, error), (long, noise) = (analysis.score_of(found[method]) for method in ("allo", "dpo_long"))
+scores = {method: scoring.score_of(found[method]) for method in ("sft_base", *run)}
+draw(method_figures.method_dots(scores, xlabel=f"{scoring.unit(found['allo'])} (%)"), f"ALLO and its parts; {domain}, seed {seed}.")
+(allo, error), (long, noise) = (scoring.score_of(found[method]) for method in ("allo", "dpo_long"))
 start, start_error = scores["sft_base"]
 say(f"**ALLO {percent(allo)}, DPO with as many updates {percent(long)}: {100 * (allo - long):+.1f} points on this seed** "
     f"(each with a standard error of {100 * max(error, noise):.1f} points over problems).")

@@ -50,14 +50,14 @@ from allo_lib.evaluation.published import arm_label
 from allo_lib.profiles.methods import share_name
 from allo_lib.report import ablation_figures, figures, method_figures
 from allo_lib.report.notebook import draw, percent, say, table
-from allo_lib.study import analysis, key_neurons, results, runs, scoring
+from allo_lib.study import importance, runs, scoring
 from allo_lib.study.study import Study
 
 study = Study.open(profile, seed, results_dir, overrides)
 domain = domain or next(iter(study.profile.domains))
 found = runs.run_methods(study, {domain: runs.methods_of(study, domain)})[domain]
-unit, here = results.unit(found["allo"]), f"{domain}, seed {seed}"
-scores = {method: analysis.score_of(one) for method, one in found.items()}  # (score, standard error)
+unit, here = scoring.unit(found["allo"]), f"{domain}, seed {seed}"
+scores = {method: scoring.score_of(one) for method, one in found.items()}  # (score, standard error)
 dpo = "dpo_long" if "dpo_long" in found else "dpo"  # DPO with as many updates as ALLO
 say(f"{len(found)} methods of {here}. **ALLO {percent(scores['allo'][0])}, {arm_label(dpo)} {percent(scores[dpo][0])}** ({unit}).")
 
@@ -180,15 +180,10 @@ table([{"method": method, "": arm_label(method), f"{unit} (%)": 100 * scores[met
         "low": 100 * low, "high": 100 * high} for method, (effect, low, high) in changes.items()])
 
 # %% [markdown]
-# **Whole rows.** Of a linear layer $y = x W^\top$ the weight's gradient is $dW = dy^\top x$. When whole rows are
-# kept, only $dW_{\text{rows}} = dy_{:,\text{rows}}^\top x$ is computed, which saves up to a third of a step's
-# arithmetic; scattered entries need all of it.
+# **Other neurons.** Random and last ones, all of them, whole rows of the weight matrices (of which 07 measures the
+# cost), and the same share of every tensor.
 
 # %%
-series = analysis.quality_and_cost(study, domain, found)
-if "whole rows" in series:
-    drawn = ablation_figures.quality_against_cost(series, ("all neurons", scores["dpo"][0]), here, f"{unit} (%)")
-    draw(drawn, "DPO on a share of the neurons against the counted operations of a step; bars are 95% intervals.")
 masks = ["allo_random_neurons", "allo_last_neurons", "allo_all_neurons", "allo_rows", "allo_per_tensor"]
 if set(masks) & set(found):
     against_allo(masks, "ALLO on other neurons than the top ones of all tensors together, minus ALLO.")
@@ -219,5 +214,5 @@ if rates := ablations.rate_cells(ablations.asked("rates", study.profile, found))
 
 # %%
 if other := ablations.asked("scores", study.profile, found):
-    draw(ablation_figures.overlap_dots(key_neurons.compare(study, domain), here), "Overlap of masks of other data, warm-ups and scores.")
+    draw(ablation_figures.overlap_dots(importance.compare(study, domain), here), "Overlap of masks of other data, warm-ups and scores.")
     against_allo(list(other), "ALLO on the top neurons of other scores, minus ALLO.")

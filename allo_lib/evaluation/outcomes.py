@@ -41,7 +41,7 @@ COLUMNS = SCHEMA.names
 
 
 def frame(results: Iterable[tuple[int, int, str, str, dict[str, Any], list[str]]]) -> pd.DataFrame:
-    """The outcomes of results as `arms.result` gives them.
+    """The outcomes of results as `training.result` gives them.
 
     results: (model, replicate, method, domain, result, ids of the held-out pairs) each.
     """

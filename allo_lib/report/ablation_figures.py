@@ -13,8 +13,8 @@ from scipy.stats import norm
 
 from allo_lib.evaluation.ablations import REWARD_MODELS
 from allo_lib.report.figure_style import GREY, PALETTE, Z95, row_names, subplots
-from allo_lib.study import analysis, results
-from allo_lib.study.key_neurons import Overlap
+from allo_lib.study import importance, scoring
+from allo_lib.study.importance import Overlap
 from allo_lib.study.study import Study
 
 Effect = tuple[float, float, float]  # effect, low, high
@@ -23,7 +23,7 @@ Effect = tuple[float, float, float]  # effect, low, high
 def effects(found: dict[str, dict], rows: Mapping, reference: str) -> dict:
     """Label -> (effect, low, high) of rows (method -> label) against a row, 95% intervals."""
     differences = {
-        label: results.difference(found[row], found[reference]) for row, label in rows.items()
+        label: scoring.difference(found[row], found[reference]) for row, label in rows.items()
     }
     return {label: (one.effect, one.low, one.high) for label, one in differences.items()}
 
@@ -48,8 +48,8 @@ def reward_points(study: Study, name: str, found: dict[str, dict], rows) -> list
     points = []
     for row in rows:
         quality, label = REWARD_MODELS[row]
-        area = 1.0 if quality == "oracle" else analysis.separation(study, name, quality)["auc"]
-        points.append((label, area, *analysis.score_of(found[row])))
+        area = 1.0 if quality == "oracle" else importance.separation(study, name, quality)["auc"]
+        points.append((label, area, *scoring.score_of(found[row])))
     return points
 
 
@@ -131,42 +131,6 @@ def _share_lines(lines: Mapping[str, Mapping[float, tuple[float, float]]], ylabe
     axis.minorticks_off()
     axis.set(ylabel=f"{ylabel}, 95% interval", title=title)
     return figure, axis
-
-
-def quality_against_cost(
-    series: Mapping[str, Sequence[tuple[float, float, float, float]]],
-    reference: tuple[str, float] | None = None,
-    title: str = "",
-    ylabel: str = "accuracy (%)",
-) -> Figure:
-    """Score by what a training step costs: one line a series of (cost, score, error, share).
-
-    Costs are relative (1 is a step that trains all neurons), scores and standard errors fractions;
-    each point is labelled with its share, a fraction. `reference` = (label, score) draws a level.
-    """
-    figure, axis = subplots(size=(6.4, 3.8))
-    scores = [score for points in series.values() for _, score, *_ in points]
-    apart = 100 * max(0.085 * (max(scores) - min(scores)), 0.004)  # the height of a label
-    for place, (label, points) in enumerate(series.items()):
-        costs, values, errors, shares = np.asarray(sorted(points), float).T
-        style = {"color": PALETTE[place], "marker": "osD^"[place], "lw": 1.5}
-        axis.errorbar(costs, 100 * values, 100 * Z95 * errors, capsize=4, label=label, **style)
-        # Scalar masks all cost the same: a column of labels beside the points, pushed apart.
-        lowest = -np.inf
-        for i in np.argsort(values):
-            lowest = max(100 * values[i], lowest + apart)
-            axis.annotate(
-                f"{100 * shares[i]:g}%", (costs[i], 100 * values[i]), (max(costs) + 0.012, lowest),
-                va="center", size=9, color=PALETTE[place],
-                arrowprops={"arrowstyle": "-", "color": "#bbbbbb", "lw": 0.6},
-            )  # fmt: skip
-    if reference:
-        axis.axhline(100 * reference[1], color=GREY, ls="--", label=reference[0])
-    axis.legend(loc="upper left", bbox_to_anchor=(0, -0.2), ncols=3)
-    axis.margins(x=0.12)
-    axis.set_xlabel("operations of a step (all neurons: 1); labels: share of the neurons")
-    axis.set(ylabel=f"{ylabel}, 95% interval", title=title)
-    return figure
 
 
 def share_grid(

@@ -293,7 +293,8 @@ def concentration_curve(
 def sweep_panels(
     tried: Mapping[str, Sequence[dict]], start: float | None = None, count: int | None = None
 ) -> Figure:
-    """Every model of the search by rate, by displacement and by margin (records of `arms.result`).
+    """Every model of the search by rate, by displacement and by margin (records of
+    `training.result`).
 
     A ring marks a best rate at the edge of its search: a better one may lie beyond.
     start: the score before alignment; count: problems behind each score, for 95% intervals.

@@ -21,8 +21,8 @@ from conftest import start_run_all
 from tiny_study import DOMAIN, open_study
 
 from allo_lib.machine.runtime import fork_server
-from allo_lib.study import arms, manifest, results
-from allo_lib.study.study import STORE
+from allo_lib.study import manifest, results, training
+from allo_lib.study.manifest import STORE
 
 CRASHES = int(os.environ.get("ALLO_CRASHES", "2"))
 LONGEST = 300  # seconds that nothing here takes
@@ -50,7 +50,7 @@ def work(folder: Path, pipe) -> None:
     pipe.send("sft")
     study.keep_probabilities(DOMAIN, "train")
     for method in ("allo", "dpo"):
-        arms.result(study, DOMAIN, method)
+        training.result(study, DOMAIN, method)
     results.update(study, [0])
 
 

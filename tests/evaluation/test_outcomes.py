@@ -16,7 +16,7 @@ from allo_lib.errors import AlloError
 from allo_lib.evaluation import outcomes
 from allo_lib.evaluation.outcomes import Measurement
 from allo_lib.profiles.config import Replicates
-from allo_lib.study import arms, results, runs
+from allo_lib.study import results, runs, training
 from allo_lib.study.study import Study
 
 METHODS = ["dpo", "dpo_top10"]
@@ -33,7 +33,7 @@ def replicated(tmp_path_factory):
 
 
 def rates_and_loss(study, replicate: int, method: str = "dpo"):
-    found = arms.result(study.at(replicate), DOMAIN, method)
+    found = training.result(study.at(replicate), DOMAIN, method)
     return found["rates"], found["loss"][-1]
 
 

@@ -7,11 +7,10 @@ import numpy as np
 import pytest
 import torch
 from matplotlib.text import Text
-from tiny_study import DOMAIN, PROFILE, open_study
+from tiny_study import DOMAIN, PROFILE
 
 from allo_lib.errors import AlloError
 from allo_lib.evaluation import ablations, outcomes
-from allo_lib.machine import weights
 from allo_lib.method import neurons
 from allo_lib.method.neurons import NeuronMask
 from allo_lib.profiles.methods import (
@@ -28,7 +27,7 @@ from allo_lib.profiles.methods import (
 from allo_lib.profiles.profile_files import load_profile
 from allo_lib.report import ablation_figures as drawing
 from allo_lib.report import ablation_figures as numbers
-from allo_lib.study import key_neurons
+from allo_lib.study import importance
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +100,7 @@ def test_each_row_changes_what_it_says(profile):
     for word in ESTIMATORS:
         row = f"allo_scores_{word.replace('.', 'p')}"
         assert changes(row, profile) == [{"estimator": word}] * 2
-        key_neurons.check_variant(word, ())
+        importance.check_variant(word, ())
     assert stages_of("allo_reversed", profile) == stages_of("allo", profile)[::-1]
 
 
@@ -196,14 +195,14 @@ def test_sweeps_stay_out_of_the_figure_of_single_changes():
 
 def test_variants_see_the_pairs_they_name():
     rows, families = list(range(7)), list("abcabca")
-    seen = {v: key_neurons.pairs_of(v, rows, families) for v in key_neurons.VARIANTS}
+    seen = {v: importance.pairs_of(v, rows, families) for v in importance.VARIANTS}
     assert seen["half_a"] + seen["half_b"] == rows
     assert sorted(seen["third_a"] + seen["third_b"] + seen["third_c"]) == rows
-    assert key_neurons.pairs_of("family:b", rows, families) == [1, 4]
+    assert importance.pairs_of("family:b", rows, families) == [1, 4]
     parts = ("half_a", "half_b", "third_a", "third_b", "third_c")
-    assert all(seen[v] == rows for v in key_neurons.VARIANTS if v not in parts)
+    assert all(seen[v] == rows for v in importance.VARIANTS if v not in parts)
     with pytest.raises(AlloError, match="scores 'family:d' are not known; expected one of delta"):
-        key_neurons.check_variant("family:d", ["a", "b"])
+        importance.check_variant("family:d", ["a", "b"])
 
 
 def test_scores_of_variants_have_their_rate_their_length_and_their_pairs(tiny_study):
@@ -247,7 +246,7 @@ def random_mask(seed: int, shares: dict[str, float]) -> NeuronMask:
 def test_random_masks_overlap_by_chance():
     even = {name: 0.1 for name in SHAPES}
     found = [
-        key_neurons.overlap("x", "a", "b", random_mask(2 * i, even), random_mask(2 * i + 1, even))
+        importance.overlap("x", "a", "b", random_mask(2 * i, even), random_mask(2 * i + 1, even))
         for i in range(20)
     ]
     assert found[0].chance == pytest.approx(neurons.chance_overlap(0.1), rel=1e-3)
@@ -259,7 +258,7 @@ def test_random_masks_overlap_by_chance():
 def test_masks_that_only_agree_on_tensors_are_at_the_second_chance():
     uneven = {"a": 0.4, "b": 0.01, "c": 0.5}
     found = [
-        key_neurons.overlap(
+        importance.overlap(
             "x", "a", "b", random_mask(2 * i, uneven), random_mask(2 * i + 1, uneven)
         )
         for i in range(20)
@@ -273,12 +272,12 @@ def test_masks_that_only_agree_on_tensors_are_at_the_second_chance():
 
 def test_a_mask_overlaps_itself_wholly():
     mask = random_mask(0, {name: 0.1 for name in SHAPES})
-    one = key_neurons.overlap("x", "a", "b", mask, mask)
+    one = importance.overlap("x", "a", "b", mask, mask)
     assert (one.value, one.low, one.high) == (1, 1, 1)
 
 
 def test_compared_are_orders_data_tasks_warm_ups_and_estimators(tiny_study):
-    rows = key_neurons.compare(tiny_study, DOMAIN)
+    rows = importance.compare(tiny_study, DOMAIN)
     labels = [one.label for one in rows]
     tasks = {"tasks: chain and scan", "tasks: chain and story", "tasks: scan and story"}
     assert tasks | {"order of the data", "sum of |gradient|"} <= set(labels)
@@ -289,18 +288,6 @@ def test_compared_are_orders_data_tasks_warm_ups_and_estimators(tiny_study):
     orders = rows[labels.index("order of the data")]
     masks = [tiny_study.mask(DOMAIN, "top", 0.1, v) for v in ("delta", "order")]
     assert orders.value == masks[0].overlap(masks[1])
-
-
-def test_other_seeds_are_read_where_they_are_and_never_made(begun):
-    first = open_study(begun)
-    second = open_study(begun, seed=1)
-    assert key_neurons.scores_of_earlier_seeds(second, DOMAIN) == {}
-    assert not list((second.store.folder / "scores").glob("*"))
-    expected = weights.read_tensors(first.scores(DOMAIN).file("scores.safetensors"))
-    found = key_neurons.scores_of_earlier_seeds(open_study(begun, seed=1), DOMAIN)
-    assert list(found) == [0]
-    assert all(torch.equal(found[0][name], value) for name, value in expected.items())
-    assert key_neurons.scores_of_earlier_seeds(first, DOMAIN) == {}  # only seeds before its own
 
 
 # --- the numbers and the figures ---------------------------------------------------------------
@@ -335,8 +322,8 @@ def test_effects_are_paired_differences_by_label():
     assert effect == 0.5 and 0.3 < low < 0.5 < high < 0.7
 
 
-def overlap_row(label: str, value: float) -> key_neurons.Overlap:
-    return key_neurons.Overlap(label, "a", "b", value, value - 0.01, value + 0.02, 0.053, 0.08)
+def overlap_row(label: str, value: float) -> importance.Overlap:
+    return importance.Overlap(label, "a", "b", value, value - 0.01, value + 0.02, 0.053, 0.08)
 
 
 CELLS = {(a, b): (0.7 + a / 50 + b / 20, 0.01) for a, b in product((0.01, 0.1, 1.0), repeat=2)}

@@ -30,10 +30,6 @@ def seeds(*values: float):
 
 
 MEASURED = {"sft_base": seeds(0.5, 0.51), "dpo": seeds(0.7, 0.72), "allo": seeds(0.72, 0.73)}
-SERIES = {
-    "scalar": [(1.0, 0.70, 0.01, 0.4), (1.0, 0.699, 0.01, 0.1), (0.99, 0.6, 0.01, 0.01)],
-    "whole rows": [(0.7, 0.65, 0.01, 0.1)],
-}
 STUDY = {
     "dpo_top10": seeds(0.76, 0.77),
     "dpo_top10_paper": seeds(0.6, 0.61),
@@ -61,7 +57,6 @@ def drawn(results) -> dict[str, Figure]:
         "claims": figures.claims_figure(claims.compute(results, EFFICIENCY)),
         "efficiency": figures.efficiency_bars(EFFICIENCY),
         "relative": figures.relative_change(figures.changes_of(results)),
-        "cost": ablation.quality_against_cost(SERIES, ("all neurons", 0.72)),
         "method": method.method_drawing(),
         "scores": method.score_histogram(np.arange(1, 101) / 10, 9.1, "x"),
         "tokens": method.token_panel(["a", "b"], [("p", "low", [0.1, 0.9])]),
@@ -97,7 +92,6 @@ SAID = {
     "relative": ["chain", "average", "miniature: accuracy", "paper, 2 instruction sets",
                  "relative change from DPO to ALLO (%)"],
     "share": ["share of neurons kept (%)", "DPO"],
-    "cost": ["operations of a step (all neurons: 1)", "10%", "whole rows", "all neurons"],
     "efficiency": ["allo_scalar", "dense_masked", "(MB)", "seconds a pair"],
 }  # fmt: skip
 

@@ -20,7 +20,7 @@ from allo_lib.evaluation import comparisons, outcomes
 from allo_lib.profiles.config import fingerprint
 from allo_lib.profiles.profile_files import load_profile
 from allo_lib.report import row_comparisons, tables
-from allo_lib.study import arms, judges, results, scoring
+from allo_lib.study import judges, results, scoring, training
 from allo_lib.study.study import Study
 from tests import synthetic_results
 
@@ -98,7 +98,7 @@ def open_instructed(folder: Path, **judge) -> Study:
 
 
 def results_of(study: Study) -> dict[str, dict]:
-    return {method: arms.result(study, DOMAIN, method) for method in METHODS}
+    return {method: training.result(study, DOMAIN, method) for method in METHODS}
 
 
 @torch.no_grad()
@@ -159,7 +159,7 @@ def never(*_, **__):
 
 # --- keys and hashes -----------------------------------------------------------------------------
 
-# Of `arms._method_inputs` of allo and dpo, in which nothing is of instructions.
+# Of `training._method_inputs` of allo and dpo, in which nothing is of instructions.
 KEY_OF_TINY = "db2205c5171045e73042d71ce2226e56810266fe96d6760708ce717242b321d7"
 
 
@@ -169,7 +169,7 @@ def inputs_of(profile, name, folder, monkeypatch):
     monkeypatch.setattr(Study, "_data_hash", lambda self, name: "data")
     monkeypatch.setattr(Study, "dtype", "float32" if profile == "tiny" else "bfloat16")
     asked = Study(load_profile(profile, device="cpu"), 0, folder)
-    return [arms._method_inputs(asked, name, method) for method in ("allo", "dpo")]
+    return [training._method_inputs(asked, name, method) for method in ("allo", "dpo")]
 
 
 def test_without_instructions_results_are_known_as_before(tmp_path, monkeypatch):
@@ -177,16 +177,16 @@ def test_without_instructions_results_are_known_as_before(tmp_path, monkeypatch)
 
 
 def test_results_hang_on_the_instructions_but_candidates_and_the_judge_do_not(folder, study):
-    inputs = arms._method_inputs(study, DOMAIN, "dpo")
+    inputs = training._method_inputs(study, DOMAIN, "dpo")
     data = inputs["instructions"].pop("data")
     assert inputs["instructions"] == {
         "datasets": ["alpaca_eval", "arena_hard"], "count": 20, "max_new_tokens": 24,
     }  # fmt: skip
     assert {len(digest) for digest in data.values()} == {64} and len(data) == 2
     inputs["instructions"]["data"] = data
-    stages = arms.stages_of("dpo", study.profile)
-    assert "instructions" not in arms._stage_inputs(study, DOMAIN, stages)
-    assert arms._method_inputs(judged(folder, "longer"), DOMAIN, "dpo") == inputs
+    stages = training.stages_of("dpo", study.profile)
+    assert "instructions" not in training._stage_inputs(study, DOMAIN, stages)
+    assert training._method_inputs(judged(folder, "longer"), DOMAIN, "dpo") == inputs
     noted = provenance.collect(study.store.folder, provenance.DATA)[f"{DOMAIN}.instructions"]
     counts = {name: one["rows"] for name, one in noted.items()}
     assert counts == {"alpaca_eval/test": 15, "arena_hard/test": 15}
@@ -232,24 +232,14 @@ def test_a_result_keeps_its_replies_which_are_those_of_its_weights(study):
     for method in METHODS:
         kept = found[method]["instructions"]
         assert [row[:2] for row in kept] == order
-        model, _ = arms.trained_model(study, DOMAIN, method)
+        model, _ = training.trained_model(study, DOMAIN, method)
         assert scoring.reply(study, DOMAIN, model) == kept  # no draft: the same
     assert found["dpo"]["instructions"] != study.replies(DOMAIN)
-    model = study.load_sft(DOMAIN)
-    assert scoring.reply(study, DOMAIN, model, found["dpo"]["instructions"]) == study.replies(
-        DOMAIN
-    )
 
 
-def test_prompts_without_a_chat_template_and_their_batches(study):
+def test_prompts_without_a_chat_template(study):
     prompt = scoring.prompt_of(SimpleNamespace(chat_template=None), "Why?")
     assert prompt == "\n\nHuman: Why?\n\nAssistant:"
-    # Long instructions share a batch with fewer.
-    prompts = ["tea " * length for length in (30, 1, 1, 100, 1, 30, 1)]
-    room = study.profile.compute.generation_batch * study.domain(DOMAIN).max_length
-    assert room == 8 * 64
-    assert scoring._batches(study, DOMAIN, prompts, 100) == [[1, 2, 4, 6], [0, 5], [3]]
-    assert scoring._batches(study, DOMAIN, prompts[:2], 1000) == [[1], [0]]
 
 
 # --- files ---------------------------------------------------------------------------------------
@@ -400,8 +390,8 @@ def test_a_judge_named_later_judges_what_was_written_and_is_asked_once(folder, m
     assert reasons["npo", "alpaca_eval"] == "not among the methods of this run"
     files = {path.name for path in (out / "instructions" / "seed0" / DOMAIN).rglob("*.json")}
     assert files >= {f"{method}.json" for method in ROWS}
-    monkeypatch.setattr(arms, "_make_result", never)
-    monkeypatch.setattr(arms, "_make_candidate", never)
+    monkeypatch.setattr(training, "_make_result", never)
+    monkeypatch.setattr(training, "_make_candidate", never)
     monkeypatch.setattr(scoring, "generate", never)
     judge = judged(folder, "longer")
     assert judge.profile.hash() == open_instructed(folder).profile.hash()
