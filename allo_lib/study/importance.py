@@ -127,17 +127,15 @@ class Importance:
         scope: str = "global",
     ) -> Artifact:
         """`mask.safetensors` (`neurons.select_neurons` on a score variant) and a record of ties."""
-        which = {"order": order, "granularity": granularity}
-        inputs = which | {
-            "share": share, "scores": self.scores(name, variant).key, "seed": self.seed
-        }  # fmt: skip
+        which = {"order": order, "share": share, "granularity": granularity}
+        inputs = which | {"scores": self.scores(name, variant).key, "seed": self.seed}
         if scope != "global":  # it came later: masks made before are known without it
             inputs["scope"] = scope
 
         def make(folder: Path) -> None:
             scores = weights.read_tensors(self.scores(name, variant).file("scores.safetensors"))
             seed = derive(self.seed, "mask", name)
-            mask, record = find_neurons(scores, share, **which, scope=scope, seed=seed)
+            mask, record = find_neurons(scores, **which, scope=scope, seed=seed)
             mask.save(folder / "mask.safetensors")
             write_json(folder / "record.json", record | {"kept": mask.kept, "total": mask.total})
 
@@ -203,9 +201,10 @@ class Importance:
 
     def oracle_tokens(self, name: str, split: str) -> list[list[float]]:
         """1 where a rejected response takes a wrong decision, by the generator; 0 at its end."""
-        task, questions = self.task(name), self.pair_questions(name)
+        task = self.task(name)
         if not hasattr(task, "wrong_tokens"):
             raise AlloError(f"{name}: only the generator of the miniature knows wrong tokens")
+        questions = self.pair_questions(name)
         return [
             [float(x) for x in task.wrong_tokens(questions[row["id"]], row["rejected"])] + [0.0]
             for row in self.pairs(name).rows[split]

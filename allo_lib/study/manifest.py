@@ -81,12 +81,7 @@ def write_json(path: Path, value) -> None:
 
 
 def build(
-    results: Path,
-    profile,
-    overrides: dict,
-    runs: dict[str, dict],
-    machine: dict,
-    commit: dict,
+    results: Path, profile, overrides: dict, runs: dict[str, dict], machine: dict, commit: dict
 ) -> dict:
     """The manifest of `results` as it is now.
 

@@ -106,19 +106,18 @@ class Study(Importance):
     # --- models ------------------------------------------------------------------------------
 
     @cached_property
-    def _loaded(self):
+    def _loaded(self) -> tuple:
+        """The live model, its tokenizer, which weights it began with, and these on the CPU."""
         if self.replicate:
             return self.at(0)._loaded
-        settings = self.profile.model
-        if settings.name == "micro":
+        name = self.profile.model.name
+        if name == "micro":
             model, tokenizer = self._new_model()
-            note = {"name": "micro", "source": "trained from scratch in 00_setup"}
+            note = {"name": name, "source": "trained from scratch in 00_setup"}
         else:
-            model, tokenizer, note = models.load(
-                settings.name, dtype=self.dtype, device=self.device
-            )
+            model, tokenizer, note = models.load(name, dtype=self.dtype, device=self.device)
         provenance.leave(self.store.folder, provenance.WEIGHTS, note)
-        return model, tokenizer, note
+        return model, tokenizer, note, weights.snapshot(model, "cpu")
 
     def _new_model(self):
         """The miniature's model, untrained, and its tokenizer."""
@@ -139,7 +138,6 @@ class Study(Importance):
     @property
     def model(self):
         """The one live model; its weights are those last loaded into it."""
-        self._initial  # noqa: B018  (taken before anything else is loaded into the model)
         return self._loaded[0]
 
     @property
@@ -151,13 +149,6 @@ class Study(Importance):
     def weights_note(self) -> dict:
         """Which weights the study started from."""
         return self._loaded[2]
-
-    @cached_property
-    def _initial(self) -> dict[str, torch.Tensor]:
-        """The weights as they were loaded, on the CPU."""
-        if self.replicate:
-            return self.at(0)._initial
-        return weights.snapshot(self._loaded[0], "cpu")
 
     def _kept(self, kind: str, inputs: dict, make, name: str = "") -> Artifact:
         """An artifact whose making uses the live model, which has its weights back afterwards.
@@ -253,18 +244,15 @@ class Study(Importance):
 
     def _make_sft(self, name: str, folder: Path) -> None:
         domain, record = self.domain(name), {}
-        weights.restore(self.model, self._initial)
+        weights.restore(self.model, self._loaded[3])
         for phase in ("pretrain", "sft"):
             settings = getattr(domain, phase)
             if not settings.examples:
                 continue
-            questions = self.task(name).questions("sft", settings.examples, settings.mix)
-            rows = [
-                encode_demonstration(
-                    self.tokenizer, one.prompt, self.task(name).demonstration(one, settings)
-                )
-                for one in questions
-            ]
+            task = self.task(name)
+            questions = task.questions("sft", settings.examples, settings.mix)
+            texts = [(one.prompt, task.demonstration(one, settings)) for one in questions]
+            rows = [encode_demonstration(self.tokenizer, *text) for text in texts]
             label, begun = f"{name}, {phase}", self.checkpoints(folder, phase)
             log = self._supervise(rows, settings, label, domain.max_length, begun)
             record[phase] = {"loss": log.loss, "seconds": log.seconds, "tokens": log.tokens,
@@ -278,14 +266,12 @@ class Study(Importance):
 
     def _supervise(self, rows, settings, label: str, max_length: int, checkpoints: Checkpoints):
         rows = [r for r in rows if len(r["prompt"]) + len(r["response"]) <= max_length]
-        schedule = Schedule(
-            settings.learning_rate, settings.epochs, settings.batch_size, derive(self.seed, label)
-        )
+        rate, seed = settings.learning_rate, derive(self.seed, label)
         return run_stage(
             self.model,
             rows,
             "sft",
-            schedule,
+            Schedule(rate, settings.epochs, settings.batch_size, seed),
             pad_token_id=self.tokenizer.pad_token_id,
             betas=(0.9, settings.beta2),
             max_grad_norm=self.profile.method.max_grad_norm,

@@ -100,23 +100,18 @@ def test_rows_of_a_method_are_those_of_its_result(study, rows, found, method):
 def test_overlap_rows_stand_beside_chance(tiny_study, study, rows):
     share = study.profile.method.share
     for comparison, variants in results.OVERLAPS.items():
-        masks = [study.mask(DOMAIN, "top", share, variant) for variant in variants]
-        flat = [
-            {(name, int(i)) for name, index in mask.indices.items() for i in index}
-            for mask in masks
-        ]
-        overlap = len(flat[0] & flat[1]) / len(flat[0] | flat[1])
+        one, other = (study.mask(DOMAIN, "top", share, variant) for variant in variants)
         row = value(rows, comparison, DOMAIN, "mask_overlap")
-        assert row.value == pytest.approx(overlap) and row.n == masks[0].kept
+        assert (row.value, row.n) == (one.overlap(other), one.kept)
         chance = value(rows, comparison, DOMAIN, "mask_overlap_chance")
         assert chance.value == pytest.approx(share / (2 - share), rel=1e-3)
         # At random places of each tensor both keep a neuron with the product of their shares of it.
         common = sum(
-            math.prod(len(mask.indices[name]) for mask in masks) / math.prod(shape)
-            for name, shape in masks[0].shapes.items()
+            len(one.indices[name]) * len(other.indices[name]) / math.prod(shape)
+            for name, shape in one.shapes.items()
         )
         within = value(rows, comparison, DOMAIN, outcomes.CHANCE_IN_TENSORS)
-        assert within.value == pytest.approx(common / (2 * masks[0].kept - common))
+        assert within.value == pytest.approx(common / (2 * one.kept - common))
     few = open_study(tiny_study.results_dir, stability=["halves"])
     assert set(results.top_masks(few, DOMAIN)) == {"delta", "half_a", "half_b"}
     assert {r.method for r in results.overlap_rows(few, DOMAIN)} == {"halves"}

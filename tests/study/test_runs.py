@@ -13,12 +13,10 @@ from tiny_study import DOMAIN, PROFILE, open_study
 
 from allo_lib.errors import AlloError
 from allo_lib.profiles import profile_files
-from allo_lib.profiles.config import Replicates
 from allo_lib.profiles.methods import stages_of
 from allo_lib.profiles.profile_files import load_profile
 from allo_lib.study import runs, training
 from allo_lib.study.search import Trial, best, proposals, search
-from allo_lib.study.study import Study
 
 
 @pytest.mark.parametrize("change, expected", [
@@ -40,9 +38,8 @@ def test_methods_of_a_domain_come_once_and_in_order(tmp_path, change, expected):
     ({"dpo": (1e-4,)}, {("npo", 1): [], ("dpo_paper", 1): [],
                         ("allo_key_reference", 0): [("dpo", 0)]}),
 ])  # fmt: skip
-def test_runs_wait_for_those_whose_rates_or_models_they_take(tiny_study, tuned, expected):
-    replicates = dataclasses.replace(tiny_study.profile, replicates=Replicates(2, 1))
-    study = Study(replicates, 0, tiny_study.results_dir)
+def test_runs_wait_for_those_whose_rates_or_models_they_take(tmp_path, tuned, expected):
+    study = open_study(tmp_path, replicates={"pair_sets": 2})
     domain = dataclasses.replace(study.domain(DOMAIN), tuned=tuned)
     study.domain = study.at(1).domain = lambda name: domain
     for (method, replicate), before in expected.items():
@@ -205,14 +202,6 @@ def test_tuned_rates_are_used_without_a_search_and_missing_ones_refused(tuned, b
     for method, count in {"sft": 2, "npo": 0}.items():
         with pytest.raises(AlloError, match=f"`tuned` has {count} rates for its 1 stages"):
             training.result(study, DOMAIN, method)
-
-
-def test_a_score_leaves_no_weights_and_can_be_asked_for_again(tiny_study):
-    stages, rates = stages_of("dpo_top10", tiny_study.profile), (1.7e-4,)
-    first = training.score_at(tiny_study, DOMAIN, "dpo_top10", rates)
-    artifact = training._candidate(tiny_study, DOMAIN, stages, rates)
-    assert not (artifact.path / training.WEIGHTS).exists()
-    assert training.score_at(tiny_study, DOMAIN, "dpo_top10", rates) == first
 
 
 # Where the planted mean over the models is highest, in powers of two of the initial rates; npo's

@@ -15,7 +15,6 @@ from allo_lib.engine.generation import Response
 from allo_lib.engine.trainer import Diverged, Log
 from allo_lib.errors import AlloError
 from allo_lib.machine import weights
-from allo_lib.profiles import methods
 from allo_lib.profiles.methods import Stage, stages_of
 from allo_lib.profiles.profile_files import load_profile
 from allo_lib.study import results, runs, scoring, training
@@ -86,14 +85,6 @@ def test_names_follow_the_profile_s_share_and_unknown_ones_are_refused():
     assert stages_of("dpo_top20", changed)[0].share == 0.2
     with pytest.raises(AlloError, match="'dpo_last10' is not known; expected one of"):
         stages_of("dpo_last10", changed)
-
-
-def test_every_known_method_has_a_rate_and_neurons(profile):
-    rates = vars(profile.domains[DOMAIN].rates)
-    for method, stages in methods._methods(profile).items():
-        for stage in stages:
-            assert stage.rate in rates, method
-            assert stage.neurons in ("all", "top", "bottom", "random"), method
 
 
 # --- what a stage is trained on ----------------------------------------------------------------
@@ -185,11 +176,8 @@ def test_a_masked_method_moves_its_neurons_and_no_other_bit(tiny_study, theta, m
     assert artifact.json()["displacement"] == pytest.approx(squares**0.5, rel=1e-4)
 
 
-@pytest.mark.parametrize("method", ["bco", "ppo"])
-def test_a_dense_baseline_moves_every_tensor_in_as_many_steps_as_long_dpo(
-    tiny_study, theta, method
-):
-    artifact, trained = candidate(tiny_study, method, (1e-3,))
+def test_ppo_moves_every_tensor_in_as_many_steps_as_long_dpo(tiny_study, theta):
+    artifact, trained = candidate(tiny_study, "ppo", (1e-3,))
     assert all(not torch.equal(trained[name], theta[name]) for name in theta)
     record = artifact.json()
     long, _ = candidate(tiny_study, "dpo_long", (1e-3,))
@@ -266,14 +254,6 @@ def test_a_candidate_is_the_same_bits_whatever_ran_before(tiny_study, begun):
 # --- keys ----------------------------------------------------------------------------------------
 
 
-def test_settings_of_on_policy_methods_are_part_of_their_keys_alone(tiny_study):
-    def inputs(method):
-        return training._stage_inputs(tiny_study, DOMAIN, stages_of(method, tiny_study.profile))
-
-    assert inputs("a2c")["on_policy"] == vars(on_policy.DEFAULT)
-    assert "on_policy" not in inputs("dpo") | inputs("allo") | inputs("sft_base")
-
-
 @pytest.mark.parametrize("change", [
     {"domains__miniature__rates": {"dense": 2e-4}},
     {"domains__miniature__dev": 9},  # a candidate's record holds its score on that split
@@ -293,6 +273,9 @@ def test_what_can_change_a_result_changes_its_key(tiny_study, change):
     ours, theirs = (training._stage_inputs(study, DOMAIN, stages) for study in studies)
     of_results = ("domains__miniature__test", "search__candidates")
     assert (ours == theirs) == any(key in change for key in of_results)
+    assert "on_policy" not in ours and "on_policy" in training._stage_inputs(
+        changed, DOMAIN, stages_of("a2c", changed.profile)
+    )
 
 
 # --- results -----------------------------------------------------------------------------------
@@ -312,40 +295,28 @@ def test_sft_base_is_the_sft_model_itself(tiny_study):
     assert found["dev"] == scoring.dev_score(tiny_study, DOMAIN, tiny_study.load_sft(DOMAIN))
 
 
-def test_a_result_is_that_of_its_best_candidate(tiny_study):
-    found = training.result(tiny_study, DOMAIN, "dpo")
-    settings = tiny_study.profile.search
-    assert len(found["tried"]) == settings.candidates
-    assert found["dev"] == max(one["dev"] for one in found["tried"])
-    best = [one["rates"] for one in found["tried"] if one["dev"] == found["dev"]]
-    assert found["rates"] == min(best)
-    model, artifact = training.trained_model(tiny_study, DOMAIN, "dpo")
-    rows = tiny_study.encoded(DOMAIN, "heldout")
-    reference = [{s: row[f"{s}_reference"] for s in ("chosen", "rejected")} for row in rows]
-    beta = tiny_study.profile.method.beta
-    margins = implicit_margins(tiny_study.logps(model, rows), reference, beta)
-    assert found["margins"] == margins and any(margins)
-    assert artifact.json()["dev"] == found["dev"]
-
-
-def test_only_the_models_that_notebooks_look_into_stay(begun):
+def test_a_result_is_that_of_its_best_candidate_and_the_paper_s_rows_run_at_its_rate(begun):
     study = open_study(begun)
-    for method in ("dpo", "dpo_top10", "dpo_paper", "dpo_top10_paper"):
-        training.result(study, DOMAIN, method)
+    methods = ("dpo", "dpo_top10", "dpo_paper", "dpo_top10_paper")
+    found = {method: training.result(study, DOMAIN, method) for method in methods}
+    dpo = found["dpo"]
+    assert len(dpo["tried"]) == study.profile.search.candidates
+    assert dpo["dev"] == max(one["dev"] for one in dpo["tried"])
+    assert dpo["rates"] == min(one["rates"] for one in dpo["tried"] if one["dev"] == dpo["dev"])
+    # Only the models that notebooks look into stay.
     left = [json.loads((path / "record.json").read_text())
             for path in (study.store.folder / "candidate").iterdir()]  # fmt: skip
     assert [record["stages"][0]["neurons"] for record in left] == ["all"]
-
-
-def test_the_paper_s_protocol_runs_at_dpo_s_rate(tiny_study):
-    dpo = training.result(tiny_study, DOMAIN, "dpo")
-    for method in ("dpo_paper", "dpo_top10_paper"):
-        found = training.result(tiny_study, DOMAIN, method)
-        assert found["rates"] == dpo["rates"] and len(found["tried"]) == 1
-        assert found["method"] == method
-    same, paper = {"answers", "margins", "loss", "displacement", "dev"}, "dpo_paper"
-    paper = training.result(tiny_study, DOMAIN, paper)
-    assert {key: dpo[key] for key in same} == {key: paper[key] for key in same}
+    model, artifact = training.trained_model(study, DOMAIN, "dpo")
+    rows = study.encoded(DOMAIN, "heldout")
+    reference = [{s: row[f"{s}_reference"] for s in ("chosen", "rejected")} for row in rows]
+    margins = implicit_margins(study.logps(model, rows), reference, study.profile.method.beta)
+    assert dpo["margins"] == margins and any(margins)
+    assert artifact.json()["dev"] == dpo["dev"]
+    for method in methods[2:]:
+        assert found[method]["rates"] == dpo["rates"] and len(found[method]["tried"]) == 1
+    for key in ("answers", "margins", "loss", "displacement", "dev"):
+        assert found["dpo_paper"][key] == dpo[key]
 
 
 def test_a_row_of_relative_rates_runs_at_those_times_its_factors(tiny_study, monkeypatch):
@@ -404,12 +375,9 @@ def test_the_model_after_each_stage_ends_in_the_one_that_was_kept(tiny_study):
     model, _ = training.trained_model(tiny_study, DOMAIN, "allo")
     rows = tiny_study.encoded(DOMAIN, "heldout")
     assert after == tiny_study.logps(model, rows) != before
-    reference = [row["rejected_reference"] for row in rows]
-    assert [row["rejected"] for row in before] != reference
-    # And the log-ratios of a method are those of its model.
-    for ratio, row, ours in zip(
-        training.log_ratios(tiny_study, DOMAIN, "allo", "heldout"), rows, after, strict=True
-    ):
+    assert [row["rejected"] for row in before] != [row["rejected_reference"] for row in rows]
+    ratios = training.log_ratios(tiny_study, DOMAIN, "allo", "heldout")
+    for ratio, row, ours in zip(ratios, rows, after, strict=True):
         expected = [a - b for a, b in zip(ours["rejected"], row["rejected_reference"], strict=True)]
         assert ratio == pytest.approx(expected, abs=1e-7) and any(ratio)
 
