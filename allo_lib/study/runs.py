@@ -227,26 +227,23 @@ def tune(profile: Profile, seeds: tuple[int, ...], folder: Path, data: str | Non
     """Tune every method of a profile that has rates of its own; returns the file of the rates."""
     studies = [Study(profile, seed, folder, data) for seed in seeds]
     prepare_all((study, name) for study in studies for name in profile.domains)
-    searches = {}
+    tuned: dict[str, dict] = {name: {} for name in profile.domains}
+    at_edge, rows = [], []
     for name in profile.domains:
         for method in methods_of(studies[0], name):
-            stages = stages_of(method, profile)
-            if stages and method == tuned_as(method) and not relative_rates(method):
-                start = training.initial_rates(studies[0], name, stages, knob=True)
-                factor, candidates = profile.search.factor, profile.search.candidates
-                searches[name, method] = proposals(
-                    start, factor, candidates, knob_of(stages) is not None
-                )
-    found, rows = _search_all(studies, searches)
+            if (
+                stages_of(method, profile)
+                and method == tuned_as(method)
+                and not relative_rates(method)
+            ):
+                found = _tune_method(studies, name, method, rows)
+                tuned[name][method] = list(found.rates)
+                at_edge += [] if found.interior else [f"{method} of {name}"]
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "tuning.csv", "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(("domain", "method", "rates", "model", "score"))
         writer.writerows((*row, f"{score:.6f}") for *row, score in sorted(rows))
-    tuned: dict[str, dict] = {}
-    for (name, method), one in found.items():
-        tuned.setdefault(name, {})[method] = list(one.rates)
-    at_edge = [f"{method} of {name}" for (name, method), one in found.items() if not one.interior]
     path = folder / "tuned.yaml"
     path.write_text(
         f"# By `./run_all.sh tune` on seeds {', '.join(map(str, seeds))}; see tuning.csv.\n"
@@ -257,29 +254,26 @@ def tune(profile: Profile, seeds: tuple[int, ...], folder: Path, data: str | Non
     return path
 
 
-def _search_all(studies: list[Study], searches: dict) -> tuple[dict, list[tuple]]:
-    """All searches side by side: (domain, method) -> Found, and rows of `tuning.csv`."""
-    found: dict[tuple[str, str], Found] = {}
-    rows: list[tuple] = []
-    wanted = {key: next(search) for key, search in searches.items()}
-    while wanted:
+def _tune_method(studies: list[Study], name: str, method: str, rows: list[tuple]) -> Found:
+    """The rates with the best mean score over the studies; `rows` of `tuning.csv` are added to."""
+    profile = studies[0].profile
+    stages, settings = stages_of(method, profile), profile.search
+    start = training.initial_rates(studies[0], name, stages, knob=True)
+    knob = knob_of(stages) is not None
+    proposed, means = proposals(start, settings.factor, settings.candidates, knob), None
+    while True:
+        try:
+            wanted = proposed.send(means)
+        except StopIteration as end:
+            return end.value
         # Model by model, so that a worker seldom opens another study.
-        jobs = [(study, *key, rates) for study in studies for key in wanted
-                for rates in wanted[key]]  # fmt: skip
-        made = side_by_side(training.score_at, dict.fromkeys(jobs, ()), "candidates scored")
-        scores: dict = {}
-        for study, name, method, rates in jobs:
-            score = made[study, name, method, rates]
-            scores.setdefault((name, method), {}).setdefault(rates, []).append(score)
-            rows.append((name, method, " ".join(f"{r:g}" for r in rates), study.seed, score))
-        wanted = {}
-        for key, by_rates in scores.items():
-            means = {rates: math.fsum(v) / len(v) for rates, v in by_rates.items()}
-            try:
-                wanted[key] = searches[key].send(means)
-            except StopIteration as end:
-                found[key] = one = end.value
-                rates = ", ".join(f"{rate:g}" for rate in one.rates)
-                print(f"{': '.join(key)}: {rates}, mean {one.scores[one.rates]:.4f} "
-                      f"({len(one.scores)} tried)", flush=True)  # fmt: skip
-    return found, rows
+        jobs = [(study, name, method, rates) for study in studies for rates in wanted]
+        scores = side_by_side(training.score_at, dict.fromkeys(jobs, ()), f"{name}, {method}")
+        rows += [
+            (name, method, " ".join(f"{rate:g}" for rate in rates), study.seed, score)
+            for (study, *_, rates), score in scores.items()
+        ]
+        means = {
+            rates: math.fsum(scores[study, name, method, rates] for study in studies) / len(studies)
+            for rates in wanted
+        }

@@ -217,10 +217,10 @@ def test_both_stages_of_allo_keep_to_the_mask_and_start_at_their_own_zero(
 ):
     seen, real = [], allo.run_stage
 
-    def spy(*arguments, masters, **settings):
-        before = dict(masters)
+    def spy(*arguments, masters=None, **settings):
+        before = dict(masters or {})
         log = real(*arguments, masters=masters, **settings)
-        seen.append((before, dict(masters)))
+        seen.append((before, dict(masters or {})))
         return log
 
     monkeypatch.setattr(allo, "run_stage", spy)
