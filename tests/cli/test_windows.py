@@ -349,7 +349,7 @@ def test_time_that_runs_out_ends_the_command_and_the_same_one_goes_on(project):
     assert ended.stdout.split("missing:\n")[1].splitlines() == [
         "seed0: notebooks 01_second",
         "all: notebooks 06_merge",
-        "seed 0, toy: methods sft_base (there: none)",
+        "seed 0, toy: methods sft_base",
     ]
     assert run_all(project, "verify", "toy.yaml").returncode == 0
     ended = run_all(project, "toy.yaml", "--minutes", "60")
