@@ -170,13 +170,6 @@ def test_a_best_rate_at_the_edge_of_its_search_has_a_ring():
     assert lengths == pytest.approx([2 * 1.959964 * 4, 2 * 1.959964 * 5], rel=1e-4)
 
 
-def test_labels_of_points_at_one_place_do_not_collide(drawn):
-    (axis,) = drawn["cost"].axes
-    places = sorted(note.xyann[1] for note in axis.texts if note.get_text() in ("40%", "10%", "1%")
-                    and note.xyann[0] > 1)  # fmt: skip
-    assert len(places) == 3 and min(np.diff(places)) > 0.5
-
-
 def test_saved_files_are_the_same_bytes_and_carry_the_caption(tmp_path):
     for folder in ("a", "b"):
         figure = figures.main_table_figure(MEASURED, MINIATURE)
