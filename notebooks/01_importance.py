@@ -52,11 +52,12 @@ import math
 import torch
 import torch.nn.functional as F
 
+from allo_lib.evaluation import stats
 from allo_lib.machine import weights
 from allo_lib.method import neurons
 from allo_lib.method.losses import dpo_loss
 from allo_lib.method.masked_adamw import MaskedAdamW
-from allo_lib.report import method_figures, warning_signs
+from allo_lib.report import method_figures
 from allo_lib.report.notebook import draw, percent, say, table
 from allo_lib.study import importance, results, runs, scoring, training
 from allo_lib.study.study import Study
@@ -208,7 +209,7 @@ draw(method_figures.score_histogram(values.numpy(), lowest, f"{domain}, seed {se
 say(f"**The warm-up moved {percent(record['moved_float32'])} of the neurons in float32; of the same run, rounded to "
     f"bfloat16, {percent(record['moved_bfloat16'])} would be seen to move.**")
 ties = neurons.count_ties(scores, mask)
-arbitrary = warning_signs.arbitrary_mask(**ties, kept=mask.kept, total=mask.total)
+arbitrary = stats.arbitrary_mask(**ties, kept=mask.kept, total=mask.total)
 say(f"The mask is partly arbitrary: {arbitrary}." if arbitrary else f"{ties['zeros']} scores are exactly 0, and "
     f"{ties['tied_kept']} of {mask.kept} kept ones tie at the cut: which neurons are kept hardly hangs on how ties are broken.")
 
@@ -241,7 +242,7 @@ draw(method_figures.overlap_matrix(list(masks), [[a.overlap(b) for b in masks.va
      "Masks of one model by several scores: " + "; ".join(f"{key}: {meant.get(key, '')}" for key in masks) + ".")
 compared = {row.method: row.value for row in results.overlap_rows(study, domain) if row.metric == "mask_overlap"}
 say("**Overlap, chance being " + f"{chance:.3f}: " + ", ".join(f"{key} {value:.3f}" for key, value in compared.items()) + ".**")
-weak = [key for key, value in compared.items() if warning_signs.weak_overlap(key, value, chance)]
+weak = [key for key, value in compared.items() if value < stats.NEAR_CHANCE * chance]
 noisy = [text for key, text in (("orders", "two orders"), ("halves", "two halves")) if key in weak]
 say(f"Between {' and between '.join(noisy)} of the pairs the masks agree hardly better than random ones: the scores are mostly noise here, and "
     "more pairs would be needed." if noisy else

@@ -55,7 +55,7 @@ from allo_lib.engine.encoding import encode_response
 from allo_lib.evaluation import stats
 from allo_lib.method.tokens import unaligned_weights
 from allo_lib.profiles import methods
-from allo_lib.report import method_figures, warning_signs
+from allo_lib.report import method_figures
 from allo_lib.report.notebook import draw, percent, say, table
 from allo_lib.study import importance, runs, training
 from allo_lib.study.study import Study
@@ -196,7 +196,7 @@ if study.domain(domain).kind == "miniature":
 else:
     selected = [p < threshold for one in study.keep_probabilities(domain, "train") for p in one]
     say(f"**The threshold rule selects {percent(sum(selected) / len(selected))} of the rejected tokens.**")
-nothing = warning_signs.no_choice_of_tokens(study.forgetting_weights(domain, methods.stages_of("allo", study.profile)[0]))
+nothing = stats.no_choice_of_tokens(study.forgetting_weights(domain, methods.stages_of("allo", study.profile)[0]))
 if nothing:
     say(f"{nothing[0].upper()}{nothing[1:]}.")
 

@@ -52,10 +52,11 @@ import torch.nn.functional as F
 
 from allo_lib.engine import forward
 from allo_lib.engine.batching import rejected_batch
+from allo_lib.evaluation import stats
 from allo_lib.method import losses
 from allo_lib.method.masked_adamw import MaskedAdamW
 from allo_lib.profiles import methods
-from allo_lib.report import method_figures, warning_signs
+from allo_lib.report import method_figures
 from allo_lib.report.notebook import draw, percent, say, table
 from allo_lib.study import runs, scoring, training
 from allo_lib.study.study import Study
@@ -209,7 +210,7 @@ draw(method_figures.method_dots(scores, xlabel=f"{scoring.unit(found['allo'])} (
      f"Forgetting alone, ALLO, and ALLO without a choice of tokens in forgetting; {domain}, seed {seed}.")
 alone = "allo_no_learning" if "allo_no_learning" in run else "allo"
 (start, error), (score, noise) = scores["sft_base"], scores[alone]
-harm = warning_signs.far_below(alone, score, start, math.hypot(error, noise))
+harm = stats.far_below(alone, score, start, math.hypot(error, noise))
 say(f"**{alone} scores {percent(score)}, the SFT model {percent(start)}: {100 * (score - start):+.1f} points** "
     f"(standard error of the difference at most {100 * math.hypot(error, noise):.1f})." + (f" {harm}." if harm else ""))
 

@@ -46,10 +46,11 @@ import math
 import torch
 import torch.nn.functional as F
 
+from allo_lib.evaluation import stats
 from allo_lib.method import losses, tokens
 from allo_lib.method.masked_adamw import MaskedAdamW
 from allo_lib.profiles import methods
-from allo_lib.report import method_figures, warning_signs
+from allo_lib.report import method_figures
 from allo_lib.report.notebook import draw, percent, say, table
 from allo_lib.study import runs, scoring, training
 from allo_lib.study.study import Study
@@ -212,7 +213,7 @@ draw(method_figures.method_dots(scores, xlabel=f"{scoring.unit(found['allo'])} (
 start, start_error = scores["sft_base"]
 say(f"**ALLO {percent(allo)}, DPO with as many updates {percent(long)}: {100 * (allo - long):+.1f} points on this seed** "
     f"(each with a standard error of {100 * max(error, noise):.1f} points over problems).")
-harm = warning_signs.far_below("ALLO", allo, start, math.hypot(error, start_error))
+harm = stats.far_below("ALLO", allo, start, math.hypot(error, start_error))
 if harm:
     say(f"{harm}.")
 

@@ -45,7 +45,7 @@ from pathlib import Path
 # The repository, wherever in it the notebook runs.
 sys.path[:0] = [str(p) for p in (Path.cwd(), *Path.cwd().parents) if (p / "allo_lib").is_dir()][:1]
 
-from allo_lib.evaluation import ablations
+from allo_lib.evaluation import claims, published
 from allo_lib.evaluation.published import arm_label
 from allo_lib.profiles.methods import share_name
 from allo_lib.report import ablation_figures, figures, method_figures
@@ -92,8 +92,8 @@ shares = [share for share in sorted(study.profile.method.shares) if share_name(s
 curve = [scores[share_name(share)] for share in shares]
 start = scores.get("sft_base")
 if len(shares) > 1:
-    drawn = ablation_figures.share_sweep(shares, [value for value, _ in curve], [error for _, error in curve],
-                                start and ("SFT model", start[0]), title=here, ylabel=f"{unit} (%)")
+    drawn = ablation_figures.share_sweep(dict(zip(shares, curve, strict=True)), start and ("SFT model", start[0]),
+                                         title=here, ylabel=f"{unit} (%)")
     draw(drawn, "DPO by the share of neurons that it trains; bars are 95% intervals.")
     within = [share for share, (value, error) in zip(shares, curve, strict=True) if value + 2 * error >= max(curve)[0]]
     say(f"**From {percent(min(within), 0)} of the neurons on, the score is within two standard errors of the best, "
@@ -130,8 +130,7 @@ against_allo(["allo_all_tokens_forgetting", "allo_all_tokens_learning", "allo_ra
 # curve; 0.5 is guessing). If the choice of tokens carried the method, the points would rise to the right.
 
 # %%
-models = [method for method in ablations.REWARD_MODELS if method in found]
-points = ablation_figures.reward_points(study, domain, found, models)  # none where nobody knows the wrong tokens
+points = ablation_figures.reward_points(study, domain, found)  # none where nobody knows the wrong tokens
 if len(points) > 1:
     controls = {"allo_all_tokens_forgetting": "forgetting all tokens", "allo_no_forgetting": "learning alone"}
     levels = {text: scores[method][0] for method, text in controls.items() if method in found}
@@ -141,7 +140,7 @@ if len(points) > 1:
     say(f"**A reward model better by 0.1 of the area changes ALLO by {slope / 10:+.1f} points [{low / 10:+.1f}, {high / 10:+.1f}]** "
         "(line through the points, as if their errors were independent).")
 else:
-    others = [method for method in ablations.REWARD_MODELS if method != "allo"]
+    others = [method for method in claims.REWARD_MODELS if method != "allo"]
     against_allo(others, "ALLO with other reward models, minus ALLO.")
 
 # %% [markdown]
@@ -172,10 +171,10 @@ say("**Development score from the worst to the best rate tried: " + "; ".join(
 # ## Appendix: every change, and grids
 #
 # The table has all changed methods. Below it stand figures that only some studies need: each is drawn where the
-# profile trains its methods (`-p ablations`; `allo_lib/evaluation/ablations.py` lists them).
+# profile trains its methods (`-p ablations`; `allo_lib/profiles/methods.py` lists them).
 
 # %%
-changes = ablation_figures.effects(found, {m: m for m in [*ablations.single_changes(found), dpo] if m in found}, "allo")
+changes = ablation_figures.effects(found, {m: m for m in [*published.single_changes(found), dpo] if m in found}, "allo")
 table([{"method": method, "": arm_label(method), f"{unit} (%)": 100 * scores[method][0], "minus ALLO, points": 100 * effect,
         "low": 100 * low, "high": 100 * high} for method, (effect, low, high) in changes.items()])
 
@@ -193,19 +192,18 @@ if set(masks) & set(found):
 # against DPO at its best one.
 
 # %%
-if cells := ablations.grid_cells(study.profile, ablations.asked("neurons", study.profile, found)):
-    drawn = ablation_figures.neuron_shares({place: scores[m] for place, m in cells.items()}, study.profile.method.share, here, unit)
-    draw(drawn, "ALLO by the share of neurons that each stage trains.")
-    luck = ablation_figures.luck_of_the_best([scores[m] for m in cells.values()])
-    say(f"The best of {len(cells)} is high by luck too: without any difference it would stand {100 * luck:.1f} points above the mean.")
-if keys := ablations.key_points(study.profile, ablations.asked("key_tokens", study.profile, found)):
-    values, errors = zip(*(scores[m] for m in keys.values()), strict=True)
-    drawn = ablation_figures.share_sweep(list(keys), values, errors, (arm_label(dpo), scores[dpo][0]), here,
-                                r"share $\varepsilon$ of rejected tokens that are key tokens (%)", f"{unit} (%)")
+swept = ablation_figures.sweeps(study.profile, found)
+if cells := swept.get("neurons"):
+    effects = ablation_figures.effects(found, {m: (100 * a, 100 * b) for (a, b), m in cells.items()}, dpo)
+    drawn = ablation_figures.effect_grid(effects, arm_label(dpo), here, unit, "share of neurons that it trains", "{:g}%")
+    draw(drawn, "ALLO by the share of neurons that each stage trains, minus DPO.")
+if keys := swept.get("key_tokens"):
+    drawn = ablation_figures.share_sweep({share: scores[m] for share, m in keys.items()}, (arm_label(dpo), scores[dpo][0]), here,
+                                         r"share $\varepsilon$ of rejected tokens that are key tokens (%)", f"{unit} (%)")
     draw(drawn, "ALLO by the share of key tokens; bars are 95% intervals.")
-if rates := ablations.rate_cells(ablations.asked("rates", study.profile, found)):
+if rates := swept.get("rates"):
     effects = ablation_figures.effects(found, {m: place for place, m in rates.items()}, dpo)
-    draw(ablation_figures.rate_region(effects, arm_label(dpo), here, unit), "ALLO at multiples of its best learning rates, minus DPO at its best.")
+    draw(ablation_figures.effect_grid(effects, arm_label(dpo), here, unit), "ALLO at multiples of its best learning rates, minus DPO at its best.")
 
 # %% [markdown]
 # **Other scores of the neurons.** Masks can agree on tensors without agreeing on neurons, so the overlap (intersection
@@ -213,6 +211,6 @@ if rates := ablations.rate_cells(ablations.asked("rates", study.profile, found))
 # that of random masks as large in every tensor.
 
 # %%
-if other := ablations.asked("scores", study.profile, found):
+if other := [method for method in found if method.startswith("allo_scores_")]:
     draw(ablation_figures.overlap_dots(importance.compare(study, domain), here), "Overlap of masks of other data, warm-ups and scores.")
-    against_allo(list(other), "ALLO on the top neurons of other scores, minus ALLO.")
+    against_allo(other, "ALLO on the top neurons of other scores, minus ALLO.")

@@ -28,6 +28,7 @@ from scipy.stats import mannwhitneyu
 from allo_lib.allo import delta_of_dpo, find_neurons, gradient_scores, token_weights
 from allo_lib.engine import rewriter
 from allo_lib.engine.store import Artifact, write_json
+from allo_lib.engine.trainer import Schedule
 from allo_lib.errors import AlloError
 from allo_lib.evaluation.stats import LEVEL
 from allo_lib.machine import weights
@@ -89,24 +90,21 @@ class Importance:
         model, record, method = self.load_sft(name), {}, self.profile.method
         domain = self.domain(name)
         rate = domain.rates.dense * method.warmup_rate_factor
-        common = {
-            "beta": method.beta,
-            "batch_size": domain.batch_size,
-            "seed": derive(self.seed, "warm-up", name, "second" if variant == "order" else "first"),
-            "pad_token_id": self.tokenizer.pad_token_id,
-        }
+        order = derive(self.seed, "warm-up", name, "second" if variant == "order" else "first")
+        lr, epochs = rate * _RATES.get(variant, 1), _EPOCHS.get(variant, 1)
+        schedule = Schedule(lr, epochs, domain.batch_size, order)
+        common = {"beta": method.beta, "pad_token_id": self.tokenizer.pad_token_id}
         if variant == "magnitude":
             scores = {n: p.detach().float().abs() for n, p in model.named_parameters()}
         elif variant == "gradient":
-            scores = gradient_scores(model, rows, **common)
+            scores = gradient_scores(model, rows, schedule, **common)
         else:
             scores, record = delta_of_dpo(
                 model,
                 rows,
-                lr=rate * _RATES.get(variant, 1),
-                epochs=_EPOCHS.get(variant, 1),
+                schedule,
                 label=f"{name}, importance ({variant})",
-                clip=method.max_grad_norm,
+                max_grad_norm=method.max_grad_norm,
                 checkpoints=self.checkpoints(folder, "warm-up"),
                 **common,
             )

@@ -16,12 +16,11 @@ from allo_lib.allo import run_stage
 from allo_lib.data.pairs import Pairs, make_pairs, train_split, wrong_split
 from allo_lib.data.tasks import open_task
 from allo_lib.engine import models, provenance, reference
-from allo_lib.engine.checkpoints import Checkpoints
 from allo_lib.engine.encoding import encode_demonstration, encode_pairs, encode_response
 from allo_lib.engine.forward import pair_logps
 from allo_lib.engine.generation import generate
 from allo_lib.engine.store import Artifact, Store, partial_of, write_json
-from allo_lib.engine.trainer import Schedule
+from allo_lib.engine.trainer import Checkpoints, Schedule
 from allo_lib.errors import AlloError
 from allo_lib.machine import runtime, weights
 from allo_lib.machine.environment import device_name

@@ -20,8 +20,8 @@ from real_like import write_data, write_model
 from tiny_study import DOMAIN, PROFILE, open_study
 
 from allo_lib.cli import execute
-from allo_lib.evaluation import ablations, claims, outcomes
-from allo_lib.profiles.methods import stages_of
+from allo_lib.evaluation import claims, outcomes, published
+from allo_lib.profiles.methods import GRID, KEYS, RATES, stages_of
 from allo_lib.report import ablation_figures, notebook
 from allo_lib.study import importance, runs, scoring
 
@@ -175,9 +175,8 @@ def test_05_draws_what_was_trained_and_tells_what_was_not(asked, tmp_path, monke
     study = open_study(tmp_path)
     rows = ["sft_base", "dpo", "dpo_long", "allo"]
     if asked == "all":
-        figures = ablations.ROWS.values()
-        rows += ["dpo_top1", "dpo_top10", "dpo_top10_rows"]
-        rows = list(dict.fromkeys([*rows, *(row for figure in figures for row in figure)]))
+        rows = list(dict.fromkeys([*rows, "dpo_top1", "dpo_top10", *published.NAMES,
+                                  *GRID.values(), *KEYS.values(), *RATES.values()]))  # fmt: skip
     found = {row: invented(row, study.profile, i) for i, row in enumerate(rows)}
     masks = [importance.Overlap("other data", "a", "b", 0.3, 0.28, 0.32, 0.05, 0.1)]
     points = [("early", 0.7, 0.7, 0.05), ("trained", 0.9, 0.8, 0.05)]

@@ -12,10 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROW, run_all, write_notebook
-from test_faults import stamps
 from test_run_all import make_run
 from test_run_all import study as toy  # noqa: F401  (a fixture)
-from test_store import never
+from test_store import never, stamps
 from tiny_study import DOMAIN, open_study
 
 from allo_lib import allo

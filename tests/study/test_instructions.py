@@ -19,7 +19,7 @@ from allo_lib.engine.encoding import encode_prompt, encode_response
 from allo_lib.evaluation import comparisons, outcomes
 from allo_lib.profiles.config import fingerprint
 from allo_lib.profiles.profile_files import load_profile
-from allo_lib.report import row_comparisons, tables
+from allo_lib.report import tables
 from allo_lib.study import judges, results, scoring, training
 from allo_lib.study.study import Study
 from tests import synthetic_results
@@ -338,7 +338,7 @@ def test_tables_name_the_judge_and_compare_win_rates(folder, tmp_path):
         statistics.fmean(values["allo", name].value for name in domain.datasets) - 0.5
     )
     assert "main_instructions" in {made.name for made in tables.build(found)}
-    measured = [one for one in row_comparisons.compare_rows(found) if one.interval]
+    measured = [one for one in tables.compare_rows(found) if one.interval]
     assert {(one.baseline, one.dataset) for one in measured} == {
         (baseline, dataset) for baseline in ("sft_base", "dpo")
         for dataset in (*domain.datasets, "average")
