@@ -48,13 +48,16 @@ from pathlib import Path
 # The repository, wherever in it the notebook runs.
 sys.path[:0] = [str(p) for p in (Path.cwd(), *Path.cwd().parents) if (p / "allo_lib").is_dir()][:1]
 
+import numpy as np
 import torch
 
+from allo_lib.data import miniature
 from allo_lib.engine.encoding import encode_prompt, encode_response
+from allo_lib.evaluation import stats
 from allo_lib.method import losses
 from allo_lib.report import method_figures
 from allo_lib.report.notebook import draw, percent, say, table
-from allo_lib.study import analysis, results, runs
+from allo_lib.study import runs, scoring, training
 from allo_lib.study.study import Study
 
 study = Study.open(profile, seed, results_dir, overrides)
@@ -93,7 +96,12 @@ else:
     table([{"data set": q.dataset, "prompt": q.prompt, "a right solution": q.solution}
            for q in task.questions("test", len(study.domain(domain).datasets))],
           "One question of each data set. No test question is among the training questions.")
-    table([analysis.distinct_questions(study, domain)], "Number of different questions.")
+    settings, test = study.domain(domain), task.questions("test", study.domain(domain).test)
+    splits = {"sft": max(settings.pretrain.examples, settings.sft.examples), "pairs": settings.pairs.questions, "dev": settings.dev}
+    seen = {q.prompt for split, count in splits.items() for q in task.questions(split, count)}
+    assert not seen & {q.prompt for q in test}, "a test question is among the training questions"
+    different = {f"test, {name}": len({q.prompt for q in test if q.dataset == name}) for name in settings.datasets}
+    table([{"training": len(seen)} | different], "Number of different questions.")
 
 # %% [markdown]
 # ## The SFT loss, in plain torch
@@ -214,12 +222,12 @@ table([{"": "prompt", "text": str(shown["prompt"])}, *({"": side, "text": text} 
 wanted = ("dpo", "dpo_long", "rft", "sft")
 run = [method for method in wanted if method in runs.methods_of(study, domain)]
 found = runs.run_methods(study, {domain: ["sft_base", *run]})[domain]
-scores = {method: analysis.score_of(one) for method, one in found.items()}
-draw(method_figures.method_dots(scores, xlabel=f"{results.unit(found[run[0]])} (%)"),
+scores = {method: scoring.score_of(one) for method, one in found.items()}
+draw(method_figures.method_dots(scores, xlabel=f"{scoring.unit(found[run[0]])} (%)"),
      f"The SFT model and what simple methods make of it; {domain}, seed {seed}.")
 (before, _), (after, error) = scores["sft_base"], scores[run[0]]
 say(f"**The SFT model scores {percent(before)}, {run[0]} {percent(after)} (standard error {percent(error)}); "
-    f"of the held-out pairs {run[0]} ranks {percent(analysis.reward_accuracy(found[run[0]]))} right.**")
+    f"of the held-out pairs {run[0]} ranks {percent(scoring.reward_accuracy(found[run[0]]))} right.**")
 
 # %% [markdown]
 # A miniature could also be too easy or too hard to tell methods apart. What it must fulfil was fixed
@@ -227,11 +235,25 @@ say(f"**The SFT model scores {percent(before)}, {run[0]} {percent(after)} (stand
 
 # %%
 if study.domain(domain).kind == "miniature" and "dpo_long" in found:
-    checks = analysis.requirements(study, domain)
-    table(checks, "DPO is `dpo_long`; its tokens are those of held-out pairs.")
-    failed = [row["requirement"] for row in checks if not row["holds"]]
+    families, dpo = study.domain(domain).datasets, found["dpo_long"]
+    ratios = training.log_ratios(study, domain, "dpo_long", "heldout")
+    lowest = float(np.interp(0.1, *stats.concentration([value for one in ratios for value in one])))
+    checks = {  # requirement: measured, at least, at most
+        "distinct test questions to draw from, every family":
+            (min(len(miniature.problems(family, "test", 2000, seed)) for family in families), 2000, ""),
+        "accuracy of the SFT model": (before, 0.45, 0.65),
+        "accuracy after DPO": (scores["dpo_long"][0], 0.70, 0.92),
+        "held-out reward accuracy after DPO": (scoring.reward_accuracy(dpo), 0.70, ""),
+        "negative log-ratio in the lowest 10% of held-out rejected tokens": (lowest, "", 0.70),
+        "held-out problems": (len(dpo["answers"]), 2000, ""),
+    }
+    holds = {text: (low or 0) <= value <= (high or np.inf) for text, (value, low, high) in checks.items()}
+    table([{"requirement": text, "at least": low, "at most": high, "measured": value, "holds": holds[text]}
+           for text, (value, low, high) in checks.items()], "DPO is `dpo_long`; its tokens are those of held-out pairs.")
+    failed = [text for text, fine in holds.items() if not fine]
     say("All of them hold." if not failed else f"Not fulfilled here: {'; '.join(failed)}.")
-    table(analysis.by_dataset(study, domain, list(found)), "Share of right answers by family.")
+    table([{"method": method} | {family: np.mean([right for _, of, _, right in one["answers"] if of == family]) for family in families}
+           for method, one in found.items()], "Share of right answers by family.")
 
 # %% [markdown]
 # ## What it means

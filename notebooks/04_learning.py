@@ -52,7 +52,7 @@ from allo_lib.method.masked_adamw import MaskedAdamW
 from allo_lib.profiles import methods
 from allo_lib.report import method_figures
 from allo_lib.report.notebook import draw, percent, say, table
-from allo_lib.study import results, runs, scoring, training
+from allo_lib.study import runs, scoring, training
 from allo_lib.study.study import Study
 
 study = Study.open(profile, seed, results_dir, overrides)

@@ -320,7 +320,7 @@ def _plain(tokenizer, text: str) -> str:
 def replies(study, name: str, results: dict[str, dict]) -> dict[str, dict[str, list[list]]]:
     """data set -> method -> its rows of `scoring.reply`, REFERENCE first; {} without instructions.
 
-    results: method -> result, as `arms.result` gives it.
+    results: method -> result, as `training.result` gives it.
     """
     if not study.domain(name).instructions.datasets:
         return {}

@@ -4,7 +4,6 @@ import contextlib
 import csv
 import hashlib
 import json
-import os
 import re
 import subprocess
 from pathlib import Path
@@ -18,31 +17,32 @@ NAME = "manifest.json"
 STORE = ".store"  # artifacts and marks of finished notebooks; local, never committed
 SEED_FOLDER = "seed"  # with the seed's number behind it
 ALL_SEEDS = "all"  # the group of the notebooks that run once over all seeds
-# What a run that was killed while it wrote a file may leave beside it.
-_HALF_WRITTEN = re.compile(r"\.(manifest\.json|measurements\.csv|outcomes\.parquet)\.\d+(\.tmp)?")
+# The manifest itself, copies of notebooks that failed, and what a run that was killed while it
+# wrote a file may leave beside it.
+_NOT_LISTED = re.compile(
+    r"manifest\.json|.*\.failed\.ipynb|(.*/)?"
+    r"\.(manifest\.json|measurements\.csv|outcomes\.parquet)\.\d+(\.tmp)?"
+)
+
+
+def file_names(results: Path) -> list[str]:
+    """Relative paths, sorted, of the files that a manifest lists: none of the store's."""
+    found = [
+        path.relative_to(results).as_posix()
+        for top in results.glob("*")
+        if top.name != STORE
+        for path in (top.rglob("*") if top.is_dir() else [top])
+        if not path.is_dir()
+    ]
+    return sorted(name for name in found if not _NOT_LISTED.fullmatch(name))
 
 
 def file_hashes(results: Path) -> dict[str, str]:
-    """SHA-256 (hex) of every file under `results`, by relative path.
-
-    Left out: the store, the manifest itself, copies of notebooks that failed, and half-written
-    files of a killed run.
-    """
+    """SHA-256 (hex) of each of these files, by relative path."""
     return {
         name: hashlib.sha256((results / name).read_bytes()).hexdigest()
         for name in file_names(results)
     }
-
-
-def file_names(results: Path) -> list[str]:
-    """Relative paths, sorted, of the files that a manifest lists."""
-    found = []
-    for folder, subfolders, names in os.walk(results):
-        if Path(folder) == results:
-            subfolders[:] = [name for name in subfolders if name != STORE]
-        found += [Path(folder, name).relative_to(results).as_posix() for name in names]
-    found = [name for name in found if not _HALF_WRITTEN.fullmatch(name)]
-    return sorted(n for n in found if n != NAME and not n.endswith(".failed.ipynb"))
 
 
 def read(results: Path) -> dict | None:
@@ -58,8 +58,7 @@ def read(results: Path) -> dict | None:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
         raise AlloError(f"{path} is not readable JSON ({error}): {advice}") from error
-    kinds = {"profile": str, "profile_hash": str, "seeds": list, "files": dict}
-    for key, kind in kinds.items():
+    for key, kind in {"profile": str, "profile_hash": str, "seeds": list, "files": dict}.items():
         if not isinstance(found, dict) or not isinstance(found.get(key), kind):
             raise AlloError(f"{path} has no {kind.__name__} {key!r}: {advice}")
     return found
@@ -82,12 +81,7 @@ def write_json(path: Path, value) -> None:
 
 
 def build(
-    results: Path,
-    profile,
-    overrides: dict,
-    runs: dict[str, dict],
-    machine: dict,
-    commit: dict,
+    results: Path, profile, overrides: dict, runs: dict[str, dict], machine: dict, commit: dict
 ) -> dict:
     """The manifest of `results` as it is now.
 
@@ -114,14 +108,14 @@ def build(
 
 def note_redrawn(results: Path, written: list[Path], root: Path) -> None:
     """Take files that were made again into the manifest, and by which commit, if any changed."""
-    told = read(results)
-    if told is None:
+    before = read(results)
+    if before is None:
         return
-    files = {path.relative_to(results).as_posix() for path in written}
-    new = {name: sha for name, sha in file_hashes(results).items() if name in files}
-    if any(told["files"].get(name) != sha for name, sha in new.items()):
-        told["files"] = dict(sorted((told["files"] | new).items()))
-        write_json(results / NAME, told | {"redrawn": commit_of(root)})
+    names, known = {path.relative_to(results).as_posix() for path in written}, before["files"]
+    now = {name: sha for name, sha in file_hashes(results).items() if name in names}
+    if not now.items() <= known.items():
+        new = {"files": dict(sorted((known | now).items())), "redrawn": commit_of(root)}
+        write_json(results / NAME, before | new)
 
 
 def measured_seeds(results: Path) -> list[int]:
@@ -142,17 +136,15 @@ def noted(results: Path) -> dict:
 
     "trained_again": "seed0.maths.sft" -> the device on which these weights got other bits.
     """
-    store, before = results / STORE, read(results) or {}
-    found = {
-        "weights": list(provenance.collect(store, provenance.WEIGHTS).values()),
-        "data": provenance.collect(store, provenance.DATA),
-    }
-    known = {key: value or before.get(key, type(value)()) for key, value in found.items()}
-    cells = provenance.with_cells(
-        before.get("cells", {}), provenance.collect(store, provenance.CELLS)
-    )
-    again = before.get("trained_again", {}) | provenance.collect(store, provenance.AGAIN)
-    return known | {"cells": cells} | ({"trained_again": again} if again else {})
+    before = read(results) or {}
+    notes = {kind: provenance.collect(results / STORE, kind) for kind in (
+        provenance.WEIGHTS, provenance.DATA, provenance.CELLS, provenance.AGAIN)}  # fmt: skip
+    again = before.get("trained_again", {}) | notes[provenance.AGAIN]
+    return {
+        "weights": list(notes[provenance.WEIGHTS].values()) or before.get("weights", []),
+        "data": notes[provenance.DATA] or before.get("data", {}),
+        "cells": provenance.with_cells(before.get("cells", {}), notes[provenance.CELLS]),
+    } | ({"trained_again": again} if again else {})
 
 
 def commit_of(root: Path) -> dict:

@@ -3,20 +3,18 @@
 import dataclasses
 import statistics
 from collections import Counter
+from functools import partial
 from pathlib import Path
-
-import numpy as np
 
 from allo_lib.engine import provenance
 from allo_lib.engine.store import write_json
 from allo_lib.evaluation import outcomes
 from allo_lib.evaluation.outcomes import Measurement
-from allo_lib.evaluation.stats import Interval, mean_and_error, mean_interval
 from allo_lib.method import neurons
 from allo_lib.method.neurons import NeuronMask
 from allo_lib.profiles.profile_files import Part
-from allo_lib.study import arms, judges, scoring
-from allo_lib.study.key_neurons import chance_within
+from allo_lib.study import judges, scoring, training
+from allo_lib.study.importance import chance_within
 from allo_lib.study.runs import fill, methods_of
 from allo_lib.study.study import Study
 
@@ -29,6 +27,41 @@ OVERLAPS = {
 }
 
 
+# --- the two files -------------------------------------------------------------------------------
+
+
+def update(study: Study, seeds: list[int]) -> list[Measurement]:
+    """Write the rows of `seeds` into `measurements.csv`, beside those of others; returns all.
+
+    Others are rows of other seeds and, where only some domains are worked on, of other domains.
+    """
+    path, target = study.results_dir / "measurements.csv", study.results_dir / outcomes.NAME
+    rows = outcomes.read_measurements(path) if path.is_file() else []
+    answers = outcomes.read(target)
+    open_seed = partial(Study, results_dir=study.results_dir, data_dir=study.data_dir)
+    studies = [study if seed == study.seed else open_seed(study.profile, seed) for seed in seeds]
+    fill(studies, {name: methods_of(study, name) for name in study.profile.domains})
+    for of_seed in studies:
+        rows = outcomes.merge_measurements(rows, seed_rows(of_seed), datasets_of(study))
+        for name in study.profile.domains:
+            answers = outcomes.merge(answers, outcomes_of(of_seed, name))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    outcomes.write_measurements(path, rows)
+    if len(answers):
+        outcomes.write(target, answers)
+    return rows
+
+
+def outcomes_of(study: Study, name: str):
+    """The outcomes of all methods and replicates on a domain (`outcomes`), a DataFrame."""
+    heldout = [row["id"] for row in study.pairs(name).rows["heldout"]]
+    return outcomes.frame(
+        (study.seed, replicate, method, name, found, heldout)
+        for replicate in study.replicates
+        for method, found in results_of(study.at(replicate), name).items()
+    )
+
+
 def seed_rows(study: Study) -> list[Measurement]:
     """All rows of the study's seed; whatever is not in the store yet is made.
 
@@ -39,12 +72,8 @@ def seed_rows(study: Study) -> list[Measurement]:
         runs = [results_of(study.at(replicate), name) for replicate in study.replicates]
         rows += mean_rows(
             [
-                [
-                    row
-                    for method, found in results.items()
-                    for row in _method_rows(study, name, method, found)
-                ]
-                for results in runs
+                [row for found in run.values() for row in _method_rows(study, name, found)]
+                for run in runs
             ]
         )
         judges.write_replies(study, name, runs[0])
@@ -57,7 +86,7 @@ def seed_rows(study: Study) -> list[Measurement]:
 
 def results_of(study: Study, name: str) -> dict[str, dict]:
     """Results of all methods of a domain, of the study's replicate: method -> result."""
-    return {method: arms.result(study, name, method) for method in methods_of(study, name)}
+    return {method: training.result(study, name, method) for method in methods_of(study, name)}
 
 
 def mean_rows(runs: list[list[Measurement]]) -> list[Measurement]:
@@ -73,9 +102,8 @@ def mean_rows(runs: list[list[Measurement]]) -> list[Measurement]:
     for key, row in by_run[0].items():
         same = [rows[key] for rows in by_run if key in rows]
         if len(same) == times[row.method]:
-            value, stderr = (
-                statistics.fmean(getattr(one, part) for one in same) for part in ("value", "stderr")
-            )
+            value, stderr = (statistics.fmean(getattr(one, part) for one in same)
+                             for part in ("value", "stderr"))  # fmt: skip
             means.append(dataclasses.replace(row, value=value, stderr=stderr))
     return means
 
@@ -97,53 +125,44 @@ def datasets_of(study: Study) -> set[str] | None:
     return names
 
 
-def _method_rows(study: Study, name: str, method: str, found: dict) -> list[Measurement]:
-    seed = study.seed
-    rows = [
-        Measurement(seed, method, name, metric, float(value), 0.0, count)
-        for metric, value, count in (
-            ("displacement", found["displacement"], 1),
-            ("dev_score", found["dev"], scoring.dev_count(study, name)),
-        )
-        if value is not None  # as for weights that are NaN
-    ]
+def _method_rows(study: Study, name: str, found: dict) -> list[Measurement]:
+    """Rows of one result."""
+    row = partial(Measurement, study.seed, found["method"])
+    share = partial(outcomes.proportion, study.seed, found["method"])
+    rows = [row(name, "dev_score", float(found["dev"]), 0.0, scoring.dev_count(study, name))]
+    if found["displacement"] is not None:  # as for weights that are NaN
+        rows.append(row(name, "displacement", float(found["displacement"]), 0.0, 1))
     for number, rate in enumerate(found["rates"], start=1):
-        rows.append(Measurement(seed, method, name, f"learning_rate_{number}", rate, 0.0, 1))
-    if found["loss"]:
-        rows.append(train_loss(seed, method, name, found["loss"][-1]))
-    rows += _margin_rows(study, name, method, found["margins"])
-    if "answers" not in found:
-        return rows
+        rows.append(row(name, f"learning_rate_{number}", rate, 0.0, 1))
+    if found["loss"]:  # of the last quarter of the steps of the last stage
+        losses = found["loss"][-1]
+        rows.append(row(name, "train_loss", *_mean(losses[-max(2, len(losses) // 4) :])))
+    margins = found["margins"]
+    if any(margins):  # else the reference itself: every pair is a tie, nothing is ranked
+        place = study.domain(name).datasets[0] if study.task(name) is None else name
+        rows.append(share(place, "reward_accuracy", [margin > 0 for margin in margins]))
+        rows.append(row(place, "reward_margin", *_mean(margins)))
     for metric, column, counted in (("accuracy", 3, 1), ("no_answer", 2, 0)):
-        parts = []
-        for dataset in study.domain(name).datasets:
-            values = [row[column] == counted for row in found["answers"] if row[1] == dataset]
-            parts.append(outcomes.proportion(seed, method, dataset, metric, values))
+        parts = [
+            share(
+                dataset, metric, [a[column] == counted for a in found["answers"] if a[1] == dataset]
+            )
+            for dataset in study.domain(name).datasets
+            if "answers" in found
+        ]
         rows += parts
         if len(parts) > 1:
             rows.append(outcomes.average(parts, average_name(study, name)))
     return rows
 
 
-def train_loss(seed: int, method: str, name: str, losses: list[float]) -> Measurement:
-    """Mean training loss of the last quarter of the steps of the last stage."""
-    return _mean(seed, method, name, "train_loss", losses[-max(2, len(losses) // 4) :])
-
-
-def _mean(seed: int, method: str, name: str, metric: str, values: list[float]) -> Measurement:
+def _mean(values: list[float]) -> tuple[float, float, int]:
+    """Mean, its standard error (0 of a single value), and count."""
     stderr = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
-    return Measurement(seed, method, name, metric, statistics.fmean(values), stderr, len(values))
+    return statistics.fmean(values), stderr, len(values)
 
 
-def _margin_rows(study: Study, name: str, method: str, margins: list[float]) -> list[Measurement]:
-    if not any(margins):  # the reference itself: every pair is a tie, nothing is ranked
-        return []
-    place = study.domain(name).datasets[0] if study.task(name) is None else name
-    right = [margin > 0 for margin in margins]
-    return [
-        outcomes.proportion(study.seed, method, place, "reward_accuracy", right),
-        _mean(study.seed, method, place, "reward_margin", margins),
-    ]
+# --- overlaps of masks ---------------------------------------------------------------------------
 
 
 def top_masks(study: Study, name: str) -> dict[str, NeuronMask]:
@@ -154,7 +173,7 @@ def top_masks(study: Study, name: str) -> dict[str, NeuronMask]:
 
 
 def overlap_rows(study: Study, name: str) -> list[Measurement]:
-    """Overlap of each compared pair of masks, and what either chance would give (`overlaps`)."""
+    """Overlap of each compared pair of masks, and what either chance would give (`importance`)."""
     rows = []
     for comparison in study.profile.stability:
         found = _overlap(study, name, *OVERLAPS[comparison])
@@ -177,60 +196,3 @@ def _overlap(study: Study, name: str, first: str, second: str) -> dict:
         write_json(folder / "record.json", found)
 
     return study.store.get("overlap", {"masks": [mask.key for mask in masks]}, make).json()
-
-
-def update(study: Study, seeds: list[int]) -> list[Measurement]:
-    """Write the rows of `seeds` into `measurements.csv`, beside those of others; returns all.
-
-    Others are rows of other seeds and, where only some domains are worked on, of other domains.
-    """
-    path = study.results_dir / "measurements.csv"
-    rows = outcomes.read_measurements(path) if path.is_file() else []
-    answers = outcomes.read(study.results_dir / outcomes.NAME)
-    studies = [
-        study
-        if seed == study.seed
-        else Study(study.profile, seed, study.results_dir, study.data_dir)
-        for seed in seeds
-    ]
-    fill(studies, {name: methods_of(study, name) for name in study.profile.domains})
-    for of_seed in studies:
-        rows = outcomes.merge_measurements(rows, seed_rows(of_seed), datasets_of(study))
-        for name in study.profile.domains:
-            answers = outcomes.merge(answers, outcomes_of(of_seed, name))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    outcomes.write_measurements(path, rows)
-    if len(answers):
-        outcomes.write(study.results_dir / outcomes.NAME, answers)
-    return rows
-
-
-def outcomes_of(study: Study, name: str):
-    """The outcomes of all methods and replicates on a domain (`outcomes`), a DataFrame."""
-    heldout = [row["id"] for row in study.pairs(name).rows["heldout"]]
-    return outcomes.frame(
-        (study.seed, replicate, method, name, found, heldout)
-        for replicate in study.replicates
-        for method, found in results_of(study.at(replicate), name).items()
-    )
-
-
-def difference(found: dict, baseline: dict) -> Interval:
-    """Paired difference of two results on one seed's problems (or held-out pairs)."""
-    groups: dict[str, list[int]] = {}
-    for (place, ours), (_, theirs) in zip(_outcomes(found), _outcomes(baseline), strict=True):
-        groups.setdefault(place, []).append(ours - theirs)
-    effect, error = mean_and_error([np.array(group) for group in groups.values()], (1.0, -1.0))
-    n = sum(map(len, groups.values()))
-    return mean_interval({0: effect}, {0: error}, n).within(-1.0, 1.0)
-
-
-def unit(found: dict) -> str:
-    """What a result's outcomes are."""
-    return "accuracy" if "answers" in found else "held-out reward accuracy"
-
-
-def _outcomes(found: dict) -> list[tuple[str, bool]]:
-    if "answers" in found:
-        return [(row[1], bool(row[3])) for row in found["answers"]]
-    return [("pairs", margin > 0) for margin in found["margins"]]

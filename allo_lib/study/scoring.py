@@ -1,22 +1,26 @@
 """What is measured of a trained model: its score for the search, test answers, held-out margins,
-and replies to instructions.
+and replies to instructions; and the scores of such results.
 
 Replies are greedy and made when a method is measured, as its weights do not outlive that. They are
 compared with those of the SFT model, from which every method starts (`judges`).
 """
 
 import contextlib
-import logging
 import random
 from functools import lru_cache
+from itertools import islice
+
+import numpy as np
 
 from allo_lib.data.benchmarks import data_hash, load_rows
 from allo_lib.data.tasks import counts_of_test
 from allo_lib.engine import provenance
-from allo_lib.engine.encoding import encode_prompt, encode_response
+from allo_lib.engine.encoding import encode_prompt
 from allo_lib.engine.forward import implicit_margins
 from allo_lib.engine.generation import Answers, answer, generate
 from allo_lib.errors import AlloError
+from allo_lib.evaluation import outcomes
+from allo_lib.evaluation.stats import Interval, mean_and_error, mean_interval
 from allo_lib.seeds import derive
 
 REFERENCE = "sft_base"  # the row of main tables whose replies the others are compared with
@@ -60,37 +64,77 @@ def _margins(study, name: str, model, split: str) -> list[float]:
 
 
 def measure(study, name: str, model) -> dict:
-    """What is reported of a method: margins on the held-out pairs, test answers, and replies."""
-    measured = {"margins": _margins(study, name, model, "heldout")}
+    """What is reported of a method: margins on the held-out pairs, test answers, and replies.
+
+    model: None for one whose training reached NaN: it ranks no pair, answers nothing, and its
+    replies are empty and do not end.
+    """
+    diverged = model is None
+    pairs = study.pairs(name).rows["heldout"]
+    measured = {
+        "margins": [0.0] * len(pairs) if diverged else _margins(study, name, model, "heldout")
+    }
     if study.domain(name).instructions.datasets:
-        # Long replies soon leave the draft: it pays where a token costs as much as a batch of them,
-        # on a CPU, and on a GPU compiled steps are faster.
-        drafts = study.replies(name) if study.device == "cpu" else None
-        measured["instructions"] = reply(study, name, model, drafts)
+        measured["instructions"] = (
+            [[row["id"], dataset, "", 0] for dataset, row in _requested(study, name)]
+            if diverged
+            else reply(study, name, model)
+        )
     if study.task(name) is not None:
-        test = answers(study, name, model, "test")
-        rows = zip(_test_questions(study, name), test.answered, test.right, strict=True)
-        measured["answers"] = [[q.id, q.dataset, int(read), int(right)] for q, read, right in rows]
-    return measured
-
-
-def measure_diverged(study, name: str) -> dict:
-    """The same of a model whose training reached NaN: it answers nothing, ranks no pair, and its
-    replies are empty and do not end."""
-    measured = {"margins": [0.0] * len(study.encoded(name, "heldout"))}
-    if study.domain(name).instructions.datasets:
-        measured["instructions"] = [
-            [row["id"], dataset, "", 0]
-            for dataset, rows in chosen(study, name).items()
-            for row in rows
+        questions = study.task(name).questions("test", study.domain(name).test)
+        columns = [[False] * len(questions)] * 2
+        if not diverged:
+            test = answers(study, name, model, "test")
+            columns = [test.answered, test.right]
+        measured["answers"] = [
+            [question.id, question.dataset, int(answered), int(right)]
+            for question, answered, right in zip(questions, *columns, strict=True)
         ]
-    if study.task(name) is not None:
-        measured["answers"] = [[q.id, q.dataset, 0, 0] for q in _test_questions(study, name)]
     return measured
 
 
-def _test_questions(study, name: str) -> list:
-    return study.task(name).questions("test", study.domain(name).test)
+# --- scores of results ---------------------------------------------------------------------------
+
+
+def score_of(found: dict) -> tuple[float, float]:
+    """Test accuracy, or held-out reward accuracy where nothing is answered; and standard error.
+
+    The starting model gives every pair the margin 0 and is counted as guessing, 0.5. A model whose
+    training diverged ranks no pair right and is counted as 0, as in `measurements.csv`.
+    """
+    if "answers" not in found and found["method"] == REFERENCE:
+        return 0.5, 0.0
+    right = [right for _, right in _outcomes(found)]
+    measured = outcomes.proportion(0, found["method"], "all", "accuracy", right)
+    return measured.value, measured.stderr
+
+
+def unit(found: dict) -> str:
+    """What `score_of` a result is."""
+    return "accuracy" if "answers" in found else "held-out reward accuracy"
+
+
+def reward_accuracy(found: dict) -> float:
+    """Share of held-out pairs that the implicit reward ranks right; ties count half."""
+    points = [0.5 if margin == 0 else float(margin > 0) for margin in found["margins"]]
+    return sum(points) / len(points)
+
+
+def difference(found: dict, baseline: dict) -> Interval:
+    """Paired difference of two results on one seed's problems (or held-out pairs)."""
+    groups: dict[str, list[int]] = {}
+    for (place, ours), (_, theirs) in zip(_outcomes(found), _outcomes(baseline), strict=True):
+        groups.setdefault(place, []).append(ours - theirs)
+    effect, error = mean_and_error([np.array(group) for group in groups.values()], (1.0, -1.0))
+    n = sum(map(len, groups.values()))
+    return mean_interval({0: effect}, {0: error}, n).within(-1.0, 1.0)
+
+
+def _outcomes(found: dict) -> list[tuple[str, bool]]:
+    """(data set, right) of every problem, else of every held-out pair."""
+    if "answers" in found:
+        return [(dataset, bool(right)) for _, dataset, _, right in found["answers"]]
+    return [("pairs", margin > 0) for margin in found["margins"]]
 
 
 # --- replies to instructions ---------------------------------------------------------------------
@@ -121,31 +165,19 @@ def chosen(study, name: str) -> dict[str, list[dict]]:
         AlloError: more are requested than the model can read.
     """
     loaded, settings = _loaded(study, name), study.domain(name).instructions
-    counts = counts_of_test(
-        settings.count, {dataset: len(rows) for dataset, rows in loaded.items()}
-    )
-    found = {}
-    for dataset, rows in loaded.items():
-        rows = list({row["question"]: row for row in reversed(rows)}.values())
-        rows.sort(key=lambda row: row["id"])
+    sizes = {dataset: len(rows) for dataset, rows in loaded.items()}
+    room, found = study.context - settings.max_new_tokens, {}
+    for dataset, count in counts_of_test(settings.count, sizes).items():
+        rows = {row["question"]: row for row in reversed(loaded[dataset])}
+        rows = sorted(rows.values(), key=lambda row: row["id"])
         random.Random(derive(0, "instructions", dataset)).shuffle(rows)
-        found[dataset], skipped = [], 0
-        for row in rows:
-            if len(found[dataset]) == counts[dataset]:
-                break
-            if _tokens(study.tokenizer, row["question"]) + settings.max_new_tokens <= study.context:
-                found[dataset].append(row)
-            else:
-                skipped += 1
-        if len(found[dataset]) < counts[dataset]:
+        fitting = (row for row in rows if _tokens(study.tokenizer, row["question"]) <= room)
+        found[dataset] = list(islice(fitting, count))
+        if len(found[dataset]) < count:
             raise AlloError(
-                f"{name}: {counts[dataset]} instructions of {dataset} are asked for, but the model "
-                f"can read {len(found[dataset])} with {settings.max_new_tokens} tokens after them; "
-                "lower instructions.count or instructions.max_new_tokens"
-            )
-        if skipped:
-            logging.getLogger(__name__).warning(
-                "%d instruction(s) skipped: too long for the model, or not to be encoded", skipped
+                f"{name}: {count} instructions of {dataset} are asked for, but the model can read "
+                f"{len(found[dataset])} with {settings.max_new_tokens} tokens after them; lower "
+                "instructions.count or instructions.max_new_tokens"
             )
     return found
 
@@ -172,6 +204,10 @@ def _tokens(tokenizer, question: str) -> float:
     return float("inf")
 
 
+def _requested(study, name: str) -> list[tuple[str, dict]]:
+    return [(dataset, row) for dataset, rows in chosen(study, name).items() for row in rows]
+
+
 def prompt_of(tokenizer, question: str):
     """An instruction as a chat message, or as a turn in the form of the preference pairs."""
     if getattr(tokenizer, "chat_template", None):
@@ -179,51 +215,21 @@ def prompt_of(tokenizer, question: str):
     return f"\n\nHuman: {question}\n\nAssistant:"
 
 
-def reply(study, name: str, model, drafts: list[list] | None = None) -> list[list]:
+def reply(study, name: str, model) -> list[list]:
     """Greedy replies of a model to the instructions of a domain, ready for JSON.
-
-    drafts: rows of another model, from which decoding begins; they change the cost alone.
 
     Returns:
         Rows [id, data set, text, 1 if it ended or 0 if it was cut off].
     """
-    requested = [(dataset, row) for dataset, rows in chosen(study, name).items() for row in rows]
-    prompts = [prompt_of(study.tokenizer, row["question"]) for _, row in requested]
-    guesses = drafts and [_draft(study.tokenizer, text, ended) for _, _, text, ended in drafts]
-    limit, responses = study.domain(name).instructions.max_new_tokens, {}
-    for places in _batches(study, name, prompts, limit):
-        groups = generate(
-            model,
-            study.tokenizer,
-            [prompts[i] for i in places],
-            max_new_tokens=limit,
-            batch_size=len(places),
-            drafts=guesses and [guesses[i] for i in places],
-        )
-        responses |= {i: one for i, (one,) in zip(places, groups, strict=True)}
+    requested = _requested(study, name)
+    responses = generate(
+        model,
+        study.tokenizer,
+        [prompt_of(study.tokenizer, row["question"]) for _, row in requested],
+        max_new_tokens=study.domain(name).instructions.max_new_tokens,
+        batch_size=study.profile.compute.generation_batch,
+    )
     return [
-        [row["id"], dataset, responses[i].text, int(responses[i].ended)]
-        for i, (dataset, row) in enumerate(requested)
+        [row["id"], dataset, one.text, int(one.ended)]
+        for (dataset, row), (one,) in zip(requested, responses, strict=True)
     ]
-
-
-def _batches(study, name: str, prompts: list, limit: int) -> list[list[int]]:
-    """Places of prompts by length, as many in a batch as fit the memory of the domain's own rows.
-
-    Some instructions are a hundred times longer than others.
-    """
-    room = study.profile.compute.generation_batch * study.domain(name).max_length
-    lengths = [len(encode_prompt(study.tokenizer, prompt)) + limit for prompt in prompts]
-    batches: list[list[int]] = []
-    for place in sorted(range(len(prompts)), key=lambda i: (lengths[i], i)):
-        if not batches or (len(batches[-1]) + 1) * lengths[place] > room:
-            batches.append([])
-        batches[-1].append(place)
-    return batches
-
-
-def _draft(tokenizer, text: str, ended: int) -> list[int]:
-    with contextlib.suppress(AlloError):  # a text that cannot be read back is no draft
-        ids = encode_response(tokenizer, text)
-        return ids if ended else ids[:-1]  # what was cut off has no end
-    return []

@@ -1,17 +1,14 @@
 """Searches of learning rates: which to try next, given the scores of those that were tried.
 
-`search`, on the model that is reported, trains the same number of models for every method. One rate
-(methods of one stage): the initial one, one factor below and above, then, as long as the best
-stands at an edge, one more beyond it; else the gaps beside the best are halved. Two rates: the same
-three steps of both together (two stages add up, so their common size matters most, and even three
-candidates search it), one more beyond the best if that stands at an edge, then the first stage's
-rate alone, below and above at the best of them.
+Rates are powers of one factor, times those where a search begins. Of one stage it moves in the rate
+and, where one is searched, in a second knob: beta, or SimPO's gamma (`methods.knob_of`). Of two
+stages it moves in their common size, which matters most as two stages add up, and in the first
+one's against the second's.
 
-`proposals`, on models that are not reported (`runs.tune`), goes on to an interior optimum in two
-directions, the same for every method. Of one stage these are its rate and its beta (SimPO's gamma;
-SFT, RFT and the on-policy methods have the rate alone), of two their common rate and the first
-one's against the second's. It goes first around the initial rates, then around the best so far
-until nothing beside it is better. With what is left of the budget, the step is halved.
+`proposals` goes first around the initial rates, then around the best so far until nothing beside it
+is better; then it halves the step. `runs.tune`, on models that are not reported, follows it to that
+interior optimum. `search`, on the model that is reported, trains the same number of models for
+every method.
 """
 
 import math
@@ -22,8 +19,7 @@ from allo_lib.errors import AlloError
 
 Rates = tuple[float, ...]
 Place = tuple[float, ...]  # exponents of the factor, one a direction
-_COARSE = (0, -1, 1)  # exponents of the factor
-_BEYOND = 4  # times the budget that `proposals` may take to find an interior optimum
+_BEYOND = 4  # times the budget that may be taken to find an interior optimum
 
 
 @dataclass(frozen=True)
@@ -32,6 +28,15 @@ class Trial:
 
     rates: Rates
     score: float
+
+
+@dataclass
+class Found:
+    """What a search came to. scores: rates -> mean score. interior: nothing beside it is better."""
+
+    rates: Rates
+    scores: dict[Rates, float]
+    interior: bool
 
 
 def best(tried: list[Trial]) -> Trial:
@@ -47,109 +52,59 @@ def search(
     Raises:
         AlloError: fewer than one candidate, or a factor not above 1.
     """
-    if candidates < 1 or not factor > 1:
-        raise AlloError(
-            f"search: candidates is {candidates} and factor {factor}, expected 1 candidate or more "
-            "and a factor above 1; change the profile's `search`"
-        )
-    tried: list[Trial] = []
-
-    def attempt(rates: Rates) -> None:
-        rates = _rounded(rates)
-        tried.append(Trial(rates, evaluate(rates)))
-
+    if candidates < 1:
+        raise AlloError(f"search.candidates is {candidates}, expected 1 or more")
     if not initial:
-        attempt(())
-        return tried
-    for exponent in _COARSE[:candidates]:
-        attempt(tuple(rate * factor**exponent for rate in initial))
+        return [Trial((), evaluate(()))]
+    tried: list[Trial] = []
+    proposed = proposals(initial, factor, math.inf)
     while len(tried) < candidates:
-        attempt(_next_of_one(tried, factor) if len(initial) == 1 else _next_of_two(tried, factor))
+        wanted = proposed.send({one.rates: one.score for one in tried} or None)
+        for rates in wanted[: candidates - len(tried)]:
+            tried.append(Trial(rates, evaluate(rates)))
     return tried
 
 
-def _next_of_one(tried: list[Trial], factor: float) -> Rates:
-    rates = sorted(one.rates[0] for one in tried)
-    place = rates.index(best(tried).rates[0])
-    if place == 0:
-        return (rates[0] / factor,)
-    if place == len(rates) - 1:
-        return (rates[-1] * factor,)
-    # The wider gap first, so that both sides are halved before either is quartered.
-    below, above = rates[place] / rates[place - 1], rates[place + 1] / rates[place]
-    side = place - 1 if below >= above else place
-    return (math.sqrt(rates[side] * rates[side + 1]),)
-
-
-def _next_of_two(tried: list[Trial], factor: float) -> Rates:
-    first, *rest = best(tried).rates
-    last = sorted({one.rates[-1] for one in tried})
-    if len(tried) == len(_COARSE) and rest[-1] in (last[0], last[-1]):
-        beyond = 1 / factor if rest[-1] == last[0] else factor
-        return tuple(rate * beyond for rate in (first, *rest))
-    at_best = sorted(one.rates[0] for one in tried if one.rates[1:] == tuple(rest))
-    step = at_best[0] / factor if first == at_best[0] else at_best[-1] * factor
-    if len(at_best) == 1:
-        step = first / factor
-    elif len(at_best) == 2 and first == at_best[1]:
-        step = first * factor
-    return (step, *rest)
-
-
-# --- to an interior optimum ----------------------------------------------------------------------
-
-
-@dataclass
-class Found:
-    """What a search came to. scores: rates -> mean score. interior: nothing beside it is better."""
-
-    rates: Rates
-    scores: dict[Rates, float]
-    interior: bool
-
-
 def proposals(
-    initial: Rates, factor: float, budget: int, knob: bool = False
-) -> Generator[list[Rates], dict, Found]:
-    """Yields rates to try, is sent the mean score of each, and returns what it found.
+    initial: Rates, factor: float, budget: float, knob: bool = False
+) -> Generator[list[Rates], dict[Rates, float], Found]:
+    """Yields rates to try, is sent the score of each, and returns what it found.
 
-    initial: a rate a stage; with `knob` the rate of one stage and what else is searched. AlloError
-    for a budget that does not reach around the initial rates.
+    initial: a rate a stage; with `knob` the rate of one stage and what else is searched.
+    budget: how many rates to try; more where the optimum is not interior yet, at most four times.
+
+    Raises:
+        AlloError: a factor not above 1, or a budget that does not reach around the initial rates.
     """
     directions = min(len(initial), 2)
     if budget < 1 + 2 * directions or not factor > 1:
         raise AlloError(
-            f"tuning: {budget} candidates at a factor of {factor} cannot surround {len(initial)} "
-            f"rates; set search.candidates to at least {1 + 2 * directions} and "
-            "search.factor above 1"
+            f"{budget:g} candidates at a factor of {factor:g} cannot surround {len(initial)} "
+            f"rates; set search.candidates to at least {1 + 2 * directions} and search.factor "
+            "above 1"
         )
     scores: dict[Place, float] = {}
-    best_place, step = (0.0,) * directions, 1.0
+    place, step = (0.0,) * directions, 1.0  # of the best so far
 
-    def rates_at(place: Place) -> Rates:
-        powers = place if knob else [sum(place), *(place[0] for _ in initial[1:])]
-        return _rounded(r * factor**p for r, p in zip(initial, powers, strict=True))
+    def rates_at(where: Place) -> Rates:
+        powers = where if knob else [sum(where), *(where[0] for _ in initial[1:])]
+        rates = (rate * factor**power for rate, power in zip(initial, powers, strict=True))
+        return tuple(float(f"{rate:.4g}") for rate in rates)
 
     while True:
-        around = [_moved(best_place, d, way * step) for d in range(directions) for way in (-1, 1)]
-        wanted = [place for place in (best_place, *around) if place not in scores]
-        at_most = budget if step < 1 else _BEYOND * budget
-        interior = not wanted
+        around = [
+            tuple(power + way * (i == direction) for i, power in enumerate(place))
+            for direction in range(directions)
+            for way in (-step, step)
+        ]
+        wanted = [one for one in (place, *around) if one not in scores]
         if not wanted and len(scores) < budget:
             step /= 2
             continue
-        if not wanted or len(scores) + len(wanted) > at_most:
-            by_rates = {rates_at(place): score for place, score in scores.items()}
-            return Found(rates_at(best_place), by_rates, interior or step < 1)
-        sent = yield [rates_at(place) for place in wanted]
-        scores |= {place: sent[rates_at(place)] for place in wanted}
+        if not wanted or len(scores) + len(wanted) > (budget if step < 1 else _BEYOND * budget):
+            by_rates = {rates_at(one): score for one, score in scores.items()}
+            return Found(rates_at(place), by_rates, not wanted or step < 1)
+        sent = yield [rates_at(one) for one in wanted]
+        scores |= {one: sent[rates_at(one)] for one in wanted}
         # Of equal scores the smallest rates.
-        best_place = max(scores, key=lambda place: (scores[place], [-e for e in place]))
-
-
-def _moved(place: Place, direction: int, by: float) -> Place:
-    return tuple(e + by * (d == direction) for d, e in enumerate(place))
-
-
-def _rounded(rates) -> Rates:
-    return tuple(float(f"{rate:.4g}") for rate in rates)
+        place = max(scores, key=lambda one: (scores[one], [-power for power in one]))

@@ -1,7 +1,7 @@
 """One study: a profile, a seed, and everything that its methods share, made once and kept.
 
-SFT model, preference pairs, reference log-probs, importance scores, masks (`key_neurons`) and token
-weights (`key_token_weights`) are artifacts of the store; `arms` trains the methods on them.
+SFT model, preference pairs, reference log-probs, and what says which neurons and tokens matter
+(`importance`) are artifacts of the store; `training` trains the methods on them.
 """
 
 import contextlib
@@ -28,24 +28,27 @@ from allo_lib.machine.runtime import make_deterministic
 from allo_lib.profiles.config import Domain, Profile
 from allo_lib.profiles.profile_files import load_profile
 from allo_lib.seeds import derive
-from allo_lib.study import scoring
-from allo_lib.study.key_neurons import KeyNeurons
-from allo_lib.study.key_token_weights import KeyTokenWeights
+from allo_lib.study import manifest, scoring
+from allo_lib.study.importance import Importance
 
-STORE = ".store"
 # Raised when the meaning of a stage changes, so that artifacts of the old meaning are not used.
 VERSION = 4
 
 
-class Study(KeyNeurons, KeyTokenWeights):
-    """Settings and shared artifacts of one seed. Open it with `Study.open`."""
+class Study(Importance):
+    """Settings and shared artifacts of one seed. Open it with `Study.open`.
+
+    `replicate` numbers its runs on one SFT model (`at`): `pair_set` says which of the profile's
+    pair sets it is trained on and `order` in which order; `train` and `wrong` name the splits of
+    its training pairs and of all wrong samples of its share of the questions.
+    """
 
     def __init__(self, profile: Profile, seed: int, results_dir: Path, data_dir: str | None = None):
-        self.profile, self.seed, self.replicate = profile, seed, 0
-        self._first: Study | None = None  # of another replicate: the study of the first one
-        self._others: dict[int, Study] = {}  # of the first replicate: those of the others
+        self.profile, self.seed = profile, seed
+        self._set_replicate(0)
+        self._replicates = {0: self}
         self.results_dir, self.data_dir = Path(results_dir), data_dir
-        self.store = Store(self.results_dir / STORE)
+        self.store = Store(self.results_dir / manifest.STORE)
         self.device = "cuda" if profile.size == "gpu" else "cpu"
         make_deterministic(self.device)
         if profile.compute.threads:
@@ -59,14 +62,12 @@ class Study(KeyNeurons, KeyTokenWeights):
             AlloError: unknown profile or key, a bad value, or a results folder that another
                 profile filled.
         """
-        from allo_lib.study.manifest import check_folder
-
         if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
             raise AlloError(f"seed is {seed!r}, expected a whole number from 0")
         loaded = load_profile(profile, overrides)
         root = Path(__file__).resolve().parents[2]
         folder = Path(results_dir) if results_dir else root / "results" / loaded.name
-        check_folder(folder, loaded)
+        manifest.check_folder(folder, loaded)
         if loaded.compute.workers > 1:
             runtime.start_early()
         return cls(loaded, seed, folder, os.environ.get("ALLO_DATA"))
@@ -76,11 +77,15 @@ class Study(KeyNeurons, KeyTokenWeights):
 
         Everything else, the live model among it, is the first one's own.
         """
-        first = self._first or self
-        if replicate and replicate not in first._others:
-            other = first._others[replicate] = copy.copy(first)
-            other.replicate, other._first = replicate, first
-        return first._others[replicate] if replicate else first
+        if replicate not in self._replicates:
+            other = self._replicates[replicate] = copy.copy(self._replicates[0])
+            other._set_replicate(replicate)
+        return self._replicates[replicate]
+
+    def _set_replicate(self, replicate: int) -> None:
+        self.replicate = replicate
+        self.pair_set, self.order = divmod(replicate, self.profile.replicates.orders)
+        self.train, self.wrong = train_split(self.pair_set), wrong_split(self.pair_set)
 
     @property
     def replicates(self) -> range:
@@ -93,26 +98,6 @@ class Study(KeyNeurons, KeyTokenWeights):
         return range(1) if method in self.profile.replicates.once else self.replicates
 
     @property
-    def pair_set(self) -> int:
-        """Which of the profile's pair sets this replicate is trained on."""
-        return self.replicate // self.profile.replicates.orders
-
-    @property
-    def order(self) -> int:
-        """Which order of its pairs this replicate takes."""
-        return self.replicate % self.profile.replicates.orders
-
-    @property
-    def train(self) -> str:
-        """The split that holds this replicate's training pairs."""
-        return train_split(self.pair_set)
-
-    @property
-    def wrong(self) -> str:
-        """The split that holds all wrong samples of this replicate's share of the questions."""
-        return wrong_split(self.pair_set)
-
-    @property
     def dtype(self) -> str:
         """Dtype of the weights on this machine."""
         return models.dtype_on(self.device, self.profile.model.dtype)
@@ -120,44 +105,38 @@ class Study(KeyNeurons, KeyTokenWeights):
     # --- models ------------------------------------------------------------------------------
 
     @cached_property
-    def _loaded(self):
-        if self._first is not None:
-            return self._first._loaded
-        settings = self.profile.model
-        if settings.name != "micro":
-            model, tokenizer, note = models.load(
-                settings.name, dtype=self.dtype, device=self.device
-            )
-            self._note_weights(note)
-            return model, tokenizer, note
+    def _loaded(self) -> tuple:
+        """The live model, its tokenizer, which weights it began with, and these on the CPU."""
+        if self.replicate:
+            return self.at(0)._loaded
+        name = self.profile.model.name
+        if name == "micro":
+            model, tokenizer = self._new_model()
+            note = {"name": name, "source": "trained from scratch in 00_setup"}
+        else:
+            model, tokenizer, note = models.load(name, dtype=self.dtype, device=self.device)
+        provenance.leave(self.store.folder, provenance.WEIGHTS, note)
+        return model, tokenizer, note, weights.snapshot(model, "cpu")
+
+    def _new_model(self):
+        """The miniature's model, untrained, and its tokenizer."""
         from allo_lib.data import miniature
 
-        tokenizer = miniature.tokenizer()
+        settings, tokenizer = self.profile.model, miniature.tokenizer()
+        sizes = ("width", "layers", "heads", "feed_forward", "context", "initializer_range")
         model = models.micro_llama(
             len(tokenizer),
             architecture=settings.architectures[self.seed % len(settings.architectures)],
-            width=settings.width,
-            layers=settings.layers,
-            heads=settings.heads,
-            feed_forward=settings.feed_forward,
-            context=settings.context,
-            initializer_range=settings.initializer_range,
+            **{size: getattr(settings, size) for size in sizes},
             seed=derive(self.seed, "weights"),
             pad_token_id=tokenizer.pad_token_id,
             eos_token_id=tokenizer.eos_token_id,
         )
-        note = {"name": "micro", "source": "trained from scratch in 00_setup"}
-        self._note_weights(note)
-        return model.to(self.device, models.DTYPES[self.dtype]), tokenizer, note
-
-    def _note_weights(self, note: dict) -> None:
-        """Leave for the manifest which weights the study started from."""
-        provenance.leave(self.store.folder, provenance.WEIGHTS, note)
+        return model.to(self.device, models.DTYPES[self.dtype]), tokenizer
 
     @property
     def model(self):
         """The one live model; its weights are those last loaded into it."""
-        self._initial  # noqa: B018  (taken before anything else is loaded into the model)
         return self._loaded[0]
 
     @property
@@ -169,13 +148,6 @@ class Study(KeyNeurons, KeyTokenWeights):
     def weights_note(self) -> dict:
         """Which weights the study started from."""
         return self._loaded[2]
-
-    @cached_property
-    def _initial(self) -> dict[str, torch.Tensor]:
-        """The weights as they were loaded, on the CPU."""
-        if self._first is not None:
-            return self._first._initial
-        return weights.snapshot(self._loaded[0], "cpu")
 
     def _kept(self, kind: str, inputs: dict, make, name: str = "") -> Artifact:
         """An artifact whose making uses the live model, which has its weights back afterwards.
@@ -189,9 +161,9 @@ class Study(KeyNeurons, KeyTokenWeights):
         def make_and_restore(folder: Path) -> None:
             live = weights.snapshot(self.model)
             # What was lost may be made again where torch has another number, which changes bits.
-            other = torch.get_num_threads() != threads
+            same = torch.get_num_threads() == threads
             try:
-                with runtime.torch_threads(threads) if other else contextlib.nullcontext():
+                with contextlib.nullcontext() if same else runtime.torch_threads(threads):
                     make(folder)
             finally:
                 weights.restore(self.model, live)
@@ -271,12 +243,15 @@ class Study(KeyNeurons, KeyTokenWeights):
 
     def _make_sft(self, name: str, folder: Path) -> None:
         domain, record = self.domain(name), {}
-        weights.restore(self.model, self._initial)
+        weights.restore(self.model, self._loaded[3])
         for phase in ("pretrain", "sft"):
             settings = getattr(domain, phase)
             if not settings.examples:
                 continue
-            rows = self._demonstrations(name, settings)
+            task = self.task(name)
+            questions = task.questions("sft", settings.examples, settings.mix)
+            texts = [(one.prompt, task.demonstration(one, settings)) for one in questions]
+            rows = [encode_demonstration(self.tokenizer, *text) for text in texts]
             label, begun = f"{name}, {phase}", self.checkpoints(folder, phase)
             log = self._supervise(rows, settings, label, domain.max_length, begun)
             record[phase] = {"loss": log.loss, "seconds": log.seconds, "tokens": log.tokens,
@@ -284,29 +259,18 @@ class Study(KeyNeurons, KeyTokenWeights):
         weights.save(self.model, folder / "model.safetensors")
         write_json(folder / "record.json", record)
 
-    def _demonstrations(self, name: str, settings) -> list[dict]:
-        task = self.task(name)
-        return [
-            encode_demonstration(
-                self.tokenizer, question.prompt, task.demonstration(question, settings)
-            )
-            for question in task.questions("sft", settings.examples, settings.mix)
-        ]
-
     def checkpoints(self, folder: Path, stage: str) -> Checkpoints:
         """Where one training stage of the artifact that is made in `folder` goes on from."""
         return Checkpoints(partial_of(folder) / stage, self.profile.compute.checkpoint_minutes)
 
     def _supervise(self, rows, settings, label: str, max_length: int, checkpoints: Checkpoints):
         rows = [r for r in rows if len(r["prompt"]) + len(r["response"]) <= max_length]
-        schedule = Schedule(
-            settings.learning_rate, settings.epochs, settings.batch_size, derive(self.seed, label)
-        )
+        rate, seed = settings.learning_rate, derive(self.seed, label)
         return run_stage(
             self.model,
             rows,
             "sft",
-            schedule,
+            Schedule(rate, settings.epochs, settings.batch_size, seed),
             pad_token_id=self.tokenizer.pad_token_id,
             betas=(0.9, settings.beta2),
             max_grad_norm=self.profile.method.max_grad_norm,
@@ -342,15 +306,13 @@ class Study(KeyNeurons, KeyTokenWeights):
         """
         pairs = self.pairs(name)
         rows = encode_pairs(self.tokenizer, pairs.rows[split], self.domain(name).max_length)
-        artifact = self._kept(
-            "reference",
-            {"pairs": pairs.key, "split": split, "sft": self.sft(name).key},
-            lambda folder: self._make_reference(name, rows, folder),
-        )
-        return reference.attach(rows, artifact.file("logps.safetensors"))
+        inputs = {"pairs": pairs.key, "split": split, "sft": self.sft(name).key}
 
-    def _make_reference(self, name: str, rows: list[dict], folder: Path) -> None:
-        reference.write(self.logps(self.load_sft(name), rows), folder / "logps.safetensors")
+        def make(folder: Path) -> None:
+            reference.write(self.logps(self.load_sft(name), rows), folder / "logps.safetensors")
+
+        artifact = self._kept("reference", inputs, make)
+        return reference.attach(rows, artifact.file("logps.safetensors"))
 
     def logps(self, model, rows: list[dict]) -> list[dict]:
         """Per-token log-probs of encoded pairs under a model."""
@@ -365,36 +327,33 @@ class Study(KeyNeurons, KeyTokenWeights):
         """
         inputs = self.inputs(name, "max_new_tokens", "explain", split)
         inputs |= {"sft": self.sft(name).key, "split": split}
-        make = lambda folder: self._make_drafts(name, split, folder)  # noqa: E731
-        return self._kept("drafts", inputs, make).json("drafts.json")
-
-    def _make_drafts(self, name: str, split: str, folder: Path) -> None:
         domain = self.domain(name)
-        questions = self.task(name).questions(split, getattr(domain, split))
-        groups = generate(
-            self.load_sft(name),
-            self.tokenizer,
-            [question.prompt for question in questions],
-            max_new_tokens=domain.max_new_tokens,
-            batch_size=self.profile.compute.generation_batch,
-        )
-        # A response that was cut off has no end token to begin from.
-        ids = [encode_response(self.tokenizer, one.text) for (one,) in groups]
-        write_json(
-            folder / "drafts.json",
-            [row if one.ended else row[:-1] for row, (one,) in zip(ids, groups, strict=True)],
-        )
+
+        def make(folder: Path) -> None:
+            questions = self.task(name).questions(split, getattr(domain, split))
+            groups = generate(
+                self.load_sft(name),
+                self.tokenizer,
+                [question.prompt for question in questions],
+                max_new_tokens=domain.max_new_tokens,
+                batch_size=self.profile.compute.generation_batch,
+            )
+            ids = [(encode_response(self.tokenizer, one.text), one.ended) for (one,) in groups]
+            # A response that was cut off has no end token to begin from.
+            drafts = [row if ended else row[:-1] for row, ended in ids]
+            write_json(folder / "drafts.json", drafts)
+
+        return self._kept("drafts", inputs, make).json("drafts.json")
 
     @lru_cache
     def replies(self, name: str) -> list[list]:
         """The SFT model's replies to a domain's instructions (rows of `scoring.reply`)."""
-        inputs = (
-            self.inputs(name) | {"sft": self.sft(name).key} | scoring.instruction_inputs(self, name)
-        )
+        inputs = self.inputs(name) | {"sft": self.sft(name).key}
+        inputs |= scoring.instruction_inputs(self, name)
 
         def make(folder: Path) -> None:
-            given = scoring.reply(self, name, self.load_sft(name))
-            write_json(folder / "replies.json", given)
+            replies = scoring.reply(self, name, self.load_sft(name))
+            write_json(folder / "replies.json", replies)
 
         return self._kept("replies", inputs, make).json("replies.json")
 

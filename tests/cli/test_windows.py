@@ -23,7 +23,7 @@ from allo_lib.engine import provenance
 from allo_lib.engine.store import MANIFEST, NotMade, Store, sha256, write_json
 from allo_lib.errors import AlloError
 from allo_lib.machine import weights
-from allo_lib.study import importance, manifest, results, runs, scoring, training
+from allo_lib.study import manifest, results, runs, scoring, training
 from allo_lib.study.manifest import STORE
 
 TENSORS = {"a": torch.arange(6.0)}

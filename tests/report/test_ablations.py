@@ -7,11 +7,10 @@ import numpy as np
 import pytest
 import torch
 from matplotlib.text import Text
-from tiny_study import DOMAIN, PROFILE, open_study
+from tiny_study import DOMAIN, PROFILE
 
 from allo_lib.errors import AlloError
 from allo_lib.evaluation import outcomes, published
-from allo_lib.machine import weights
 from allo_lib.method import neurons
 from allo_lib.method.neurons import NeuronMask
 from allo_lib.profiles.methods import (

@@ -1,49 +1,164 @@
-"""Which methods a domain has, and how their rates are tuned on models that are not reported."""
+"""Which methods a domain has, in which order they run, and how their rates are found."""
 
 import csv
+import dataclasses
 import math
 import pickle
-from contextlib import nullcontext
-from functools import partial
-from types import SimpleNamespace
 
 import pytest
 import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tiny_study import DOMAIN, PROFILE, open_study
 
 from allo_lib.errors import AlloError
 from allo_lib.profiles import profile_files
 from allo_lib.profiles.methods import stages_of
 from allo_lib.profiles.profile_files import load_profile
-from allo_lib.study import arms, runs
+from allo_lib.study import runs, training
+from allo_lib.study.search import Trial, best, proposals, search
 
 
 @pytest.mark.parametrize("change, expected", [
-    ({}, ["sft_base", "dpo", "rft", "allo_rm_oracle"]),
-    ({"domains__miniature__kind": "choice"}, ["sft_base", "dpo", "rft"]),
+    ({}, ["sft_base", "dpo", "rft", "ppo", "allo_rm_oracle"]),
+    ({"domains__miniature__kind": "choice"}, ["sft_base", "dpo", "rft", "ppo"]),
     ({"domains__miniature__kind": "preferences"}, ["dpo"]),
     ({"domains__miniature__methods": ["npo"]}, ["sft_base", "npo"]),
 ])  # fmt: skip
 def test_methods_of_a_domain_come_once_and_in_order(tmp_path, change, expected):
-    wanted = {"methods": ["dpo", "rft"], "ablations": ["dpo", "allo_rm_oracle"]}
+    wanted = {"methods": ["dpo", "rft", "ppo"], "ablations": ["dpo", "allo_rm_oracle"]}
     assert runs.methods_of(open_study(tmp_path, **wanted, **change), DOMAIN) == expected
 
 
-def test_a_worker_opens_the_study_that_it_was_told_of_and_keeps_the_last(tmp_path, monkeypatch):
+@pytest.mark.parametrize("tuned, expected", [
+    # Without tuned rates further replicates take those of the first, the paper's rows those of DPO.
+    ({}, {("npo", 1): [("npo", 0)], ("npo", 0): [], ("allo_key_reference", 0): [("dpo", 0)],
+          ("dpo_paper", 1): [("dpo_paper", 0), ("dpo", 1)]}),
+    # With them a run only waits for a model that it reads.
+    ({"dpo": (1e-4,)}, {("npo", 1): [], ("dpo_paper", 1): [],
+                        ("allo_key_reference", 0): [("dpo", 0)]}),
+])  # fmt: skip
+def test_runs_wait_for_those_whose_rates_or_models_they_take(tmp_path, tuned, expected):
+    study = open_study(tmp_path, replicates={"pair_sets": 2})
+    domain = dataclasses.replace(study.domain(DOMAIN), tuned=tuned)
+    study.domain = study.at(1).domain = lambda name: domain
+    for (method, replicate), before in expected.items():
+        runs_before = runs._runs_before(study.at(replicate), DOMAIN, method)
+        assert [(m, one.replicate) for one, _, m in runs_before] == before
+
+
+def test_a_worker_opens_the_study_of_its_job_and_keeps_the_last(tmp_path, monkeypatch):
     monkeypatch.setattr(runs, "_STUDY", {})
     study = open_study(tmp_path, seed=3)
     # Everything that goes to a worker goes there as bytes.
-    work, opened_by = pickle.loads(pickle.dumps((_seen, runs._opened_by(study))))
+    work, opened_by = pickle.loads(pickle.dumps((_seen, runs._opened_by(study.at(1)))))
     first, again = (runs._in_worker(work, opened_by, "a") for _ in range(2))
     assert first[0] is again[0] and first[1] == "a" and first[0].profile == study.profile
-    assert (first[0].seed, first[0].results_dir) == (3, tmp_path)
+    assert (first[0].seed, first[0].replicate, first[0].results_dir) == (3, 1, tmp_path)
     other, _ = runs._in_worker(_seen, runs._opened_by(open_study(tmp_path, seed=4)), "a")
     assert other.seed == 4 and list(runs._STUDY.values()) == [other]
-    pickle.dumps(partial(runs._in_worker, arms.score_at))
 
 
 def _seen(study, word):
     return study, word
+
+
+# --- the search on a reported model --------------------------------------------------------------
+
+
+def peak(*where):
+    """A score with its one peak at these rates."""
+    return lambda rates: -sum(math.log2(r / w) ** 2 for r, w in zip(rates, where, strict=True))
+
+
+@pytest.mark.parametrize("initial, top, candidates, expected", [
+    # one rate: the initial one and one factor to both sides, then beyond an edge or into both gaps
+    ((1e-4,), (1e-4,), 2, [(1e-4,), (5e-5,)]),
+    ((1e-4,), (1e-4,), 3, [(1e-4,), (5e-5,), (2e-4,)]),
+    ((1.0,), (100.0,), 6, [(1.0,), (0.5,), (2.0,), (4.0,), (8.0,), (16.0,)]),
+    ((1.0,), (0.01,), 5, [(1.0,), (0.5,), (2.0,), (0.25,), (0.125,)]),
+    ((1.0,), (1.0,), 5, [(1.0,), (0.5,), (2.0,), (0.7071,), (1.414,)]),
+    # two rates: their common size, then the first one's against the second's
+    ((1e-4, 1e-3), (1e-4, 1e-3), 5,
+     [(1e-4, 1e-3), (5e-5, 5e-4), (2e-4, 2e-3), (5e-5, 1e-3), (2e-4, 1e-3)]),
+    ((1e-4, 1e-3), (1e-3, 1e-2), 6, [(1e-4, 1e-3), (5e-5, 5e-4), (2e-4, 2e-3), (5e-5, 1e-3),
+                                     (2e-4, 1e-3), (4e-4, 4e-3)]),
+    ((1 / 3,), (1 / 3,), 1, [(0.3333,)]),  # rounded before they are used
+    ((), (), 5, [()]),
+])  # fmt: skip
+def test_the_rates_that_are_tried(initial, top, candidates, expected):
+    tried = search(initial, candidates, 2.0, peak(*top))
+    assert [trial.rates for trial in tried] == expected
+
+
+def test_equal_scores_take_the_smaller_rates():
+    tried = [Trial((2.0, 1.0), 0.5), Trial((1.0, 3.0), 0.5), Trial((1.0, 2.0), 0.5)]
+    assert best(tried) == tried[2] and best(tried + [Trial((9.0, 9.0), 0.6)]).rates == (9.0, 9.0)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.lists(st.floats(-8, 8), min_size=1, max_size=2),
+    st.integers(1, 12),
+    st.sampled_from([1.5, 2.0, 4.0]),
+)
+def test_any_peak_gets_the_requested_number_of_distinct_models(where, candidates, factor):
+    score = peak(*(2**w for w in where))
+    tried = search((1.0,) * len(where), candidates, factor, score)
+    assert len(tried) == candidates == len({trial.rates for trial in tried})
+    assert best(tried).score == max(score(trial.rates) for trial in tried)
+    if len(where) == 1 and candidates == 12 and abs(where[0]) < 4:
+        assert abs(math.log2(best(tried).rates[0]) - where[0]) <= math.log2(factor) / 2 + 1e-3
+
+
+# --- to an interior optimum ----------------------------------------------------------------------
+
+
+def propose(initial, factor, budget, score, knob=False):
+    """Runs `proposals` on a function of the rates."""
+    going = proposals(initial, factor, budget, knob)
+    wanted = next(going)
+    while True:
+        try:
+            wanted = going.send({rates: score(rates) for rates in wanted})
+        except StopIteration as end:
+            return end.value
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.floats(-3, 3), st.integers(5, 12))
+def test_one_rate_is_found_within_half_a_step_of_the_top(top, budget):
+    found = propose((1.0,), 2.0, budget, peak(2**top))
+    assert found.interior and budget - 1 <= len(found.scores) <= 2 * budget
+    assert abs(math.log2(found.rates[0]) - top) <= 0.5 + 1e-3
+    assert found.scores[found.rates] == max(found.scores.values())
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.booleans(), st.floats(-1.5, 1.5), st.floats(-1.5, 1.5))
+def test_two_rates_or_a_rate_and_a_knob_are_found(knob, one, other):
+    top = (one, other) if knob else (one + other, one)
+    found = propose((1.0, 1.0), 2.0, 12, peak(*(2**power for power in top)), knob)
+    first, second = map(math.log2, found.rates)
+    directions = (first, second) if knob else (second, first - second)
+    assert found.interior and len(found.scores) <= 24
+    assert abs(directions[0] - one) <= 1 and abs(directions[1] - other) <= (1 if knob else 1.5)
+
+
+def test_what_still_rises_at_the_end_is_at_the_edge_and_of_equal_scores_the_smallest_rates_win():
+    found = propose((1.0,), 2.0, 4, lambda rates: rates[0])
+    assert not found.interior and found.rates[0] == max(r for (r,) in found.scores)
+    assert len(found.scores) <= 16
+    assert propose((1.0,), 2.0, 3, lambda rates: 0.5).rates[0] <= 0.5
+
+
+@pytest.mark.parametrize("search_it", [
+    lambda: next(proposals((1.0,), 2.0, 2)), lambda: next(proposals((1.0, 1.0), 2.0, 4)),
+    lambda: search((1.0,), 3, 1.0, peak(1.0)), lambda: search((1.0,), 0, 2.0, peak(1.0)),
+])  # fmt: skip
+def test_searches_that_cannot_search_are_refused(search_it):
+    with pytest.raises(AlloError, match="search.candidates"):
+        search_it()
 
 
 # --- tuned rates ---------------------------------------------------------------------------------
@@ -64,7 +179,6 @@ def tuned(tmp_path, monkeypatch):
 def test_a_profile_takes_rates_by_the_name_of_their_file(tuned):
     profile = load_profile(str(PROFILE), tuned)
     assert profile.domains[DOMAIN].tuned["dpo"] == (3e-4, 0.5)
-    assert profile.domains[DOMAIN].tuned["allo"] == (1e-4, 2e-4)
     assert profile.hash() != load_profile(str(PROFILE)).hash()
     with pytest.raises(AlloError, match="tuned: got 'other', expected one of some"):
         load_profile(str(PROFILE), {"domains.miniature.tuned": "other"})
@@ -73,30 +187,21 @@ def test_a_profile_takes_rates_by_the_name_of_their_file(tuned):
 @pytest.mark.slow
 def test_tuned_rates_are_used_without_a_search_and_missing_ones_refused(tuned, begun):
     study = open_study(begun, **{key.replace(".", "__"): value for key, value in tuned.items()})
-    found = arms.result(study, DOMAIN, "dpo")
+    found = training.result(study, DOMAIN, "dpo")
     assert found["rates"] == [3e-4] and len(found["tried"]) == 1
     assert found["knob"] == {"beta": 0.5}
-    assert arms.result(study, DOMAIN, "dpo_paper")["knob"] == {"beta": 0.5}
-    assert arms.result(study, DOMAIN, "allo_key10")["rates"] == [1e-4, 2e-4]  # ALLO's own
+    assert training.result(study, DOMAIN, "dpo_paper")["knob"] == {"beta": 0.5}
+    assert training.result(study, DOMAIN, "allo_key10")["rates"] == [1e-4, 2e-4]  # ALLO's own
     stages = stages_of("dpo_long", study.profile)  # whose last step sees what the first ones did
-    plain = arms._candidate(study, DOMAIN, stages, (3e-4,)).json()
-    scaled = arms._candidate(study, DOMAIN, stages, (3e-4, 0.5)).json()
+    plain = training._candidate(study, DOMAIN, stages, (3e-4,)).json()
+    scaled = training._candidate(study, DOMAIN, stages, (3e-4, 0.5)).json()
     assert plain["loss"][0][0] == pytest.approx(scaled["loss"][0][0]) == pytest.approx(math.log(2))
     assert plain["loss"][0][-1] != scaled["loss"][0][-1]
-    assert arms.trained_model(study, DOMAIN, "dpo")[1].json()["loss"] == found["loss"]
-    assert arms.result(study, DOMAIN, "sft_base")["rates"] == []
-    with pytest.raises(AlloError, match="sft: `tuned` has 2 rates for its 1 stages"):
-        arms.result(study, DOMAIN, "sft")
-    with pytest.raises(AlloError, match="npo: `tuned` has 0 rates for its 1 stages"):
-        arms.result(study, DOMAIN, "npo")
-
-
-def test_a_score_leaves_no_weights_and_can_be_asked_for_again(tiny_study):
-    stages, rates = stages_of("dpo_top10", tiny_study.profile), (1.7e-4,)
-    first = arms.score_at(tiny_study, DOMAIN, "dpo_top10", rates)
-    artifact = arms._candidate(tiny_study, DOMAIN, stages, rates)
-    assert not (artifact.path / arms.WEIGHTS).exists()
-    assert arms.score_at(tiny_study, DOMAIN, "dpo_top10", rates) == first
+    assert training.trained_model(study, DOMAIN, "dpo")[1].json()["loss"] == found["loss"]
+    assert training.result(study, DOMAIN, "sft_base")["rates"] == []
+    for method, count in {"sft": 2, "npo": 0}.items():
+        with pytest.raises(AlloError, match=f"`tuned` has {count} rates for its 1 stages"):
+            training.result(study, DOMAIN, method)
 
 
 # Where the planted mean over the models is highest, in powers of two of the initial rates; npo's
@@ -109,39 +214,37 @@ def test_tuning_finds_the_best_mean_of_its_models_and_keeps_the_evidence(tmp_pat
     wanted = {"methods": methods, "ablations": ["allo_key10"], "search.candidates": 5}
     profile = load_profile(str(PROFILE), wanted)
 
+    def powers_of(study, method, rates):
+        initial = training.initial_rates(study, DOMAIN, stages_of(method, profile), knob=True)
+        return [math.log2(rate / start) for rate, start in zip(rates, initial, strict=True)]
+
     def score_at(study, name, method, rates):
-        initial = arms.centre(study, name, stages_of(method, profile), knob=True)
-        powers = [math.log2(rate / start) for rate, start in zip(rates, initial, strict=True)]
-        tops = TOPS.get(method, (0, 0))
+        powers, tops = powers_of(study, method, rates), TOPS.get(method, (0, 0))
         score = -sum((p - top) ** 2 for p, top in zip(powers, tops, strict=False))
         return score + {7: 0.5, 8: -0.5}[study.seed] * powers[0]  # the models disagree
 
     shared = []
     monkeypatch.setattr(runs, "prepare_all", shared.extend)
-    monkeypatch.setattr(arms, "score_at", score_at)
-    here = SimpleNamespace(map=lambda work, *rows: list(map(work, *rows)))
-    monkeypatch.setattr(runs, "_pool", lambda workers: nullcontext(here))
+    monkeypatch.setattr(training, "score_at", score_at)
     path = runs.tune(profile, (7, 8), tmp_path, None)
     assert [(study.seed, name) for study, name in shared] == [(7, DOMAIN), (8, DOMAIN)]
     rows = list(csv.DictReader((tmp_path / "tuning.csv").open(newline="")))
     assert {row["model"] for row in rows} == {"7", "8"}
     text, found = path.read_text(), yaml.safe_load(path.read_text())[DOMAIN]
     assert text.startswith("# By `./run_all.sh tune` on seeds 7, 8")
+    assert f"# At the edge of what was tried: npo of {DOMAIN}.\n" in text
     # ALLO's rows of other densities take ALLO's rates, and SFT's own row has no knob.
     counts = {method: len(rates) for method, rates in found.items()}
     assert counts == {"sft": 1, "dpo": 2, "npo": 2, "allo": 2, "dpo_long": 2}
     study = open_study(tmp_path / "other")
     for method, rates in found.items():
-        initial = arms.centre(study, DOMAIN, stages_of(method, profile), knob=True)
-        powers = [round(math.log2(r / i), 3) for r, i in zip(rates, initial, strict=True)]
-        line = next(one for one in text.splitlines() if one.startswith(f"  {method}:"))
-        assert line.endswith("# at the edge of what was tried") == (method == "npo")
+        powers = powers_of(study, method, rates)
         if method != "npo":
             assert powers == pytest.approx(TOPS.get(method, (0, 0))[: len(powers)], abs=0.51)
-        own = [row for row in rows if row["method"] == method]
         scores: dict[str, list[float]] = {}
-        for row in own:
-            scores.setdefault(row["rates"], []).append(float(row["score"]))
+        for row in rows:
+            if row["method"] == method:
+                scores.setdefault(row["rates"], []).append(float(row["score"]))
         assert {len(values) for values in scores.values()} == {2} and 4 <= len(scores) <= 20
-        best = scores[" ".join(f"{rate:g}" for rate in rates)]
-        assert sum(best) == pytest.approx(max(map(sum, scores.values())))
+        best_mean = sum(scores[" ".join(f"{rate:g}" for rate in rates)])
+        assert best_mean == pytest.approx(max(map(sum, scores.values())))

@@ -1,10 +1,12 @@
 """What all methods share: made once, kept, and never at the cost of the live model's weights."""
 
+import itertools
+
 import pytest
 import torch
+from refusals import refused
 from tiny_study import DOMAIN, PROFILE, open_study
 
-from allo_lib.engine import rewriter
 from allo_lib.engine.forward import logps_of_rows
 from allo_lib.engine.store import write_json
 from allo_lib.errors import AlloError
@@ -13,18 +15,33 @@ from allo_lib.method import neurons
 from allo_lib.profiles.methods import stages_of
 from allo_lib.study.study import Study
 
+SMALL = {
+    "domains__miniature__pretrain": {"examples": 0},
+    "domains__miniature__sft": {"examples": 0},
+}
 
-@pytest.mark.parametrize("seed", [-1, 1.0, "0", None, True])
-def test_bad_seeds_are_refused(tmp_path, seed):
-    with pytest.raises(AlloError, match="seed is .*, expected a whole number from 0"):
-        Study.open(str(PROFILE), seed, str(tmp_path))
+
+@pytest.mark.parametrize("name, seed, overrides, words", [
+    *((str(PROFILE), seed, {}, "expected a whole number from 0")
+      for seed in (-1, 1.0, "0", None, True)),
+    ("tinny", 0, {}, "no profile 'tinny'"),
+    (str(PROFILE), 0, {"domains.miniature.epoch": 2}, "unknown key 'epoch'"),
+])  # fmt: skip
+def test_what_cannot_be_opened_is_refused_and_nothing_is_written(
+    tmp_path, name, seed, overrides, words
+):  # noqa: E501
+    with refused(words):
+        Study.open(name, seed, str(tmp_path / "new"), overrides)
+    open_study(tmp_path / "new")  # nor before it is needed
+    assert not (tmp_path / "new").exists()
 
 
-def test_unknown_profiles_keys_and_domains_are_refused(tmp_path, tiny_study):
-    with pytest.raises(AlloError, match="no profile 'tinny'"):
-        Study.open("tinny", 0, str(tmp_path))
-    with pytest.raises(AlloError, match="unknown key 'epoch'"):
-        Study.open(str(PROFILE), 0, str(tmp_path), {"domains.miniature.epoch": 2})
+def test_results_of_another_profile_are_left_alone(tmp_path, tiny_study):
+    other = {"profile": "other", "profile_hash": "0" * 64, "seeds": [0], "files": {}}
+    write_json(tmp_path / "manifest.json", other)
+    with pytest.raises(AlloError, match="holds results of profile hash 000000000000"):
+        open_study(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["manifest.json"]
     with pytest.raises(AlloError, match="domain 'maths' is not in seconds; expected miniature"):
         tiny_study.domain("maths")
 
@@ -39,22 +56,23 @@ def test_weights_have_the_dtype_of_the_machine_and_artifacts_its_key(tmp_path, m
     assert study.profile.hash() == open_study(tmp_path, model__dtype="auto").profile.hash()
 
 
-def test_results_of_another_profile_are_left_alone(tmp_path):
-    other = {"profile": "other", "profile_hash": "0" * 64, "seeds": [0], "files": {}}
-    write_json(tmp_path / "manifest.json", other)
-    with pytest.raises(AlloError, match="holds results of profile hash 000000000000"):
-        open_study(tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["manifest.json"]
-
-
-def test_nothing_is_written_before_it_is_needed(tmp_path):
-    open_study(tmp_path / "new")
-    assert not (tmp_path / "new").exists()
-
-
-def test_results_go_beside_the_library_by_default():
-    study = Study.open("tiny")
-    assert study.results_dir.parts[-2:] == ("results", "tiny") and study.results_dir.is_absolute()
+@pytest.mark.parametrize("change", [
+    {"method__max_grad_norm": 0.5},
+    {"compute__threads": 2},
+    {"domains__miniature__sft": {"examples": 90}},
+    {"domains__miniature__pretrain": {"examples": 90}},
+    {"model__width": 32},
+])  # fmt: skip
+def test_what_can_change_the_sft_model_changes_its_key(tiny_study, change, monkeypatch):
+    threads, keys = torch.get_num_threads(), []
+    try:
+        changed = open_study(tiny_study.results_dir, **change)
+        for study in (tiny_study, changed):
+            monkeypatch.setattr(study.store, "get", lambda kind, inputs, *_: keys.append(inputs))
+            study.sft(DOMAIN)
+    finally:
+        torch.set_num_threads(threads)
+    assert keys[0] != keys[1]
 
 
 # --- the live model ----------------------------------------------------------------------------
@@ -64,7 +82,6 @@ USES = {
     "reference": lambda study: study.encoded(DOMAIN, "heldout"),
     "scores": lambda study: study.scores(DOMAIN),
     "gradient": lambda study: study.scores(DOMAIN, "gradient"),
-    "mask": lambda study: study.mask(DOMAIN, "top", 0.3, "half_a"),
     "reward model": lambda study: study.reward_model(DOMAIN, "shuffled"),
     "probabilities": lambda study: study.keep_probabilities(DOMAIN, "train", "early"),
     "weights": lambda study: study.forgetting_weights(
@@ -75,7 +92,7 @@ USES = {
 
 @pytest.mark.parametrize("what", USES)
 def test_what_is_made_on_the_way_gives_the_live_weights_back(begun, what):
-    """Asked for in the middle of a method's training, it must not change what is trained."""
+    """Needed in the middle of a method's training, it must not change what is trained."""
     study = open_study(begun)
     model = study.load_sft(DOMAIN)
     with torch.no_grad():
@@ -85,32 +102,28 @@ def test_what_is_made_on_the_way_gives_the_live_weights_back(begun, what):
     assert study.model is model and weights.displacement(model, before) == 0
 
 
-def test_the_sft_model_starts_from_the_loaded_weights_whatever_was_loaded_since(begun):
-    small = {"domains__miniature__pretrain": {"examples": 0},
-             "domains__miniature__sft": {"examples": 0}}  # fmt: skip
-    study = open_study(begun, **small)
-    untouched = weights.snapshot(study.model)
-    other = open_study(begun, **small)
+def test_the_sft_model_starts_from_its_seed_s_weights_whatever_was_loaded_since(begun, tmp_path):
+    untouched = weights.snapshot(open_study(begun, **SMALL).model)
+    study = open_study(begun, **SMALL)
+    assert weights.displacement(study.model, untouched) == 0
+    assert weights.displacement(open_study(tmp_path / "other", seed=1).model, untouched) > 1
     with torch.no_grad():
-        other.model.model.norm.weight += 1
-    found = weights.read_tensors(other.sft(DOMAIN).file("model.safetensors"))
+        study.model.model.norm.weight += 1
+    found = weights.read_tensors(study.sft(DOMAIN).file("model.safetensors"))
     assert all(torch.equal(found[name], value) for name, value in untouched.items())
 
 
-def test_seeds_start_from_other_weights(tmp_path):
-    first, again, other = (open_study(tmp_path / str(i), seed=s) for i, s in enumerate((0, 0, 1)))
-    assert weights.displacement(first.model, weights.snapshot(again.model)) == 0
-    assert weights.displacement(first.model, weights.snapshot(other.model)) > 1
+def test_replicates_share_the_model_and_differ_in_pairs_and_order(begun):
+    study = open_study(begun, replicates={"pair_sets": 2, "orders": 2}, **SMALL)
+    runs = [study.at(replicate) for replicate in study.replicates]
+    assert [(one.train, one.wrong, one.order) for one in runs] == [
+        (f"train{pair_set}", f"wrong{pair_set}", order) for pair_set in ("", 1) for order in (0, 1)
+    ]
+    assert all(one.at(0) is study and one.at(3) is runs[3] for one in runs)
+    assert all(one.model is study.model and one.store is study.store for one in runs)
 
 
 # --- shared artifacts --------------------------------------------------------------------------
-
-
-def test_sft_learned_something(tiny_study):
-    record = tiny_study.sft(DOMAIN).json()
-    assert set(record) == {"pretrain", "sft"}
-    losses = record["pretrain"]["loss"]
-    assert sum(losses[-5:]) < 0.5 * sum(losses[:5])
 
 
 def test_the_reference_is_the_sft_model(tiny_study):
@@ -123,58 +136,36 @@ def test_the_reference_is_the_sft_model(tiny_study):
             assert row[f"{side}_reference"] == pytest.approx(values, abs=1e-5)
 
 
-def test_masks_are_exact_shares_of_their_scores(tiny_study):
-    scores = weights.read_tensors(tiny_study.scores(DOMAIN).file("scores.safetensors"))
-    total = sum(score.numel() for score in scores.values())
-    flat = torch.cat([score.flatten() for score in scores.values()])
-    for share in (0.01, 0.1, 0.5):
-        mask = tiny_study.mask(DOMAIN, "top", share)
-        assert (mask.kept, mask.total) == (round(share * total), total)
-        lowest = min(float(scores[n].flatten()[i].min()) for n, i in mask.indices.items() if len(i))
-        assert int((flat > lowest).sum()) < mask.kept <= int((flat >= lowest).sum())
-    top, last = (tiny_study.mask(DOMAIN, order, 0.1) for order in ("top", "bottom"))
-    assert top.overlap(last) == 0
-
-
-def test_score_variants_differ_as_they_should(tiny_study):
+def test_scores_of_variants_and_of_the_warm_up(tiny_study):
     variants = ("delta", "order", "half_a", "half_b", "gradient", "magnitude")
-    found = {v: tiny_study.scores(DOMAIN, v) for v in variants}
     masks = {v: tiny_study.mask(DOMAIN, "top", 0.1, v) for v in variants}
     chance = neurons.chance_overlap(0.1)
-    for variant in variants[1:]:
-        assert masks["delta"].overlap(masks[variant]) < 1
+    assert all(masks["delta"].overlap(masks[variant]) < 1 for variant in variants[1:])
     assert masks["delta"].overlap(masks["order"]) > 1.2 * chance
     assert masks["half_a"].overlap(masks["half_b"]) > 1.2 * chance
-    count = len(tiny_study.pairs(DOMAIN).rows["mask"])
-    assert found["half_a"].json()["pairs"] + found["half_b"].json()["pairs"] == count
+    assert masks["delta"].overlap(tiny_study.mask(DOMAIN, "bottom", 0.1)) == 0
     theta = weights.read_tensors(tiny_study.sft(DOMAIN).file("model.safetensors"))
-    magnitude = weights.read_tensors(found["magnitude"].file("scores.safetensors"))
+    found = tiny_study.scores(DOMAIN, "magnitude").file("scores.safetensors")
+    magnitude = weights.read_tensors(found)
     assert all(torch.equal(magnitude[name], theta[name].abs()) for name in theta)
-
-
-def test_the_record_of_the_warm_up(tiny_study):
-    record = tiny_study.scores(DOMAIN).json()
-    method = tiny_study.profile.method
+    record, method = tiny_study.scores(DOMAIN).json(), tiny_study.profile.method
     assert record["lr"] == tiny_study.domain(DOMAIN).rates.dense * method.warmup_rate_factor
     assert record["loss"][0] == pytest.approx(torch.tensor(2.0).log().item(), abs=1e-5)
     assert 0 < record["moved_bfloat16"] < record["moved_float32"] <= 1
 
 
 def test_reward_models_of_every_quality_have_their_probabilities(tiny_study):
-    rows = tiny_study.encoded(DOMAIN, "train")
-    found = {
-        quality: tiny_study.keep_probabilities(DOMAIN, "train", quality)
-        for quality in rewriter.QUALITIES
-    }
-    for values in found.values():
-        assert [len(value) for value in values] == [len(row["rejected"]) for row in rows]
+    lengths = [len(row["rejected"]) for row in tiny_study.encoded(DOMAIN, "train")]
+    qualities = ("trained", "early", "shuffled", "untrained")
+    found = [tiny_study.keep_probabilities(DOMAIN, "train", quality) for quality in qualities]
+    for values in found:
+        assert [len(value) for value in values] == lengths
         assert all(0 <= p <= 1 for value in values for p in value)
-    assert all(found[q] != found["trained"] for q in rewriter.QUALITIES if q != "trained")
-    assert found["shuffled"] != found["untrained"]
+    assert all(a != b for a, b in itertools.combinations(found, 2))
     assert tiny_study.reward_model(DOMAIN, "untrained") == tiny_study.sft(DOMAIN)
 
 
-def test_weights_follow_the_rule_of_the_stage(tiny_study):
+def test_weights_follow_the_rule_of_the_stage(tiny_study, monkeypatch):
     allo = {m: stages_of(m, tiny_study.profile)[0] for m in ("allo", "allo_soft", "allo_released")}
     chosen = {m: tiny_study.forgetting_weights(DOMAIN, stage) for m, stage in allo.items()}
     for i, values in enumerate(tiny_study.keep_probabilities(DOMAIN, "train")):
@@ -183,15 +174,7 @@ def test_weights_follow_the_rule_of_the_stage(tiny_study):
         assert chosen["allo_released"][i] == pytest.approx(values, abs=1e-6)
     everything = stages_of("allo_all_tokens_forgetting", tiny_study.profile)[0]
     assert {w for row in tiny_study.forgetting_weights(DOMAIN, everything) for w in row} == {1.0}
-
-
-def test_oracle_tokens_are_for_the_miniature_only(tiny_study, monkeypatch):
-    class Real:
-        def questions(self, split, count):
-            return []
-
-    monkeypatch.setattr(type(tiny_study), "task", lambda self, name: Real())
-    monkeypatch.setattr(type(tiny_study), "pair_questions", lambda self, name: {})
+    monkeypatch.setattr(tiny_study, "task", lambda name: object())  # of real questions
     with pytest.raises(AlloError, match="only the generator of the miniature knows"):
         tiny_study.oracle_tokens(DOMAIN, "train")
 

@@ -1,7 +1,9 @@
 """Training and measuring the methods: every candidate of a search, and the result of a method."""
 
 import itertools
+from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,6 +18,7 @@ from allo_lib.machine import weights
 from allo_lib.machine.environment import device_name
 from allo_lib.machine.runtime import torch_threads
 from allo_lib.method.losses import GAMMA, ON_POLICY, ON_REJECTED, ON_SOLUTIONS
+from allo_lib.method.neurons import NeuronMask
 from allo_lib.method.tokens import key_tokens
 from allo_lib.profiles.methods import (
     PAPER_PROTOCOL,
@@ -35,6 +38,10 @@ from allo_lib.study.study import Study
 KEPT = ("dpo", "dpo_long", "allo", "allo_no_learning")
 WEIGHTS = "model.safetensors"
 DIVERGED = -1.0  # development score of a candidate whose training reached NaN; below every real one
+Stages = tuple[Stage, ...]
+
+
+# --- the result of a method ----------------------------------------------------------------------
 
 
 def result(study: Study, name: str, method: str) -> dict:
@@ -44,24 +51,11 @@ def result(study: Study, name: str, method: str) -> dict:
     profile's), `tried` (rates, dev score, displacement, training margin of every candidate), `loss`
     (a list per stage), `dev`, `displacement`, `answers` (id, dataset, answered, right per test
     problem; absent without questions), `margins` (of the held-out pairs), `instructions` (rows of
-    `scoring.reply`; absent where none are asked); `device`, and `sft`: the first 12 hex digits
+    `scoring.reply`; absent without instructions); `device`, and `sft`: the first 12 hex digits
     of the SHA-256 of the SFT weights that it started from.
     """
     inputs = _method_inputs(study, name, method)
-
-    def make(folder: Path) -> None:
-        with torch_threads(study.profile.compute.method_threads):
-            _make_result(study, name, method, folder)
-
-    return study.store.get("result", inputs, make).json()
-
-
-def why_not(study: Study, name: str, method: str) -> str | None:
-    """Why a method cannot be run on a domain, for the reader of an empty cell; None if it can."""
-    stages = stages_of(method, study.profile)
-    if study.task(name) is None and any(stage.objective in ON_POLICY for stage in stages):
-        return "no verifier: it is rewarded for right answers, and these prompts have none"
-    return None
+    return _made(study, "result", inputs, partial(_make_result, study, name, method)).json()
 
 
 def is_done(study: Study, name: str, method: str) -> bool:
@@ -71,18 +65,28 @@ def is_done(study: Study, name: str, method: str) -> bool:
 
 def trained_model(study: Study, name: str, method: str):
     """The live model with the weights of a method's chosen candidate, and its artifact."""
-    rates = _point(result(study, name, method))
+    rates = _searched(result(study, name, method))
     artifact = _candidate(study, name, stages_of(method, study.profile), rates)
     return study.load(artifact), artifact
 
 
-def logps_by_stage(study: Study, name: str, method: str, split: str = "heldout"):
+def log_ratios(study: Study, name: str, method: str, split: str = "train") -> list[list[float]]:
+    """Delta_t of every token of the rejected responses: a method's model against the SFT model."""
+    model, _ = trained_model(study, name, method)
+    rows = study.encoded(name, split)
+    return [
+        [a - b for a, b in zip(one["rejected"], row["rejected_reference"], strict=True)]
+        for one, row in zip(study.logps(model, rows), rows, strict=True)
+    ]
+
+
+def logps_by_stage(study: Study, name: str, method: str, split: str = "heldout") -> list:
     """Log-probs of a split's pairs (`Study.logps`) after each stage of a method, a list a stage.
 
     The stages are trained again at the method's best rates: the store has the last one's weights.
     """
-    stages, point = stages_of(method, study.profile), _point(result(study, name, method))
-    inputs = _stage_inputs(study, name, stages) | {"rates": list(point), "split": split}
+    stages, rates = stages_of(method, study.profile), _searched(result(study, name, method))
+    inputs = _stage_inputs(study, name, stages) | {"rates": list(rates), "split": split}
 
     def make(folder: Path) -> None:
         model, found = study.load_sft(name), []
@@ -90,31 +94,38 @@ def logps_by_stage(study: Study, name: str, method: str, split: str = "heldout")
         def look() -> None:
             found.append(study.logps(model.eval(), study.encoded(name, split)))
 
-        with torch_threads(study.profile.compute.method_threads):
-            _train_stages(study, name, stages, point, folder, after_each=look)
+        _train_stages(study, name, stages, rates, folder, after_each=look)
         write_json(folder / "logps.json", found)
 
-    return study.store.get("logps_by_stage", inputs, make).json("logps.json")
+    return _made(study, "logps_by_stage", inputs, make).json("logps.json")
+
+
+def _made(study: Study, kind: str, inputs: dict, make: Callable[[Path], None]) -> Artifact:
+    """An artifact of the store, made on as many threads as the profile gives to a method."""
+
+    def on_its_threads(folder: Path) -> None:
+        with torch_threads(study.profile.compute.method_threads):
+            make(folder)
+
+    return study.store.get(kind, inputs, on_its_threads)
 
 
 def _method_inputs(study: Study, name: str, method: str) -> dict:
-    stages = stages_of(method, study.profile)
-    search_settings = study.profile.to_dict()["search"]
-    paper = method.endswith(PAPER_PROTOCOL)
+    settings, domain = study.profile.to_dict(), study.domain(name)
     relative = relative_rates(method)
-    inputs = _stage_inputs(study, name, stages) | {
-        "search": search_settings,
-        "rates": study.profile.to_dict()["domains"][name]["rates"],
-        "test": [study.domain(name).dev, study.domain(name).test],
-        "paper_protocol": paper,
+    inputs = _stage_inputs(study, name, stages_of(method, study.profile)) | {
+        "search": settings["search"],
+        "rates": settings["domains"][name]["rates"],
+        "test": [domain.dev, domain.test],
+        "paper_protocol": method.endswith(PAPER_PROTOCOL),
     }
     inputs |= {"relative_to": relative} if relative else {}
-    if study.domain(name).tuned:
+    if domain.tuned:
         inputs["tuned"] = _fixed_rates(study, name, method)
     return inputs | scoring.instruction_inputs(study, name)
 
 
-def _stage_inputs(study: Study, name: str, stages: tuple[Stage, ...]) -> dict:
+def _stage_inputs(study: Study, name: str, stages: Stages) -> dict:
     """What the training of a candidate depends on, besides its rates."""
     method = study.profile.to_dict()["method"]
     used = ("beta", "forgetting_warmup", "learning_warmup", "weight_decay", "max_grad_norm",
@@ -135,11 +146,7 @@ def _stage_inputs(study: Study, name: str, stages: tuple[Stage, ...]) -> dict:
 
 
 def _make_result(study: Study, name: str, method: str, folder: Path) -> None:
-    reason = why_not(study, name, method)
-    if reason:
-        raise AlloError(f"{name}, {method}: {reason}; leave the method out of this domain")
-    stages = stages_of(method, study.profile)
-    tried: list[Trial] = []
+    stages, fixed = stages_of(method, study.profile), _fixed_rates(study, name, method)
     candidates, records = {}, {}
 
     def evaluate(rates: Rates) -> float:
@@ -147,61 +154,71 @@ def _make_result(study: Study, name: str, method: str, folder: Path) -> None:
         records[rates] = candidates[rates].json()
         return records[rates]["dev"]
 
-    rates = _fixed_rates(study, name, method)
-    if rates is not None:
-        tried = [Trial(rates, evaluate(rates))]
+    if fixed is not None:
+        tried = [Trial(fixed, evaluate(fixed))]
     else:
-        settings, start = study.profile.search, centre(study, name, stages)
+        settings, start = study.profile.search, initial_rates(study, name, stages)
         tried = search(start, settings.candidates, settings.factor, evaluate)
-    chosen = best(tried)
-    ruined = chosen.score == DIVERGED
-    if ruined and rates is None:
-        raise AlloError(
-            f"{name}, {method}: every learning rate of the search diverged; lower `rates`"
-        )
-    if not ruined:
-        # Asked for anew: a method of the same stages may have run beside this one and dropped it.
+    chosen, model = best(tried), None
+    if chosen.score != DIVERGED:
+        # Asked for again: a method of the same stages may have run beside this one and dropped it.
         best_one = _candidate(study, name, stages, chosen.rates)
         model = study.load(best_one)
         records[chosen.rates] = best_one.json()  # lost weights may just have been trained again
-    record = dict(records[chosen.rates])
-    if ruined:  # which is what a row of given rates is there to show
-        record |= {"dev": 0.0, "loss": []}
-    sft = study.sft(name).json(MANIFEST)["files"][WEIGHTS]
-    record |= {"device": device_name(study.device), "sft": sft[:12]}
-    told, knob = _rates_and_knob(stages, chosen.rates)
-    record |= {"method": method, "rates": list(told), "knob": knob, "tried": [
-        {"rates": list(one.rates)} | {
-            key: records[one.rates][key] for key in ("dev", "displacement", "train_margin")}
-        for one in tried]}  # fmt: skip
-    record |= (
-        scoring.measure_diverged(study, name) if ruined else scoring.measure(study, name, model)
-    )
+    elif fixed is None:
+        raise AlloError(
+            f"{name}, {method}: every learning rate of the search diverged; lower `rates`"
+        )
+    rates, knob = _rates_and_knob(stages, chosen.rates)
+    kept = ("dev", "displacement", "train_margin")
+    record = {
+        **records[chosen.rates],
+        **({"dev": 0.0, "loss": []} if model is None else {}),
+        "device": device_name(study.device),
+        "sft": study.sft(name).json(MANIFEST)["files"][WEIGHTS][:12],
+        "method": method,
+        "rates": list(rates),
+        "knob": knob,
+        "tried": [
+            {"rates": list(one.rates)} | {key: records[one.rates][key] for key in kept}
+            for one in tried
+        ],
+        **scoring.measure(study, name, model),
+    }
     write_json(folder / "record.json", record)
-    kept = method.removesuffix(PAPER_PROTOCOL) in KEPT and not study.replicate
+    stays = method.removesuffix(PAPER_PROTOCOL) in KEPT and not study.replicate
     for rates, artifact in candidates.items():
-        diverged = records[rates]["dev"] == DIVERGED  # its batch may be wanted
-        if stages and not diverged and not (kept and rates == chosen.rates):
+        if stages and not (stays and rates == chosen.rates):
             study.store.drop(artifact)
 
 
+# --- rates ---------------------------------------------------------------------------------------
+
+
+def initial_rates(study: Study, name: str, stages: Stages, knob: bool = False) -> Rates:
+    """Where a search begins: the profile's rates and, with `knob`, its beta or SimPO's gamma."""
+    rates = tuple(stage.centre(study.domain(name).rates) for stage in stages)
+    values = {"beta": study.profile.method.beta, "gamma": GAMMA}
+    return (*rates, values[knob_of(stages)]) if knob and knob_of(stages) else rates
+
+
 def _fixed_rates(study: Study, name: str, method: str) -> Rates | None:
-    """The rates that follow from another row, or the first replicate; None to search for them."""
+    """Tuned rates, or those that follow from another method or from the first replicate; None for
+    a method whose rates are to be searched."""
     tuned = study.domain(name).tuned
     if study.replicate and not tuned:
-        return _point(result(study.at(0), name, method))
+        return _searched(result(study.at(0), name, method))
 
-    def best_of(other: str) -> Rates:
-        return _tuned_rates(study, name, other) if tuned else _point(result(study, name, other))
+    def best_of(other: str) -> Rates | None:
+        return _tuned_rates(study, name, other) if tuned else _searched(result(study, name, other))
 
     if method.endswith(PAPER_PROTOCOL):
         # The paper's protocol: every mask at the one rate that plain DPO likes best.
         return best_of("dpo")
-    relative = relative_rates(method)
-    if relative is not None:
+    if relative := relative_rates(method):
         other, factors = relative
         return tuple(rate * by for rate, by in zip(best_of(other), factors, strict=True))
-    return _tuned_rates(study, name, method) if tuned else None
+    return best_of(method) if tuned else None
 
 
 def _tuned_rates(study: Study, name: str, method: str) -> Rates | None:
@@ -212,55 +229,47 @@ def _tuned_rates(study: Study, name: str, method: str) -> Rates | None:
     tuned, stages = study.domain(name).tuned, stages_of(method, study.profile)
     if not stages:
         return None
-    found = tuned.get(method) or tuned.get(tuned_as(method), ())
-    if len(found) not in {len(stages), len(stages) + (knob_of(stages) is not None)}:
+    rates = tuned.get(method) or tuned.get(tuned_as(method), ())
+    if len(rates) not in {len(stages), len(stages) + (knob_of(stages) is not None)}:
         raise AlloError(
-            f"{name}, {method}: `tuned` has {len(found)} rates for its {len(stages)} stages; tune "
+            f"{name}, {method}: `tuned` has {len(rates)} rates for its {len(stages)} stages; tune "
             "it (./run_all.sh tune), or leave the method out"
         )
-    return found
+    return rates
 
 
-def _rates_and_knob(stages: tuple[Stage, ...], point: Rates) -> tuple[Rates, dict[str, float]]:
+def _rates_and_knob(stages: Stages, searched: Rates) -> tuple[Rates, dict[str, float]]:
     """The rates of the stages, and what else was searched, by name."""
-    rates, beyond = point[: len(stages)], point[len(stages) :]
+    rates, beyond = searched[: len(stages)], searched[len(stages) :]
     return rates, {knob_of(stages): value for value in beyond}
 
 
-def _point(found: dict) -> Rates:
+def _searched(found: dict) -> Rates:
     """What was searched of a result: its rates and its knob."""
     return (*found["rates"], *found["knob"].values())
 
 
-def centre(study: Study, name: str, stages: tuple[Stage, ...], knob: bool = False) -> Rates:
-    """Where a search begins: the profile's rates and, with `knob`, its beta or SimPO's gamma."""
-    rates = tuple(stage.centre(study.domain(name).rates) for stage in stages)
-    values = {"beta": study.profile.method.beta, "gamma": GAMMA}
-    return (*rates, values[knob_of(stages)]) if knob and knob_of(stages) else rates
+# --- candidates ----------------------------------------------------------------------------------
 
 
 def score_at(study: Study, name: str, method: str, rates: Rates) -> float:
-    """The development score of a method at given rates; the store keeps it, but no weights."""
+    """The development score of a method at these rates; the store keeps it, but no weights."""
     artifact = _candidate(study, name, stages_of(method, study.profile), rates)
     (artifact.path / WEIGHTS).unlink(missing_ok=True)
     return artifact.json()["dev"]
 
 
-def _candidate(study: Study, name: str, stages: tuple[Stage, ...], rates: Rates) -> Artifact:
-    """Weights and dev score of the stages trained at the given rates, one per stage.
+def _candidate(study: Study, name: str, stages: Stages, rates: Rates) -> Artifact:
+    """Weights and dev score of the stages trained at these rates, one per stage.
 
     For a single stage a further number is its knob (`methods.knob_of`).
     """
     inputs = _stage_inputs(study, name, stages) | {"rates": list(rates)}
-
-    def make(folder: Path) -> None:
-        with torch_threads(study.profile.compute.method_threads):
-            _make_candidate(study, name, stages, rates, folder)
-
-    return study.store.get("candidate", inputs, make)
+    make = partial(_make_candidate, study, name, stages, rates)
+    return _made(study, "candidate", inputs, make)
 
 
-def _make_candidate(study, name, stages, rates, folder: Path) -> None:
+def _make_candidate(study: Study, name: str, stages: Stages, rates: Rates, folder: Path) -> None:
     model = study.load_sft(name)
     start = weights.snapshot(model)
     try:
@@ -268,16 +277,17 @@ def _make_candidate(study, name, stages, rates, folder: Path) -> None:
     except Diverged as error:
         # A rate that is too large is a result of the search, not a reason to stop the study.
         print(error, flush=True)
-        write_json(folder / "record.json", {"dev": DIVERGED, "displacement": None,
-                                            "train_margin": None})  # fmt: skip
+        diverged = {"dev": DIVERGED, "displacement": None, "train_margin": None}
+        write_json(folder / "record.json", diverged)
         return
     margins = logs[-1].metrics.get("reward_margin", []) if logs else []
+    last = margins[-max(1, len(margins) // 4) :]
     record = {
         "stages": [stage.settings() for stage in stages],
         "loss": [log.loss for log in logs],
         "watch": [log.metrics for log in logs],
         "tokens": [log.tokens for log in logs],
-        "train_margin": _mean_of_last_quarter(margins) if margins else None,
+        "train_margin": sum(last) / len(last) if last else None,  # of the last quarter
         "displacement": weights.displacement(model, start),
         "dev": scoring.dev_score(study, name, model),
     }
@@ -285,17 +295,12 @@ def _make_candidate(study, name, stages, rates, folder: Path) -> None:
     write_json(folder / "record.json", record)
 
 
-def _mean_of_last_quarter(values: list[float]) -> float:
-    tail = values[-max(1, len(values) // 4) :]
-    return sum(tail) / len(tail)
-
-
 def _train_stages(
-    study: Study, name: str, stages, point: Rates, folder: Path, after_each=lambda: None
+    study: Study, name: str, stages: Stages, rates: Rates, folder: Path, after_each=lambda: None
 ) -> list[Log]:
     """Train the live model through all stages; float32 masters pass from each to the next."""
     masters, logs = {}, []
-    rates, knob = _rates_and_knob(stages, point)
+    rates, knob = _rates_and_knob(stages, rates)
     for number, rate in enumerate(rates):
         logs.append(_train_stage(study, name, stages, number, rate, knob, masters, folder))
         after_each()
@@ -312,31 +317,28 @@ def _train_stage(study, name, stages, number: int, rate, knob, masters: dict, fo
         derive(study.seed, "order", name, number, *([study.order] if study.order else [])),
         method.forgetting_warmup if stage.objective in ON_REJECTED else method.learning_warmup,
     )
+    common = {
+        "mask": mask_of(study, name, stage),
+        "weight_decay": method.weight_decay,
+        "max_grad_norm": method.max_grad_norm,
+        "label": f"{name}, {stage.objective} at {rate:g}",
+    }
     if stage.objective in ON_POLICY:
-        return _train_on_policy(study, name, stage, schedule)
-    supervised = stage.objective in ON_SOLUTIONS
-    rows = (
-        _solution_rows(study, name, stage.objective)
-        if supervised
-        else _pairs(study, name, stage, first=number == 0)
-    )
-    settings = (
-        {"beta": method.beta}
-        | knob
-        | dict(
-            pad_token_id=study.tokenizer.pad_token_id,
-            mask=mask_of(study, name, stage),
-            key_share=stage.key_share,
-            weight_decay=method.weight_decay,
-            max_grad_norm=method.max_grad_norm,
-            label=f"{name}, {stage.objective} at {rate:g}",
-            masters=masters,
-            checkpoints=study.checkpoints(folder, f"stage-{number}"),
-        )
-    )
+        return _train_on_policy(study, name, stage.objective, schedule, **common)
+    settings = common | {
+        "beta": method.beta,
+        "pad_token_id": study.tokenizer.pad_token_id,
+        "key_share": stage.key_share,
+        "masters": masters,
+        "checkpoints": study.checkpoints(folder, f"stage-{number}"),
+    } | knob  # fmt: skip
+    if stage.objective in ON_SOLUTIONS:
+        rows = _solution_rows(study, name, stage.objective)
+    else:
+        rows = _pairs(study, name, stage, first=number == 0)
     if stage.objective == "forgetting":
-        found = study.forgetting_weights(name, stage)
-        return allo.forget(study.model, rows, found, schedule, **settings)
+        token_weights = study.forgetting_weights(name, stage)
+        return allo.forget(study.model, rows, token_weights, schedule, **settings)
     if stage.objective == "learning":
         keys = _fixed_keys(study, name, stage)
         return allo.learn(study.model, rows, schedule, keys, **settings)
@@ -345,9 +347,16 @@ def _train_stage(study, name, stages, number: int, rate, knob, masters: dict, fo
     return allo.run_stage(study.model, rows, stage.objective, schedule, **settings)
 
 
-def _train_on_policy(study: Study, name: str, stage: Stage, schedule: Schedule) -> Log:
+def _train_on_policy(
+    study: Study, name: str, objective: str, schedule: Schedule, **settings
+) -> Log:
     """The same for stages that sample their responses: to the questions of the training pairs."""
-    domain, method, task = study.domain(name), study.profile.method, study.task(name)
+    task = study.task(name)
+    if task is None:
+        raise AlloError(
+            f"{name}, {objective}: no verifier, and it is rewarded for right answers; leave the "
+            "method out of this domain"
+        )
     known = study.pair_questions(name)
     questions = [known[row["id"]] for row in study.pairs(name).rows[study.train]]
 
@@ -359,18 +368,18 @@ def _train_on_policy(study: Study, name: str, stage: Stage, schedule: Schedule) 
         study.tokenizer,
         [question.prompt for question in questions],
         reward,
-        stage.objective,
+        objective,
         schedule,
-        max_new_tokens=domain.max_new_tokens,
+        max_new_tokens=study.domain(name).max_new_tokens,
         generation_batch=study.profile.compute.generation_batch,
-        mask=mask_of(study, name, stage),
-        weight_decay=method.weight_decay,
-        max_grad_norm=method.max_grad_norm,
-        label=f"{name}, {stage.objective} at {schedule.learning_rate:g}",
+        **settings,
     )
 
 
-def mask_of(study: Study, name: str, stage: Stage):
+# --- what a stage trains, and on what ------------------------------------------------------------
+
+
+def mask_of(study: Study, name: str, stage: Stage) -> NeuronMask | None:
     """The neurons that a stage trains; None for all of them."""
     if stage.neurons == "all":
         return None
@@ -389,14 +398,14 @@ def _pairs(study: Study, name: str, stage: Stage, first: bool) -> list[dict]:
     return rows
 
 
-def _solution_rows(study: Study, name: str, objective_: str) -> list[dict]:
+def _solution_rows(study: Study, name: str, objective: str) -> list[dict]:
     """RFT: the right sampled responses of the training pairs. SFT: as many gold solutions that fit.
 
     Pairs fit as they are; gold solutions are of any length, and a few long ones among short ones
     cost a step several times its memory.
     """
     pairs, domain = study.pairs(name).rows[study.train], study.domain(name)
-    if objective_ == "rft" or study.task(name) is None:
+    if objective == "rft" or study.task(name) is None:
         texts = [(row["prompt"], row["chosen"]) for row in pairs]
     else:
         questions = study.task(name).questions("sft", domain.sft.examples, domain.sft.mix)
@@ -414,15 +423,12 @@ def _fixed_keys(study: Study, name: str, stage: Stage) -> list[list[float]] | No
         return study.oracle_tokens(name, study.train)
     if stage.key == "random":
         return study.random_keys(name, stage.key_share)
-    rows, live = study.encoded(name, study.train), weights.snapshot(study.model)
-    reference_model, _ = trained_model(study, name, "dpo")
-    policy = study.logps(reference_model, rows)
+    live = weights.snapshot(study.model)
+    ratios = log_ratios(study, name, "dpo", study.train)
     weights.restore(study.model, live)
     return [
         key_tokens(
-            torch.tensor([ours["rejected"]]) - torch.tensor([row["rejected_reference"]]),
-            torch.ones(1, len(row["rejected"]), dtype=torch.bool),
-            stage.key_share,
+            torch.tensor([ratio]), torch.ones(1, len(ratio), dtype=torch.bool), stage.key_share
         )[0].float().tolist()
-        for ours, row in zip(policy, rows, strict=True)
+        for ratio in ratios
     ]  # fmt: skip

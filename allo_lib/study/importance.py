@@ -1,0 +1,335 @@
+"""The key neurons and the key tokens of a study: what the importance of both is, made and kept.
+
+Score variants say which pairs the scores of the neurons come from, and how. "delta" is the warm-up
+as it is (|theta' - theta| / lr after one epoch of DPO at a small rate), "order" the same in another
+order of the data; "half_a", "half_b" see the first and the second half of the pairs, "third_a" to
+"third_c" every third one, which is as many as each of three data sets has, and "family:NAME" the
+pairs of one data set. "lr_x0.3" and "lr_x3" change the warm-up's learning rate, "half_epoch" and
+"two_epochs" its length. The other estimators: "gradient" (sum of |dL/dtheta| over batches, no
+update made) and "magnitude" (|theta|).
+
+Overlaps of two masks stand beside two chances: of masks that are drawn at random from all neurons,
+and of masks that are random within each tensor but keep as much of it as they do. What lies between
+the two is agreement on tensors, what lies above both is agreement on neurons.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import combinations
+from math import prod
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from scipy.stats import mannwhitneyu
+
+from allo_lib.allo import delta_of_dpo, find_neurons, gradient_scores, token_weights
+from allo_lib.engine import rewriter
+from allo_lib.engine.store import Artifact, write_json
+from allo_lib.engine.trainer import Schedule
+from allo_lib.errors import AlloError
+from allo_lib.evaluation.stats import LEVEL
+from allo_lib.machine import weights
+from allo_lib.method.neurons import NeuronMask
+from allo_lib.profiles.methods import Stage
+from allo_lib.seeds import derive
+
+FAMILY = "family:"
+_RATES = {"lr_x0.3": 0.3, "lr_x3": 3.0}
+_EPOCHS = {"half_epoch": 0.5, "two_epochs": 2}
+_THIRDS = ("third_a", "third_b", "third_c")
+_PLAIN = ("delta", "order", "half_a", "half_b", "gradient", "magnitude")
+VARIANTS = (*_PLAIN, *_THIRDS, *_RATES, *_EPOCHS)
+RESAMPLES = 2000
+
+
+def check_variant(variant: str, datasets: Sequence[str]) -> None:
+    """AlloError unless `variant` is known; `datasets` are those that can be a family."""
+    known = (*VARIANTS, *(FAMILY + dataset for dataset in datasets))
+    if variant not in known:
+        raise AlloError(
+            f"importance scores {variant!r} are not known; expected one of {', '.join(known)}"
+        )
+
+
+def pairs_of(variant: str, rows: list, datasets: Sequence[str]) -> list:
+    """The rows that a variant sees; `datasets` holds the data set of each row."""
+    half = len(rows) // 2
+    if variant in _THIRDS:
+        return rows[_THIRDS.index(variant) :: len(_THIRDS)]
+    if variant.startswith(FAMILY):
+        family = variant.removeprefix(FAMILY)
+        return [row for row, dataset in zip(rows, datasets, strict=True) if dataset == family]
+    return {"half_a": rows[:half], "half_b": rows[half:]}.get(variant, rows)
+
+
+class Importance:
+    """The part of `study.Study` that makes and keeps scores, masks, and weights of tokens."""
+
+    # --- neurons -----------------------------------------------------------------------------
+
+    def scores(self, name: str, variant: str = "delta") -> Artifact:
+        """Importance scores of every entry (`scores.safetensors`) and a record of the warm-up.
+
+        AlloError for a variant that is not known.
+        """
+        check_variant(variant, self.domain(name).datasets)
+        inputs = self.inputs(name, "rates", "batch_size", "max_length") | {
+            "pairs": self.pairs(name).key,
+            "variant": variant,
+            "method": [self.profile.method.beta, self.profile.method.warmup_rate_factor],
+        }
+        make = lambda folder: self._make_scores(name, variant, folder)  # noqa: E731
+        return self._kept("scores", inputs, make, name)
+
+    def _make_scores(self, name: str, variant: str, folder: Path) -> None:
+        datasets = [row["dataset"] for row in self.pairs(name).rows["mask"]]
+        rows = pairs_of(variant, self.encoded(name, "mask"), datasets)
+        model, record, method = self.load_sft(name), {}, self.profile.method
+        domain = self.domain(name)
+        rate = domain.rates.dense * method.warmup_rate_factor
+        order = derive(self.seed, "warm-up", name, "second" if variant == "order" else "first")
+        lr, epochs = rate * _RATES.get(variant, 1), _EPOCHS.get(variant, 1)
+        schedule = Schedule(lr, epochs, domain.batch_size, order)
+        common = {"beta": method.beta, "pad_token_id": self.tokenizer.pad_token_id}
+        if variant == "magnitude":
+            scores = {n: p.detach().float().abs() for n, p in model.named_parameters()}
+        elif variant == "gradient":
+            scores = gradient_scores(model, rows, schedule, **common)
+        else:
+            scores, record = delta_of_dpo(
+                model,
+                rows,
+                schedule,
+                label=f"{name}, importance ({variant})",
+                max_grad_norm=method.max_grad_norm,
+                checkpoints=self.checkpoints(folder, "warm-up"),
+                **common,
+            )
+        weights.save_tensors(scores, folder / "scores.safetensors")
+        write_json(folder / "record.json", record | {"pairs": len(rows)})
+
+    def mask(self, name: str, *which, **changes) -> NeuronMask:
+        """The kept neurons of a domain, by the arguments of `kept_neurons`."""
+        return NeuronMask.load(self.kept_neurons(name, *which, **changes).file("mask.safetensors"))
+
+    def kept_neurons(
+        self,
+        name: str,
+        order: str = "top",
+        share: float = 0.1,
+        variant: str = "delta",
+        granularity: str = "scalar",
+        scope: str = "global",
+    ) -> Artifact:
+        """`mask.safetensors` (`neurons.select_neurons` on a score variant) and a record of ties."""
+        which = {"order": order, "share": share, "granularity": granularity}
+        inputs = which | {"scores": self.scores(name, variant).key, "seed": self.seed}
+        if scope != "global":  # it came later: masks made before are known without it
+            inputs["scope"] = scope
+
+        def make(folder: Path) -> None:
+            scores = weights.read_tensors(self.scores(name, variant).file("scores.safetensors"))
+            seed = derive(self.seed, "mask", name)
+            mask, record = find_neurons(scores, **which, scope=scope, seed=seed)
+            mask.save(folder / "mask.safetensors")
+            write_json(folder / "record.json", record | {"kept": mask.kept, "total": mask.total})
+
+        return self.store.get("mask", inputs, make)
+
+    # --- tokens ------------------------------------------------------------------------------
+
+    def reward_model(self, name: str, quality: str = "trained") -> Artifact:
+        """Weights of the rewriting reward model; "untrained" is the SFT model itself."""
+        if quality == "untrained":
+            return self.sft(name)
+        inputs = self.inputs(name, "rewriter", "max_length") | {
+            "pairs": self.pairs(name).key,
+            "quality": quality,
+        }
+        make = lambda folder: self._make_reward_model(name, quality, folder)  # noqa: E731
+        return self._kept("reward_model", inputs, make, name)
+
+    def _make_reward_model(self, name: str, quality: str, folder: Path) -> None:
+        settings, label = self.domain(name).rewriter, f"{name}, reward model ({quality})"
+        examples = self.pairs(name).corrections("mask")[: settings.examples]
+        rows = rewriter.training_rows(
+            self.tokenizer, examples, quality, derive(self.seed, label), self.plain
+        )
+        self.load_sft(name)
+        begun = self.checkpoints(folder, "rewriter")
+        log = self._supervise(rows, settings, label, self.context, begun)
+        weights.save(self.model, folder / "model.safetensors")
+        record = {"loss": log.loss, "examples": len(rows), "tokens": log.tokens}
+        write_json(folder / "record.json", record)
+
+    @lru_cache
+    def keep_probabilities(
+        self, name: str, split: str, quality: str = "trained"
+    ) -> list[list[float]]:
+        """p_t in [0, 1] of each token of each rejected response of a split."""
+        inputs = {"reward_model": self.reward_model(name, quality).key, "split": split}
+        inputs |= {"pairs": self.pairs(name).key, "quality": quality}
+
+        def make(folder: Path) -> None:
+            model = self.load(self.reward_model(name, quality))
+            examples = self.pairs(name).corrections(split)
+            batch = self.profile.compute.forward_batch
+            values = rewriter.keep_probabilities(model, self.tokenizer, examples, batch, self.plain)
+            write_json(folder / "probabilities.json", values)
+
+        return self._kept("keep_probabilities", inputs, make).json("probabilities.json")
+
+    def forgetting_weights(self, name: str, stage: Stage) -> list[list[float]]:
+        """w_t of the rejected responses that a stage forgets, by its token rule."""
+        split = self.wrong if stage.pairs == "wrong" else self.train
+        if stage.tokens == "all":
+            return [[1.0] * len(row["rejected"]) for row in self.encoded(name, split)]
+        if stage.tokens == "oracle":
+            return self.oracle_tokens(name, split)
+        values = self.keep_probabilities(name, split, stage.reward_model)
+        chosen = token_weights(values, stage.rule, self.profile.method.token_threshold)
+        if stage.tokens == "kept":
+            return [[1.0 - weight for weight in row] for row in chosen]
+        if stage.tokens == "random":
+            return [self._shuffled(w, "forgetting", i) for i, w in enumerate(chosen)]
+        return chosen
+
+    def oracle_tokens(self, name: str, split: str) -> list[list[float]]:
+        """1 where a rejected response takes a wrong decision, by the generator; 0 at its end."""
+        task = self.task(name)
+        if not hasattr(task, "wrong_tokens"):
+            raise AlloError(f"{name}: only the generator of the miniature knows wrong tokens")
+        questions = self.pair_questions(name)
+        return [
+            [float(x) for x in task.wrong_tokens(questions[row["id"]], row["rejected"])] + [0.0]
+            for row in self.pairs(name).rows[split]
+        ]
+
+    def random_keys(self, name: str, share: float) -> list[list[float]]:
+        """As many key tokens per rejected response as the method takes, at random places."""
+        lengths = [len(row["rejected"]) for row in self.encoded(name, self.train)]
+        counts = [max(1, round(share * length)) for length in lengths]
+        return [
+            self._shuffled([1.0] * count + [0.0] * (length - count), "learning", i)
+            for i, (count, length) in enumerate(zip(counts, lengths, strict=True))
+        ]
+
+    def _shuffled(self, values: list[float], purpose: str, number: int) -> list[float]:
+        run = [self.replicate] if self.replicate else []
+        seed = derive(self.seed, "random tokens", purpose, number, *run)
+        order = torch.randperm(len(values), generator=torch.Generator().manual_seed(seed))
+        return torch.tensor(values)[order].tolist()
+
+
+# --- masks: where they lie, and how far two agree ------------------------------------------------
+
+
+def where_kept(mask: NeuronMask) -> tuple[np.ndarray, list[str], list[str]]:
+    """Share of kept entries by layer (rows) and module (columns); NaN where there is no tensor.
+
+    Tensors outside the layers (embeddings, last norm) form the row "model", before layer 0.
+    """
+    rows = []
+    for name, shape in mask.shapes.items():
+        before, _, inside = name.partition(".layers.")
+        number, *path = (inside or before).removesuffix(".weight").split(".")
+        layer = int(number) if inside else -1
+        rows.append((layer, (path or [number])[-1], mask.indices[name].numel(), prod(shape)))
+    table = pd.DataFrame(rows, columns=["layer", "module", "kept", "total"])
+    modules = list(dict.fromkeys(table["module"]))
+    sums = table.groupby(["layer", "module"])[["kept", "total"]].sum()
+    shares = (sums["kept"] / sums["total"]).unstack().reindex(columns=modules)
+    layers = ["model" if layer < 0 else f"layer {layer}" for layer in shares.index]
+    return shares.to_numpy(), layers, modules
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """Intersection over union of two masks, all values in [0, 1].
+
+    low, high: 95% by the bootstrap over tensors: how even the agreement is over the model, not what
+    other data would give. chance: of random masks of these sizes; within: of masks that are random
+    within each tensor and as large there as these.
+    """
+
+    label: str
+    first: str
+    second: str
+    value: float
+    low: float
+    high: float
+    chance: float
+    within: float
+
+
+def overlap(label: str, first: str, second: str, one: NeuronMask, other: NeuronMask) -> Overlap:
+    """The overlap of two masks of one model, with its interval and both chances."""
+    pairs = [(index, other.indices[name]) for name, index in one.indices.items()]
+    both = np.array([int(torch.isin(a, b, assume_unique=True).sum()) for a, b in pairs])
+    union = np.array([a.numel() + b.numel() for a, b in pairs]) - both
+    draws = np.random.default_rng(0).integers(0, len(both), (RESAMPLES, len(both)))
+    unions = union[draws].sum(1)
+    ratios = both[draws].sum(1)[unions > 0] / unions[unions > 0]
+    low, high = np.quantile(ratios, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    kept = one.kept * other.kept / one.total
+    chance = kept / (one.kept + other.kept - kept)
+    return Overlap(label, first, second, one.overlap(other), float(low), float(high), chance,
+                   chance_within(one, other))  # fmt: skip
+
+
+def chance_within(one: NeuronMask, other: NeuronMask) -> float:
+    """Expected overlap of masks that keep as much of every tensor as these, at random places."""
+    common = sum(
+        one.indices[name].numel() * other.indices[name].numel() / prod(shape)
+        for name, shape in one.shapes.items()
+    )
+    return common / (one.kept + other.kept - common)
+
+
+def compare(study, name: str) -> list[Overlap]:
+    """Overlaps of all score variants that are compared on a domain, at the profile's share."""
+    present = {row["dataset"] for row in study.pairs(name).rows["mask"]}
+    families = [family for family in study.domain(name).datasets if family in present]
+    compared = [
+        ("order of the data", "delta", "order"),
+        ("halves of the pairs", "half_a", "half_b"),
+        *(("thirds of the pairs", *two) for two in combinations(_THIRDS, 2)),
+        *((f"tasks: {a} and {b}", FAMILY + a, FAMILY + b) for a, b in combinations(families, 2)),
+        ("warm-up at 0.3 of the rate", "delta", "lr_x0.3"),
+        ("warm-up at 3 times the rate", "delta", "lr_x3"),
+        ("warm-up of half an epoch", "delta", "half_epoch"),
+        ("warm-up of two epochs", "delta", "two_epochs"),
+        ("sum of |gradient|", "delta", "gradient"),
+        ("magnitude of the weights", "delta", "magnitude"),
+    ]
+    share = study.profile.method.share
+    masks = {
+        variant: study.mask(name, "top", share, variant)
+        for variant in dict.fromkeys(variant for _, *two in compared for variant in two)
+    }
+    return [overlap(label, a, b, masks[a], masks[b]) for label, a, b in compared]
+
+
+# --- tokens --------------------------------------------------------------------------------------
+
+
+def separation(study, name: str, quality: str, split: str = "heldout") -> dict[str, float]:
+    """How well 1 - p_t of a reward model finds the wrong decisions that the generator knows.
+
+    `auc`: probability that a wrong decision gets a lower p_t than another token; `selected`: share
+    of tokens with p_t < 0.5; `found`: share of the wrong decisions among those selected.
+    """
+    rows = study.keep_probabilities(name, split, quality), study.oracle_tokens(name, split)
+    values, wrong = (np.concatenate([np.array(row) for row in of_all]) for of_all in rows)
+    wrong = wrong.astype(bool)
+    auc = mannwhitneyu(-values[wrong], -values[~wrong]).statistic / (wrong.sum() * (~wrong).sum())
+    selected = values < study.profile.method.token_threshold
+    return {
+        "reward model": quality,
+        "auc": float(auc),
+        "selected": float(selected.mean()),
+        "found": float(selected[wrong].mean()),
+    }
