@@ -28,7 +28,7 @@ from allo_lib.engine.forward import response_logps, to_device
 from allo_lib.engine.store import read_manifest, seal, write_json
 from allo_lib.errors import AlloError, Diverged
 from allo_lib.machine import devices, weights
-from allo_lib.method.checks import values_unread
+from allo_lib.method import values_unread
 from allo_lib.method.losses import Batch, Objective, terms_of
 from allo_lib.method.masked_adamw import MaskedAdamW
 
