@@ -40,7 +40,7 @@ from allo_lib.engine.forward import before_responses, layout_of, response_logps,
 from allo_lib.engine.generation import Response, generate
 from allo_lib.engine.trainer import Log, Numbers, Schedule
 from allo_lib.errors import AlloError
-from allo_lib.method.checks import values_unread
+from allo_lib.method import values_unread
 from allo_lib.method.losses import IGNORED, Batch, objective
 from allo_lib.method.masked_adamw import MaskedAdamW
 from allo_lib.method.neurons import NeuronMask

@@ -26,7 +26,7 @@ from allo_lib.engine.checkpoints import (
 from allo_lib.engine.forward import response_logps
 from allo_lib.errors import AlloError, Diverged
 from allo_lib.machine import devices, weights
-from allo_lib.method.checks import values_unread
+from allo_lib.method import values_unread
 from allo_lib.method.losses import Batch, Objective, terms_of
 from allo_lib.method.masked_adamw import MaskedAdamW
 
