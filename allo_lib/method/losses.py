@@ -254,7 +254,14 @@ def objective(name: str, *, beta: float, key_share: float = 1.0, gamma: float = 
         return a2c_loss(logps, batch["advantages"], _response(batch)), {}
 
     def learning(logps: Tensor, batch: Batch) -> Result:
-        return _learning(logps, batch, beta, key_share)
+        ratio, inside = logps - batch["reference"], _response(batch)  # [2B, T]
+        (chosen, rejected), (mask, rejected_mask) = ratio.chunk(2), inside.chunk(2)  # [B, T]
+        if "key" in batch:
+            key = batch["key"].chunk(2)[1].bool()
+        else:
+            key = key_tokens(rejected, rejected_mask, key_share)
+        loss = token_dpo_loss(chosen, rejected, mask, key, beta).mean()
+        return loss, _margin(chosen.sum(dim=1), rejected.sum(dim=1), beta)
 
     def merged(logps: Tensor, batch: Batch) -> Result:
         """Both stages' losses in one step; the batch of pairs carries forgetting's `weights`."""
@@ -295,17 +302,6 @@ def _ppo(logps: Tensor, batch: Batch) -> Result:
     loss = ppo_loss(logps, before, batch["advantages"], mask)
     beyond = ((logps.detach() - before).exp() - 1).abs() > CLIP
     return loss, {"clipped": (beyond & mask).sum() / mask.sum()}
-
-
-def _learning(logps: Tensor, batch: Batch, beta: float, key_share: float) -> Result:
-    ratio = logps - batch["reference"]  # [2B, T]
-    (chosen, rejected), (mask, rejected_mask) = ratio.chunk(2), _response(batch).chunk(2)  # [B, T]
-    if "key" in batch:
-        key = batch["key"].chunk(2)[1].bool()
-    else:
-        key = key_tokens(rejected, rejected_mask, key_share)
-    loss = token_dpo_loss(chosen, rejected, mask, key, beta).mean()
-    return loss, _margin(chosen.sum(dim=1), rejected.sum(dim=1), beta)
 
 
 def _pairs(name: str, logps: Tensor, batch: Batch, beta: float, gamma: float) -> Result:

@@ -4,6 +4,7 @@ Of whole rows of a linear layer no gradient is made but theirs (`row_forward`).
 """
 
 import hashlib
+from collections import Counter
 from collections.abc import Callable
 from functools import cached_property
 from typing import Any
@@ -379,19 +380,10 @@ def _places(rows: Tensor, columns: int) -> Tensor:
 def _linears_by_weight(model: nn.Module) -> dict[nn.Parameter, nn.Linear]:
     """weight -> the plain linear layer it belongs to; none that several modules share, as tied
     embeddings do, and none that is used without being called, as the head is (`head`)."""
-    owners: dict[nn.Parameter, list[nn.Module]] = {}
-    for module in model.modules():
-        for parameter in module.parameters(recurse=False):
-            owners.setdefault(parameter, []).append(module)
-    used_bare = getattr(model, "get_output_embeddings", lambda: None)()
-    return {
-        parameter: modules[0]
-        for parameter, modules in owners.items()
-        if len(modules) == 1
-        and type(modules[0]) is nn.Linear
-        and modules[0].weight is parameter
-        and modules[0] is not used_bare
-    }
+    modules, head = [*model.modules()], getattr(model, "get_output_embeddings", lambda: None)()
+    uses = Counter(id(p) for module in modules for p in module.parameters(recurse=False))
+    linears = [m for m in modules if type(m) is nn.Linear and m is not head]
+    return {m.weight: m for m in linears if uses[id(m.weight)] == 1}
 
 
 def _refined(parameter: Tensor, index: Tensor | None, values: Tensor) -> Tensor:

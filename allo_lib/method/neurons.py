@@ -7,7 +7,6 @@ matrices are kept as the variant `granularity="row"`.
 import hashlib
 import json
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -280,23 +279,22 @@ def _sortable(values: Tensor, order: str, stream: str) -> Tensor:
 def _largest(keys: dict[str, Tensor], share: float, sharded: bool) -> dict[str, Tensor]:
     """Places of the largest keys; `sharded`: each process has a part of every tensor's."""
 
-    def count(chosen: Callable[[Tensor], Tensor]) -> int:
-        found = torch.tensor(sum(int(chosen(key).sum()) for key in keys.values()))
-        return int(devices.total(found) if sharded else found)
+    def of_all(number: int) -> int:
+        return int(devices.total(torch.tensor(number))) if sharded else number
 
-    total = count(lambda key: torch.tensor(key.numel()))
+    def above(key: int) -> int:
+        return of_all(sum(int((values > key).count_nonzero()) for values in keys.values()))
+
+    total = of_all(sum(key.numel() for key in keys.values()))
     kept = min(total, max(1, round(share * total)))
     # The smallest key that is kept, found by halving: exact, and without a sorted copy.
     low, high = -(2**31), 2**31 - 1
     while low < high:
-        middle = (low + high + 1) // 2
-        if count(lambda key, least=middle: key >= least) >= kept:  # type: ignore[misc]
-            low = middle
-        else:
-            high = middle - 1
-    ties = kept - count(lambda key: key > low)
+        middle = (low + high) // 2
+        low, high = (low, middle) if above(middle) < kept else (middle + 1, high)
+    ties = kept - above(low)
     # Equal keys go by tensor and then by place, which is by process: how many come before ours?
-    equal = torch.tensor([int((key == low).sum()) for key in keys.values()])
+    equal = torch.tensor([int((key == low).count_nonzero()) for key in keys.values()])
     of_each = devices.each(equal) if sharded else equal[None]  # [processes, tensors]
     before = of_each.T.flatten().cumsum(0).view(of_each.T.shape) - of_each.T
     own = before[:, devices.rank() if sharded else 0].tolist()
