@@ -370,31 +370,31 @@ def test_a_result_keeps_the_replies_of_its_weights_and_they_are_written(study):
 
 
 def test_a_judge_of_length_gives_the_win_rates_of_word_counts(folder, study):
-    found, without = results_of(study), judges.reply_rows(study, DOMAIN, results_of(study))
+    theirs = study.replies(DOMAIN)
+    changed = [f"{row[2].strip()}{(' tea', '', ' no tea')[i % 3]}" for i, row in enumerate(theirs)]
+    longer = [[*row[:2], text, 1] for row, text in zip(theirs, changed, strict=True)]
+    shorter = [[*row[:2], "", i % 2] for i, row in enumerate(theirs)]
+    found = {"dpo": {"instructions": longer}, "allo": {"instructions": shorter}}
+    without = judges.reply_rows(study, DOMAIN, found)
     assert {row.metric for row in without} == {"response_characters", "response_cut"}
     rows = judges.reply_rows(judged(folder), DOMAIN, found)
     assert set(without) < set(rows)
-    won = by_metric(rows, "win_rate")
-    for dataset in ("alpaca_eval", "arena_hard"):
-        theirs = [r for r in study.replies(DOMAIN) if r[1] == dataset]
-        lengths = [len(row[2].strip()) for row in theirs]
-        length = by_metric(rows, "response_characters")["sft_base", dataset]
-        assert length.value == pytest.approx(statistics.fmean(lengths))
-        assert length.stderr == pytest.approx(statistics.pstdev(lengths) / 10**0.5)
-        cut = by_metric(rows, "response_cut")["sft_base", dataset]
-        assert cut.value == sum(not row[3] for row in theirs) / 10 and cut.n == 10
-        same = won["sft_base", dataset]
-        assert (same.value, same.stderr, same.n) == (0.5, 0.0, 10)
-        for method in METHODS:
-            ours = [r for r in found[method]["instructions"] if r[1] == dataset]
-            gaps = [
-                len(a[2].split()) - len(b[2].split()) for a, b in zip(ours, theirs, strict=True)
-            ]
-            rights = [(gap > 0) + 0.5 * (gap == 0) for gap in gaps]
-            assert len(set(rights)) > 1
-            assert won[method, dataset].value == pytest.approx(statistics.fmean(rights))
-            error = statistics.pstdev(rights) / 10**0.5
-            assert won[method, dataset].stderr == pytest.approx(error)
+    won, lengths, cut = (
+        by_metric(rows, key) for key in ("win_rate", "response_characters", "response_cut")
+    )
+    for dataset, first in (("alpaca_eval", 0), ("arena_hard", 10)):
+        texts = [len(text) for text in changed[first : first + 10]]
+        assert lengths["dpo", dataset].value == pytest.approx(statistics.fmean(texts))
+        assert lengths["dpo", dataset].stderr == pytest.approx(statistics.pstdev(texts) / 10**0.5)
+        assert cut["allo", dataset].value == 0.5 and cut["allo", dataset].n == 10
+        rights = [0.5 if i % 3 == 1 else 1.0 for i in range(first, first + 10)]
+        expected = (statistics.fmean(rights), statistics.pstdev(rights) / 10**0.5, 10)
+        ties = [0.0 if row[2].strip() else 0.5 for row in theirs[first : first + 10]]
+        for method, values in (
+            ("dpo", expected), ("sft_base", (0.5, 0.0, 10)), ("allo", (statistics.fmean(ties),)),
+        ):  # fmt: skip
+            one = won[method, dataset]
+            assert (one.value, one.stderr, one.n)[: len(values)] == pytest.approx(values)
 
 
 def test_verdicts_of_the_benchmarks_programs_are_read_beside_the_replies(folder):
