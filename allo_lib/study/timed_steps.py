@@ -21,7 +21,7 @@ from allo_lib.method.neurons import NeuronMask
 # Of the square matrices: a tenth of a second in all on a CPU; on a GPU so large that starting the
 # product takes no time beside it.
 _SIZES = {"cpu": 1024, "cuda": 8192}
-PEERS = {"trl_best": "trl", "peft": "peft"}  # variant -> what has to be installed besides TRL
+PEERS = {"trl_best": ("trl",), "peft": ("trl", "peft")}  # variant -> what it needs
 
 
 @torch.no_grad()
@@ -140,13 +140,11 @@ class OwnSteps:
 
 def installed() -> list[str]:
     """The peers that can be measured; prints which cannot."""
-    found = []
-    for variant, module in PEERS.items():
-        missing = [m for m in dict.fromkeys(("trl", module)) if not importlib.util.find_spec(m)]
-        if missing:
-            print(f"{variant} is left out: {missing[0]} is not installed", flush=True)
-        else:
-            found.append(variant)
+    found = [v for v, needs in PEERS.items() if all(map(importlib.util.find_spec, needs))]
+    for variant in PEERS:
+        if variant not in found:
+            needs = " and ".join(PEERS[variant])
+            print(f"{variant} is left out: it needs {needs} to be installed", flush=True)
     return found
 
 

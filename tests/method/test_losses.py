@@ -7,8 +7,6 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from tiny_models import tiny_llama, word_tokenizer
 
 from allo_lib.engine.batching import Layout, collate, pair_batch, rejected_batch
@@ -79,13 +77,6 @@ def test_token_logps_is_log_softmax_in_float32_and_zero_outside_the_response(dty
             assert out[b, t].item() == pytest.approx(expected, abs=1e-5)
 
 
-def test_token_logps_has_no_gradient_outside_the_response():
-    logits = draw(1, 4, 5).requires_grad_()
-    token_logps(logits, torch.tensor([[-100, -100, 2, -100]])).sum().backward()
-    assert (logits.grad.abs().sum(dim=-1) > 0).tolist() == [[False, True, False, False]]
-    close(logits.grad[0, 1], torch.eye(5)[2] - logits.detach()[0, 1].softmax(-1))
-
-
 @pytest.mark.parametrize(("logits", "labels", "message"), [
     (torch.zeros(2, 3, 4), torch.zeros(2, 4, dtype=torch.long), r"expected \[B, T, V\]"),
     (torch.zeros(3, 4), torch.zeros(3, dtype=torch.long), r"expected \[B, T, V\]"),
@@ -154,15 +145,6 @@ def test_loss_and_gradient_are_those_of_the_authors_formula(name):
             ends.append(authors(name, moved, reference, lengths, shift))
         slope, gradient = (ends[0] - ends[1]) / 2e-4, leaves[side].grad
         close(torch.zeros(64) if gradient is None else gradient, slope)
-
-
-@settings(max_examples=60, deadline=None)
-@given(st.lists(st.floats(-500, 500, width=32), min_size=4, max_size=4), st.floats(0.01, 2))
-def test_dpo_loss_of_any_size(values, beta):
-    loss = dpo_loss(*(torch.tensor([v]) for v in values), beta)
-    pc, pr, rc, rr = values
-    expected = -log_sigmoid(beta * ((pc - rc) - (pr - rr)))
-    assert loss.item() == pytest.approx(expected, rel=1e-4, abs=1e-4)
 
 
 def test_rdpo_loss_is_least_at_the_policy_that_its_penalty_asks_for():
