@@ -6,7 +6,7 @@ Of whole rows of a linear layer no gradient is made but theirs (`row_forward`).
 import hashlib
 from collections import Counter
 from collections.abc import Callable
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -276,8 +276,9 @@ class _Packed:
             self.hook = self.parameter.register_post_accumulate_grad_hook(self._take_gradient)
         else:
             self.parameter.requires_grad_(False)
-            forward = row_forward(self.linear, self.index.long(), self.master)
-            self.linear.forward = forward  # type: ignore[assignment,method-assign]
+            # A partial, as a copy of the model then has its own: a closure would share this one's.
+            forward = partial(row_forward, self.linear, self.index.long(), self.master)
+            self.linear.forward = forward  # type: ignore[method-assign]
 
     def detach(self) -> None:
         """Undo `attach`."""
@@ -327,8 +328,8 @@ class _Packed:
         return _refined(devices.local(self.parameter), self.places(), self.master.detach())
 
 
-def row_forward(module: nn.Linear, rows: Tensor, masters: Tensor) -> Callable[[Tensor], Tensor]:
-    """The forward pass of a linear layer of which only some output rows are trained.
+def row_forward(module: nn.Linear, rows: Tensor, masters: Tensor, x: Tensor) -> Tensor:
+    """The output for x [..., in] of a linear layer of which only some output rows are trained.
 
     With y = x W^T the weight's gradient is dW = dy^T x; of its rows only dW[rows] = dy[:, rows]^T x
     is computed, a share of the rows of one third of the arithmetic of a training step.
@@ -336,16 +337,12 @@ def row_forward(module: nn.Linear, rows: Tensor, masters: Tensor) -> Callable[[T
     rows: int64 [k], of the weight [out, in], sorted. masters: float32 leaf [k * in], whose `.grad`
     gets their gradient; the weight itself gets none. The bias, if any, is trained as before.
     """
-
-    def forward(x: Tensor) -> Tensor:
-        parts: list[Tensor | None] = [x, module.weight, module.bias]
-        kind = x.device.type
-        if torch.is_autocast_enabled(kind):  # as it does for the product itself, backward included
-            dtype = torch.get_autocast_dtype(kind)
-            parts = [None if part is None else part.to(dtype) for part in parts]
-        return _RowProduct.apply(*parts, masters, rows)
-
-    return forward
+    parts: list[Tensor | None] = [x, module.weight, module.bias]
+    kind = x.device.type
+    if torch.is_autocast_enabled(kind):  # as it does for the product itself, backward included
+        dtype = torch.get_autocast_dtype(kind)
+        parts = [None if part is None else part.to(dtype) for part in parts]
+    return _RowProduct.apply(*parts, masters, rows)
 
 
 class _RowProduct(torch.autograd.Function):

@@ -11,7 +11,6 @@ that is named later judges the replies that there are: what a reward model said 
 training; the verdicts of the programs are read beside the replies.
 """
 
-import hashlib
 import json
 import logging
 import re
@@ -79,7 +78,7 @@ def write_outputs(dataset: str, folder: Path, rows: Sequence[dict], texts: Texts
     AlpacaEval: `<method>.json` (a `model_outputs.json`). Arena-Hard: `question.jsonl` and
     `model_answer/<method>.jsonl`, the first method's once more under the baseline's name. As ASCII,
     because Arena-Hard's scripts open files in the encoding of the machine. Equal replies give equal
-    bytes: time stamps are 0 and the ids of answers follow from them, as no script reads either.
+    bytes: time stamps are 0 and answers have the ids of their questions, as no script reads either.
 
     Args:
         rows: instructions (`benchmarks.load_rows`), no question twice (AlpacaEval's key).
@@ -101,20 +100,18 @@ def write_outputs(dataset: str, folder: Path, rows: Sequence[dict], texts: Texts
             for row in rows
         )  # fmt: skip
         for method, replies in texts.items():
-            answers = [_answer(r, text, method) for r, text in zip(rows, replies, strict=True)]
-            made[f"model_answer/{method}.jsonl"] = _lines(answers)
+            made[f"model_answer/{method}.jsonl"] = _lines(
+                {"uid": row["id"], "ans_id": row["id"], "model": method, "messages": [
+                    {"role": "user", "content": row["question"]},
+                    {"role": "assistant", "content": {"answer": text}},
+                ], "tstamp": 0}
+                for row, text in zip(rows, replies, strict=True)
+            )  # fmt: skip
         first = next(iter(texts))
         made[f"model_answer/{ARENA_BASELINE}.jsonl"] = made[f"model_answer/{first}.jsonl"]
     for name, text in made.items():
         replace_file(folder / name, text.encode("ascii"))
     return [folder / name for name in made]
-
-
-def _answer(row: dict, text: str, model: str) -> dict:
-    name = hashlib.sha256(json.dumps([row["id"], model, text]).encode()).hexdigest()[:22]
-    messages = [{"role": "user", "content": row["question"]}]
-    messages.append({"role": "assistant", "content": {"answer": text}})
-    return {"uid": row["id"], "ans_id": name, "model": model, "messages": messages, "tstamp": 0}
 
 
 def _lines(values) -> str:

@@ -260,6 +260,10 @@ def test_parameters_without_kept_entries_are_frozen_until_close(granularity):
     optimizer = MaskedAdamW(model, NeuronMask(upper, mask.shapes), lr=0.01)
     states = model(input_ids=token_batch(0)[0], output_hidden_states=True).hidden_states
     assert [state.requires_grad for state in states] == [False, False, True]
+    twin = copy.deepcopy(model)  # as trainers make their reference: it has its own weights
+    for parameter in twin.parameters():
+        parameter.data.zero_()
+    assert not twin(input_ids=token_batch(0)[0]).logits.any()
     after = train(model, optimizer)
     changed = [name for name in start if not torch.equal(start[name], after[name])]
     assert changed == [name for name, index in upper.items() if len(index)]

@@ -47,10 +47,9 @@ ALPACA = r"""[
   }
 ]
 """
-# After data/arena-hard-v0.1/model_answer/gpt-4-0314.jsonl of lmarena/arena-hard-auto, 196f6b8; ANS
-# stands for the identifier of the answer.
+# After data/arena-hard-v0.1/model_answer/gpt-4-0314.jsonl of lmarena/arena-hard-auto, 196f6b8.
 ARENA = (
-    r'{"uid": "q-1", "ans_id": "ANS", "model": "allo", "messages": [{"role": "user", "content": '
+    r'{"uid": "q-1", "ans_id": "q-1", "model": "allo", "messages": [{"role": "user", "content": '
     r'"Name a \u00e9clair."}, {"role": "assistant", "content": {"answer": '
     r'"<script>alert(1)</script>\u2028"}}], "tstamp": 0}'
 )
@@ -83,7 +82,7 @@ def test_outputs_are_as_in_the_golden_examples(tmp_path):
     answers = tmp_path / "model_answer"
     assert set(paths) == {tmp_path / "question.jsonl", *answers.iterdir()}
     first = (answers / "allo.jsonl").read_bytes().decode("ascii").split("\n")[0]
-    assert first == ARENA.replace("ANS", json.loads(first)["ans_id"])
+    assert first == ARENA
     # What their script compares with goes by this name; the rows in it say whose they are.
     baseline = (answers / "gpt-4-0314.jsonl").read_bytes()
     assert baseline == (answers / "sft_base.jsonl").read_bytes() and b'"sft_base"' in baseline
