@@ -374,7 +374,7 @@ def _places(rows: Tensor, columns: int) -> Tensor:
     return (rows[:, None] * columns + inside).view(-1)
 
 
-def _linears_by_weight(model: nn.Module) -> dict[nn.Parameter, nn.Linear]:
+def _linears_by_weight(model: nn.Module) -> dict[Tensor, nn.Linear]:
     """weight -> the plain linear layer it belongs to; none that several modules share, as tied
     embeddings do, and none that is used without being called, as the head is (`head`)."""
     modules, head = [*model.modules()], getattr(model, "get_output_embeddings", lambda: None)()
