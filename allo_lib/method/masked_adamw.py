@@ -260,7 +260,8 @@ class _Packed:
         if index is not None and linear is not None and not devices.is_sharded(parameter):
             columns = linear.in_features
             rows = index[::columns] // columns
-            if torch.equal(_places(rows, columns), index):
+            whole = index.numel() == rows.numel() * columns
+            if whole and not (_places(rows, columns) != index).any():
                 index, self.linear, self.shape = rows, linear, (-1, columns)
         kind = torch.int32 if own.numel() < 2**31 else torch.int64
         self.index = None if index is None else index.to(own.device, kind)
