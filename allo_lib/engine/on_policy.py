@@ -14,9 +14,8 @@ are to be called "PPO, linear critic" and "A2C, linear critic". Responses are en
 their texts, as those of pairs are: ids may differ from the sampled ones where a tokenizer has
 several ways to write a text.
 
-The loop is not `trainer.train`: Trainer collates a batch before the update ahead of it is made,
-when the policy that has to sample it does not exist yet. An interrupted training starts over, and
-ends with the same bits.
+The loop is not `trainer.train`, whose rows are there before it begins: here every step's are
+sampled. An interrupted training starts over, and ends with the same bits.
 
 Shapes: B responses, T tokens of the longest, N tokens of all of them, H the model's hidden size.
 All values of tokens are float32 [B, T], 0 behind the end of a response; `mask`, bool [B, T], is
@@ -153,7 +152,6 @@ def _train(
             if log.loss and time.perf_counter() - printed >= _PRINT_EVERY:
                 printed, right = time.perf_counter(), log.metrics["reward"][-1]
                 print(f"{label}: step {step + 1} of {len(steps)}, reward {right:.3f}", flush=True)
-        numbers.read()
     return log
 
 

@@ -17,13 +17,13 @@ from tqdm import tqdm
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from allo_lib.engine.batching import Row
-from allo_lib.engine.checkpoints import (
+from allo_lib.engine.forward import response_logps
+from allo_lib.engine.trainer import (
     Checkpoints,
     read_random_state,
     read_state,
     write_state,
 )
-from allo_lib.engine.forward import response_logps
 from allo_lib.errors import AlloError, Diverged
 from allo_lib.machine import devices, weights
 from allo_lib.method import values_unread

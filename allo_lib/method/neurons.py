@@ -17,7 +17,7 @@ from torch import Tensor
 
 from allo_lib.errors import AlloError
 from allo_lib.machine import devices
-from allo_lib.machine.weights import UNREADABLE, told
+from allo_lib.machine.weights import UNREADABLE, one_line
 
 WORDS = {
     "order": ("top", "bottom", "random"),
@@ -150,7 +150,7 @@ class NeuronMask:
                 raise ValueError("its header and its indices do not fit together")
         except UNREADABLE as error:
             raise AlloError(
-                f"{path} is not a readable mask file ({told(error)}): make it again"
+                f"{path} is not a readable mask file ({one_line(error)}): make it again"
             ) from error
         indices = {name: tensors[name].long() for name in shapes}
         return cls(indices, shapes, header["granularity"])

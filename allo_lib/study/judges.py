@@ -31,7 +31,7 @@ from allo_lib.evaluation import outcomes
 from allo_lib.evaluation.comparisons import JUDGED_BY
 from allo_lib.evaluation.outcomes import Measurement, replace_file
 from allo_lib.profiles.config import fingerprint
-from allo_lib.study import scoring
+from allo_lib.study import scoring, training
 from allo_lib.study.scoring import REFERENCE
 
 VERSION = 2  # of the key of kept verdicts
@@ -271,7 +271,7 @@ def _plain(tokenizer, text: str) -> str:
 def replies(study, name: str, results: dict[str, dict]) -> dict[str, dict[str, list[list]]]:
     """data set -> method -> its rows of `scoring.reply`, REFERENCE first; {} without instructions.
 
-    results: method -> result, as `arms.result` gives it.
+    results: method -> result, as `training.result` gives it.
     """
     datasets = study.domain(name).instructions.datasets
     if not datasets:

@@ -22,7 +22,7 @@ from allo_lib.evaluation import comparisons
 from allo_lib.profiles.config import fingerprint
 from allo_lib.profiles.profile_files import load_profile
 from allo_lib.report import tables
-from allo_lib.study import arms, judges, results, scoring
+from allo_lib.study import judges, results, scoring, training
 from allo_lib.study.judges import RewardModel, load_reward_model, read_verdicts, scores, win_rate
 from allo_lib.study.study import Study
 
@@ -254,7 +254,7 @@ def judged(folder, **settings):
 
 
 def results_of(study: Study) -> dict[str, dict]:
-    return {method: arms.result(study, DOMAIN, method) for method in METHODS}
+    return {method: training.result(study, DOMAIN, method) for method in METHODS}
 
 
 @torch.no_grad()
@@ -314,22 +314,22 @@ def by_metric(rows, metric):
 
 
 def test_without_instructions_results_are_known_as_before(tmp_path, monkeypatch):
-    """By the key of `arms._method_inputs` of allo and dpo, with nothing made or loaded."""
+    """By the key of `training._method_inputs` of allo and dpo, with nothing made or loaded."""
     monkeypatch.setattr(Study, "pairs", lambda self, name: SimpleNamespace(key="pairs"))
     monkeypatch.setattr(Study, "_data_hash", lambda self, name: "data")
     monkeypatch.setattr(Study, "dtype", "float32")
     tiny = Study(load_profile("tiny", device="cpu"), 0, tmp_path)
-    inputs = [arms._method_inputs(tiny, "miniature", method) for method in ("allo", "dpo")]
+    inputs = [training._method_inputs(tiny, "miniature", method) for method in ("allo", "dpo")]
     key = "db2205c5171045e73042d71ce2226e56810266fe96d6760708ce717242b321d7"
     assert fingerprint(inputs) == key
 
 
 def test_results_hang_on_the_instructions_but_not_on_the_judge(folder, study):
-    inputs = arms._method_inputs(study, DOMAIN, "dpo")
+    inputs = training._method_inputs(study, DOMAIN, "dpo")
     settings = {"datasets": ["alpaca_eval", "arena_hard"], "count": 20, "max_new_tokens": 24}
     data = inputs["instructions"]["data"]
     assert inputs["instructions"] == settings | {"data": data} and len(data) == 2
-    assert arms._method_inputs(judged(folder), DOMAIN, "dpo") == inputs
+    assert training._method_inputs(judged(folder), DOMAIN, "dpo") == inputs
     noted = provenance.collect(study.store.folder, provenance.DATA)[f"{DOMAIN}.instructions"]
     counts = {name: one["rows"] for name, one in noted.items()}
     assert counts == {"alpaca_eval/test": 15, "arena_hard/test": 15}
@@ -358,7 +358,7 @@ def test_a_result_keeps_the_replies_of_its_weights_and_they_are_written(study):
     for method in METHODS:
         kept = found[method]["instructions"]
         assert [row[:2] for row in kept] == order
-        model, _ = arms.trained_model(study, DOMAIN, method)
+        model, _ = training.trained_model(study, DOMAIN, method)
         assert scoring.reply(study, DOMAIN, model) == kept  # no draft: the same
     judges.write_replies(study, DOMAIN, found)
     outputs = json.loads((judges.folder_of(study, DOMAIN) / "alpaca_eval/dpo.json").read_text())
