@@ -85,8 +85,8 @@ print(by_hand)
 # | `dense_masked` | **the baseline**: the released code's way, dense AdamW and a dense mask |
 # | `dense` | AdamW on all neurons |
 # | `allo_scalar`, `allo_row` | this project's masked AdamW, on scalar neurons and on whole rows |
-# | `trl_default`, `trl_best` | TRL's DPOTrainer as it is; reference computed before, no checkpointing |
-# | `peft`, `peft_supertuning` | as `trl_best`, with as many trained values as `allo_scalar`: LoRA; the largest entries of each layer |
+# | `trl_best` | TRL's DPOTrainer, its reference computed before, no checkpointing |
+# | `peft` | as `trl_best`, with as many trained values as `allo_scalar`, by LoRA |
 #
 # The first four share this project's forward pass; TRL's are measured where they are installed and the profile asks.
 # The **floor** is what a step would take if all its matrix products ran at the rate of a large one; what is above it is

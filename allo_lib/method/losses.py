@@ -1,8 +1,9 @@
 """The objectives, each a pure function beside its equation, and how a batch becomes their loss.
 
 Shapes: B rows (pairs), T tokens of a row (prompt and response), V vocabulary. Log-probs are natural
-logs in float32. Delta_t = log pi_theta(y_t) - log pi_ref(y_t) is called a (log-)ratio. Losses of
-pairs come back per row, [B]; the caller takes the mean.
+logs in float32. Delta = log pi_theta(y) - log pi_ref(y), of one token or summed over a response, is
+called a (log-)ratio. Losses of pairs come back per row, [B]; the caller takes the mean. All raise
+AlloError for unequal shapes, NaN, empty responses, and beta not above 0.
 """
 
 from collections.abc import Callable
@@ -12,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from allo_lib.errors import AlloError
-from allo_lib.method.checks import check
+from allo_lib.method import check
 from allo_lib.method.tokens import key_tokens
 
 CLIP = 0.2  # how far PPO's ratio counts on either side of 1; arXiv 1707.06347, table 1's best
@@ -60,8 +61,7 @@ def token_logps(logits: Tensor, labels: Tensor) -> Tensor:
     logps = -F.cross_entropy(
         logits[:, :-1].float().transpose(1, 2), targets, ignore_index=IGNORED, reduction="none"
     )
-    if torch.isnan(logps).any():
-        raise AlloError("token_logps: the logits hold NaN; check the model (learning rate, dtype)")
+    check("token_logps", logps)
     return F.pad(logps, (1, 0))
 
 
@@ -95,7 +95,7 @@ def token_dpo_loss(
     bool or weights. With both masks the whole responses this is `dpo_loss`.
     """
     check("token_dpo_loss", chosen_ratio, chosen_mask, beta=beta)
-    check("token_dpo_loss", rejected_ratio, rejected_mask, beta=beta)
+    check("token_dpo_loss", rejected_ratio, rejected_mask)
     chosen = (chosen_ratio * chosen_mask).sum(dim=1)  # [B, T] -> [B]
     rejected = (rejected_ratio * rejected_mask).sum(dim=1)
     return -F.logsigmoid(beta * (chosen - rejected))
@@ -115,17 +115,15 @@ def npo_loss(policy: Tensor, ref: Tensor, weights: Tensor, beta: float = 0.1) ->
     return -(2 / beta) * terms.sum() / (weights != 0).sum().clamp(min=1)
 
 
-def sequence_npo_loss(policy: Tensor, ref: Tensor, beta: float = 0.1) -> Tensor:
+def sequence_npo_loss(ratio: Tensor, beta: float = 0.1) -> Tensor:
     """NPO on whole responses, arXiv 2404.05868, eq. 3: -(2 / beta) log sigma(-beta Delta); [B]."""
-    check("sequence_npo_loss", policy, ref, beta=beta)
-    return -(2 / beta) * F.logsigmoid(-beta * (policy - ref))
+    check("sequence_npo_loss", ratio, beta=beta)
+    return -(2 / beta) * F.logsigmoid(-beta * ratio)
 
 
 def rdpo_loss(
-    policy_chosen: Tensor,
-    policy_rejected: Tensor,
-    ref_chosen: Tensor,
-    ref_rejected: Tensor,
+    chosen_ratio: Tensor,
+    rejected_ratio: Tensor,
     chosen_length: Tensor,
     rejected_length: Tensor,
     beta: float = 0.1,
@@ -133,59 +131,49 @@ def rdpo_loss(
 ) -> Tensor:
     """R-DPO, arXiv 2403.19159: DPO for the reward less alpha per token; [B].
 
-    L = -log sigma(beta margin + alpha (|y+| - |y-|)); lengths are [B] tokens, at least 1. The sign
-    follows from the reward beta log-ratio + alpha |y| that the penalty leaves in the optimum: a
-    pair whose chosen response is the longer one counts as partly explained, and teaches less.
+    L = -log sigma(beta (Delta+ - Delta-) + alpha (|y+| - |y-|)); lengths are [B] tokens, at least
+    1. The sign follows from the reward beta Delta + alpha |y| that the penalty leaves in the
+    optimum: a pair whose chosen response is the longer one counts as partly explained, and teaches
+    less.
     """
-    logps = policy_chosen, policy_rejected, ref_chosen, ref_rejected
-    check("rdpo_loss", *logps, lengths=(chosen_length, rejected_length), beta=beta)
-    margin = (policy_chosen - ref_chosen) - (policy_rejected - ref_rejected)
+    lengths = chosen_length, rejected_length
+    check("rdpo_loss", chosen_ratio, rejected_ratio, lengths=lengths, beta=beta)
+    margin = chosen_ratio - rejected_ratio
     return -F.logsigmoid(beta * margin + alpha * (chosen_length - rejected_length))
 
 
 def ipo_loss(
-    policy_chosen: Tensor,
-    policy_rejected: Tensor,
-    ref_chosen: Tensor,
-    ref_rejected: Tensor,
+    chosen_ratio: Tensor,
+    rejected_ratio: Tensor,
     chosen_length: Tensor,
     rejected_length: Tensor,
     beta: float = 0.1,
 ) -> Tensor:
-    """IPO, arXiv 2310.12036, eq. 17: (margin - 1 / (2 beta))^2; [B].
+    """IPO, arXiv 2310.12036, eq. 17: (Delta+ - Delta- - 1 / (2 beta))^2; [B].
 
-    Log-ratios are averaged over the response's tokens, as its authors advise and TRL does; lengths
-    are [B] tokens, at least 1.
+    Ratios are averaged over the response's tokens, as its authors advise and TRL does; lengths are
+    [B] tokens, at least 1.
     """
-    logps = policy_chosen, policy_rejected, ref_chosen, ref_rejected
-    check("ipo_loss", *logps, lengths=(chosen_length, rejected_length), beta=beta)
-    chosen = (policy_chosen - ref_chosen) / chosen_length
-    rejected = (policy_rejected - ref_rejected) / rejected_length
-    return (chosen - rejected - 1 / (2 * beta)) ** 2
+    lengths = chosen_length, rejected_length
+    check("ipo_loss", chosen_ratio, rejected_ratio, lengths=lengths, beta=beta)
+    margin = chosen_ratio / chosen_length - rejected_ratio / rejected_length
+    return (margin - 1 / (2 * beta)) ** 2
 
 
-def bco_loss(
-    policy_chosen: Tensor,
-    policy_rejected: Tensor,
-    ref_chosen: Tensor,
-    ref_rejected: Tensor,
-    beta: float = 0.1,
-    shift: float | None = None,
-) -> Tensor:
+def bco_loss(chosen_ratio: Tensor, rejected_ratio: Tensor, beta: float = 0.1) -> Tensor:
     """Binary Classifier Optimization, arXiv 2404.04656: right and wrong told apart one by one; [B].
 
-    L = -(log sigma(r+ - delta) + log sigma(-(r- - delta))) / 2 with r = beta log-ratio and the
-    reward shift delta = (E[r+] + E[r-]) / 2, through which no gradient flows.
+    L = -(log sigma(r+ - delta) + log sigma(-(r- - delta))) / 2 with r = beta Delta and the reward
+    shift delta = (E[r+] + E[r-]) / 2, through which no gradient flows.
 
-    shift: delta; None takes the mean over this batch, of its authors' moving average the part that
-    needs no memory between steps: a training that was interrupted goes on to the same bits. (TRL's
-    trainer averages over all batches so far.) The authors also weigh rejected responses by how much
-    their prompts look like those of chosen ones; here both come to the same prompts, and that
-    weight is 1.
+    delta is the mean over this batch, of its authors' moving average the part that needs no memory
+    between steps: a training that was interrupted goes on to the same bits. (TRL's trainer averages
+    over all batches so far.) The authors also weigh rejected responses by how much their prompts
+    look like those of chosen ones; here both come to the same prompts, and that weight is 1.
     """
-    check("bco_loss", policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta=beta)
-    chosen, rejected = beta * (policy_chosen - ref_chosen), beta * (policy_rejected - ref_rejected)
-    delta = torch.cat([chosen, rejected]).detach().mean() if shift is None else shift
+    check("bco_loss", chosen_ratio, rejected_ratio, beta=beta)
+    chosen, rejected = beta * chosen_ratio, beta * rejected_ratio
+    delta = torch.cat([chosen, rejected]).detach().mean()
     return -(F.logsigmoid(chosen - delta) + F.logsigmoid(delta - rejected)) / 2
 
 
@@ -207,18 +195,16 @@ def simpo_loss(
     return -F.logsigmoid(beta * margin - gamma)
 
 
-def ppo_loss(
-    logps: Tensor, before: Tensor, advantages: Tensor, mask: Tensor, clip: float = CLIP
-) -> Tensor:
+def ppo_loss(logps: Tensor, before: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:
     """Proximal Policy Optimization, arXiv 1707.06347, eq. 7, per sampled token; a scalar.
 
-    L = -mean_t min(rho_t A_t, clip(rho_t, 1 - clip, 1 + clip) A_t), rho_t = exp(logps - before)
+    L = -mean_t min(rho_t A_t, clip(rho_t, 1 - CLIP, 1 + CLIP) A_t), rho_t = exp(logps - before)
     All [B, T]: log-probs of the tokens now and when they were sampled, and their advantages; mask
     is 1 for tokens of a response.
     """
-    check("ppo_loss", logps, before, advantages, mask, clip=clip)
+    check("ppo_loss", logps, before, advantages, mask)
     ratio = (logps - before).exp()
-    gain = torch.minimum(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages)
+    gain = torch.minimum(ratio * advantages, ratio.clamp(1 - CLIP, 1 + CLIP) * advantages)
     return -(gain * mask).sum() / mask.sum().clamp(min=1)
 
 
@@ -253,30 +239,45 @@ def objective(name: str, *, beta: float, key_share: float = 1.0, gamma: float = 
     carries them as `key` (0 or 1 per token).
     ValueError for an unknown name.
     """
-    if name in ON_SOLUTIONS:
-        return lambda logps, batch: (supervised_loss(logps, _response(batch)), {})
-    if name == "ppo":
-        return _ppo
-    if name == "a2c":
-        return lambda logps, batch: (a2c_loss(logps, batch["advantages"], _response(batch)), {})
-    if name == "forgetting":
-        return lambda logps, batch: (
-            npo_loss(logps, batch["reference"], batch["weights"], beta),
-            {},
-        )
-    if name == "npo":
-        return lambda logps, batch: (
-            sequence_npo_loss(logps.sum(dim=1), batch["reference"].sum(dim=1), beta).mean(),
-            {},
-        )
-    if name == "merged":
-        return lambda logps, batch: _merged(logps, batch, beta, key_share)
-    if name == "learning":
-        return lambda logps, batch: _learning(logps, batch, beta, key_share)
-    if name in ON_PAIRS:
-        return lambda logps, batch: _pairs(name, logps, batch, beta, gamma)
-    known = ON_PAIRS + ON_REJECTED + ON_SOLUTIONS + ON_POLICY
-    raise ValueError(f"objective {name!r}: expected one of {known}")
+
+    def supervised(logps: Tensor, batch: Batch) -> Result:
+        return supervised_loss(logps, _response(batch)), {}
+
+    def forgetting(logps: Tensor, batch: Batch) -> Result:
+        return npo_loss(logps, batch["reference"], batch["weights"], beta), {}
+
+    def npo(logps: Tensor, batch: Batch) -> Result:
+        ratio = logps.sum(dim=1) - batch["reference"].sum(dim=1)
+        return sequence_npo_loss(ratio, beta).mean(), {}
+
+    def a2c(logps: Tensor, batch: Batch) -> Result:
+        return a2c_loss(logps, batch["advantages"], _response(batch)), {}
+
+    def learning(logps: Tensor, batch: Batch) -> Result:
+        ratio, inside = logps - batch["reference"], _response(batch)  # [2B, T]
+        (chosen, rejected), (mask, rejected_mask) = ratio.chunk(2), inside.chunk(2)  # [B, T]
+        if "key" in batch:
+            key = batch["key"].chunk(2)[1].bool()
+        else:
+            key = key_tokens(rejected, rejected_mask, key_share)
+        loss = token_dpo_loss(chosen, rejected, mask, key, beta).mean()
+        return loss, _margin(chosen.sum(dim=1), rejected.sum(dim=1), beta)
+
+    def merged(logps: Tensor, batch: Batch) -> Result:
+        """Both stages' losses in one step; the batch of pairs carries forgetting's `weights`."""
+        loss, metrics = learning(logps, batch)
+        rejected = {key: batch[key].chunk(2)[1] for key in ("reference", "weights")}
+        return loss + forgetting(logps.chunk(2)[1], rejected)[0], metrics
+
+    def pairs(logps: Tensor, batch: Batch) -> Result:
+        return _pairs(name, logps, batch, beta, gamma)
+
+    known: dict[str, Objective] = dict.fromkeys(ON_SOLUTIONS, supervised)
+    known |= {"npo": npo, "forgetting": forgetting, "ppo": _ppo, "a2c": a2c}
+    known |= dict.fromkeys(ON_PAIRS, pairs) | {"learning": learning, "merged": merged}
+    if name not in known:
+        raise ValueError(f"objective {name!r}: expected one of {', '.join(known)}")
+    return known[name]
 
 
 def terms_of(name: str) -> Callable[[Batch], Tensor]:
@@ -303,42 +304,19 @@ def _ppo(logps: Tensor, batch: Batch) -> Result:
     return loss, {"clipped": (beyond & mask).sum() / mask.sum()}
 
 
-def _learning(logps: Tensor, batch: Batch, beta: float, key_share: float) -> Result:
-    ratio = logps - batch["reference"]  # [2B, T]
-    (chosen, rejected), (mask, rejected_mask) = ratio.chunk(2), _response(batch).chunk(2)  # [B, T]
-    if "key" in batch:
-        key = batch["key"].chunk(2)[1].bool()
-    else:
-        key = key_tokens(rejected, rejected_mask, key_share)
-    loss = token_dpo_loss(chosen, rejected, mask, key, beta).mean()
-    return loss, _margin(chosen.sum(dim=1), rejected.sum(dim=1), beta)
-
-
-def _merged(logps: Tensor, batch: Batch, beta: float, key_share: float) -> Result:
-    """Both stages' losses in one step; the batch of pairs carries forgetting's `weights`."""
-    loss, metrics = _learning(logps, batch, beta, key_share)
-    policy, reference, weights = (
-        values.chunk(2)[1] for values in (logps, batch["reference"], batch["weights"])
-    )
-    return loss + npo_loss(policy, reference, weights, beta), metrics
-
-
 def _pairs(name: str, logps: Tensor, batch: Batch, beta: float, gamma: float) -> Result:
     chosen, rejected = logps.sum(dim=1).chunk(2)  # [2B, T] -> two of [B]
     ref_chosen, ref_rejected = batch["reference"].sum(dim=1).chunk(2)
-    chosen_length, rejected_length = _response(batch).sum(dim=1).chunk(2)
-    four = chosen, rejected, ref_chosen, ref_rejected
-    if name == "dpo":
-        rows = dpo_loss(*four, beta=beta)
-    elif name == "rdpo":
-        rows = rdpo_loss(*four, chosen_length, rejected_length, beta=beta)
-    elif name == "ipo":
-        rows = ipo_loss(*four, chosen_length, rejected_length, beta=beta)
-    elif name == "bco":
-        rows = bco_loss(*four, beta=beta)
-    else:
-        rows = simpo_loss(chosen, rejected, chosen_length, rejected_length, gamma=gamma)
-    return rows.mean(), _margin(chosen - ref_chosen, rejected - ref_rejected, beta)
+    ratios = chosen - ref_chosen, rejected - ref_rejected
+    first, second = _response(batch).sum(dim=1).chunk(2)  # lengths, two of [B]
+    losses = {
+        "dpo": lambda: dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta),
+        "rdpo": lambda: rdpo_loss(*ratios, first, second, beta),
+        "ipo": lambda: ipo_loss(*ratios, first, second, beta),
+        "bco": lambda: bco_loss(*ratios, beta),
+        "simpo": lambda: simpo_loss(chosen, rejected, first, second, gamma=gamma),
+    }
+    return losses[name]().mean(), _margin(*ratios, beta)
 
 
 def _margin(chosen_ratio: Tensor, rejected_ratio: Tensor, beta: float) -> dict[str, Tensor]:

@@ -1,11 +1,12 @@
 """AdamW that trains a mask: state for kept entries only, all others never change by a bit.
 
-`DenseMaskedAdamW` is what the released code does, to compare with.
+Of whole rows of a linear layer no gradient is made but theirs (`row_forward`).
 """
 
 import hashlib
+from collections import Counter
 from collections.abc import Callable
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -15,7 +16,6 @@ from allo_lib.errors import AlloError
 from allo_lib.machine import devices
 from allo_lib.machine.runtime import plain_writes
 from allo_lib.method.neurons import NeuronMask
-from allo_lib.method.row_linear import RowLinear, whole_rows
 
 _WATCHED = 2**20  # kept entries, about, that `moved` looks at
 
@@ -34,7 +34,7 @@ class MaskedAdamW(torch.optim.AdamW):
     State per kept entry: int32 index, master, packed gradient, two moments (20 bytes). A tensor
     kept whole needs no index, and in float32 its own storage is the master. Of a linear layer of
     which whole rows are kept (`granularity="row"`) the gradient of those rows alone is computed,
-    straight into the packed one (`row_linear`), and an index of rows is enough.
+    straight into the packed one, and an index of rows is enough.
 
     Parameters without kept entries get `requires_grad=False` until `close`, so that backward
     computes nothing for them and ends at the lowest kept one.
@@ -90,7 +90,6 @@ class MaskedAdamW(torch.optim.AdamW):
         # in the model's own dtype, by every so many of them: bf16 rounds small updates away.
         self.watch = False
         self.moved: Tensor | None = None  # float64 scalar on the device
-        self._seen: list[Tensor] | None = None  # what the last watched step left
         linears = _linears_by_weight(model)
         self._packed = [
             _Packed(
@@ -135,7 +134,7 @@ class MaskedAdamW(torch.optim.AdamW):
         if norm is not None and self.refused is not None:
             self.guard(norm)
             self.found_inf = self.refused.float()  # torch's fused update reads this
-        before = (self._seen or self._sample()) if self.watch else []
+        before = self._sample() if self.watch else None
         if norm is not None and self.max_grad_norm is not None:
             nn.utils.clip_grads_with_norm_(masters, self.max_grad_norm, norm)
         super().step()
@@ -143,11 +142,9 @@ class MaskedAdamW(torch.optim.AdamW):
             for packed in self._packed:
                 packed.write_back()
                 packed.master.grad = None
-        self._seen = self._sample() if self.watch else None
-        if self._seen is not None:
-            pairs = zip(before, self._seen, strict=True)
-            changed = torch.stack([(a != b).sum() for a, b in pairs]).sum()
-            looked_at: int | Tensor = sum(values.numel() for values in before)
+        if before is not None:
+            changed: Tensor = (before != self._sample()).sum()
+            looked_at: int | Tensor = before.numel()
             if self._is_sharded:
                 looked_at = devices.total(changed.new_tensor(looked_at))
                 changed = devices.total(changed)
@@ -167,14 +164,10 @@ class MaskedAdamW(torch.optim.AdamW):
         refused = ~torch.isfinite(number.detach())
         self.refused = refused if self.refused is None else self.refused | refused
 
-    def _sample(self) -> list[Tensor]:
-        """Copies of evenly chosen kept values as the model holds them, by dtype; all if few."""
-        kept = sum(packed.master.numel() for packed in self._packed)
-        stride = max(1, kept // _WATCHED)
-        chosen: dict[torch.dtype, list[Tensor]] = {}
-        for packed in self._packed:
-            chosen.setdefault(packed.parameter.dtype, []).append(packed.sample(stride))
-        return [torch.cat(values).to(dtype) for dtype, values in chosen.items()]
+    def _sample(self) -> Tensor:
+        """Evenly chosen kept values as the model holds them, all if few; float32 copies."""
+        stride = max(1, sum(packed.master.numel() for packed in self._packed) // _WATCHED)
+        return torch.cat([packed.sample(stride) for packed in self._packed])
 
     @property
     def trained(self) -> tuple[str, ...]:
@@ -198,7 +191,7 @@ class MaskedAdamW(torch.optim.AdamW):
         held = 0
         for packed in self._packed:
             moments = self.state.get(packed.master, {})
-            tensors = [moments.get("exp_avg"), moments.get("exp_avg_sq"), packed.index, packed.rows]
+            tensors = [moments.get("exp_avg"), moments.get("exp_avg_sq"), packed.index]
             tensors += [packed.master] if packed.owns_master else []
             held += sum(tensor.nbytes for tensor in tensors if tensor is not None)
             held += packed.master.numel() * 4  # the packed gradient, alive from backward to step
@@ -216,7 +209,6 @@ class MaskedAdamW(torch.optim.AdamW):
         if state_dict.pop("mask", None) != self._mask_hash:
             raise AlloError("MaskedAdamW: the saved state is of another mask; resume with its mask")
         super().load_state_dict(state_dict)
-        self._seen = None
         with torch.no_grad():
             for packed, master in zip(self._packed, masters, strict=True):
                 packed.master.copy_(master)
@@ -246,8 +238,8 @@ class MaskedAdamW(torch.optim.AdamW):
 class _Packed:
     """The kept entries of one parameter: where they are, their masters, their gradient.
 
-    rows: the kept rows of the weight of the layer `linear`, where it keeps whole ones. index: else
-    flat places, None where the tensor is kept whole.
+    index: places in the weight seen as `shape`: kept rows, where a linear layer keeps whole ones
+    ([-1, columns]), else kept entries ([-1]); None where the tensor is kept whole.
     """
 
     def __init__(
@@ -259,50 +251,54 @@ class _Packed:
         linear: nn.Linear | None,
     ):
         self.name, self.parameter = name, parameter
+        self.linear: nn.Linear | None = None  # where whole rows are kept
+        self.shape: tuple[int, ...] = (-1,)
         own = devices.local(parameter)
         index = None if index is None else devices.held(index, parameter)
-        whole = index is None or index.numel() == own.numel()
-        by_row = linear is not None and not whole and not devices.is_sharded(parameter)
-        rows = whole_rows(index, parameter.shape) if index is not None and by_row else None
-        self.linear = None if rows is None else linear
+        if index is not None and index.numel() == own.numel():
+            index = None
+        if index is not None and linear is not None and not devices.is_sharded(parameter):
+            columns = linear.in_features
+            rows = index[::columns] // columns
+            whole = index.numel() == rows.numel() * columns
+            if whole and not (_places(rows, columns) != index).any():
+                index, self.linear, self.shape = rows, linear, (-1, columns)
         kind = torch.int32 if own.numel() < 2**31 else torch.int64
-        self.rows = None if rows is None else rows.to(own.device, kind)
-        places = None if whole or rows is not None else index
-        self.index = None if places is None else places.to(own.device, kind)
+        self.index = None if index is None else index.to(own.device, kind)
         values = self._gather(own)
-        self.owns_master = not (whole and parameter.dtype == torch.float32)
+        self.owns_master = index is not None or parameter.dtype != torch.float32
         if self.owns_master:
             values = values.float() if before is None else self._gather(_refined(own, *before))
         self.master = nn.Parameter(values)
 
     def attach(self) -> None:
         """From now on the gradient of the kept entries gathers in `master.grad`."""
-        if self.linear is None or self.rows is None:
+        if self.linear is None or self.index is None:
             self.hook = self.parameter.register_post_accumulate_grad_hook(self._take_gradient)
         else:
-            self.taken = RowLinear(self.linear, self.rows.long(), self.master)
-            self.taken.attach()
+            self.parameter.requires_grad_(False)
+            # A partial, as a copy of the model then has its own: a closure would share this one's.
+            forward = partial(row_forward, self.linear, self.index.long(), self.master)
+            self.linear.forward = forward  # type: ignore[method-assign]
 
     def detach(self) -> None:
         """Undo `attach`."""
         if self.linear is None:
             self.hook.remove()
         else:
-            self.taken.detach()
+            vars(self.linear).pop("forward", None)
+            self.parameter.requires_grad_(True)
 
     def places(self) -> Tensor | None:
         """Flat places of the kept entries, in the dtype of `index`; None for all of them."""
-        if self.rows is None:
+        if self.linear is None or self.index is None:
             return self.index
-        columns = self.parameter.shape[1]
-        inside = torch.arange(columns, device=self.rows.device, dtype=self.rows.dtype)
-        return (self.rows[:, None] * columns + inside).view(-1)  # [rows, columns] -> flat
+        return _places(self.index, self.linear.in_features)
 
     def _gather(self, dense: Tensor) -> Tensor:
-        if self.rows is not None:
-            return dense.index_select(0, self.rows).view(-1)
-        flat = dense.view(-1)
-        return flat if self.index is None else flat.index_select(0, self.index)
+        if self.index is None:
+            return dense.view(-1)
+        return dense.view(self.shape).index_select(0, self.index).view(-1)
 
     def _take_gradient(self, parameter: Any) -> None:
         kept = self._gather(devices.local(parameter.grad).contiguous()).float()
@@ -316,43 +312,76 @@ class _Packed:
         """Write the masters into the model, rounded to its dtype."""
         if not self.owns_master:
             return
-        weight = devices.local(self.parameter.data)
-        rounded = self.master.detach().to(weight.dtype)
-        if self.rows is not None:
-            weight.index_copy_(0, self.rows.long(), rounded.view(-1, weight.shape[1]))
-        elif self.index is None:
-            weight.view(-1).copy_(rounded)
+        weight = devices.local(self.parameter.data).view(self.shape)
+        rounded = self.master.detach().to(weight.dtype).view(self.shape)
+        if self.index is None:
+            weight.copy_(rounded)
         else:
-            weight.view(-1).index_copy_(0, self.index.long(), rounded)
+            weight.index_copy_(0, self.index.long(), rounded)
 
     def sample(self, stride: int) -> Tensor:
-        """Every `stride`-th master, or all of every `stride`-th kept row."""
-        masters = self.master.detach()
-        if self.rows is not None:
-            return masters.view(-1, self.parameter.shape[1])[::stride].flatten()
-        return masters[::stride]
+        """Every `stride`-th master, or kept row, as the model holds it; float32."""
+        masters = self.master.detach().view(self.shape)[::stride].flatten()
+        return masters.to(self.parameter.dtype).float()
 
     def full(self) -> Tensor:
         """The parameter in float32, with the masters where there are some."""
         return _refined(devices.local(self.parameter), self.places(), self.master.detach())
 
 
-def _linears_by_weight(model: nn.Module) -> dict[nn.Parameter, nn.Linear]:
+def row_forward(module: nn.Linear, rows: Tensor, masters: Tensor, x: Tensor) -> Tensor:
+    """The output for x [..., in] of a linear layer of which only some output rows are trained.
+
+    With y = x W^T the weight's gradient is dW = dy^T x; of its rows only dW[rows] = dy[:, rows]^T x
+    is computed, a share of the rows of one third of the arithmetic of a training step.
+
+    rows: int64 [k], of the weight [out, in], sorted. masters: float32 leaf [k * in], whose `.grad`
+    gets their gradient; the weight itself gets none. The bias, if any, is trained as before.
+    """
+    parts: list[Tensor | None] = [x, module.weight, module.bias]
+    kind = x.device.type
+    if torch.is_autocast_enabled(kind):  # as it does for the product itself, backward included
+        dtype = torch.get_autocast_dtype(kind)
+        parts = [None if part is None else part.to(dtype) for part in parts]
+    return _RowProduct.apply(*parts, masters, rows)
+
+
+class _RowProduct(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, masters: Tensor, rows: Tensor
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight, rows)
+        return nn.functional.linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, rows = ctx.saved_tensors
+        to_x = gradient @ weight if ctx.needs_input_grad[0] else None
+        gradient, x = gradient.flatten(0, -2), x.flatten(0, -2)  # [..., out] -> [tokens, out]
+        to_masters = to_bias = None
+        if ctx.needs_input_grad[3]:
+            # index_select along a row's entries is slower on a CPU, most in bfloat16.
+            kept = gradient.gather(1, rows.expand(len(gradient), -1)).T @ x  # [k, in]
+            to_masters = kept.flatten().float()
+        if ctx.needs_input_grad[2]:
+            to_bias = gradient.sum(dim=0)
+        return to_x, None, to_bias, to_masters, None
+
+
+def _places(rows: Tensor, columns: int) -> Tensor:
+    """Flat places of whole rows: [rows * columns], in the dtype of `rows`."""
+    inside = torch.arange(columns, device=rows.device, dtype=rows.dtype)
+    return (rows[:, None] * columns + inside).view(-1)
+
+
+def _linears_by_weight(model: nn.Module) -> dict[Tensor, nn.Linear]:
     """weight -> the plain linear layer it belongs to; none that several modules share, as tied
     embeddings do, and none that is used without being called, as the head is (`head`)."""
-    owners: dict[nn.Parameter, list[nn.Module]] = {}
-    for module in model.modules():
-        for parameter in module.parameters(recurse=False):
-            owners.setdefault(parameter, []).append(module)
-    used_bare = getattr(model, "get_output_embeddings", lambda: None)()
-    return {
-        parameter: modules[0]
-        for parameter, modules in owners.items()
-        if len(modules) == 1
-        and type(modules[0]) is nn.Linear
-        and modules[0].weight is parameter
-        and modules[0] is not used_bare
-    }
+    modules, head = [*model.modules()], getattr(model, "get_output_embeddings", lambda: None)()
+    uses = Counter(id(p) for module in modules for p in module.parameters(recurse=False))
+    linears = [m for m in modules if type(m) is nn.Linear and m is not head]
+    return {m.weight: m for m in linears if uses[id(m.weight)] == 1}
 
 
 def _refined(parameter: Tensor, index: Tensor | None, values: Tensor) -> Tensor:
@@ -370,54 +399,3 @@ def _kept_anywhere(mask: NeuronMask) -> set[str]:
     counts = [index.numel() for index in mask.indices.values()]
     found = devices.total(torch.tensor(counts, dtype=torch.int64)).tolist()
     return {name for name, number in zip(mask.indices, found, strict=True) if number}
-
-
-class DenseMaskedAdamW:
-    """What the released code does: AdamW with dense moments whose update is times a dense mask.
-
-    Its mask is bfloat16 and its masters are float32, as there. It saves neither memory nor time;
-    here it is the thing to compare with. `step` reads `parameter.grad`.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        mask: NeuronMask,
-        lr: float,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-    ):
-        self.lr, self.betas, self.eps, self.count = lr, betas, eps, 0
-        self.rows: list[tuple[Any, Tensor, Tensor, Tensor, Tensor]] = []
-        for name, parameter in model.named_parameters():
-            dense = mask.dense(name).to(parameter.device, torch.bfloat16)
-            whole = parameter.dtype == torch.float32
-            master = parameter.detach() if whole else parameter.detach().float()
-            moments = torch.zeros_like(master), torch.zeros_like(master)
-            self.rows.append((parameter, dense, master, *moments))
-
-    @torch.no_grad()
-    def step(self) -> None:
-        """AdamW without decay (arXiv 1711.05101, algorithm 2), the update times the mask."""
-        self.count += 1
-        first, second = (1 - beta**self.count for beta in self.betas)
-        for parameter, mask, master, mean, square in self.rows:
-            gradient = parameter.grad.float()
-            mean.lerp_(gradient, 1 - self.betas[0])
-            square.mul_(self.betas[1]).addcmul_(gradient, gradient, value=1 - self.betas[1])
-            update = (mean / first) / ((square / second).sqrt_() + self.eps)
-            master.sub_(update * mask, alpha=self.lr)
-            if master.data_ptr() != parameter.data_ptr():
-                parameter.copy_(master)
-            parameter.grad = None
-
-    def state_bytes(self) -> int:
-        """Mask, moments, masters where they are copies, and the dense gradient."""
-        return sum(
-            mask.nbytes
-            + mean.nbytes
-            + square.nbytes
-            + (0 if master.data_ptr() == parameter.data_ptr() else master.nbytes)
-            + parameter.nbytes
-            for parameter, mask, master, mean, square in self.rows
-        )

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from allo_lib.errors import AlloError
-from allo_lib.method.checks import any_of
+from allo_lib.method import check
 
 RULES = ("threshold", "soft", "released")
 
@@ -85,6 +85,5 @@ def _checked(name: str, values: Tensor, response_mask: Tensor) -> Tensor:
             "expected both [B, T]"
         )
     mask = response_mask.bool()
-    if any_of(torch.isnan(values) & mask):
-        raise AlloError(f"{name}: NaN inside a response; check the model that gave the values")
+    check(name, values.where(mask, 0.0))
     return mask

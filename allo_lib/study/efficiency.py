@@ -6,16 +6,16 @@ memory left over by another variant decides the comparison, and the machine has 
 at a time.
 """
 
+import contextlib
 import csv
 import math
-import statistics
+import resource
 import sys
-import traceback
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 
 import torch
 
@@ -27,71 +27,45 @@ from allo_lib.engine.store import write_json
 from allo_lib.errors import AlloError
 from allo_lib.machine.runtime import fork_server, give_back_freed_memory, leave_with_parent
 from allo_lib.profiles.config import Profile
-from allo_lib.study import timed_steps
 from allo_lib.study.study import Study
+from allo_lib.study.timed_steps import PEERS, OwnSteps, TrlSteps, installed, matrix_rate
 
 VARIANTS = ("dense", "dense_masked", "allo_scalar", "allo_row")
 COLUMNS = (
-    "variant",
-    "device",
-    "seconds_per_pair",
-    "seconds_per_pair_low",
-    "seconds_per_pair_high",
-    "seconds_per_pair_each",
-    "tokens_per_second",
-    "peak_bytes_above_model",
-    "state_bytes_per_parameter",
-    "flops_per_pair",
-    "floor_seconds_per_pair",
-)
+    "variant", "device", "seconds_per_pair", "seconds_per_pair_low", "seconds_per_pair_high",
+    "seconds_per_pair_each", "tokens_per_second", "peak_bytes_above_model",
+    "state_bytes_per_parameter", "flops_per_pair", "floor_seconds_per_pair",
+)  # fmt: skip
 PAIR = ("prompt", "chosen", "rejected")  # TRL's columns
 _RATE = 1e-6  # small enough that the weights, and so the arithmetic, stay the same
-
-
-def variants(study: Study) -> list[str]:
-    """What is measured: this project's ways, after the other projects' if the profile wants them
-    and they are installed."""
-    return [*(timed_steps.installed() if study.profile.timing.peers else []), *VARIANTS]
 
 
 def measure(study: Study) -> list[dict]:
     """Rows of `tables/efficiency.csv`: DPO steps on one batch of pairs (`workload`).
 
-    Seconds per pair are medians over processes, with the lowest, the highest and each. Tokens per
-    second count each token of a pair once, whatever a variant repeats or pads. Peak memory is above
-    that of the process with the model loaded and nothing else done, and that of the timed steps
-    alone.
-    The floor is the time that the counted operations of a step take at the rate of a large matrix
-    product on the same device.
-
-    A peer that fails is left out, with a line that says why.
+    This project's ways come after those of the peers that are installed, if the profile's `timing`
+    wants any. Seconds per pair are medians over processes, with the lowest, the highest and each.
+    Tokens per second count each token of a pair once, whatever a variant repeats or pads. Peak
+    memory is above that of the process with the model loaded and nothing else done, and that of the
+    timed steps alone. The floor is the time that the counted operations of a step take at the rate
+    of a large matrix product on the same device.
 
     Raises:
-        AlloError: a variant of this project that failed, for want of memory for instance.
+        AlloError: a variant that failed, for want of memory for instance.
     """
-    order = variants(study)
-    for variant in order:
+    variants = [*(installed() if study.profile.timing.peers else []), *VARIANTS]
+    for variant in variants:
         _mask(study, variant)  # made here, read by the workers
     workload(study)
-    runs: dict[str, list[dict]] = {variant: [] for variant in order}
+    runs: dict[str, list[dict]] = {variant: [] for variant in variants}
     settings = (study.profile, study.seed, str(study.results_dir), study.data_dir)
     for repeat in range(study.profile.timing.repeats):
-        for variant in list(runs)[:: -1 if repeat % 2 else 1]:
-            try:
-                run = in_own_process(_worker, *settings, variant)
-            except AlloError as error:
-                if variant not in timed_steps.PEERS:
-                    raise
-                del runs[variant]
-                print(f"{variant} is left out: {error}", flush=True)
-                continue
+        for variant in variants[:: -1 if repeat % 2 else 1]:
+            run = in_own_process(_worker, *settings, variant)
             runs[variant].append(run)
-            print(
-                f"{variant}, repeat {repeat + 1}: {run['seconds'] / run['pairs']:.4g} s a pair, "
-                f"{run['trained']} values trained",
-                flush=True,
-            )
-    return [_row(variant, runs[variant]) for variant in runs]
+            seconds = run["seconds"] / run["pairs"]
+            print(f"{variant}, repeat {repeat + 1}: {seconds:.4g} s a pair", flush=True)
+    return [_row(variant, runs[variant]) for variant in variants]
 
 
 def write(rows: list[dict], path: Path, columns: Sequence[str] = COLUMNS) -> None:
@@ -107,60 +81,55 @@ def in_own_process(work: Callable, *arguments):
     """What `work(*arguments)` returns, called in a process of its own that ends with it.
 
     Raises:
-        AlloError: what it raised, or that the process ended before it returned.
+        AlloError: the process ended before it returned, or there was too little memory.
     """
     settings = {"mp_context": fork_server(), "initializer": leave_with_parent}
     try:
         with ProcessPoolExecutor(1, **settings) as pool:
             return pool.submit(work, *arguments).result()
-    except AlloError:
-        raise
-    except BrokenProcessPool:
-        raise AlloError(
-            "a process that measures the cost of a step ended before its time; free memory or see "
-            "what it printed, and run again"
-        ) from None
-    except Exception as error:
-        traceback.print_exc()
-        words = str(error).strip().splitlines() or [""]
-        raise AlloError(f"{type(error).__name__}: {words[0][:300]}") from error
+    except RuntimeError as error:  # torch's and that of a broken pool are of this kind
+        first = str(error).strip().partition("\n")[0][:300]
+        raise AlloError(f"{type(error).__name__}: {first}; free memory and run again") from error
 
 
 def _row(variant: str, runs: list[dict]) -> dict:
-    per_pair = [run["seconds"] / run["pairs"] for run in runs]
-    median, last = statistics.median(per_pair), runs[-1]
+    per_pair, last = [run["seconds"] / run["pairs"] for run in runs], runs[-1]
     pairs_a_step = last["pairs"] / last["steps"]
     flops = last["flops_per_step"] / pairs_a_step
-    rate = statistics.median(run["rate"] for run in runs)
-    return {
-        "variant": variant,
-        "device": last["device"],
-        "seconds_per_pair": f"{median:.6g}",
-        "seconds_per_pair_low": f"{min(per_pair):.6g}",
-        "seconds_per_pair_high": f"{max(per_pair):.6g}",
-        "seconds_per_pair_each": " ".join(f"{seconds:.6g}" for seconds in per_pair),
-        "tokens_per_second": f"{last['tokens_per_step'] / pairs_a_step / median:.6g}",
-        "peak_bytes_above_model": round(statistics.median(run["peak"] for run in runs)),
-        "state_bytes_per_parameter": f"{last['state']:.4g}",
-        "flops_per_pair": f"{flops:.6g}",
-        "floor_seconds_per_pair": f"{flops / rate:.6g}",
-    }
+    values = (
+        variant,
+        last["device"],
+        f"{median(per_pair):.6g}",
+        f"{min(per_pair):.6g}",
+        f"{max(per_pair):.6g}",
+        " ".join(f"{seconds:.6g}" for seconds in per_pair),
+        f"{last['tokens_per_step'] / pairs_a_step / median(per_pair):.6g}",
+        round(median(run["peak"] for run in runs)),
+        f"{last['state']:.4g}",
+        f"{flops:.6g}",
+        f"{flops / median(run['rate'] for run in runs):.6g}",
+    )
+    return dict(zip(COLUMNS, values, strict=True))
 
 
 def _worker(profile: Profile, seed: int, results_dir: str, data_dir, variant: str) -> dict:
     """Load, warm up, run one block of steps; its time and the sizes."""
     study = Study(profile, seed, results_dir, data_dir)
-    if (
-        variant in timed_steps.PEERS
-    ):  # their users are not held to the deterministic kernels of a study
-        torch.use_deterministic_algorithms(False)
-    timing, name = profile.timing, domain_of(study)
-    model, load = study.load_sft(name).train(), workload(study)
+    timing, load = profile.timing, workload(study)
+    model = study.load_sft(domain_of(study)).train()
     parameters = sum(p.numel() for p in model.parameters())  # an adapter will add its own
     mask = _mask(study, variant)
     give_back_freed_memory()  # else heap that the set-up left free would hide what the steps take
     base = reset_peak(study.device)
-    steps = _steps(study, model, load, mask, variant)
+    settings = {"beta": profile.method.beta, "lr": _RATE}
+    if variant in PEERS:
+        # Their users are not held to the deterministic kernels of a study.
+        torch.use_deterministic_algorithms(False)
+        settings["share"] = profile.method.share
+        steps = TrlSteps(model, study.tokenizer, load.texts, variant, **settings)
+    else:
+        pad = study.tokenizer.pad_token_id
+        steps = OwnSteps(model, mask, load.rows, variant, pad, **settings)
     seconds = steps.run(timing.warm_up, timing.steps, lambda: reset_peak(study.device))
     return {
         "peak": max(0, peak(study.device) - base),  # before the products below need their own
@@ -168,27 +137,16 @@ def _worker(profile: Profile, seed: int, results_dir: str, data_dir, variant: st
         "steps": timing.steps,
         "pairs": timing.steps * len(load.rows),
         "tokens_per_step": load.tokens,
-        "trained": steps.trained(),
         "state": steps.state_bytes() / parameters,
         "flops_per_step": steps.flops,
-        "rate": timed_steps.matrix_rate(model.dtype, study.device),
+        "rate": matrix_rate(model.dtype, study.device),
         "device": device_name(study.device),
     }
 
 
-def _steps(study: Study, model, load: "Workload", mask, variant: str):
-    beta, share = study.profile.method.beta, study.profile.method.share
-    if variant in timed_steps.PEERS:
-        return timed_steps.TrlSteps(
-            model, study.tokenizer, load.texts, variant, beta=beta, share=share, lr=_RATE
-        )
-    pad = study.tokenizer.pad_token_id
-    return timed_steps.OwnSteps(model, mask, load.rows, variant, pad, beta=beta, lr=_RATE)
-
-
 def _mask(study: Study, variant: str):
     """The variant's mask, read from the store; None where every entry is trained."""
-    if variant == "dense" or variant in timed_steps.PEERS:
+    if variant == "dense" or variant in PEERS:
         return None
     granularity = "row" if variant == "allo_row" else "scalar"
     share = study.profile.method.share
@@ -197,33 +155,20 @@ def _mask(study: Study, variant: str):
 
 def reset_peak(device: str) -> int:
     """Start a new peak; returns the bytes in use now."""
-    if device != "cpu":
+    if device == "cpu":
+        with contextlib.suppress(OSError):  # not Linux: the peak so far counts as the idle process
+            Path("/proc/self/clear_refs").write_text("5")
+    else:
         torch.cuda.reset_peak_memory_stats()
-        return torch.cuda.memory_allocated()
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return _status("VmHWM")  # the peak so far then counts as the idle process
-    return _status("VmRSS")
+    return peak(device)
 
 
 def peak(device: str) -> int:
     """The most bytes in use since `reset_peak`: of tensors on a GPU, of the process on a CPU."""
-    if device == "cpu":
-        return _status("VmHWM")
-    return torch.cuda.max_memory_allocated()
-
-
-def _status(key: str) -> int:
-    """A size from Linux's /proc/self/status in bytes; elsewhere the peak of the process."""
-    try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-    except OSError:
-        import resource
-
-        unit = 1 if sys.platform == "darwin" else 1024
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key + ":"))
+    if device != "cpu":
+        return torch.cuda.max_memory_allocated()
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def device_name(device: str) -> str:
@@ -268,26 +213,32 @@ def domain_of(study) -> str:
 
 
 def workload(study) -> Workload:
-    """The batch that the profile's `timing` asks for; made at the first call, read afterwards."""
+    """The batch that the profile's `timing` asks for; made at the first call, read afterwards.
+
+    Of the pairs whose prompt and responses come nearest to the tokens in `timing`, or, where these
+    are 0, of the first training pairs.
+    """
     name, timing = domain_of(study), study.profile.timing
     count = timing.pairs or study.domain(name).batch_size
-    inputs = {
-        "pairs": study.pairs(name).key,
-        "timing": [timing.prompt, timing.responses, count],
-    }
+    wanted = [timing.prompt, timing.responses, count]
+
+    def distance(text: dict) -> int:
+        (row,) = encode_pairs(study.tokenizer, [text], study.context)
+        responses = len(row["chosen"]) + len(row["rejected"])
+        return abs(len(row["prompt"]) - timing.prompt) + abs(responses - timing.responses)
 
     def make(folder: Path) -> None:
+        texts = study.pairs(name).rows["train"]
         if timing.prompt or timing.responses:
-            texts = nearest(study, _candidates(study, name), count)
-        else:
-            texts = study.pairs(name).rows["train"][:count]
-        texts = [{key: pair[key] for key in PAIR} for pair in texts]
+            texts = sorted(_candidates(study, name), key=distance)  # of equal ones the first
+        texts = [{key: pair[key] for key in PAIR} for pair in texts[:count]]
         rows = encode_pairs(study.tokenizer, texts, study.context)
         write_json(folder / "pairs.json", texts)
         reference.write(study.logps(study.load_sft(name), rows), folder / "logps.safetensors")
         lengths = {key: sum(len(row[key]) for row in rows) / len(rows) for key in PAIR}
         write_json(folder / "record.json", {"pairs": len(rows), "mean_tokens": lengths})
 
+    inputs = {"pairs": study.pairs(name).key, "timing": wanted}
     artifact = study.store.get("timed_pairs", inputs, make)
     texts = artifact.json("pairs.json")
     rows = encode_pairs(study.tokenizer, texts, study.context)
@@ -306,16 +257,3 @@ def _candidates(study, name: str) -> list[dict]:
             load_rows(dataset, "train", study.data_dir), study.tokenizer, study.context
         )
     ]
-
-
-def nearest(study, pairs: list[dict], count: int) -> list[dict]:
-    """The `count` pairs whose prompt and responses come nearest to the tokens of `timing`."""
-    timing = study.profile.timing
-
-    def distance(row: dict) -> int:
-        responses = len(row["chosen"]) + len(row["rejected"])
-        return abs(len(row["prompt"]) - timing.prompt) + abs(responses - timing.responses)
-
-    distances = [distance(row) for row in encode_pairs(study.tokenizer, pairs, study.context)]
-    order = sorted(range(len(pairs)), key=lambda i: (distances[i], i))
-    return [pairs[i] for i in order[:count]]

@@ -11,18 +11,16 @@ that is named later judges the replies that there are: what a reward model said 
 training; the verdicts of the programs are read beside the replies.
 """
 
-import hashlib
 import json
 import logging
-import math
 import re
-import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForSequenceClassification
 
 from allo_lib.engine import models
@@ -36,108 +34,84 @@ from allo_lib.profiles.config import fingerprint
 from allo_lib.study import scoring
 from allo_lib.study.scoring import REFERENCE
 
-VERSION = 1  # of the key of kept verdicts
-LENGTH, CUT = "response_characters", "response_cut"
+VERSION = 2  # of the key of kept verdicts
 ARENA_BENCH = "arena-hard-v0.1"
 # Arena-Hard's script looks up what answers are compared with by this file name, whoever wrote them.
 ARENA_BASELINE = "gpt-4-0314"
-STRONG = 3  # how often Arena-Hard counts a verdict such as A>>B
 MAX_LENGTH = 4096  # tokens of a chat, where the reward model could read more
-_SPARE = 8  # a text that was cut may need a few tokens more when it is encoded again
-_VERDICT = re.compile(r"([AB])(>>|>|=|<|<<)([AB])")
+_WON_BY_A = {"A=B": [0.5], "A>B": [1.0], "A>>B": [1.0] * 3, "A<B": [0.0], "A<<B": [0.0] * 3}
+_WON_BY_A |= {"B=A": [0.5], "B<A": [1.0], "B<<A": [1.0] * 3, "B>A": [0.0], "B>>A": [0.0] * 3}
+
+Texts = Mapping[str, Sequence[str]]  # method -> replies; the first is what others are compared to
 
 
-@dataclass(frozen=True)
-class Judgement:
-    """Outcomes in [0, 1] by item, 1 for ours and .5 for a tie, and what they add up to.
-
-    `weights`: how many verdicts stand behind each outcome (Arena-Hard); else every one is 1.
-    """
-
-    ids: tuple[str, ...]
-    outcomes: tuple[float, ...]
-    weights: tuple[float, ...]
-
-    @property
-    def win_rate(self) -> float:
-        """Mean outcome, a fraction."""
-        pairs = zip(self.weights, self.outcomes, strict=True)
-        return math.fsum(w * o for w, o in pairs) / math.fsum(self.weights)
-
-    @property
-    def stderr(self) -> float:
-        """Of the win rate p over items: sqrt(sum of (w (o - p))^2) / sum of w."""
-        rate, pairs = self.win_rate, zip(self.weights, self.outcomes, strict=True)
-        return math.sqrt(math.fsum((w * (o - rate)) ** 2 for w, o in pairs)) / sum(self.weights)
-
-
-def judgement(
+def win_rate(
     rows: Sequence[dict], ours: Sequence[str], theirs: Sequence[str], verdicts: Mapping[str, list]
-) -> Judgement:
-    """Outcomes from the verdicts on each row's id; rows with none count nowhere, equal texts tie.
+) -> tuple[float, float, int]:
+    """(win rate, its standard error over items, items) from the verdicts in [0, 1] on each row.
 
-    Raises AlloError where no row has a verdict.
+    An item counts by the number of its verdicts (1, or several of Arena-Hard's): with outcomes o,
+    weights w and p = sum w o / sum w the error is sqrt(sum (w (o - p))^2) / sum w. Rows without a
+    verdict count nowhere; equal texts tie. AlloError where no row has a verdict.
     """
-    most = max((len(found) for found in verdicts.values()), default=1)
-    by_id = {row["id"]: verdicts.get(row["id"]) for row in rows}
-    for row, our, their in zip(rows, ours, theirs, strict=True):
-        if our == their:
-            by_id[row["id"]] = [0.5] * min(most, 2)  # Arena-Hard asks twice
-    judged = {key: found for key, found in by_id.items() if found}
-    if not judged:
+    # Arena-Hard asks twice, so that a tie of equal texts weighs two.
+    tie = [0.5] * min(2, max(map(len, verdicts.values()), default=1))
+    found = [
+        tie if our == their else verdicts.get(row["id"], [])
+        for row, our, their in zip(rows, ours, theirs, strict=True)
+    ]
+    found = [one for one in found if one]
+    if not found:
         raise AlloError(f"the judge gave no verdict on any of {len(rows)} replies; see its log")
-    rights = tuple(math.fsum(found) / len(found) for found in judged.values())
-    return Judgement(tuple(judged), rights, tuple(float(len(f)) for f in judged.values()))
+    sums, weights = np.array([sum(one) for one in found]), np.array([len(one) for one in found])
+    rate = sums.sum() / weights.sum()
+    error = np.sqrt(((sums - weights * rate) ** 2).sum()) / weights.sum()
+    return float(rate), float(error), len(found)
 
 
 # --- the benchmarks' own files -------------------------------------------------------------------
 
 
-def write_outputs(
-    dataset: str, folder: Path, rows: Sequence[dict], texts: Mapping[str, Sequence[str]]
-) -> list[Path]:
+def write_outputs(dataset: str, folder: Path, rows: Sequence[dict], texts: Texts) -> list[Path]:
     """Write the replies to "alpaca_eval" or "arena_hard" in that benchmark's own format.
 
     AlpacaEval: `<method>.json` (a `model_outputs.json`). Arena-Hard: `question.jsonl` and
     `model_answer/<method>.jsonl`, the first method's once more under the baseline's name. As ASCII,
     because Arena-Hard's scripts open files in the encoding of the machine. Equal replies give equal
-    bytes: time stamps are 0 and the ids of answers follow from them, as no script reads either.
+    bytes: time stamps are 0 and answers have the ids of their questions, as no script reads either.
 
     Args:
         rows: instructions (`benchmarks.load_rows`), no question twice (AlpacaEval's key).
-        texts: method -> replies in the order of the rows; the first is what others are compared to.
+        texts: replies in the order of the rows.
     """
+    made = {}
     if dataset == "alpaca_eval":
-        made = {f"{m}.json": _alpaca_outputs(rows, replies, m) for m, replies in texts.items()}
+        for method, replies in texts.items():
+            outputs = [
+                {"dataset": row.get("subset", "alpaca_eval"), "instruction": row["question"],
+                 "output": text, "generator": method}
+                for row, text in zip(rows, replies, strict=True)
+            ]  # fmt: skip
+            made[f"{method}.json"] = json.dumps(outputs, indent=2) + "\n"
     else:
-        made = {"question.jsonl": _lines(map(_arena_question, rows))}
-        for place, method in [*zip(texts, texts, strict=True), (ARENA_BASELINE, next(iter(texts)))]:
-            answers = map(_arena_answer, rows, texts[method], [method] * len(rows))
-            made[f"model_answer/{place}.jsonl"] = _lines(answers)
+        made["question.jsonl"] = _lines(
+            {"uid": row["id"], "category": ARENA_BENCH, "cluster": row.get("cluster", ""),
+             "prompt": row["question"]}
+            for row in rows
+        )  # fmt: skip
+        for method, replies in texts.items():
+            made[f"model_answer/{method}.jsonl"] = _lines(
+                {"uid": row["id"], "ans_id": row["id"], "model": method, "messages": [
+                    {"role": "user", "content": row["question"]},
+                    {"role": "assistant", "content": {"answer": text}},
+                ], "tstamp": 0}
+                for row, text in zip(rows, replies, strict=True)
+            )  # fmt: skip
+        first = next(iter(texts))
+        made[f"model_answer/{ARENA_BASELINE}.jsonl"] = made[f"model_answer/{first}.jsonl"]
     for name, text in made.items():
         replace_file(folder / name, text.encode("ascii"))
     return [folder / name for name in made]
-
-
-def _alpaca_outputs(rows: Sequence[dict], texts: Sequence[str], generator: str) -> str:
-    outputs = [
-        {"dataset": row.get("subset", "alpaca_eval"), "instruction": row["question"],
-         "output": text, "generator": generator}
-        for row, text in zip(rows, texts, strict=True)
-    ]  # fmt: skip
-    return json.dumps(outputs, indent=2) + "\n"
-
-
-def _arena_question(row: dict) -> dict:
-    return {"uid": row["id"], "category": ARENA_BENCH, "cluster": row.get("cluster", ""),
-            "prompt": row["question"]}  # fmt: skip
-
-
-def _arena_answer(row: dict, text: str, model: str) -> dict:
-    name = hashlib.sha256(json.dumps([row["id"], model, text]).encode()).hexdigest()[:22]
-    messages = [{"role": "user", "content": row["question"]}]
-    messages.append({"role": "assistant", "content": {"answer": text}})
-    return {"uid": row["id"], "ans_id": name, "model": model, "messages": messages, "tstamp": 0}
 
 
 def _lines(values) -> str:
@@ -162,20 +136,22 @@ def read_verdicts(
             f"{len(found)} files {folder / pattern}, expected one judge's: have these replies "
             "judged by the benchmark's program, as docs/run.md says"
         )
+    (path,) = found
     by_id = {row["id"]: text for row, text in zip(rows, texts, strict=True)}
     try:
-        lines = found[0].read_bytes().decode("utf-8").split("\n")
+        content = path.read_bytes().decode("utf-8")
         if alpaca:
             ids = {row["question"]: row["id"] for row in rows}
-            verdicts = _alpaca_verdicts(json.loads("\n".join(lines)), ids, by_id)
+            verdicts = _alpaca_verdicts(json.loads(content), ids, by_id)
         else:
-            verdicts = _arena_verdicts([json.loads(x) for x in lines if x.strip()], by_id)
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+            entries = [json.loads(line) for line in content.split("\n") if line.strip()]
+            verdicts = _arena_verdicts(entries, by_id)
+    except Exception as error:  # a file of another program: whatever is wrong with it
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise AlloError(
-            f"{found[0]} holds no verdicts on these replies ({reason}); have them judged again"
+            f"{path} holds no verdicts on these replies ({reason}); have them judged again"
         ) from error
-    return verdicts, found[0].parent.name
+    return verdicts, path.parent.name
 
 
 def _alpaca_verdicts(entries: list, ids: dict[str, str], by_id: dict[str, str]) -> dict:
@@ -200,27 +176,16 @@ def _arena_verdicts(entries: list, by_id: dict[str, str]) -> dict:
         for message in (games[0].get("prompt") or [])[-1:]:
             if key in by_id and by_id[key] not in message["content"]:
                 raise ValueError(f"another reply to {key}")
-        first, second = (_for_a(game.get("score")) for game in games)
+        first, second = (_WON_BY_A.get(game.get("score")) for game in games)
         if first and second:  # ours is B in the first game and A in the second
             verdicts[key] = second + [1.0 - score for score in first]
     return verdicts
 
 
-def _for_a(verdict) -> list[float]:
-    found = _VERDICT.fullmatch(verdict or "")
-    if not found or found[1] == found[3]:
-        return []
-    if found[2] == "=":
-        return [0.5]
-    winner = found[1] if found[2][0] == ">" else found[3]
-    return [float(winner == "A")] * (STRONG if len(found[2]) == 2 else 1)
-
-
 # --- a reward model ------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class RewardModel:
+class RewardModel(NamedTuple):
     """A loaded sequence classifier; `sha256` is of its weights."""
 
     model: object
@@ -240,38 +205,36 @@ def load_reward_model(name, *, dtype="float32", device="cpu", revision=None) -> 
         AutoModelForSequenceClassification, name, models.DTYPES[dtype], revision,
         named="reward model", expected=expected,
     )  # fmt: skip
-    lacks = None
-    if report["missing_keys"]:
+    lacks = {
         # A language model named as a reward model: its score would be a random direction.
-        lacks = f"no weights for {sorted(report['missing_keys'])[0]}"
-    elif model.config.num_labels != 1:
-        lacks = f"{model.config.num_labels} labels"
-    elif not getattr(tokenizer, "chat_template", None):
-        lacks = "no chat template"
-    if lacks:
-        raise AlloError(f"reward model {str(name)!r} has {lacks}; expected {expected}")
+        "no weights for its score": report["missing_keys"],
+        f"{model.config.num_labels} labels": model.config.num_labels != 1,
+        "no chat template": not getattr(tokenizer, "chat_template", None),
+    }
+    for what, is_so in lacks.items():
+        if is_so:
+            raise AlloError(f"reward model {str(name)!r} has {what}; expected {expected}")
     models.check_finite(model)
     return RewardModel(model.to(device).eval(), tokenizer, models.weights_hash(model))
 
 
 def scores(judge: RewardModel, questions, texts, batch_size: int) -> list[float]:
-    """The reward of each text as the reply to its question; equal replies have equal ones.
+    """The reward of each text as the reply to its question; equal chats have equal ones.
 
-    Replies that do not fit with their question into the model, or into MAX_LENGTH tokens, are cut
-    at the end, with a warning. AlloError for a question that leaves no room, or a score of NaN.
+    Chats that do not fit into the model, or into MAX_LENGTH tokens, are cut at the end, with a
+    warning. AlloError for a score that is not finite.
     """
     chats = [tuple(_chat(judge, *pair)) for pair in zip(questions, texts, strict=True)]
     order, by_chat = sorted(set(chats), key=lambda ids: (len(ids), ids)), {}
     # A classifier takes its score at the last token that is not its padding, so only the token it
     # was made to pad with will do.
     pad = judge.model.config.get_text_config().pad_token_id
-    size = batch_size if pad is not None else 1
+    size = 1 if pad is None else batch_size
     for rows in (order[start : start + size] for start in range(0, len(order), size)):
-        width = max(map(len, rows))
-        ids = [[*row, *[pad] * (width - len(row))] for row in rows]
-        mask = [[1] * len(row) + [0] * (width - len(row)) for row in rows]
+        ids = pad_sequence([torch.tensor(row) for row in rows], True, pad or 0)  # [rows, tokens]
+        mask = pad_sequence([torch.ones(len(row), dtype=torch.long) for row in rows], True)
         with torch.inference_mode():
-            ids, mask = (torch.tensor(x, device=judge.model.device) for x in (ids, mask))
+            ids, mask = ids.to(judge.model.device), mask.to(judge.model.device)
             logits = judge.model(input_ids=ids, attention_mask=mask).logits[:, 0]  # [rows]
         if not logits.isfinite().all():
             raise AlloError("the reward model gave a score that is no number; load it in float32")
@@ -280,35 +243,23 @@ def scores(judge: RewardModel, questions, texts, batch_size: int) -> list[float]
 
 
 def _chat(judge: RewardModel, question: str, text: str) -> list[int]:
-    """Token ids of a chat that ends with the assistant's message, the text cut where it must be."""
-    tokenizer, config = judge.tokenizer, judge.model.config.get_text_config()
-    question, text = _plain(tokenizer, question), _plain(tokenizer, text)
-    most = min(getattr(config, "max_position_embeddings", None) or MAX_LENGTH, MAX_LENGTH)
-    room = most - _SPARE - len(_rendered(tokenizer, question, "x"))
-    if room < 1:
-        raise AlloError(
-            f"an instruction leaves no room for a reply in the {most} tokens of the reward model; "
-            "leave it out or name a model with a longer context"
-        )
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    if len(ids) > room:
-        logging.getLogger(__name__).warning("a reply of %d tokens cut to %d", len(ids), room)
-        text = tokenizer.decode(ids[:room])
-    return _rendered(tokenizer, question, text)
-
-
-def _rendered(tokenizer, question: str, text: str) -> list[int]:
-    messages = [{"role": "user", "content": question}, {"role": "assistant", "content": text}]
+    """Token ids of a chat that ends with the assistant's message."""
+    turns = zip(("user", "assistant"), (question, text), strict=True)
+    messages = [{"role": role, "content": _plain(judge.tokenizer, t)} for role, t in turns]
     expected = "expected one for a user's and an assistant's"
-    return render_chat(tokenizer, messages, expected, "reward model", add_generation_prompt=False)
+    ids = render_chat(
+        judge.tokenizer, messages, expected, "reward model", add_generation_prompt=False
+    )
+    config = judge.model.config.get_text_config()
+    most = min(getattr(config, "max_position_embeddings", None) or MAX_LENGTH, MAX_LENGTH)
+    if len(ids) > most:
+        logging.getLogger(__name__).warning("a chat of %d tokens cut to %d", len(ids), most)
+    return ids[:most]
 
 
 def _plain(tokenizer, text: str) -> str:
-    """The text with a blank in every name of a special token, so that it is not that token.
-
-    Some tokenizers cannot read such a name as letters (`encoding`); a reply that a model wrote must
-    not stop the judging of all others.
-    """
+    """The text with a blank in every name of a special token, so that it is not that token: a reply
+    must not end its turn, nor stop the judging of all others."""
     for name in sorted(special_tokens_in(tokenizer, text), key=len, reverse=True):
         text = text.replace(name, f"{name[0]} {name[1:]}")
     return text
@@ -322,19 +273,15 @@ def replies(study, name: str, results: dict[str, dict]) -> dict[str, dict[str, l
 
     results: method -> result, as `training.result` gives it.
     """
-    if not study.domain(name).instructions.datasets:
+    datasets = study.domain(name).instructions.datasets
+    if not datasets:
         return {}
     by_method = {REFERENCE: study.replies(name)}
     by_method |= {m: found["instructions"] for m, found in results.items() if m != REFERENCE}
     return {
         dataset: {m: [row for row in rows if row[1] == dataset] for m, rows in by_method.items()}
-        for dataset in study.domain(name).instructions.datasets
+        for dataset in datasets
     }
-
-
-def _texts(by_method: dict[str, list[list]]) -> dict[str, list[str]]:
-    """Texts without blank ends, in the order of `scoring.chosen`."""
-    return {method: [row[2].strip() for row in rows] for method, rows in by_method.items()}
 
 
 def folder_of(study, name: str) -> Path:
@@ -342,19 +289,12 @@ def folder_of(study, name: str) -> Path:
     return study.results_dir / "instructions" / f"seed{study.seed}" / name
 
 
-def write_replies(study, name: str, results: dict[str, dict]) -> list[Path]:
+def write_replies(study, name: str, results: dict[str, dict]) -> None:
     """Write all replies in the formats of AlpacaEval and Arena-Hard (`write_outputs`), each data
-    set's into a folder in `folder_of`; the files, none without instructions."""
-    return [
-        path
-        for dataset, by_method in replies(study, name, results).items()
-        for path in write_outputs(
-            dataset,
-            folder_of(study, name) / dataset,
-            scoring.chosen(study, name)[dataset],
-            _texts(by_method),
-        )
-    ]
+    set's into a folder in `folder_of`."""
+    for dataset, by_method in replies(study, name, results).items():
+        folder, rows = folder_of(study, name) / dataset, scoring.chosen(study, name)[dataset]
+        write_outputs(dataset, folder, rows, _texts(by_method))
 
 
 def reply_rows(study, name: str, results: dict[str, dict]) -> list[Measurement]:
@@ -362,82 +302,78 @@ def reply_rows(study, name: str, results: dict[str, dict]) -> list[Measurement]:
 
     Of every method and of the SFT model, on each data set: `response_characters` (their mean) and
     `response_cut` (the share that had not ended). With a judge also `win_rate` against the SFT
-    model (whose own is .5) and who judged.
+    model (whose own is .5) and who judged, with the share of comparisons that had a verdict.
 
     Raises:
         AlloError: the judge cannot be loaded or its verdicts read; what was judged before is kept.
     """
-    found, seed, settings = [], study.seed, study.profile.judge
-    dtype = models.dtype_on(study.device, settings.dtype or study.profile.model.dtype)
-
-    @cache  # for this call only, as a judge may be larger than all the rest
-    def load() -> RewardModel:
-        revision = settings.revision or None
-        return load_reward_model(
-            settings.model, dtype=dtype, device=study.device, revision=revision
-        )
-
+    found, seed = [], study.seed
     by_dataset = replies(study, name, results)
     for dataset, by_method in by_dataset.items():
         for method, rows in by_method.items():
-            lengths = [len(row[2].strip()) for row in rows]
-            n, error = len(rows), statistics.pstdev(lengths) / len(rows) ** 0.5
-            mean = float(statistics.fmean(lengths))
-            found.append(Measurement(seed, method, dataset, LENGTH, mean, error, n))
+            lengths, n = [len(row[2].strip()) for row in rows], len(rows)
+            mean, error = float(np.mean(lengths)), float(np.std(lengths)) / n**0.5
+            found.append(Measurement(seed, method, dataset, "response_characters", mean, error, n))
             cut = [not row[3] for row in rows]
-            found.append(outcomes.proportion(seed, method, dataset, CUT, cut))
-    for dataset, by_method in by_dataset.items() if settings.kind else ():
-        found += _win_rates(study, name, dataset, _texts(by_method), dtype, load)
+            found.append(outcomes.proportion(seed, method, dataset, "response_cut", cut))
+    for dataset, by_method in by_dataset.items() if study.profile.judge.kind else ():
+        rows, texts = scoring.chosen(study, name)[dataset], _texts(by_method)
+        verdicts, judge = _verdicts(study, folder_of(study, name) / dataset, dataset, rows, texts)
+        judged = 0
+        for method, ours in texts.items():
+            rate = win_rate(rows, ours, texts[REFERENCE], verdicts.get(method, {}))
+            found.append(Measurement(seed, method, dataset, "win_rate", *rate))
+            judged += rate[2] if method != REFERENCE else 0
+        total = len(rows) * (len(texts) - 1)
+        metric, share = f"{JUDGED_BY}{judge}", judged / max(1, total)
+        found.append(Measurement(seed, REFERENCE, dataset, metric, share, 0.0, total))
     return found
 
 
-def _win_rates(study, name: str, dataset: str, texts, dtype: str, load) -> list[Measurement]:
-    rows, theirs = scoring.chosen(study, name)[dataset], texts[REFERENCE]
-    judged = {REFERENCE: judgement(rows, theirs, theirs, {})}
-    judge = _judge_name(study, dataset, "")
-    for method, ours in texts.items():
-        if method == REFERENCE:
-            continue
-        if study.profile.judge.kind == "programs":
-            place = folder_of(study, name) / dataset
-            verdicts, judge = read_verdicts(dataset, place, rows, ours, method)
-            judge = _judge_name(study, dataset, judge)
-        else:
-            record = _rewards_compared(study, rows, ours, theirs, dtype, load)
-            verdicts = record["verdicts"]
-            judge = f"{_judge_name(study, dataset, '')}+{record['sha256'][:8]}"
-        judged[method] = judgement(rows, ours, theirs, verdicts)
-    found = [
-        Measurement(study.seed, method, dataset, "win_rate", one.win_rate, one.stderr, len(one.ids))
-        for method, one in judged.items()
-    ]
-    # Who judged, and the share of comparisons that had a verdict.
-    count = sum(len(one.ids) for method, one in judged.items() if method != REFERENCE)
-    total = len(rows) * (len(judged) - 1)
-    share, metric = count / total if total else 1.0, f"{JUDGED_BY}{judge}"
-    return [*found, Measurement(study.seed, REFERENCE, dataset, metric, share, 0.0, total)]
+def _texts(by_method: dict[str, list[list]]) -> dict[str, list[str]]:
+    """Texts without blank ends, in the order of `scoring.chosen`."""
+    return {method: [row[2].strip() for row in rows] for method, rows in by_method.items()}
 
 
-def _judge_name(study, dataset: str, name: str) -> str:
-    """`<kind>:<model>`; a folder is known by its last part."""
-    settings = study.profile.judge
-    kind = dataset if settings.kind == "programs" else settings.kind
-    name = (name or settings.model).rstrip("/").rpartition("/")[2]
-    return f"{kind}:{re.sub(r'[^A-Za-z0-9_.-]', '_', name) or '_'}"
+def _verdicts(study, folder: Path, dataset: str, rows, texts: Texts) -> tuple[dict, str]:
+    """(method -> verdicts by row id, the judge's name, `<kind>:<model>`).
 
-
-def _rewards_compared(study, rows, ours, theirs, dtype: str, load) -> dict:
-    """The reward model's verdicts by row id and the SHA-256 of its weights, kept in the store."""
-    settings = study.profile.judge
+    Those of a reward model are kept in the store, with the SHA-256 of its weights.
+    """
+    settings, methods = study.profile.judge, [method for method in texts if method != REFERENCE]
+    if settings.kind == "programs":
+        read = {m: read_verdicts(dataset, folder, rows, texts[m], m) for m in methods}
+        judges = {judge for _, judge in read.values()}
+        if len(judges) > 1:
+            raise AlloError(f"{folder} holds verdicts of {sorted(judges)}; have one judge all")
+        judge = f"{dataset}:{_plain_name(max(judges, default=''))}"
+        return {m: found for m, (found, _) in read.items()}, judge
+    dtype = models.dtype_on(study.device, settings.dtype or study.profile.model.dtype)
     inputs = {"kind": settings.kind, "model": settings.model, "revision": settings.revision}
     inputs |= {"version": VERSION, "dtype": dtype, "device": study.device}
-    inputs |= {"read": fingerprint([rows, ours, theirs])}
+    inputs |= {"read": fingerprint([rows, texts])}
 
     def make(folder: Path) -> None:
-        judge, questions = load(), [row["question"] for row in rows]
-        sides = (scores(judge, questions, x, settings.batch_size) for x in (ours, theirs))
-        rewards = zip(rows, *sides, strict=True)
-        verdicts = {row["id"]: [0.5 if a == b else float(a > b)] for row, a, b in rewards}
+        judge = load_reward_model(
+            settings.model, dtype=dtype, device=study.device, revision=settings.revision or None
+        )
+        questions = [row["question"] for row in rows] * len(texts)
+        every = scores(judge, questions, sum(texts.values(), []), settings.batch_size)
+        by_method = dict(zip(texts, np.array(every).reshape(len(texts), -1), strict=True))
+        verdicts = {
+            m: {
+                row["id"]: [0.5 + 0.5 * float(np.sign(ours - theirs))]
+                for row, ours, theirs in zip(rows, by_method[m], by_method[REFERENCE], strict=True)
+            }
+            for m in methods
+        }
         write_json(folder / "record.json", {"verdicts": verdicts, "sha256": judge.sha256})
 
-    return study.store.get("judgement", inputs, make).json()
+    record = study.store.get("judgement", inputs, make).json()
+    judge = f"{settings.kind}:{_plain_name(settings.model)}+{record['sha256'][:8]}"
+    return record["verdicts"], judge
+
+
+def _plain_name(name: str) -> str:
+    """A judge's name as a metric can hold it; a folder is known by its last part."""
+    return re.sub(r"[^A-Za-z0-9_.-]", "_", name.rstrip("/").rpartition("/")[2]) or "_"
