@@ -13,7 +13,6 @@ another reward model, density or official detail takes ALLO's own rates (`method
 
 import contextlib
 import csv
-import json
 import math
 import os
 import sys
@@ -38,7 +37,6 @@ from allo_lib.profiles.methods import (
     tuned_as,
     waits_for,
 )
-from allo_lib.profiles.profile_files import load_profile
 from allo_lib.study import training
 from allo_lib.study.search import Found, proposals
 from allo_lib.study.study import Study
@@ -83,15 +81,6 @@ def _is_there(study: Study, name: str, method: str) -> bool:
     with study.store.only_reading(), contextlib.suppress(NotMade):
         return training.is_done(study, name, method)
     return False
-
-
-def print_missing() -> None:
-    """`missing` for the study named in the first argument, as JSON: profile, overrides, seeds,
-    results folder and data folder. `status.missing` runs it in a process of its own."""
-    profile_name, overrides, seeds, folder, data = json.loads(sys.argv[1])
-    profile = load_profile(profile_name, overrides)
-    for seed in seeds:
-        print("\n".join(missing(Study(profile, seed, folder, data))))
 
 
 # --- side by side --------------------------------------------------------------------------------
