@@ -91,7 +91,10 @@ ONLY = "expected numbers of notebooks"
 MINUTES = "expected a number of minutes above 0, as in 9 or 0.5"
 EMPTY = "is empty: give it a value, or leave the option out"
 REFUSED = [
-    *((f"--seeds={text}", f"--seeds {text!r}: {SEEDS}") for text in ("a", "0,", "-1", "1.0", "0-2")),
+    *(
+        (f"--seeds={text}", f"--seeds {text!r}: {SEEDS}")
+        for text in ("a", "0,", "-1", "1.0", "0-2")
+    ),
     *((f"--seeds={text}", SEEDS) for text in ("4294967296", "1" * 5000, "0,0", "7,1,7", "1,01")),
     *((f"--only={text}", ONLY) for text in ("08", "00,08", "00,", "00_setup")),
     *((f"--minutes={text}", MINUTES) for text in ("0", "-1", "nan", "9m", "9" * 5000)),
