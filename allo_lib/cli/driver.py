@@ -47,15 +47,6 @@ class Run:
     notebooks: Path = ROOT / "notebooks"
     deadline: float | None = None  # when notebooks are stopped, on the clock of time.monotonic()
 
-    def group(self, seed: int | None) -> str:
-        """The name under which stamps and manifest file a seed's notebooks, or those of all seeds.
-
-        Runs of some domains have names of their own: "seed0_maths".
-        """
-        if seed is None:
-            return manifest.ALL_SEEDS
-        return "_".join((f"{manifest.SEED_FOLDER}{seed}", *self.domains))
-
     def chosen(self) -> dict:
         """The overrides as notebooks get them, with the domains to work on."""
         return self.overrides | ({KEY: list(self.domains)} if self.domains else {})
@@ -82,8 +73,13 @@ class Step:
 
     @property
     def group(self) -> str:
-        """See `Run.group`."""
-        return self.run.group(self.seed)
+        """The name under which stamps and manifest file a seed's notebooks, or those of all seeds.
+
+        Runs of some domains have names of their own: "seed0_maths".
+        """
+        if self.seed is None:
+            return manifest.ALL_SEEDS
+        return "_".join((f"{manifest.SEED_FOLDER}{self.seed}", *self.run.domains))
 
     @property
     def target(self) -> Path:
@@ -164,11 +160,8 @@ def library_hash(folder: Path = Path(__file__).parent.parent) -> str:
 
 def notebook_hash(notebook: Path) -> str:
     """Hash of a notebook's cells, whatever outputs and metadata it carries."""
-    try:
-        cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
-        return fingerprint([[cell["cell_type"], "".join(cell["source"])] for cell in cells])
-    except (ValueError, KeyError, TypeError) as error:
-        raise AlloError(f"{notebook} is not a notebook ({error}): restore the file") from error
+    cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+    return fingerprint([[cell["cell_type"], "".join(cell["source"])] for cell in cells])
 
 
 def data_hash(folder: Path | None) -> str | None:

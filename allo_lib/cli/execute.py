@@ -6,6 +6,7 @@ own watch over its parent when this process is killed.
 
 import ast
 import contextlib
+import logging
 import os
 import re
 import sys
@@ -42,6 +43,8 @@ def execute(job: Job) -> None:
     import nbformat
     import papermill
 
+    for library in ("asyncio", "traitlets"):  # whose kernel dies when the run is stopped
+        logging.getLogger(library).setLevel(logging.CRITICAL)
     scratch, target = Path(job.scratch), Path(job.target)
     failed, reason = target.with_suffix(".failed.ipynb"), None
     for path in (scratch, target):

@@ -13,7 +13,6 @@ another reward model, density or official detail takes ALLO's own rates (`method
 
 import contextlib
 import csv
-import json
 import math
 import os
 import statistics
@@ -37,7 +36,6 @@ from allo_lib.profiles.methods import (
     tuned_as,
     waits_for,
 )
-from allo_lib.profiles.profile_files import load_profile
 from allo_lib.study import arms
 from allo_lib.study.search import Found, proposals
 from allo_lib.study.study import Study
@@ -100,15 +98,6 @@ def _score(result: dict) -> float:
     if "answers" in result:
         return statistics.fmean(right for *_, right in result["answers"])
     return statistics.fmean(margin > 0 for margin in result["margins"])
-
-
-def print_missing() -> None:
-    """`missing` for the study named in the first argument, as JSON: profile, overrides, seeds,
-    results folder and data folder. `status.missing` runs it in a process of its own."""
-    profile_name, overrides, seeds, folder, data = json.loads(sys.argv[1])
-    profile = load_profile(profile_name, overrides)
-    for seed in seeds:
-        print("\n".join(missing(Study(profile, seed, folder, data))))
 
 
 # --- side by side --------------------------------------------------------------------------------

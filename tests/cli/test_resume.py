@@ -29,7 +29,6 @@ from allo_lib.errors import AlloError
 from allo_lib.machine import weights
 from allo_lib.machine.runtime import fork_server
 from allo_lib.study import arms, manifest, results, runs, scoring
-from allo_lib.study.study import STORE
 
 CRASHES = int(os.environ.get("ALLO_CRASHES", "3"))
 LONGEST = 300  # seconds that nothing here takes
@@ -58,7 +57,7 @@ def start(folder: Path):
 
 def digests(folder: Path) -> dict[str, str]:
     """SHA-256 of the measurements and of every file of every artifact, without wall seconds."""
-    paths = [p for kind in KINDS for p in (folder / STORE / kind).glob("[!.]*/*")]
+    paths = [p for kind in KINDS for p in (folder / manifest.STORE / kind).glob("[!.]*/*")]
     contents = {p: p.read_bytes() for p in paths if p.name != MANIFEST}
     contents[folder / "measurements.csv"] = (folder / "measurements.csv").read_bytes()
     seconds = re.compile(rb'"seconds": [\d.e+-]+')
@@ -76,7 +75,7 @@ def test_a_study_that_is_killed_again_and_again_ends_with_the_same_bytes(tmp_pat
     whole.join(LONGEST)
     seconds, expected = time.monotonic() - begun, digests(tmp_path / "whole")
     for kind in KINDS:
-        assert any(name.startswith(f"{STORE}/{kind}/") for name in expected), kind
+        assert any(name.startswith(f"{manifest.STORE}/{kind}/") for name in expected), kind
     draw, kills = random.Random(0), 0
     for _ in range(CRASHES):
         process = start(tmp_path / "killed")
@@ -127,7 +126,7 @@ def test_a_command_that_was_stopped_in_every_way_ends_with_the_same_bytes(projec
         until(lambda: (store / "kernel").exists() and (store / "kernel").read_text())
         if not at_clock:
             process.send_signal(number)
-        out, err = process.communicate(timeout=90)
+        out, err = process.communicate(timeout=LONGEST)
         ends = {signal.SIGKILL: -number, signal.SIGTERM: 128 + number, signal.SIGALRM: cli.TIME_UP}
         assert process.returncode == ends[number], err
         assert number is not signal.SIGTERM or "goes on from here" in err
@@ -208,8 +207,9 @@ def test_lost_tensors_are_made_again_when_they_are_read_and_other_bits_are_told(
     assert files == {name: sha256(made.path / name) for name in files}
     with pytest.raises(AlloError, match="made again and has no deep/b.safetensors now: run again"):
         again(lambda folder: write_json(folder / "record.json", {}))
-    with Store(tmp_path).only_reading(), pytest.raises(NotMade):
-        Store(tmp_path).get("other", {"seed": 0}, make())
+    store = Store(tmp_path)
+    with store.only_reading(), pytest.raises(NotMade):
+        store.get("stage", {"seed": 0}, make()).file("deep/b.safetensors")
 
 
 # --- a study without its weights -----------------------------------------------------------------
@@ -291,7 +291,7 @@ def test_the_next_method_is_measured_to_the_same_bits(measured, there, tmp_path,
 @pytest.mark.slow
 def test_weights_with_other_bits_are_told(measured, there, monkeypatch, capsys):
     """As on another GPU: here a copy of the SFT model of which one weight is another."""
-    (first,) = measured.glob(f"{STORE}/sft/*/model.safetensors")
+    (first,) = measured.glob(f"{manifest.STORE}/sft/*/model.safetensors")
 
     def elsewhere(self, name, target):
         tensors = weights.read_tensors(first)
@@ -307,7 +307,10 @@ def test_weights_with_other_bits_are_told(measured, there, monkeypatch, capsys):
     assert re.search(r"^sft/\w+: made again with other bits$", capsys.readouterr().err, re.M)
     before, after = (arms.result(study, DOMAIN, method) for method in METHODS)
     # The chosen candidate was trained again, and its result tells of that training.
-    records = [json.loads(p.read_text()) for p in measured.glob(f"{STORE}/candidate/*/record.json")]
+    records = [
+        json.loads(p.read_text())
+        for p in measured.glob(f"{manifest.STORE}/candidate/*/record.json")
+    ]
     assert after["displacement"] not in [record["displacement"] for record in records]
     assert before["sft"] == sha256(first)[:12] != after["sft"]
     noted = manifest.noted(there)

@@ -432,7 +432,7 @@ def small_run(tmp_path, monkeypatch):
 
     def start(kind: str = "none", at: int = -1, cut: str = "half"):
         faults = Faults(run.results, kind, at, cut)
-        monkeypatch.setattr(driver, "execute", lambda run, job: _notebook(faults, run, job))
+        monkeypatch.setattr(driver, "execute", lambda job: _notebook(faults, run, job))
         ended, _ = run_with(faults, lambda: driver.run_study(run), monkeypatch)
         return ended, faults.steps
 

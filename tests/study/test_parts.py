@@ -6,7 +6,7 @@ from test_run_all import make_run
 from test_run_all import study as toy  # noqa: F401  (a fixture)
 from tiny_study import PROFILE, open_study
 
-from allo_lib.cli import cli, driver, status
+from allo_lib.cli import cli, driver, verify
 from allo_lib.errors import AlloError
 from allo_lib.profiles import profile_files
 from allo_lib.profiles.config import Profile
@@ -86,9 +86,9 @@ def test_a_run_of_some_domains_has_marks_and_notebooks_of_its_own(toy, project):
     assert list(manifest.read(run.results)["runs"]) == ["seed0_b", "all"]
     driver.run_study(piece)
     assert len(ran) == 3
-    shown = status.describe(run)
+    shown = verify.describe(run)
     assert "run in pieces" in shown and "seed0_b: 2 notebooks" in shown
-    assert "in pieces" not in status.describe(piece)
+    assert "in pieces" not in verify.describe(piece)
     driver.run_study(run)  # the whole: its notebooks look at all domains
     assert ran[3:] == ran[:3]
     assert list(manifest.read(run.results)["runs"]) == ["seed0", "seed0_b", "all"]
