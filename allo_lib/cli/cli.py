@@ -78,20 +78,17 @@ def run(options: argparse.Namespace) -> int:
         study = dataclasses.replace(study, deadline=start + seconds_left(options.minutes))
     if options.fresh and (study.only or study.domains):
         raise AlloError("--fresh starts the whole run over; leave out --only and --domains")
-    written = driver.run_study(study, fresh=options.fresh)
-    for name in written:
-        print(f"wrote {shown(study.results / name)}")
-    if written and (study.results / "claims.csv").is_file():
+    ran = driver.run_study(study, fresh=options.fresh)
+    if ran and (study.results / "claims.csv").is_file():
         from allo_lib.report import report  # loads matplotlib
 
         print(f"wrote {shown(report.build(study.results))}")  # now with what the manifest says
     seconds = time.monotonic() - start
-    count = f"{len(written)} files written" if written else "nothing to do"
+    count = f"{len(ran)} notebooks ran" if ran else "nothing to do"
     print(f"{study.profile.name}: {count}; took {int(seconds // 60)} min {seconds % 60:.0f} s")
     if all(step.is_done() for step in driver.steps(study)):
         return 0
-    missing = verify.missing(study)
-    print(f"time is up, and the same command goes on from here; missing:\n{missing}")
+    print(f"time is up, and the same command goes on from here\n\n{verify.describe(study)}")
     return TIME_UP
 
 
@@ -289,7 +286,7 @@ def _run_of(options: argparse.Namespace) -> driver.Run:
     _check_methods(profile)
     path = Path(options.profile)
     study = driver.Run(
-        given=str(path.resolve()) if path.suffix in (".yaml", ".yml") else options.profile,
+        profile_name=str(path.resolve()) if path.suffix in (".yaml", ".yml") else options.profile,
         profile=profile,
         results=options.out or ROOT / "results" / profile.name,
         overrides=overrides,

@@ -1,7 +1,7 @@
 """Run the notebooks of a study in order, doing only what is not done yet.
 
-A notebook that ran through leaves a *stamp* in the local store: a hash of all that decides its
-outcome, and the files that it wrote. While that still holds it is not run again.
+A notebook that ran through leaves a *stamp* in the local store, with a hash of all that decides its
+outcome. While that still holds it is not run again.
 """
 
 import contextlib
@@ -36,7 +36,9 @@ OUTPUTS = (
 class Run:
     """One invocation: which profile, with which settings, into which folder."""
 
-    given: str  # the profile as the notebooks get it: a name, or the absolute path of a YAML file
+    profile_name: (
+        str  # the profile as the notebooks get it: a name, or the absolute path of a YAML file
+    )
     profile: Profile
     results: Path
     overrides: dict = field(default_factory=dict)
@@ -94,13 +96,13 @@ class Step:
         return stamps(self.run.results) / self.group / f"{self.notebook.stem}.json"
 
     def stamp(self) -> dict | None:
-        """What the notebook left: key, seconds, data, measurements, files; None without it."""
+        """What the notebook left: key, seconds, data, measurements; None without it."""
         return read_json(self.stamp_path)
 
     def is_done(self) -> bool:
         """Whether the notebook ran through with the same code, settings, seed and data.
 
-        All files that it wrote must still be there. Notebooks over all seeds also run again when
+        Its executed copy must still be there. Notebooks over all seeds also run again when
         `measurements.csv` is no longer the one that they left. Without a data folder given,
         whatever data was used before is accepted.
         """
@@ -110,7 +112,7 @@ class Step:
             and stamp["key"] == self.key()
             and (data is None or stamp["data"] in (None, data))
             and (self.seed is not None or stamp["measurements"] == _measured(self.run))
-            and all((self.run.results / name).is_file() for name in stamp["files"])
+            and self.target.is_file()
         )
 
     def key(self) -> str:
@@ -191,32 +193,30 @@ def read_json(path: Path) -> dict | None:
 # --- a run -------------------------------------------------------------------------------------
 
 
-def run_study(run: Run, fresh: bool = False) -> list[str]:
-    """Run every step that is not done until the deadline, and the manifest when any was run.
+def run_study(run: Run, fresh: bool = False) -> list[Step]:
+    """Run what is not done until the deadline, and write the manifest when anything was.
 
-    Returns the files that were written or changed, relative to the results folder. Raises
-    NotebookError at the first notebook that fails, Stopped on a signal, and AlloError when the
-    results folder belongs to something else or cannot be written.
+    Returns the steps that ran. Raises NotebookError at the first notebook that fails, Stopped on a
+    signal, and AlloError when the results folder belongs to something else or cannot be written.
     """
     check_folder(run, fresh)
     with _signals(), _sole_run(run.results):
         if fresh:
             _clear(run.results)
-        before = _files(run.results)
         own = {"profile": run.profile.name, "profile_hash": run.profile.hash()}
         if _own_profile(run.results) != own:  # an unfinished run has no manifest yet
             manifest.write_json(stamps(run.results) / "profile.json", own)
         behind = stamps(run.results) / "manifest-is-behind"  # while notebooks run
-        ran: set[str] = set()
+        ran: list[Step] = []
         try:
             _run_all(run, behind, ran)
         except Stopped as stopped:
             if stopped.number != signal.SIGALRM:
                 raise
         if behind.exists():
-            write_manifest(run, ran)
+            write_manifest(run, {step.group for step in ran})
             behind.unlink()
-        return _changed(before, run.results)
+        return ran
 
 
 def check_folder(run: Run, fresh: bool) -> None:
@@ -252,9 +252,8 @@ def _clear(results: Path) -> None:
             path.unlink(missing_ok=True)
 
 
-def _run_all(run: Run, behind: Path, ran: set[str]) -> None:
-    """Run what is not done; adds to `ran` the groups of notebooks that did."""
-    over_all_seeds = []
+def _run_all(run: Run, behind: Path, ran: list[Step]) -> None:
+    """Run what is not done, and add it to `ran`."""
     for step in steps(run):
         name = step.notebook.stem + ("" if step.seed is None else f" (seed {step.seed})")
         if step.is_done():
@@ -263,26 +262,25 @@ def _run_all(run: Run, behind: Path, ran: set[str]) -> None:
         with _until(run.deadline):
             behind.touch()
             print(f"{name}: started", flush=True)
-            stamp = _run_one(step)
-        ran.add(step.group)
-        print(f"{name}: done in {stamp['seconds']:.1f} s", flush=True)
-        over_all_seeds += [(step, stamp)] if step.seed is None else []
+            _run_one(step)
+        ran.append(step)
+        print(f"{name}: done in {step.stamp()['seconds']:.1f} s, {step.target}", flush=True)
     # The last of them may have written measurements; all have seen what stands there now.
-    for step, stamp in over_all_seeds:
-        manifest.write_json(step.stamp_path, stamp | {"measurements": _measured(run)})
+    for step in (step for step in ran if step.seed is None):
+        manifest.write_json(step.stamp_path, step.stamp() | {"measurements": _measured(run)})
 
 
-def _run_one(step: Step) -> dict:
-    """Run one notebook; returns, and leaves behind, its stamp."""
+def _run_one(step: Step) -> None:
+    """Run one notebook, which leaves its stamp."""
     run, seed = step.run, step.seed
     parameters = {
-        "profile": run.given,
+        "profile": run.profile_name,
         "seed": run.seeds[0] if seed is None else seed,
         "results_dir": str(run.results),
         "overrides": run.chosen(),
     } | ({"seeds": list(run.seeds)} if seed is None else {})
     scratch = run.results / manifest.STORE / "running" / step.notebook.name
-    made_by, before, start = step.key(), _files(run.results), time.monotonic()
+    made_by, start = step.key(), time.monotonic()
     step.stamp_path.unlink(missing_ok=True)
     if run.data is not None:
         os.environ[DATA_VARIABLE] = str(run.data)
@@ -292,10 +290,8 @@ def _run_one(step: Step) -> dict:
         "seconds": round(time.monotonic() - start, 1),
         "data": data_hash(run.data),
         "measurements": None if seed is not None else _measured(run),
-        "files": _changed(before, run.results),
     }
     manifest.write_json(step.stamp_path, stamp)
-    return stamp
 
 
 def write_manifest(run: Run, ran: set[str]) -> None:
@@ -315,16 +311,6 @@ def write_manifest(run: Run, ran: set[str]) -> None:
             runs[folder.name] = origin | {"seconds": known.get("seconds", {}) | seconds}
     built = manifest.build(run.results, run.profile, run.overrides, runs, computer, commit)
     manifest.write_json(run.results / manifest.NAME, built)
-
-
-def _files(results: Path) -> dict[str, tuple[int, int]]:
-    """Time of change and size of every file that the manifest lists."""
-    states = {name: (results / name).stat() for name in manifest.file_names(results)}
-    return {name: (state.st_mtime_ns, state.st_size) for name, state in states.items()}
-
-
-def _changed(before: dict[str, tuple[int, int]], results: Path) -> list[str]:
-    return [name for name, now in _files(results).items() if now != before.get(name)]
 
 
 @contextlib.contextmanager

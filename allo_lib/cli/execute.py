@@ -62,7 +62,7 @@ def execute(job: Job) -> None:
                 stderr_file=sys.stderr,
                 cwd=str(ROOT),
             )
-        except Exception as error:  # whatever went wrong is told, and the copy is kept
+        except Exception as error:  # whatever went wrong becomes the reason
             name = getattr(error, "ename", type(error).__name__)  # of the cell's error
             text = str(getattr(error, "evalue", error)).strip() or "no message"
             reason = f"{target.stem} failed: {name}: {text.splitlines()[0]}"

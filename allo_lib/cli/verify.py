@@ -42,23 +42,33 @@ CIRCUMSTANCES = ("commit", "dirty", "size", "python", "platform", "processor", "
 
 
 def describe(run: Run) -> str:
-    """The state of a results folder as text: every notebook, then the store's artifacts by kind."""
-    recorded = manifest.read(run.results) or {"runs": {}, "profile_hash": None}
-    lines = [f"{run.profile.name}, profile hash {run.profile.hash()[:12]}, {run.results}"]
-    if recorded["profile_hash"] is None:
-        lines.append("no manifest: no run has ended here yet")
-    elif recorded["profile_hash"] != run.profile.hash():
+    """The state of a results folder as text: every notebook, methods without a result, and the
+    store's artifacts by kind."""
+    from allo_lib.study import runs  # loads torch
+    from allo_lib.study.study import Study
+
+    profile = run.profile
+    lines = [f"{profile.name}, profile hash {profile.hash()[:12]}, {run.results}"]
+    recorded = manifest.read(run.results) or {"profile_hash": profile.hash(), "runs": {}}
+    if recorded["profile_hash"] != profile.hash():
         lines.append(f"its manifest is of another profile hash, {recorded['profile_hash'][:12]}")
     seconds = {group: one.get("seconds", {}) for group, one in recorded["runs"].items()}
     lines.append("")
     for step in driver.steps(run):
         known = seconds.get(step.group, {}).get(step.notebook.stem)
         lines.append(f"{step.group}  {step.notebook.stem}: {_state(step, known)}")
-    shown = {step.group for step in driver.steps(run)}
-    others = {group: one for group, one in seconds.items() if group not in shown}
-    if others:
-        lines += ["", "other seeds, or run in pieces (--seeds and --domains show one):"]
-        lines += [f"  {g}: {len(s)} notebooks, {sum(s.values()):.1f} s" for g, s in others.items()]
+    if others := sorted(seconds.keys() - {step.group for step in driver.steps(run)}):
+        lines += ["", "other seeds, or run in pieces (--seeds and --domains show them):"]
+        for group in others:
+            total = sum(seconds[group].values())
+            lines.append(f"{group}: {len(seconds[group])} notebooks, {total:.1f} s")
+    try:
+        profile = part_of(profile, run.domains) if run.domains else profile
+        data = None if run.data is None else str(run.data)
+        for seed in run.seeds:
+            lines += ["", *runs.missing(Study(profile, seed, run.results, data))]
+    except (AlloError, OSError) as error:  # such as no data
+        lines += ["", f"missing methods: unknown ({error})"]
     records = [driver.read_json(p) for p in (run.results / manifest.STORE).rglob(manifest.NAME)]
     if artifacts := [record for record in records if record and "kind" in record]:
         table = pd.DataFrame(artifacts).assign(artifacts=1, MB=lambda t: t["bytes"] / 1e6)
@@ -74,26 +84,6 @@ def _state(step: Step, recorded: float | None) -> str:
     return f"{stamp['seconds']:.1f} s" if step.is_done() else "to redo"
 
 
-def missing(run: Run) -> str:
-    """What is not done of all that the run asks for: notebooks, and methods without a result."""
-    from allo_lib.study import runs  # loads torch
-    from allo_lib.study.study import Study
-
-    left: dict[str, list[str]] = {}
-    for step in driver.steps(run):
-        if not step.is_done():
-            left.setdefault(step.group, []).append(step.notebook.stem)
-    lines = [f"{name}: notebooks {', '.join(stems)}" for name, stems in left.items()]
-    profile = part_of(run.profile, run.domains) if run.domains else run.profile
-    data = None if run.data is None else str(run.data)
-    try:
-        for seed in run.seeds:
-            lines += runs.missing(Study(profile, seed, run.results, data))
-    except (AlloError, OSError) as error:  # such as no data
-        lines.append(f"methods: unknown ({error})")
-    return "\n".join(lines)
-
-
 # --- verify --------------------------------------------------------------------------------------
 
 
@@ -106,7 +96,7 @@ def as_recorded(run: Run) -> Run:
     if recorded is None:
         raise AlloError(f"{run.results} has no {manifest.NAME}: run the profile first")
     overrides = run.overrides or recorded.get("overrides", {})
-    profile = load_profile(run.given, overrides, device=recorded.get("size"))
+    profile = load_profile(run.profile_name, overrides, device=recorded.get("size"))
     return dataclasses.replace(run, overrides=overrides, profile=profile)
 
 
@@ -140,7 +130,7 @@ def rerun(run: Run) -> list[str]:
     should be, and what differs between the two runs. The new results are kept when there is any.
     """
     old = manifest.read(run.results)
-    if load_profile(run.given, run.overrides).hash() != run.profile.hash():
+    if load_profile(run.profile_name, run.overrides).hash() != run.profile.hash():
         raise AlloError(
             f"these results are of size {run.profile.size}, which this machine's device does not "
             "run: verify --rerun needs one that does"

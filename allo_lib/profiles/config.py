@@ -326,13 +326,15 @@ class Profile:
                 f"timing.domain: got {short(self.timing.domain)}, expected one of "
                 f"{', '.join(self.domains)}"
             )
-        asked = [data for domain in self.domains.values() for data in domain.instructions.datasets]
-        if len(set(asked)) < len(asked):
+        requested = [
+            data for domain in self.domains.values() for data in domain.instructions.datasets
+        ]
+        if len(set(requested)) < len(requested):
             raise ValueError(
                 "domains: two have instructions of one data set; name it in one, as measurements "
                 "have one row for it"
             )
-        if self.judge.kind and not asked:
+        if self.judge.kind and not requested:
             raise ValueError("judge.kind: nothing to judge; give a domain `instructions`")
         return self
 

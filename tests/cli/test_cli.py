@@ -40,7 +40,7 @@ def typed(tmp_path, monkeypatch):
 def test_what_is_typed_becomes_a_run(typed, tmp_path, monkeypatch):
     status, run = typed("toy.yaml", "-p", "models", "3", "-p", "method.beta", "2e-1")
     assert status == 0 and run.seeds == (0, 1, 2) and run.profile.method.beta == 0.2
-    assert run.given == str(tmp_path / "toy.yaml") and run.data is None
+    assert run.profile_name == str(tmp_path / "toy.yaml") and run.data is None
     assert run.results == cli.ROOT / "results" / "toy"
     _, run = typed("toy.yaml", "--seeds", " 7, 3", "--only", "6,00", "--out", "new", "--data=data")
     assert (run.seeds, run.only) == ((7, 3), ("06", "00"))

@@ -206,7 +206,7 @@ def test_everything_that_was_promised_is_there_and_of_this_run(whole):
     notebooks = sorted((folder / "notebooks").iterdir())
     assert [path.name for path in notebooks] == [f"{name}.ipynb" for name in NAMES]
     assert not list(folder.glob("figures/0*")), "figures of one seed stay inside the notebooks"
-    assert "measurements.csv" in printed
+    assert "05_ablations (seed 0): done in" in printed
     for path in notebooks:
         text = path.read_text()
         assert str(ROOT) not in text and str(Path.home()) + "/" not in text, path.name

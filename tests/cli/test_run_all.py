@@ -28,7 +28,7 @@ def test_a_run_is_whole_repeatable_and_verifiable(project):
     assert first.returncode == 0, first.stderr
     results = project / "results" / "toy"
     assert "here is 00_first with seed 3" in first.stdout
-    assert "toy: 5 files written; took 0 min" in first.stdout
+    assert "toy: 3 notebooks ran; took 0 min" in first.stdout
     for name in ("00_first_seed3", "01_second_seed3", "06_merge"):
         text = (results / "notebooks" / f"{name}.ipynb").read_text()
         assert str(project.parent) not in text and "papermill" not in text
@@ -95,7 +95,7 @@ def make_run(project: Path, **settings) -> driver.Run:
     profile = cli.load_profile(str(path), settings.get("overrides"))
     settings = {"results": project / "results" / "toy", **settings}
     notebooks = project / "notebooks"
-    return driver.Run(given=str(path), profile=profile, notebooks=notebooks, **settings)
+    return driver.Run(profile_name=str(path), profile=profile, notebooks=notebooks, **settings)
 
 
 ALL = [("00_first", 0), ("01_second", 0), ("06_merge", [0])]
@@ -282,10 +282,12 @@ def test_status_shows_done_missing_changed_and_costs(study, project):
         (artifact / "manifest.json").write_text(json.dumps(record))
     lines = [" ".join(line.split()) for line in verify.describe(run).splitlines()]
     assert {"seed0 00_first: 0.0 s", "seed0 01_second: to redo", "mask 2 3.5 6.0"} <= set(lines)
+    assert any(line.startswith("seed 0, toy: methods sft_base") for line in lines)
     (run.results / ".store" / "done" / "seed0" / "00_first.json").unlink()
     assert "00_first: 0.0 s by the manifest, not here" in verify.describe(run)
-    other = verify.describe(make_run(project, seeds=(5,)))
+    other = verify.describe(make_run(project, seeds=(5,), domains=("moon",)))
     assert "00_first: missing" in other and "seed0: 2 notebooks" in other
+    assert "missing methods: unknown (domains 'moon': expected" in other
 
 
 # ---- executed notebooks -----------------------------------------------------------------------
