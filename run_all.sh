@@ -5,8 +5,6 @@
 # versions of requirements.lock are installed into .venv beside this file, once.
 set -euo pipefail
 
-export ALLO_STARTED="$(date +%s)" # what --minutes counts from
-
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 export PYTHONPATH="$here${PYTHONPATH:+:$PYTHONPATH}"
 

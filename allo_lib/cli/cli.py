@@ -22,7 +22,6 @@ from allo_lib.profiles.methods import stages_of
 from allo_lib.profiles.profile_files import load_profile, parse_yaml, part_of
 from allo_lib.study import manifest
 
-STARTED_VARIABLE = "ALLO_STARTED"  # run_all.sh puts there when it was typed, in Unix seconds
 BAD_INPUT, TIME_UP = 2, 3
 # Of --minutes, at most: to stop a notebook, write the manifest and tell what is missing.
 ENDING_SECONDS = 40
@@ -75,7 +74,8 @@ def run(options: argparse.Namespace) -> int:
     """Run the notebooks of a profile."""
     start, study = time.monotonic(), _run_of(options)
     if options.minutes:
-        study = dataclasses.replace(study, deadline=start + seconds_left(options.minutes))
+        seconds = 60 * options.minutes - min(ENDING_SECONDS, 15 * options.minutes)
+        study = dataclasses.replace(study, deadline=start + seconds)
     if options.fresh and (study.only or study.domains):
         raise AlloError("--fresh starts the whole run over; leave out --only and --domains")
     ran = driver.run_study(study, fresh=options.fresh)
@@ -315,12 +315,6 @@ def _check_methods(profile: Profile) -> None:
         # may have set that and need none of them.
         if not any(letter.isdigit() for letter in name):
             stages_of(name, profile)
-
-
-def seconds_left(minutes: float) -> float:
-    """Seconds from now until notebooks have to stop, for a command of so many minutes in all."""
-    gone = time.time() - float(os.environ.get(STARTED_VARIABLE) or time.time())
-    return 60 * minutes - min(ENDING_SECONDS, 15 * minutes) - gone
 
 
 def shown(path: Path) -> str:

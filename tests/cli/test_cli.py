@@ -42,9 +42,12 @@ def test_what_is_typed_becomes_a_run(typed, tmp_path, monkeypatch):
     assert status == 0 and run.seeds == (0, 1, 2) and run.profile.method.beta == 0.2
     assert run.profile_name == str(tmp_path / "toy.yaml") and run.data is None
     assert run.results == cli.ROOT / "results" / "toy"
-    _, run = typed("toy.yaml", "--seeds", " 7, 3", "--only", "6,00", "--out", "new", "--data=data")
+    _, run = typed("toy.yaml", "--seeds", " 7, 3", "--only", "6,00", "--out=new", "--data=data")
     assert (run.seeds, run.only) == ((7, 3), ("06", "00"))
     assert (run.results, run.data) == (tmp_path / "new", tmp_path / "data")
+    for minutes, seconds in (("9", 540 - cli.ENDING_SECONDS), ("0.2", 9)):
+        _, run = typed("toy.yaml", "--minutes", minutes)
+        assert run.deadline - time.monotonic() == pytest.approx(seconds, abs=5)
     monkeypatch.setenv("ALLO_DATA", str(tmp_path / "data"))
     assert typed("tiny")[1].data == tmp_path / "data"
 
@@ -65,14 +68,6 @@ def test_what_is_typed_becomes_a_run(typed, tmp_path, monkeypatch):
 def test_values_are_plain_data(text, value):
     read = cli.parse_value("name", text)
     assert read == value and type(read) is type(value)
-
-
-def test_minutes_count_from_when_the_command_was_typed_and_leave_time_for_the_end(monkeypatch):
-    monkeypatch.delenv(cli.STARTED_VARIABLE, raising=False)
-    assert cli.seconds_left(9) == pytest.approx(540 - cli.ENDING_SECONDS, abs=0.1)
-    assert cli.seconds_left(0.2) == pytest.approx(9, abs=0.1)
-    monkeypatch.setenv(cli.STARTED_VARIABLE, str(time.time() - 100))
-    assert cli.seconds_left(9) == pytest.approx(440 - cli.ENDING_SECONDS, abs=0.1)
 
 
 @pytest.mark.parametrize(("typed", "passed"), [([], ["-m", "not slow"]), (["-x"], ["-x"])])

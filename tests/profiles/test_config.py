@@ -182,19 +182,15 @@ def test_the_7b_profiles_hold_the_published_settings(name, weights):
 TEXTS = {
     # Tags construct nothing.
     "call": (TOY + "name: !!python/object/apply:os.system ['touch ran']", "constructor for"),
-    "key that calls": (TOY + "? !!python/object/apply:os.getcwd []\n: 1", "constructor for"),
     # No YAML, or no profile.
-    "tab": ("domains:\n\ttoy: 1\n", "own.yaml is not readable YAML (while scanning"),
     "Latin-1": (TOY.encode() + "description: é\n".encode("latin-1"), "'utf-8' codec can't decode"),
     "very deep": ("[" * 5000, "it is nested too deeply; expected a few levels"),
     "list of profiles": ("- name: x\n", "own.yaml holds a list: expected keys with values"),
     # Values of which Python says what yaml lets through.
     "no such day": (TOY + "description: 2020-13-45\n", "month must be in 1..12"),
-    "no boolean": (TOY + "timing: {peers: !!bool maybe}\n", "is not readable YAML ('maybe')"),
     "thousands of digits": (TOY + "model: {width: " + "9" * 5000 + "}\n", "Exceeds the limit"),
     # What YAML would quietly read in another way.
     "key twice": (TOY + "method: {beta: 0.1, beta: 0.2}\n", "the key 'beta' is given twice; give"),
-    "name no": (TOY + "name: no\n", "name: got False, expected a valid string"),
     # Names and characters.
     "half a pair": (TOY + 'description: "\\ud83d"\n', "half of a surrogate pair in '\\ud83d'"),
     "key with a line break": (TOY + '"a\\nb": 1\n', "unknown key 'a\\nb'; expected one of abl"),
@@ -235,20 +231,12 @@ VALUES = [
     # A kind of value each, and what each kind does not take.
     ("model.width", 0, "model.width: got 0, expected greater than or"),
     ("model.width", 10**400, "model.width: got 1000000000"),
-    ("model.width", 64.0, "model.width: got 64.0, expected a valid integer"),
-    ("domains.toy.pairs.train", -2, "domains.toy.pairs.train: got -2, expected"),
-    ("domains.toy.rates.dense", 0, "rates.dense: got 0, expected greater than 0"),
     ("method.weight_decay", float("nan"), "weight_decay: got nan, expected a finite"),
-    ("method.beta", "NaN", "method.beta: got 'NaN', expected a finite"),
     ("method.beta", True, "method.beta: got True, expected a number"),
-    ("method.beta", None, "method.beta: got None, expected a valid number"),
     ("method.beta.x", 1, "method.beta: got {'x': 1}, expected a valid number"),
     ("method.share", 10, "share: got 10, expected less than or equal to 1"),
-    ("domains.toy.sft.beta2", 1.0, "sft.beta2: got 1.0, expected less than 1"),
-    ("timing.peers", 1, "timing.peers: got 1, expected a valid boolean"),
     ("methods", "dpo", "methods: got 'dpo', expected a valid list"),
     ("methods", ["dpo", "sft", "dpo"], "methods: 'dpo' is named twice; name each"),
-    ("model.dtype", "float16", "got 'float16', expected 'float32', 'bfloat16' or 'auto'"),
     ("size", "tpu", "size: got 'tpu', expected 'cpu' or 'gpu'"),
     ("name", "", "name: '' cannot name a folder"),
     ("domains.toy", None, "domains.toy: got None, expected a section with keys"),
@@ -256,11 +244,9 @@ VALUES = [
     # Values that do not fit together.
     ("domains.toy.sft.mix", [1], "sft.mix: got [1.0], expected a share for each of"),
     ("domains.toy.datasets", [], "domains.toy: datasets: empty; name at least"),
-    ("domains", None, "domains: got None, expected a section with keys"),
     ("timing.domain", "moon", "timing.domain: got 'moon', expected one of toy"),
     ("judge.model", "me/rm", "judge: model: the kind reward_model needs one, and no other"),
     ("judge.kind", "reward_model", "judge: model: the kind reward_model needs one"),
-    ("judge.kind", "gpt", "judge.kind: got 'gpt', expected '', 'reward_model'"),
     ("judge.kind", "programs", "judge.kind: nothing to judge; give a domain"),
     ("domains.toy.instructions", REPLIES, "the miniature has no words for them"),
     ("domains.a", TEXT_DOMAIN | {"instructions": REPLIES | {"datasets": ["ecqa"]}}, "got 'ecqa'"),
