@@ -245,20 +245,16 @@ def there(measured, tmp_path):
     return shutil.copytree(measured, tmp_path / "there", ignore=ignored)
 
 
-def test_nothing_is_trained_whose_result_is_there(measured, there, trained):
+def test_nothing_is_trained_whose_result_is_there_and_the_rest_is_listed(measured, there, trained):
+    before = {path: path.stat().st_mtime_ns for path in there.rglob("*")}
+    (line,) = runs.missing(opened(there, [*METHODS, "npo"]))
+    assert line.partition(" (")[0] == f"seed 0, {DOMAIN}: methods dpo_top10, npo"
+    assert {path: path.stat().st_mtime_ns for path in there.rglob("*")} == before
     (there / "measurements.csv").unlink()
     results.update(opened(there), [0])
     name = "measurements.csv"
     assert (there / name).read_bytes() == (measured / name).read_bytes()
     assert trained == [] and not list(there.rglob("*.safetensors"))
-
-
-def test_methods_without_a_result_are_listed_and_nothing_is_made(there, trained):
-    before = {path: path.stat().st_mtime_ns for path in there.rglob("*")}
-    (line,) = runs.missing(opened(there, [*METHODS, "npo"]))
-    assert line.partition(" (")[0] == f"seed 0, {DOMAIN}: methods dpo_top10, npo"
-    assert {path: path.stat().st_mtime_ns for path in there.rglob("*")} == before
-    assert trained == []
 
 
 @pytest.mark.slow

@@ -228,17 +228,6 @@ def test_a_manifest_that_was_not_written_in_time_is_written_later(study, monkeyp
     assert ran == ALL and manifest.read(run.results)["seeds"] == [0]
 
 
-def test_a_damaged_manifest_is_named_and_kept(study):
-    run, _ = study
-    driver.run_study(run)
-    path = run.results / manifest.NAME
-    for text in ("{", "[]", json.dumps({"profile": "toy"})):
-        path.write_text(text)
-        with pytest.raises(cli.AlloError, match="manifest.json .*--fresh"):
-            driver.run_study(run)
-        assert path.read_text() == text
-
-
 @pytest.mark.parametrize("fresh", [False, True])
 def test_two_runs_never_write_into_one_folder(study, monkeypatch, fresh):
     run, _ = study
