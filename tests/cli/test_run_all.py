@@ -285,7 +285,7 @@ def test_status_shows_done_missing_changed_and_costs(study, project):
 def test_executed_notebooks_tell_nothing_of_the_machine():
     output = nbformat.v4.new_output
     text = f"{Path.home()}/a and {Path.home()}-b"
-    picture = f"aGVs{Path.home()}bG8="
+    picture = f"aGVs{Path.home()}/bG8/{Path.home()}b="
     cell = nbformat.v4.new_code_cell(
         f'results_dir = "{ROOT}/results/tiny"',
         metadata={
