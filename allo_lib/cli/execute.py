@@ -43,7 +43,7 @@ def execute(job: Job) -> None:
     import nbformat
     import papermill
 
-    for library in ("asyncio", "traitlets"):  # whose kernel dies when the run is stopped
+    for library in ("asyncio", "papermill"):  # whose kernel dies when the run is stopped
         logging.getLogger(library).setLevel(logging.CRITICAL)
     scratch, target = Path(job.scratch), Path(job.target)
     failed, reason = target.with_suffix(".failed.ipynb"), None
