@@ -28,7 +28,7 @@ from allo_lib.engine.store import MANIFEST, NotMade, Store, sha256, write_json
 from allo_lib.errors import AlloError
 from allo_lib.machine import weights
 from allo_lib.machine.runtime import fork_server
-from allo_lib.study import arms, manifest, results, runs, scoring
+from allo_lib.study import manifest, results, runs, scoring, training
 
 CRASHES = int(os.environ.get("ALLO_CRASHES", "3"))
 LONGEST = 300  # seconds that nothing here takes
@@ -45,7 +45,7 @@ def work(folder: Path) -> None:
     settings = {"methods": ["sft", "dpo", "allo"], "compute__checkpoint_minutes": 0.01}
     study = open_study(folder, ablations=[], **settings)
     for method in ("allo", "dpo"):
-        arms.result(study, DOMAIN, method)
+        training.result(study, DOMAIN, method)
     results.update(study, [0])
 
 
@@ -238,7 +238,7 @@ def measured(tiny_study, tmp_path_factory):
     results.update(study, [0])
     with pytest.MonkeyPatch.context() as patch, pytest.raises(driver.Stopped):
         patch.setattr(scoring, "measure", lambda *_: (_ for _ in ()).throw(driver.Stopped(15)))
-        arms.result(study, DOMAIN, "dpo_top10")
+        training.result(study, DOMAIN, "dpo_top10")
     return folder
 
 
@@ -268,7 +268,7 @@ def test_the_next_method_is_measured_to_the_same_bits(measured, there, tmp_path,
     for folder in (here, there):
         study = opened(folder, METHODS)
         answers[folder] = runs.run_methods(study, {DOMAIN: ["sft_base", *METHODS]})
-        models[folder] = weights.snapshot(arms.trained_model(study, DOMAIN, "dpo")[0])
+        models[folder] = weights.snapshot(training.trained_model(study, DOMAIN, "dpo")[0])
     assert answers[here] == answers[there]
     assert all(torch.equal(models[there][name], value) for name, value in models[here].items())
     # Both candidates were there; without their weights the chosen one is trained again, and DPO's,
@@ -292,11 +292,11 @@ def test_weights_with_other_bits_are_told(measured, there, monkeypatch, capsys):
 
     monkeypatch.setattr("allo_lib.study.study.Study._make_sft", elsewhere)
     monkeypatch.setattr("allo_lib.study.study.device_name", lambda device: "Another GPU")
-    monkeypatch.setattr("allo_lib.study.arms.device_name", lambda device: "Another GPU")
+    monkeypatch.setattr("allo_lib.study.training.device_name", lambda device: "Another GPU")
     study = opened(there, METHODS)
     results.update(study, [0])
     assert re.search(r"^sft/\w+: made again with other bits$", capsys.readouterr().err, re.M)
-    before, after = (arms.result(study, DOMAIN, method) for method in METHODS)
+    before, after = (training.result(study, DOMAIN, method) for method in METHODS)
     # The chosen candidate was trained again, and its result tells of that training.
     records = [
         json.loads(p.read_text())
