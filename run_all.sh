@@ -1,19 +1,9 @@
 #!/usr/bin/env bash
-# Runs the study, its tests, or a look at its state:
-#
-#   ./run_all.sh [PROFILE] [--seeds 0,1,2] [--domains A,B] [--only 01,05] [--data DIR] [--out DIR]
-#                [--minutes M] [-p NAME VALUE]... [--fresh]
-#   ./run_all.sh test [PYTEST ARGS]
-#   ./run_all.sh status [PROFILE]
-#   ./run_all.sh verify [PROFILE] [--rerun]
-#   ./run_all.sh figures [PROFILE] [NAME]
-#   ./run_all.sh tune [PROFILE] [--seeds 100,101]
+# Runs the study, its tests, or a look at its state: `./run_all.sh --help` lists the commands.
 #
 # An active environment that meets the ranges of pyproject.toml is used as it is; otherwise the
 # versions of requirements.lock are installed into .venv beside this file, once.
 set -euo pipefail
-
-export ALLO_STARTED="$(date +%s)" # what --minutes counts from
 
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 export PYTHONPATH="$here${PYTHONPATH:+:$PYTHONPATH}"

@@ -69,11 +69,6 @@ def chromium() -> str | None:
     return next(filter(None, map(shutil.which, ("chromium", "chromium-browser"))), None)
 
 
-def mkdocs() -> bool:
-    """Whether the packages of the extra `docs` are here, for tests marked `site`."""
-    return importlib.util.find_spec("mkdocs_jupyter") is not None
-
-
 def cuda() -> bool:
     """Whether there is a GPU, for tests marked `gpu`."""
     import torch
@@ -81,40 +76,26 @@ def cuda() -> bool:
     return torch.cuda.is_available()
 
 
-LEFT_OUT = pytest.StashKey[list[str]]()
+NEEDED = {
+    "browser": (chromium, "no chromium here (apt-get install chromium)"),
+    "gpu": (cuda, "no CUDA device here"),
+    "site": (
+        lambda: importlib.util.find_spec("mkdocs_jupyter") is not None,
+        "no mkdocs here (pip install -r requirements.lock)",
+    ),
+}
 
 
-def pytest_collection_modifyitems(config, items):
-    """Leave out tests for which the machine lacks something; files with slow ones come first.
-
-    Of two processes neither is then left with an hour's file when the other one is done.
-    """
-    lines = config.stash[LEFT_OUT] = []
-    for marker, there_is_one, lack in (
-        ("browser", chromium, "no chromium here (apt-get install chromium)"),
-        ("gpu", cuda, "no CUDA device here"),
-        ("site", mkdocs, "no mkdocs here (pip install -r requirements.lock)"),
-    ):
-        left_out = [item for item in items if item.get_closest_marker(marker)]
-        if left_out and not there_is_one():
-            items[:] = [item for item in items if item not in left_out]
-            config.hook.pytest_deselected(items=left_out)
-            lines.append(f"{len(left_out)} tests marked {marker} are left out: {lack}")
-    if hasattr(config, "workeroutput"):  # in a process of pytest-xdist
-        config.workeroutput["left_out"] = lines
+def pytest_collection_modifyitems(items):
+    """Skip tests for which the machine lacks something; files with slow ones come first, so that of
+    two processes neither is left with an hour's file when the other one is done."""
+    for marker, (there_is_one, lack) in NEEDED.items():
+        concerned = [item for item in items if item.get_closest_marker(marker)]
+        if concerned and not there_is_one():
+            for item in concerned:
+                item.add_marker(pytest.mark.skip(reason=lack))
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
-
-
-@pytest.hookimpl(optionalhook=True)
-def pytest_testnodedown(node):
-    """All processes collect the same tests, so that what one of them left out is told once."""
-    node.config.stash[LEFT_OUT] = getattr(node, "workeroutput", {}).get("left_out", [])
-
-
-def pytest_terminal_summary(terminalreporter, config):
-    for line in config.stash.get(LEFT_OUT, []):
-        terminalreporter.write_line(line)
 
 
 @pytest.fixture

@@ -91,7 +91,8 @@ def test_readme_is_short():
     assert len(own.splitlines()) <= LONGEST_README
 
 
-def test_one_version_everywhere():
+def test_one_version_everywhere_and_a_citation_with_what_its_format_asks_for():
+    """The required keys of CFF 1.2.0, and the paper that is reproduced."""
     version = allo_lib.__version__
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
@@ -99,10 +100,6 @@ def test_one_version_everywhere():
     assert f"version = {{{version}}}" in (ROOT / "README.md").read_text(encoding="utf-8")
     assert f"## {version} " in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
 
-
-def test_the_citation_has_what_its_format_asks_for():
-    """The required keys of CFF 1.2.0, and the paper that is reproduced."""
-    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
     assert citation["cff-version"] == "1.2.0"
     assert citation["message"] and citation["title"] and citation["authors"]
     paper = citation["preferred-citation"]

@@ -1,40 +1,83 @@
-"""`run_all.sh verify`: results against the hashes in their manifest, or against a new run."""
+"""`run_all.sh status`: what is done and what it cost; `run_all.sh verify`: results against their
+hashes, or against a new run."""
 
-import csv
 import dataclasses
 import shutil
 import tempfile
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 from scipy.special import stdtrit
 
 from allo_lib.cli import driver
-from allo_lib.cli.driver import Run
+from allo_lib.cli.driver import Run, Step
 from allo_lib.errors import AlloError
 from allo_lib.evaluation.comparisons import StudyResults
 from allo_lib.evaluation.stats import LEVEL
 from allo_lib.profiles.config import settings_hash
-from allo_lib.profiles.profile_files import load_profile
+from allo_lib.profiles.profile_files import load_profile, part_of
 from allo_lib.study import manifest
 
 TOLERANCE = 1e-9  # absolute, on values and standard errors
-# Another number of threads, or another processor, adds up in another order. Of 48 pairs under a
-# model of width 128, in float32, 1 thread against 2, 3, 4 and 8 and against the instructions of
-# older processors (AVX2; SSE alone), tests/study/test_repeat.py measured
-# - per-token log-probs of the same weights, absolute: at most 2.9e-6 (by threads 1.4e-6);
-LOGP_TOLERANCE = 1e-5
-# - weights after 12 steps of DPO on a mask, as a share of the learning rate: at most 1.2e-4;
-WEIGHT_TOLERANCE = 0.01
-# - intersection over union of masks from a warm-up of 12 steps: 1.
-MASK_AGREEMENT = 0.999
-# Whole studies draw and decode by such numbers: a near tie that falls to the other side is another
-# response, and training makes more of it. So a run on another type of CPU is another draw, which is
-# held to the spread of the committed runs and not to these.
-ROW_KEY = ("seed", "method", "dataset", "metric")
-CELLS = ("value", "stderr", "n")
+# Another number of threads, or another processor, adds up in another order: per-token log-probs of
+# the same weights differ by up to 2.9e-6, weights after 12 steps of DPO by up to 1.2e-4 of the
+# learning rate (tests/study/test_repeat.py). Whole studies draw and decode by such numbers: a near
+# tie that falls to the other side is another response, and training makes more of it. So a run on
+# another type of CPU is another draw, which is held to the spread of the committed runs.
+ROW_KEY = ["seed", "method", "dataset", "metric"]
+CELLS = ["value", "stderr", "n"]
 # Settings of two runs that may explain different numbers.
 CIRCUMSTANCES = ("commit", "dirty", "size", "python", "platform", "processor", "device", "threads")
+
+
+# --- status --------------------------------------------------------------------------------------
+
+
+def describe(run: Run) -> str:
+    """The state of a results folder as text: every notebook, methods without a result, and the
+    store's artifacts by kind."""
+    from allo_lib.study import runs  # loads torch
+    from allo_lib.study.study import Study
+
+    profile = run.profile
+    lines = [f"{profile.name}, profile hash {profile.hash()[:12]}, {run.results}"]
+    recorded = manifest.read(run.results) or {"profile_hash": profile.hash(), "runs": {}}
+    if recorded["profile_hash"] != profile.hash():
+        lines.append(f"its manifest is of another profile hash, {recorded['profile_hash'][:12]}")
+    seconds = {group: one.get("seconds", {}) for group, one in recorded["runs"].items()}
+    lines.append("")
+    for step in driver.steps(run):
+        known = seconds.get(step.group, {}).get(step.notebook.stem)
+        lines.append(f"{step.group}  {step.notebook.stem}: {_state(step, known)}")
+    if others := sorted(seconds.keys() - {step.group for step in driver.steps(run)}):
+        lines += ["", "other seeds, or run in pieces (--seeds and --domains show them):"]
+        for group in others:
+            total = sum(seconds[group].values())
+            lines.append(f"{group}: {len(seconds[group])} notebooks, {total:.1f} s")
+    try:
+        profile = part_of(profile, run.domains) if run.domains else profile
+        data = None if run.data is None else str(run.data)
+        for seed in run.seeds:
+            lines += ["", *runs.missing(Study(profile, seed, run.results, data))]
+    except (AlloError, OSError) as error:  # such as no data
+        lines += ["", f"missing methods: unknown ({error})"]
+    records = [driver.read_json(p) for p in (run.results / manifest.STORE).rglob(manifest.NAME)]
+    if artifacts := [record for record in records if record and "kind" in record]:
+        table = pd.DataFrame(artifacts).assign(artifacts=1, MB=lambda t: t["bytes"] / 1e6)
+        costs = table.groupby("kind")[["artifacts", "seconds", "MB"]].sum().reset_index()
+        lines += ["", costs.to_string(index=False, float_format="{:.1f}".format)]
+    return "\n".join(lines)
+
+
+def _state(step: Step, recorded: float | None) -> str:
+    stamp = step.stamp()
+    if stamp is None:
+        return "missing" if recorded is None else f"{recorded:.1f} s by the manifest, not here"
+    return f"{stamp['seconds']:.1f} s" if step.is_done() else "to redo"
+
+
+# --- verify --------------------------------------------------------------------------------------
 
 
 def as_recorded(run: Run) -> Run:
@@ -42,32 +85,32 @@ def as_recorded(run: Run) -> Run:
 
     Raises AlloError when there is no manifest.
     """
-    told = manifest.read(run.results)
-    if told is None:
+    recorded = manifest.read(run.results)
+    if recorded is None:
         raise AlloError(f"{run.results} has no {manifest.NAME}: run the profile first")
-    overrides = run.overrides or told.get("overrides", {})
-    profile = load_profile(run.given, overrides, device=told.get("size"))
+    overrides = run.overrides or recorded.get("overrides", {})
+    profile = load_profile(run.profile_name, overrides, device=recorded.get("size"))
     return dataclasses.replace(run, overrides=overrides, profile=profile)
 
 
 def check_files(run: Run) -> list[str]:
     """One line for every file that is not what the manifest says, and for a changed profile."""
-    told = manifest.read(run.results)
+    recorded = manifest.read(run.results)
     problems = []
-    if settings_hash(told.get("settings") or {}) != told["profile_hash"]:
+    if settings_hash(recorded.get("settings") or {}) != recorded["profile_hash"]:
         problems.append(f"{manifest.NAME}: its settings do not have its profile hash")
-    if told["profile_hash"] != run.profile.hash():
+    if recorded["profile_hash"] != run.profile.hash():
         problems.append(
-            f"made by profile hash {told['profile_hash'][:12]}, but {run.profile.name} now has "
+            f"made by profile hash {recorded['profile_hash'][:12]}, but {run.profile.name} now has "
             f"{run.profile.hash()[:12]}"
         )
-    expected, found = told["files"], manifest.file_hashes(run.results)
-    for name in sorted({*expected, *found}):
-        if name not in found:
+    expected, present = recorded["files"], manifest.file_hashes(run.results)
+    for name in sorted({*expected, *present}):
+        if name not in present:
             problems.append(f"{name}: missing")
         elif name not in expected:
             problems.append(f"{name}: not in the manifest")
-        elif expected[name] != found[name]:
+        elif expected[name] != present[name]:
             problems.append(f"{name}: differs from the manifest")
     return problems
 
@@ -79,18 +122,17 @@ def rerun(run: Run) -> list[str]:
     `outside_spread`. Prints what was compared; returns a line for each thing that is not as it
     should be, and what differs between the two runs. The new results are kept when there is any.
     """
-    told = manifest.read(run.results)
-    if load_profile(run.given, run.overrides).hash() != run.profile.hash():
+    old = manifest.read(run.results)
+    if load_profile(run.profile_name, run.overrides).hash() != run.profile.hash():
         raise AlloError(
             f"these results are of size {run.profile.size}, which this machine's device does not "
             "run: verify --rerun needs one that does"
         )
     folder = Path(tempfile.mkdtemp(prefix="allo-verify-"))
-    seeds = tuple(told["seeds"]) or run.seeds
-    again = dataclasses.replace(run, results=folder, seeds=seeds)
-    driver.run_study(again)
+    seeds = tuple(old["seeds"]) or run.seeds
+    driver.run_study(dataclasses.replace(run, results=folder, seeds=seeds))
     new = manifest.read(folder)
-    if told.get("processor") == new.get("processor"):
+    if old.get("processor") == new.get("processor"):
         counts, problems = compare(run.results / "measurements.csv", folder / "measurements.csv")
         print(", ".join(f"{count} cells {kind}" for kind, count in counts.items()))
     else:
@@ -99,7 +141,7 @@ def rerun(run: Run) -> list[str]:
     if not problems:
         shutil.rmtree(folder)
         return []
-    return [*problems, *differences(told, new), f"the new run is in {folder}"]
+    return [*problems, *differences(old, new), f"the new run is in {folder}"]
 
 
 def outside_spread(before: Path, after: Path) -> tuple[int, list[str]]:
@@ -108,7 +150,7 @@ def outside_spread(before: Path, after: Path) -> tuple[int, list[str]]:
     Of every method and domain with n committed runs (one a model and replicate) of mean m and
     standard deviation s, a run is to lie within m +- t s sqrt(1 + 1/n), Student's prediction
     interval for one more run; t is such that of all runs judged not even one lies outside by chance
-    in 95% of reruns (Bonferroni). One committed run has no spread: that is told as a problem.
+    in 95% of reruns (Bonferroni). One committed run has no spread: that is a problem, too.
     """
     old, new = (StudyResults.load(folder, models=2**32) for folder in (before, after))
     pairs = [
@@ -138,43 +180,35 @@ def outside_spread(before: Path, after: Path) -> tuple[int, list[str]]:
 
 def compare(before: Path, after: Path) -> tuple[dict[str, int], list[str]]:
     """Cells of two `measurements.csv`: counts by verdict, and a line for each that differs."""
-    old, new = _rows(before), _rows(after)
+    for path in (before, after):
+        if not path.is_file():
+            raise AlloError(f"{path} is missing: nothing to compare")
+    # As texts, so that equal means the same bytes.
+    tables = [pd.read_csv(path, dtype=str, keep_default_na=False) for path in (before, after)]
+    both = pd.merge(*tables, on=ROW_KEY, how="outer", suffixes=(" was", " is"), indicator=True)
     counts, problems = {"equal": 0, "within tolerance": 0, "different": 0}, []
-    for row in sorted({*old, *new}):
-        name = " ".join(row)
-        if row not in old or row not in new:
+    for _, row in both.sort_values(ROW_KEY).iterrows():
+        name = " ".join(row[ROW_KEY])
+        if row["_merge"] != "both":
             counts["different"] += len(CELLS)
-            problems.append(f"{name}: only in the {'earlier' if row in old else 'new'} run")
+            side = "earlier" if row["_merge"] == "left_only" else "new"
+            problems.append(f"{name}: only in the {side} run")
             continue
         for column in CELLS:
-            was, now = old[row][column], new[row][column]
-            verdict = _verdict(was, now)
-            counts[verdict] += 1
-            if verdict == "different":
+            was, now = row[f"{column} was"], row[f"{column} is"]
+            if was == now:
+                counts["equal"] += 1
+            elif was and now and abs(float(was) - float(now)) <= TOLERANCE:
+                counts["within tolerance"] += 1
+            else:
+                counts["different"] += 1
                 problems.append(f"{name}: {column} was {was}, is now {now}")
     return counts, problems
 
 
-def _rows(path: Path) -> dict[tuple[str, ...], dict[str, str]]:
-    if not path.is_file():
-        raise AlloError(f"{path} is missing: nothing to compare")
-    with path.open(newline="", encoding="utf-8") as handle:
-        return {tuple(row[name] for name in ROW_KEY): row for row in csv.DictReader(handle)}
-
-
-def _verdict(old: str, new: str) -> str:
-    if old == new:
-        return "equal"
-    try:
-        near = abs(float(old) - float(new)) <= TOLERANCE
-    except ValueError:
-        near = False
-    return "within tolerance" if near else "different"
-
-
 def differences(old: dict, new: dict) -> list[str]:
     """Circumstances and package versions in which two manifests differ, one line each."""
-    was, now = ({**told, **told.get("versions", {})} for told in (old, new))
+    was, now = (one | one.get("versions", {}) for one in (old, new))
     packages = sorted({*old.get("versions", {}), *new.get("versions", {})})
     lines = [
         f"{name} was {was.get(name)}, is now {now.get(name)}"

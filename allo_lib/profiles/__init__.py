@@ -1,1 +1,1 @@
-"""What a study is asked to do: profiles, their keys, and methods as stages."""
+"""What a study does: profiles, their keys, and methods as stages."""

@@ -19,63 +19,51 @@ from allo_lib.errors import AlloError, short
 
 # --- kinds of values -----------------------------------------------------------------------------
 
-LARGEST = 2**31 - 1  # of any count
 STRICT = pydantic.ConfigDict(extra="forbid")
 
 
-def _no_boolean(value):
+def _number(value):
     if isinstance(value, bool):
         raise ValueError(f"got {value}, expected a number")
     return value
 
 
-def _whole_text(value: str) -> str:
+def _text(value: str) -> str:
     if any("\ud800" <= c <= "\udfff" for c in value):
         raise ValueError(f"half of a surrogate pair in {short(value)}; expected text")
     return value
 
 
-def _list(value):
-    if not isinstance(value, (list, tuple)):
-        raise ValueError(f"got {short(value)}, expected a list")
-    return value
-
-
-def _each_once(words: tuple) -> tuple:
-    twice = [word for word in dict.fromkeys(words) if words.count(word) > 1]
-    if twice:
-        raise ValueError(f"{short(twice[0])} is named twice; name each once")
-    return words
-
-
-def _folder_name(value: str) -> str:
-    # Domains and data sets become names of folders and of rows of tables.
+def _name(value: str) -> str:
+    # Profiles, domains and data sets become names of folders and of rows of tables.
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", value):
         raise ValueError(f"{short(value)} cannot name a folder; use letters, digits, . _ -")
     return value
 
 
-Count = Annotated[int, Field(strict=True, ge=0, le=LARGEST)]
-Positive = Annotated[int, Field(strict=True, ge=1, le=LARGEST)]
-# YAML 1.1 reads 1e-4 (no dot) as text, so a text of a number is a number.
-Finite = Annotated[float, BeforeValidator(_no_boolean), Field(allow_inf_nan=False)]
+def _distinct(words: tuple) -> tuple:
+    if twice := [word for word in words if words.count(word) > 1]:
+        raise ValueError(f"{short(twice[0])} is named twice; name each once")
+    return words
+
+
+Count = Annotated[int, Field(strict=True, ge=0, lt=2**31)]
+Positive = Annotated[int, Field(strict=True, ge=1, lt=2**31)]
+# Not strict: YAML 1.1 reads 1e-4, which has no dot, as text.
+Finite = Annotated[float, BeforeValidator(_number), Field(allow_inf_nan=False)]
 Number = Annotated[Finite, Field(ge=0)]
 Rate = Annotated[Finite, Field(gt=0)]
 Share = Annotated[Finite, Field(gt=0, le=1)]
 Fraction = Annotated[Finite, Field(ge=0, le=1)]
 BelowOne = Annotated[Finite, Field(ge=0, lt=1)]
-Text = Annotated[str, Field(strict=True), AfterValidator(_whole_text)]
-Name = Annotated[Text, AfterValidator(_folder_name)]
+Text = Annotated[str, Field(strict=True), AfterValidator(_text)]
+Name = Annotated[Text, AfterValidator(_name)]
 Flag = Annotated[bool, Field(strict=True)]
-AsList, Once = BeforeValidator(_list), AfterValidator(_each_once)
-Texts = Annotated[tuple[Text, ...], AsList]
-Words = Annotated[Texts, Once]
-Names = Annotated[tuple[Name, ...], AsList, Once]
-Numbers = Annotated[tuple[Number, ...], AsList]
+Words = Annotated[tuple[Text, ...], AfterValidator(_distinct)]
+Names = Annotated[tuple[Name, ...], AfterValidator(_distinct)]
 
 # --- the keys ------------------------------------------------------------------------------------
 
-SIZES = ("cpu", "gpu")
 INSTRUCTIONS = ("alpaca_eval", "arena_hard")  # data sets that replies are written to
 Overlap = Literal["orders", "halves", "estimators", "magnitude"]
 
@@ -86,37 +74,36 @@ class Model:
 
     name: Text = "micro"  # "micro" (trained here), "smollm2-135m-instruct", a hub id, or a folder
     # Micro only, of `models.MICRO`: the seeds take them in turn.
-    architectures: Texts = ("llama",)
+    architectures: tuple[Text, ...] = ("llama",)
     # Of the weights (masters are always float32); "auto": bfloat16 on devices with units for it.
     dtype: Literal["float32", "bfloat16", "auto"] = "float32"
-    width: Positive = 128  # hidden size (micro only, as are the next five)
+    # Hidden size, a multiple of 2 * heads (micro only, as are the next five).
+    width: Positive = 128
     layers: Positive = 3
     heads: Positive = 4
     feed_forward: Positive = 384
     context: Positive = 256  # tokens; longest row the model is asked to read
     initializer_range: Rate = 0.05  # standard deviation of the initial weights
 
-    @model_validator(mode="after")
-    def _fits(self):
-        if self.name == "micro" and self.width % (2 * self.heads):
-            raise ValueError(
-                f"width: got {self.width}, expected a multiple of 2 * heads = {2 * self.heads}"
-            )
-        return self
-
 
 @dataclass(frozen=True, config=STRICT)
-class Supervised:
-    """One supervised phase; cross-entropy on the tokens of the solution only."""
+class Phase:
+    """One phase of training by cross-entropy on the tokens of the solution alone."""
 
-    examples: Count = 0  # distinct questions; 0 leaves the phase out
+    examples: Count = 0  # distinct questions; 0 leaves a supervised phase out
     epochs: Positive = 1
     batch_size: Positive = 32
     learning_rate: Rate = 1e-3
     beta2: BelowOne = 0.999  # AdamW's decay of second moments
+
+
+@dataclass(frozen=True, config=STRICT)
+class Supervised(Phase):
+    """A supervised phase, and what its examples are like."""
+
     error_scale: Number = 0.0  # miniature only: odds of each habitual error, times this
     plain_wording: Flag = False  # miniature only: one word for every meaning, no manner
-    mix: Numbers = ()  # share of each data set of the domain; () is equal shares
+    mix: tuple[Number, ...] = ()  # share of each data set of the domain; () is equal shares
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -131,17 +118,6 @@ class Pairs:
     train: Count = 0  # pairs that the compared methods are trained on, disjoint from `mask`
     heldout: Count = 0  # pairs for reward accuracy, never trained on
     dev: Count = 0  # preference domains: pairs for the learning-rate search
-
-
-@dataclass(frozen=True, config=STRICT)
-class Rewriter:
-    """Training of the rewriting reward model (RLMEC, arXiv 2401.06081), on the `mask` pairs."""
-
-    examples: Count = 0  # (question, solution, wrong prediction) -> corrected prediction
-    epochs: Positive = 1
-    batch_size: Positive = 32
-    learning_rate: Rate = 1e-3
-    beta2: BelowOne = 0.999
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -161,19 +137,15 @@ class Rates:
 class Instructions:
     """Instructions that every method of a domain replies to, greedily, besides its own measure."""
 
-    datasets: Names = ()  # of INSTRUCTIONS; () replies to none
+    # Some of INSTRUCTIONS; () replies to none.
+    datasets: Annotated[tuple[Literal[INSTRUCTIONS], ...], AfterValidator(_distinct)] = ()
     count: Count = 0  # instructions of all data sets together, in equal shares
     # Of the longest reply; one that has not ended by then is judged as it is.
     max_new_tokens: Positive = 200
 
     @model_validator(mode="after")
     def _fits(self):
-        known = ", ".join(INSTRUCTIONS)
-        if unknown := [dataset for dataset in self.datasets if dataset not in INSTRUCTIONS]:
-            raise ValueError(f"datasets: got {short(unknown[0])}, expected some of {known}")
-        if self.count and not self.datasets:
-            raise ValueError(f"datasets: empty, with a count; name some of {known}")
-        if self.count < len(self.datasets):
+        if bool(self.count) != bool(self.datasets) or self.count < len(self.datasets):
             raise ValueError(
                 f"count: got {self.count}, expected at least one for each of the "
                 f"{len(self.datasets)} data sets"
@@ -199,11 +171,8 @@ class Judge:
 
     @model_validator(mode="after")
     def _fits(self):
-        given = [key for key in ("model", "revision", "dtype") if getattr(self, key)]
-        if given and self.kind != "reward_model":
-            raise ValueError(f"{given[0]}: only the kind reward_model has one; leave it out")
-        if self.kind == "reward_model" and not self.model.strip():
-            raise ValueError("model: reward_model needs one; give a hub id or a folder")
+        if bool(self.model.strip()) != (self.kind == "reward_model"):
+            raise ValueError("model: the kind reward_model needs one, and no other kind has one")
         return self
 
 
@@ -218,11 +187,13 @@ class Domain:
     pretrain: Supervised = field(default_factory=Supervised)  # miniature: nearly right solutions
     sft: Supervised = field(default_factory=Supervised)
     pairs: Pairs = field(default_factory=Pairs)
-    rewriter: Rewriter = field(default_factory=Rewriter)
+    # The rewriting reward model (RLMEC, arXiv 2401.06081), trained on the `mask` pairs: (question,
+    # solution, wrong prediction) -> corrected prediction.
+    rewriter: Phase = field(default_factory=Phase)
     rates: Rates = field(default_factory=Rates)
     # method -> a rate a stage, found on other SFT models (`tuning`), in place of a search on every
     # seed; in a profile's file the name of a file in `profiles/rates` that holds them.
-    tuned: dict[Name, Numbers] = field(default_factory=dict)
+    tuned: dict[Name, tuple[Number, ...]] = field(default_factory=dict)
     dev: Count = 0  # problems for choosing learning rates (all data sets together)
     test: Count = 0  # problems for the reported accuracy (all data sets together)
     explain: Count = 0  # of questions without a worked solution: statements before the answer
@@ -265,7 +236,7 @@ class Method:
     weight_decay: Number = 0.0
     max_grad_norm: Rate = 1.0  # over the kept entries
     # The share sweep of 05_ablations.
-    shares: Annotated[tuple[Share, ...], AsList] = (0.01, 0.05, 0.1, 0.2, 0.4, 1.0)
+    shares: tuple[Share, ...] = (0.01, 0.05, 0.1, 0.2, 0.4, 1.0)
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -326,8 +297,8 @@ class Timing:
 class Profile:
     """Everything a run depends on besides the seed, the data and the code."""
 
-    name: Text
-    size: Text = "cpu"
+    name: Name
+    size: Literal["cpu", "gpu"] = "cpu"
     description: Text = ""
     model: Model = field(default_factory=Model)
     domains: dict[Name, Domain] = field(default_factory=dict)
@@ -341,15 +312,13 @@ class Profile:
     timing: Timing = field(default_factory=Timing)
     judge: Judge = field(default_factory=Judge)
     # Which mask overlaps 01_importance measures.
-    stability: Annotated[tuple[Overlap, ...], AsList, Once] = get_args(Overlap)
+    stability: Annotated[tuple[Overlap, ...], AfterValidator(_distinct)] = get_args(Overlap)
     # Methods of the main table and rows of the ablation, by their names in measurements.csv.
     methods: Words = ()
     ablations: Words = ()
 
     @model_validator(mode="after")
     def _fits(self):
-        if not self.name or not self.size:
-            raise ValueError("name and size: expected a text in each")
         if not self.domains:
             raise ValueError("domains: names no domain; name at least one")
         if self.timing.domain and self.timing.domain not in self.domains:
@@ -357,18 +326,16 @@ class Profile:
                 f"timing.domain: got {short(self.timing.domain)}, expected one of "
                 f"{', '.join(self.domains)}"
             )
-        asked = [data for domain in self.domains.values() for data in domain.instructions.datasets]
-        twice = next((data for data in asked if asked.count(data) > 1), None)
-        if twice:
+        requested = [
+            data for domain in self.domains.values() for data in domain.instructions.datasets
+        ]
+        if len(set(requested)) < len(requested):
             raise ValueError(
-                f"domains: the instructions of two name {twice}; measurements have one row a data "
-                "set, so name it in one domain"
+                "domains: two have instructions of one data set; name it in one, as measurements "
+                "have one row for it"
             )
-        if self.judge.kind and not asked:
-            raise ValueError(
-                f"judge.kind: {self.judge.kind} has nothing to judge; give a domain "
-                "`instructions`, or leave the judge out"
-            )
+        if self.judge.kind and not requested:
+            raise ValueError("judge.kind: nothing to judge; give a domain `instructions`")
         return self
 
     def to_dict(self) -> dict:
@@ -385,28 +352,28 @@ def _plain(settings) -> dict:
 
 
 def settings_hash(settings: dict) -> str:
-    """Profile.hash of `Profile.to_dict`: all of it but `models` and other keys that cannot change a
-    result, and the judge.
+    """Profile.hash of `Profile.to_dict`: all of it but what cannot change a result.
 
     Settings that came later count only where they are used, so that older results keep their hash.
     """
-    hashed = {key: value for key, value in settings.items() if key not in ("judge", "models")}
-    hashed["compute"] = _without(settings.get("compute", {}), "checkpoint_minutes")
-    if settings.get("replicates") == _plain(Replicates()):
-        del hashed["replicates"]
-    if settings.get("model", {}).get("architectures") == ["llama"]:
-        hashed["model"] = _without(settings["model"], "architectures")
-    unused, domains = {"instructions": _plain(Instructions()), "tuned": {}}, settings.get("domains")
-    if isinstance(domains, dict) and all(isinstance(one, dict) for one in domains.values()):
-        hashed["domains"] = {
-            name: _without(one, *(k for k in unused if one.get(k) == unused[k]))
-            for name, one in domains.items()
-        }
+    hashed = _without(settings, judge=..., models=..., replicates=_plain(Replicates()))
+    hashed["compute"] = _without(settings.get("compute", {}), checkpoint_minutes=...)
+    if "model" in settings:
+        hashed["model"] = _without(settings["model"], architectures=["llama"])
+    later = {"instructions": _plain(Instructions()), "tuned": {}}
+    if "domains" in settings:
+        domains = settings["domains"].items()
+        hashed["domains"] = {name: _without(domain, **later) for name, domain in domains}
     return fingerprint(hashed)
 
 
-def _without(section: dict, *keys: str) -> dict:
-    return {key: value for key, value in section.items() if key not in keys}
+def _without(section: dict, **left_out) -> dict:
+    """A section without some keys: where they have the value named here, or any for `...`."""
+    return {
+        key: value
+        for key, value in section.items()
+        if key not in left_out or left_out[key] not in (..., value)
+    }
 
 
 def fingerprint(value) -> str:
@@ -418,7 +385,7 @@ def fingerprint(value) -> str:
 # --- checks --------------------------------------------------------------------------------------
 
 
-def check_settings(kind: type, given, where: str):
+def check_settings(kind: type, requested, where: str):
     """Settings of the dataclass `kind` from plain values, every one of them checked.
 
     Raises:
@@ -426,20 +393,20 @@ def check_settings(kind: type, given, where: str):
             `where` and its key, what was given, what was expected.
     """
     try:
-        return pydantic.TypeAdapter(kind).validate_python(given)
+        return pydantic.TypeAdapter(kind).validate_python(requested)
     except pydantic.ValidationError as error:
-        told = error.errors(include_url=False, include_context=False)[0]
-    place, expected = [part for part in told["loc"] if part != "[key]"], told["msg"]
-    if told["type"] in ("unexpected_keyword_argument", "invalid_key"):
-        expected = f"unknown key {short(place.pop())}; expected one of {_keys(kind, place)}"
-    elif told["type"] == "value_error":
-        expected = expected.removeprefix("Value error, ")
+        first = error.errors(include_url=False, include_context=False)[0]
+    place, problem = [part for part in first["loc"] if part != "[key]"], first["msg"]
+    if first["type"] in ("unexpected_keyword_argument", "invalid_key"):
+        problem = f"unknown key {short(place.pop())}; expected one of {_keys(kind, place)}"
+    elif first["type"] == "value_error":
+        problem = problem.removeprefix("Value error, ")
     else:
-        section = told["type"] in ("dataclass_type", "dict_type")
-        wanted = "a section with keys" if section else expected.removeprefix("Input should be ")
-        expected = f"got {short(told['input'])}, expected {wanted}"
-    key = ".".join(map(str, place))
-    raise AlloError(": ".join(part for part in (where, key, expected) if part))
+        section = first["type"] in ("dataclass_type", "dict_type")
+        expected = "a section with keys" if section else problem.removeprefix("Input should be ")
+        expected = expected.replace("tuple", "list")
+        problem = f"got {short(first['input'])}, expected {expected}"
+    raise AlloError(": ".join(part for part in (where, ".".join(map(str, place)), problem) if part))
 
 
 def _keys(kind: type, place: list) -> str:

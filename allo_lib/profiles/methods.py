@@ -6,11 +6,11 @@ those of measurements.csv; in those of sweeps, which are looked up in `GRID`, `K
 "2p5" is 2.5.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import product
 
 from allo_lib.errors import AlloError
-from allo_lib.profiles.config import Method, Profile, Rates
+from allo_lib.profiles.config import Profile, Rates
 
 PAPER_PROTOCOL = "_paper"  # suffix of rows that run at the one rate that is best for plain DPO
 KEY_REFERENCE = "allo_key_reference"  # whose key tokens a model trained by DPO picks
@@ -33,7 +33,6 @@ GRID = {(a, b): f"allo_f{_named(100 * a)}_l{_named(100 * b)}" for a, b in produc
 KEYS = {share: f"allo_key{_named(100 * share)}" for share in KEY_SHARES}
 RATES = {(a, b): f"allo_rates_x{_named(a)}_x{_named(b)}" for a, b in product(FACTORS, repeat=2)}
 _FACTORS = {name: factors for factors, name in RATES.items()}
-_SWEPT = (GRID[0.05, 0.2], KEYS[0.05], RATES[0.5, 2.0])  # examples, for a message
 
 
 def _top(share: float) -> dict:
@@ -87,45 +86,39 @@ _LATER = {"scope": "global", "pairs": "train"}
 KNOBS = {"simpo": "gamma"} | dict.fromkeys(
     ("dpo", "rdpo", "ipo", "bco", "npo", "forgetting", "learning", "merged"), "beta"
 )
-# Random and last neurons need a larger rate than the top ones: as much larger as with plain DPO.
+# Fields of `config.Rates` over `top`, by which ALLO's rates are multiplied: random and last neurons
+# need a larger rate than the top ones, as much larger as with plain DPO.
 _WIDER = {"random": "random", "bottom": "last"}
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One training stage.
+    """One training stage."""
 
-    objective: see `objectives`. rate: the field of config.Rates where its search begins.
-    epochs: in units of the domain's `epochs`. neurons: "all", "top", "bottom" or "random" share.
-    granularity: what is kept or not, "scalar" entries or whole "row"s (`importance`); scope: a
-    share of all neurons, "global", or of each "tensor"'s. estimator: variant of the scores.
-    tokens: what forgetting weighs tokens by: "rewriter", "all", "random", "oracle", or "kept" for
-    the very tokens that the rewriter would keep.
-    reward_model: quality of the rewriter, see `rewriter`. rule: see `tokens`.
-    key: whence the key tokens of learning: "policy", "reference" (a DPO model), "random", "oracle";
-    pairs: "train"; "all", which adds those of the importance scores and the reward model; "wrong"
-    for every distinct wrong sample, also to questions without a right one (forgetting only).
-    """
-
-    objective: str
-    rate: str
-    epochs: int = 1
-    neurons: str = "all"
+    objective: str  # see `objectives`
+    rate: str  # the field of config.Rates where its search begins
+    epochs: int = 1  # in units of the domain's `epochs`
+    neurons: str = "all"  # or the "top", "bottom" or "random" share
     share: float = 0.1
-    granularity: str = "scalar"
-    estimator: str = "delta"
+    granularity: str = "scalar"  # what is kept or not: "scalar" entries or whole "row"s
+    estimator: str = "delta"  # variant of the scores
+    # What forgetting weighs tokens by: "rewriter", "all", "random", "oracle", or "kept" for those
+    # that the rewriter would keep.
     tokens: str = "rewriter"
-    reward_model: str = "trained"
-    rule: str = "threshold"
+    reward_model: str = "trained"  # quality of the rewriter, see `rewriter`
+    rule: str = "threshold"  # see `tokens`
+    # Whence the key tokens of learning: "policy", "reference" (a DPO model), "random", "oracle".
     key: str = "policy"
     key_share: float = 1.0
-    scope: str = "global"
+    scope: str = "global"  # a share of all neurons, or of each "tensor"'s
+    # "train"; "all", which adds those of the importance scores and the reward model; "wrong" for
+    # every distinct wrong sample, also to questions without a right one (forgetting only).
     pairs: str = "train"
 
     def settings(self) -> dict:
         """The stage as the store knows it: every field, the later ones where they say something."""
-        told = asdict(self)
-        kept = {k: v for k, v in told.items() if k not in _LATER or v != _LATER[k]}
+        fields = asdict(self).items()
+        kept = {key: value for key, value in fields if _LATER.get(key) != value}
         return kept | ({"centre": self._wider} if self._wider else {})
 
     def centre(self, rates: Rates) -> float:
@@ -144,8 +137,7 @@ def stages_of(method: str, profile: Profile) -> tuple[Stage, ...]:
     name = "allo" if method in _FACTORS else method.removesuffix(PAPER_PROTOCOL)
     known = _methods(profile)
     if name not in known:
-        swept = {*GRID.values(), *KEYS.values()}
-        names = ", ".join([name for name in known if name not in swept] + list(_SWEPT))
+        names = ", ".join(name for name in known if name not in {*GRID.values(), *KEYS.values()})
         raise AlloError(f"method {method!r} is not known; expected one of {names}")
     return known[name]
 
@@ -183,49 +175,37 @@ def share_name(share: float) -> str:
 def _methods(profile: Profile) -> dict[str, tuple[Stage, ...]]:
     """Every method but those that differ from another in their rates alone."""
     settings, share = profile.method, profile.method.share
-    forgetting = dict(rate="forgetting", neurons="top", share=share, rule=settings.token_rule)
-    learning = dict(rate="learning", neurons="top", share=share, key_share=settings.key_share)
-
-    def dense(objective: str, epochs: int = 2, rate: str = "dense", **changes) -> tuple[Stage]:
-        return (Stage(objective, rate, epochs, **changes),)
-
-    baselines = {name: dense(name, rate="supervised", tokens="all") for name in ("sft", "rft")} | {
-        name: dense(name) for name in ("rdpo", "ipo", "bco", "simpo", "npo", "ppo", "a2c")
+    percent, rule = _named(100 * share), settings.token_rule
+    kept = {"neurons": "top", "share": share}
+    forgetting = Stage("forgetting", "forgetting", rule=rule, **kept)
+    learning = Stage("learning", "learning", key_share=settings.key_share, **kept)
+    known: dict[str, tuple[Stage, ...]] = {
+        "sft_base": (),
+        "dpo": (Stage("dpo", "dense"),),
+        "dpo_long": (Stage("dpo", "dense", 2),),
+        # What ALLO makes of pairs that the others never see, given to plain DPO.
+        "dpo_all_pairs": (Stage("dpo", "dense", 2, pairs="all"),),
     }
-    allo = {
-        name: (Stage("forgetting", **forgetting | first), Stage("learning", **learning | second))
-        for name, (first, second) in _CHANGES.items()
-    }
-    return (
-        # `dpo_all_pairs`: what ALLO makes of pairs that the others never see, given to plain DPO.
-        {"sft_base": (), "dpo": dense("dpo", 1), "dpo_long": dense("dpo")}
-        | {"dpo_all_pairs": dense("dpo", pairs="all")}
-        | baselines
-        | _masked(settings)
-        | allo
-        | {
-            "allo_no_forgetting": (Stage("learning", epochs=2, **learning),),
-            "allo_no_learning": (Stage("forgetting", epochs=2, **forgetting),),
-            "allo_reversed": allo["allo"][::-1],
-            "allo_merged": (Stage("merged", epochs=2, rule=settings.token_rule, **learning),),
-        }
-    )
-
-
-def _masked(settings: Method) -> dict[str, tuple[Stage, ...]]:
-    """DPO on a part of the neurons."""
-    share, percent = settings.share, _named(100 * settings.share)
-    found = {}
+    for name in ("sft", "rft"):
+        known[name] = (Stage(name, "supervised", 2, tokens="all"),)
+    for name in ("rdpo", "ipo", "bco", "simpo", "npo", "ppo", "a2c"):
+        known[name] = (Stage(name, "dense", 2),)
     for value in (*settings.shares, share):
         if value < 1:
-            found[share_name(value)] = (Stage("dpo", "top", neurons="top", share=value),)
-            rows = Stage("dpo", "top", neurons="top", share=value, granularity="row")
-            found[share_name(value) + ROWS] = (rows,)
+            stage = Stage("dpo", "top", neurons="top", share=value)
+            known[share_name(value)] = (stage,)
+            known[share_name(value) + ROWS] = (replace(stage, granularity="row"),)
     for order, neurons in (("top", "top"), ("last", "bottom"), ("random", "random")):
         for suffix, epochs in (("", 1), ("_long", 2)):
-            stage = Stage("dpo", order, epochs, neurons, share)
-            found[f"dpo_{order}{percent}{suffix}"] = (stage,)
+            known[f"dpo_{order}{percent}{suffix}"] = (Stage("dpo", order, epochs, neurons, share),)
     for estimator in ("gradient", "magnitude"):
-        stage = Stage("dpo", "top", neurons="top", share=share, estimator=estimator)
-        found[f"dpo_top{percent}_{estimator}"] = (stage,)
-    return found
+        stage = Stage("dpo", "top", estimator=estimator, **kept)
+        known[f"dpo_top{percent}_{estimator}"] = (stage,)
+    for name, (first, second) in _CHANGES.items():
+        known[name] = (replace(forgetting, **first), replace(learning, **second))
+    return known | {
+        "allo_no_forgetting": (replace(learning, epochs=2),),
+        "allo_no_learning": (replace(forgetting, epochs=2),),
+        "allo_reversed": known["allo"][::-1],
+        "allo_merged": (replace(learning, objective="merged", epochs=2, rule=rule),),
+    }

@@ -6,7 +6,6 @@ over it: sections are joined key by key, values and lists replaced.
 
 import contextlib
 import dataclasses
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,13 +13,12 @@ from pathlib import Path
 import yaml
 
 from allo_lib.errors import AlloError, short
-from allo_lib.profiles.config import SIZES, Profile, check_settings
+from allo_lib.profiles.config import Profile, check_settings
 
 # Among the overrides that notebooks get; no setting, as it changes no result.
 KEY = "only_domains"
 PROFILES = Path(__file__).parent
 RATES = PROFILES / "rates"
-_MISREAD = re.compile(r"[+-]?0[0-7_]+|.*:.*")  # octal and base 60 in YAML 1.1: 010 is 8, 1:30 is 90
 
 
 def load_profile(name: str, overrides: dict | None = None, device: str | None = None) -> Profile:
@@ -36,25 +34,27 @@ def load_profile(name: str, overrides: dict | None = None, device: str | None = 
         AlloError: unknown profile, unreadable YAML, unknown key, wrong type, or a value out of
             range.
     """
-    path = _profile_path(name)
-    raw = _values(path, device)
+    path = _path_of(name)
+    settings = _values(path, device)
     if not isinstance(overrides or {}, dict):
         raise AlloError(f"overrides: expected a dict of keys and values, got {short(overrides)}")
-    settings = dict(overrides or {})
-    only = settings.pop(KEY, None)
-    for key, value in settings.items():
-        _set_dotted(raw, key, value)
-    _resolve_tuned(raw, path)
-    profile = check_settings(Profile, raw, where=path.name)
+    overrides = dict(overrides or {})
+    only = overrides.pop(KEY, None)
+    for key, value in overrides.items():
+        for section in reversed(str(key).split(".")):
+            value = {section: value}
+        settings = _overlay(settings, value)
+    _fill_in_rates(settings, path)
+    profile = check_settings(Profile, settings, where=path.name)
     return profile if only is None else part_of(profile, only)
 
 
-def _profile_path(name: str, folder: Path = Path()) -> Path:
-    known = sorted(p.stem for p in PROFILES.glob("*.yaml"))
+def _path_of(name: str, folder: Path = Path()) -> Path:
+    known = sorted(path.stem for path in PROFILES.glob("*.yaml"))
     if str(name) in known:
         return PROFILES / f"{name}.yaml"
     path = folder / str(name)
-    with contextlib.suppress(OSError):  # a name too long for the file system
+    with contextlib.suppress(OSError, ValueError):  # no name for the file system
         if path.suffix in (".yaml", ".yml") and path.is_file():
             return path
     raise AlloError(
@@ -64,37 +64,15 @@ def _profile_path(name: str, folder: Path = Path()) -> Path:
 
 
 class _Loader(yaml.SafeLoader):
-    """Plain values of YAML, no objects; what it would quietly misread is an error.
+    """Plain values of YAML, never objects; a key given twice, of which YAML keeps the last, is an
+    error."""
 
-    That is a key given twice, of which YAML keeps the last, and octal and base-60 numbers.
-    """
-
-    def compose_mapping_node(self, anchor):
-        node = super().compose_mapping_node(anchor)
-        seen = set()
-        for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode) and key.value in seen:
-                raise yaml.MarkedYAMLError(
-                    problem=f"the key {short(key.value)} is given twice; give it once",
-                    problem_mark=key.start_mark,
-                )
-            seen.add(key.value if isinstance(key, yaml.ScalarNode) else id(key))
-        return node
-
-
-def _decimal(loader: _Loader, node):
-    kind = node.tag.rpartition(":")[2]
-    if _MISREAD.fullmatch(str(node.value)):
-        raise yaml.MarkedYAMLError(
-            problem=f"{short(node.value)} is octal or base 60 in YAML; write a decimal number, or "
-            "a text in quotes",
-            problem_mark=node.start_mark,
-        )
-    return getattr(loader, f"construct_yaml_{kind}")(node)
-
-
-for _kind in ("int", "float"):
-    _Loader.add_constructor(f"tag:yaml.org,2002:{_kind}", _decimal)
+    def construct_mapping(self, node, deep=False):
+        keys = [key.value for key, _ in node.value]
+        if twice := next((key for key in keys if keys.count(key) > 1), None):
+            problem = f"the key {short(twice)} is given twice; give it once"
+            raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
+        return super().construct_mapping(node, deep)
 
 
 def parse_yaml(text: str):
@@ -104,80 +82,41 @@ def parse_yaml(text: str):
         AlloError: for everything else, in one line: where it is and what is wrong with it.
     """
     try:
-        loader = _Loader(text)
-        try:
-            return loader.get_single_data()
-        finally:
-            loader.dispose()
+        return yaml.load(text, _Loader)  # noqa: S506  (a SafeLoader)
     except RecursionError as error:
         raise AlloError("it is nested too deeply; expected a few levels") from error
     except (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError) as error:
-        # yaml lets through what Python says of a date without such a day or of a tag on a wrong
-        # value.
-        reason = " ".join(_reason(error).split())
-        raise AlloError(reason if len(reason) <= 300 else f"{reason[:297]}...") from error
+        # yaml lets through what Python says of an impossible date, or of a tag on a wrong value.
+        raise AlloError(" ".join(str(error).split())[:300]) from error
 
 
-def _reason(error: Exception) -> str:
-    mark = getattr(error, "problem_mark", None)
-    if mark is None:
-        return str(error)
-    context = f"{error.context}: " if error.context else ""
-    return f"line {mark.line + 1}, column {mark.column + 1}: {context}{error.problem}"
-
-
-def _read_yaml(path: Path) -> dict:
+def _read(path: Path) -> dict:
     try:
-        raw = parse_yaml(path.read_text(encoding="utf-8"))
+        values = parse_yaml(path.read_text(encoding="utf-8"))
     except (AlloError, UnicodeDecodeError, OSError) as error:
-        raise AlloError(f"{path.name} is not readable YAML ({error}): mend the file") from error
-    if not isinstance(raw, dict):
-        raise AlloError(f"{path.name} holds a {type(raw).__name__}: expected keys with values")
-    return raw
+        raise AlloError(f"{path.name} is not readable YAML ({error}): fix the file") from error
+    if not isinstance(values, dict):
+        raise AlloError(f"{path.name} holds a {type(values).__name__}: expected keys with values")
+    return values
 
 
-def _values(path: Path, device: str | None, seen: tuple[Path, ...] = ()) -> dict:
+def _values(path: Path, device: str | None, above: tuple[Path, ...] = ()) -> dict:
     """What a profile's file says for a device, laid over what the profile says that it extends."""
-    raw = _read_yaml(path)
-    raw.setdefault("name", path.stem)
-    sizes, base = raw.pop("sizes", None), raw.pop("extends", None)
+    values = {"name": path.stem} | _read(path)
+    sizes, base = values.pop("sizes", None), values.pop("extends", None)
     if sizes is not None:
         size = _size(device)
-        if not isinstance(sizes, dict) or set(sizes) != set(SIZES):
-            raise AlloError(f"{path.name}: `sizes` needs exactly the keys {', '.join(SIZES)}")
+        if not isinstance(sizes, dict) or set(sizes) != {"cpu", "gpu"}:
+            raise AlloError(f"{path.name}: `sizes` needs exactly the keys cpu, gpu")
         if not isinstance(sizes[size] or {}, dict):
-            given = short(sizes[size])
-            raise AlloError(f"{path.name}: sizes.{size}: expected a section, got {given}")
-        raw = _overlay(raw, sizes[size] or {}, path) | {"size": size}
+            raise AlloError(f"{path.name}: sizes.{size}: expected keys, got {short(sizes[size])}")
+        values = _overlay(values, sizes[size] or {}) | {"size": size}
     if base is None:
-        return raw
-    seen = (*seen, path.resolve())
-    try:
-        below = _profile_path(base, path.parent).resolve()
-        if below in seen:
-            raise AlloError(f"{short(base)} extends itself; name another profile")
-    except AlloError as error:
-        raise AlloError(f"{path.name}: extends: {error}") from error
-    return _overlay(_values(below, device, seen) | {"description": ""}, raw, path)
-
-
-def _resolve_tuned(raw: dict, path: Path) -> None:
-    """Put the rates of `tuned: NAME` in place of the name."""
-    domains = raw.get("domains")
-    for name, domain in domains.items() if isinstance(domains, dict) else ():
-        given = domain.get("tuned") if isinstance(domain, dict) else None
-        if not isinstance(given, str):
-            continue
-        known = sorted(file.stem for file in RATES.glob("*.yaml"))
-        if given not in known:
-            raise AlloError(
-                f"{path.name}: domains.{name}.tuned: got {short(given)}, expected one of "
-                f"{', '.join(known) or 'none that are there'}"
-            )
-        rates = _read_yaml(RATES / f"{given}.yaml").get(str(name))
-        if rates is None:
-            raise AlloError(f"{given}.yaml has no rates of domain {short(str(name))}; tune it")
-        domains[name] = domain | {"tuned": rates}
+        return values
+    if path.resolve() in above:
+        raise AlloError(f"{path.name}: extends itself; name another profile")
+    below = _values(_path_of(base, path.parent), device, (*above, path.resolve()))
+    return _overlay(below | {"description": ""}, values)
 
 
 def _size(device: str | None) -> str:
@@ -188,26 +127,30 @@ def _size(device: str | None) -> str:
     return "cpu" if device == "cpu" else "gpu"
 
 
-def _overlay(base: dict, top: dict, path: Path) -> dict:
+def _overlay(base: dict, top: dict) -> dict:
+    """`base` with the values of `top`; sections that both have are joined in the same way."""
     merged = dict(base)
-    try:
-        for key, value in top.items():
-            both = isinstance(value, dict) and isinstance(merged.get(key), dict)
-            merged[key] = _overlay(merged[key], value, path) if both else value
-    except RecursionError:
-        raise AlloError(f"{path.name}: a section that holds itself; write it out") from None
+    for key, value in top.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _overlay(merged[key], value) if both else value
     return merged
 
 
-def _set_dotted(raw: dict, key: str, value) -> None:
-    *sections, last = str(key).split(".")
-    for section in sections:
-        inner = raw.get(section, {})
-        if not isinstance(inner, dict):
-            raise AlloError(f"override {key!r}: {section!r} is a value, not a section")
-        raw[section] = dict(inner)  # by an alias of YAML it may stand elsewhere too
-        raw = raw[section]
-    raw[last] = value
+def _fill_in_rates(settings: dict, path: Path) -> None:
+    """Put the rates of `profiles/rates/NAME.yaml` in place of `tuned: NAME` of a domain."""
+    domains = settings.get("domains")
+    for domain, values in domains.items() if isinstance(domains, dict) else ():
+        name = values.get("tuned") if isinstance(values, dict) else None
+        if not isinstance(name, str):
+            continue
+        known = sorted(file.stem for file in RATES.glob("*.yaml"))
+        rates = _read(RATES / f"{name}.yaml").get(str(domain)) if name in known else None
+        if rates is None:
+            raise AlloError(
+                f"{path.name}: domains.{domain}.tuned: got {short(name)}, expected one of "
+                f"{', '.join(known) or 'none that are there'}, with rates of this domain"
+            )
+        domains[domain] = values | {"tuned": rates}
 
 
 @dataclass(frozen=True)
@@ -230,16 +173,14 @@ def part_of(profile: Profile, domains: str | Sequence[str]) -> Profile:
     Raises:
         AlloError: no domain, one that the profile does not have, or one named twice.
     """
-    asked = [domains] if isinstance(domains, str) else list(domains)
-    known = list(profile.domains)
-    names = {str(name) for name in asked}
-    if not asked or len(names) < len(asked) or not names <= set(known):
-        given = ", ".join(map(str, asked)) or "none"
+    names = [domains] if isinstance(domains, str) else [str(name) for name in domains]
+    if not names or len(set(names)) < len(names) or not set(names) <= set(profile.domains):
         raise AlloError(
-            f"domains {given[:80]!r}: expected one or more of {', '.join(known)}, each once"
+            f"domains {short(', '.join(names) or 'none')}: expected one or more of "
+            f"{', '.join(profile.domains)}, each once"
         )
-    if set(asked) == set(known):
+    if len(names) == len(profile.domains):
         return profile
     values = {field.name: getattr(profile, field.name) for field in dataclasses.fields(Profile)}
-    values["domains"] = {name: one for name, one in profile.domains.items() if name in asked}
+    values["domains"] = {name: one for name, one in profile.domains.items() if name in names}
     return Part(**values, whole=profile)

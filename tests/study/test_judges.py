@@ -440,7 +440,7 @@ def test_a_judge_named_later_judges_what_was_written_and_is_asked_once(folder, m
     first, table = measured(open_instructed(folder))
     assert "no judge was named" in table.caption
     for name in ("_make_result", "_make_candidate"):
-        monkeypatch.setattr(arms, name, never)
+        monkeypatch.setattr(training, name, never)
     monkeypatch.setattr(scoring, "generate", never)
     assert judged(folder).profile.hash() == open_instructed(folder).profile.hash()
     longer, table = measured(judged(folder))

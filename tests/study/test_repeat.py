@@ -108,14 +108,14 @@ def test_the_same_seed_and_threads_give_the_same_bytes(ends, name):
 @pytest.mark.parametrize("other", OTHERS)
 def test_elsewhere_numbers_agree_within_rounding(ends, other):
     here, there = (tensors(ends / name, "reference") for name in ("1 thread", other))
-    assert len(here) > 1500 and (here - there).abs().max() <= LOGPS
+    assert len(here) > 1500 and (here - there).abs().max() <= 1e-5
     here, there = (tensors(ends / name, "model") for name in ("1 thread", other))
-    assert (here - there).abs().max() <= WEIGHTS * RATE
+    assert (here - there).abs().max() <= 0.01 * RATE
     begin = weights.snapshot(new_model())
     begin = torch.cat([begin[key].flatten() for key in sorted(begin)])
     assert (here - begin).abs().max() > RATE  # so far did they go
     here, there = (NeuronMask.load(ends / n / "mask.safetensors") for n in ("1 thread", other))
-    assert here.kept == there.kept and here.overlap(there) >= OVERLAP
+    assert here.kept == there.kept and here.overlap(there) >= 0.999
 
 
 # --- on a GPU ----------------------------------------------------------------------------------
