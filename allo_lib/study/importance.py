@@ -13,6 +13,7 @@ and of masks that are random within each tensor but keep as much of it as they d
 the two is agreement on tensors, what lies above both is agreement on neurons.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -38,7 +39,7 @@ from allo_lib.seeds import derive
 
 FAMILY = "family:"
 _RATES = {"lr_x0.3": 0.3, "lr_x3": 3.0}
-_EPOCHS = {"half_epoch": 0.5, "two_epochs": 2}
+_EPOCHS = {"half_epoch": 0.5, "two_epochs": 2}  # in optimizer steps, rounded up
 _THIRDS = ("third_a", "third_b", "third_c")
 _PLAIN = ("delta", "order", "half_a", "half_b", "gradient", "magnitude")
 VARIANTS = (*_PLAIN, *_THIRDS, *_RATES, *_EPOCHS)
@@ -92,7 +93,8 @@ class Importance:
         rate = domain.rates.dense * method.warmup_rate_factor
         order = derive(self.seed, "warm-up", name, "second" if variant == "order" else "first")
         lr, epochs = rate * _RATES.get(variant, 1), _EPOCHS.get(variant, 1)
-        schedule = Schedule(lr, epochs, domain.batch_size, order)
+        steps = math.ceil(epochs * math.ceil(len(rows) / domain.batch_size))
+        schedule = Schedule(lr, math.ceil(epochs), domain.batch_size, order, max_steps=steps)
         common = {"beta": method.beta, "pad_token_id": self.tokenizer.pad_token_id}
         if variant == "magnitude":
             scores = {n: p.detach().float().abs() for n, p in model.named_parameters()}
