@@ -9,10 +9,11 @@ import ctypes
 import gc
 import multiprocessing
 import os
+import signal
 import sys
 import threading
 import warnings
-from multiprocessing import forkserver
+from multiprocessing import forkserver, resource_tracker
 
 ON_CPU = {
     "repeats": "same commit, versions, seed and number of threads: the same bytes; else within the "
@@ -128,7 +129,13 @@ def fork_server():
 def start_early() -> None:
     """Start the server now, so that it imports while the caller does something else."""
     fork_server()
-    forkserver.ensure_running()
+    resource_tracker.ensure_running()  # the server would start it, which lets signals through again
+    # A notebook's kernel is interrupted as it ends, with all of its group: not while this imports.
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
 
 
 def leave_with_parent() -> None:

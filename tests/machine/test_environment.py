@@ -137,3 +137,25 @@ def test_a_worker_ends_with_the_process_that_asked_for_it(tmp_path, number):
         run.wait()
         if psutil.pid_exists(worker):
             psutil.Process(worker).kill()
+
+
+INTERRUPTED = """
+import os, signal, time
+from allo_lib.machine.runtime import start_early
+
+start_early()
+time.sleep(0.5)  # the server imports for seconds
+try:
+    os.killpg(0, signal.SIGINT)
+except KeyboardInterrupt:
+    time.sleep(1)
+    print("the caller alone")
+"""
+
+
+def test_an_interrupted_caller_leaves_no_traceback_of_the_server_behind():
+    run = subprocess.run(
+        [sys.executable, "-c", INTERRUPTED], capture_output=True, text=True,
+        env=environment.child_environment(), start_new_session=True,
+    )  # fmt: skip
+    assert (run.stdout, run.stderr) == ("the caller alone\n", "")
