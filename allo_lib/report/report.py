@@ -11,7 +11,6 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from allo_lib.engine import provenance
 from allo_lib.errors import AlloError
 from allo_lib.evaluation import claims as claims_module
 from allo_lib.evaluation import outcomes
@@ -246,7 +245,7 @@ def _profile(folder: Path, models: int | None) -> dict:
         "anchor": _anchor(folder.name),
         "short": _in_short(claims, models),
         "provenance": _inline(_provenance(folder, models)),
-        "devices": provenance.several_devices(manifest.noted(folder)["cells"]),
+        "devices": manifest.several_devices(manifest.noted(folder)["cells"]),
         "told": dict.fromkeys(_TOLD) | (manifest.read(folder) or {}),
         "files": [n for n in (outcomes.NAME, "measurements.csv", "claims.csv", manifest.NAME)
                   if (folder / n).exists()],

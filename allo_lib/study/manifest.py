@@ -7,8 +7,8 @@ import json
 import re
 import subprocess
 from pathlib import Path
+from typing import Any
 
-from allo_lib.engine import provenance
 from allo_lib.errors import AlloError
 from allo_lib.evaluation import outcomes
 from allo_lib.machine import runtime
@@ -23,6 +23,13 @@ _NOT_LISTED = re.compile(
     r"manifest\.json|.*\.failed\.ipynb|(.*/)?"
     r"\.(manifest\.json|measurements\.csv|outcomes\.parquet)\.\d+(\.tmp)?"
 )
+# Notes that a study leaves in its store: weights, data, the device of each cell, and where lost
+# weights were trained again with other bits.
+FOLDER = "notes"
+WEIGHTS, DATA, CELLS, AGAIN = "weights", "data-", "cells-", "again-"
+UNKNOWN = "not told"  # the device of results that were stored before devices were noted
+
+Cells = dict[str, dict[str, dict[str, list[str]]]]  # seed -> device -> domain -> methods
 
 
 def file_names(results: Path) -> list[str]:
@@ -137,13 +144,13 @@ def noted(results: Path) -> dict:
     "trained_again": "seed0.maths.sft" -> the device on which these weights got other bits.
     """
     before = read(results) or {}
-    notes = {kind: provenance.collect(results / STORE, kind) for kind in (
-        provenance.WEIGHTS, provenance.DATA, provenance.CELLS, provenance.AGAIN)}  # fmt: skip
-    again = before.get("trained_again", {}) | notes[provenance.AGAIN]
+    notes = {kind: collect(results / STORE, kind) for kind in (
+        WEIGHTS, DATA, CELLS, AGAIN)}  # fmt: skip
+    again = before.get("trained_again", {}) | notes[AGAIN]
     return {
-        "weights": list(notes[provenance.WEIGHTS].values()) or before.get("weights", []),
-        "data": notes[provenance.DATA] or before.get("data", {}),
-        "cells": provenance.with_cells(before.get("cells", {}), notes[provenance.CELLS]),
+        "weights": list(notes[WEIGHTS].values()) or before.get("weights", []),
+        "data": notes[DATA] or before.get("data", {}),
+        "cells": with_cells(before.get("cells", {}), notes[CELLS]),
     } | ({"trained_again": again} if again else {})
 
 
@@ -162,3 +169,65 @@ def commit_of(root: Path) -> dict:
         return {"commit": None, "dirty": None}
     changed = git("status", "--porcelain", "--", ".", ":!results")
     return {"commit": git("rev-parse", "--verify", "HEAD"), "dirty": bool(changed)}
+
+
+def leave(store: Path, name: str, value: Any) -> None:
+    """Write a note, whole or not at all: other processes read it while this one writes."""
+    (store / FOLDER).mkdir(parents=True, exist_ok=True)
+    write_json(store / FOLDER / f"{name}.json", value)
+
+
+def collect(store: Path, prefix: str) -> dict[str, Any]:
+    """Notes whose names start with `prefix`, by the rest of their names; unreadable ones not."""
+    notes: dict[str, Any] = {}
+    for path in sorted((store / FOLDER).glob(f"{prefix}*.json")):
+        with contextlib.suppress(ValueError, OSError):
+            notes[path.stem.removeprefix(prefix)] = json.loads(path.read_text(encoding="utf-8"))
+    return notes
+
+
+def cells_of(results: dict[str, dict[str, Any]]) -> dict[str, list[str]]:
+    """device -> methods, from the results of one domain of one seed: method -> result.
+
+    Methods that started from SFT models of different bits have those named beside the device.
+    """
+    starts = {result["sft"] for result in results.values() if "sft" in result}
+    cells: dict[str, list[str]] = {}
+    for method, result in results.items():
+        place = result.get("device", UNKNOWN)
+        if len(starts) > 1:
+            place += f", SFT model {result.get('sft', UNKNOWN)}"
+        cells.setdefault(place, []).append(method)
+    return cells
+
+
+def with_cells(known: Cells, notes: dict[str, Any]) -> Cells:
+    """The devices of cells as they were known, with those that notes of a store name.
+
+    notes: "seed0.maths" -> device -> methods; the seed's other domains stay as they were known.
+    """
+    cells = dict(known)
+    for name, measured in sorted(notes.items()):
+        seed, _, domain = name.partition(".")
+        by_device = {
+            device: {other: methods for other, methods in domains.items() if other != domain}
+            for device, domains in cells.get(seed, {}).items()
+        }
+        for device, methods in measured.items():
+            by_device.setdefault(device, {})[domain] = methods
+        cells[seed] = {device: domains for device, domains in by_device.items() if domains}
+    return cells
+
+
+def several_devices(cells: Cells) -> str:
+    """Which cells were measured where, in one line; "" where one device measured all of them, and
+    each seed and domain from one SFT model."""
+    if len({device for of_seed in cells.values() for device in of_seed} - {UNKNOWN}) < 2:
+        return ""
+    places = [
+        f"{device}: {seed}, {name}: {', '.join(methods)}"
+        for seed, of_seed in cells.items()
+        for device, domains in of_seed.items()
+        for name, methods in domains.items()
+    ]
+    return f"Cells were measured on several devices or SFT models. {'; '.join(places)}."

@@ -6,14 +6,13 @@ from collections import Counter
 from functools import partial
 from pathlib import Path
 
-from allo_lib.engine import provenance
 from allo_lib.engine.store import write_json
 from allo_lib.evaluation import outcomes
 from allo_lib.evaluation.outcomes import Measurement
 from allo_lib.method import neurons
 from allo_lib.method.neurons import NeuronMask
 from allo_lib.profiles.profile_files import Part
-from allo_lib.study import judges, scoring, training
+from allo_lib.study import judges, manifest, scoring, training
 from allo_lib.study.importance import chance_within
 from allo_lib.study.runs import fill, methods_of
 from allo_lib.study.study import Study
@@ -79,8 +78,8 @@ def seed_rows(study: Study) -> list[Measurement]:
         judges.write_replies(study, name, runs[0])
         rows += judges.reply_rows(study, name, runs[0])
         rows += overlap_rows(study, name)
-        note = f"{provenance.CELLS}seed{study.seed}.{name}"
-        provenance.leave(study.store.folder, note, provenance.cells_of(runs[0]))
+        note = f"{manifest.CELLS}seed{study.seed}.{name}"
+        manifest.leave(study.store.folder, note, manifest.cells_of(runs[0]))
     return rows
 
 

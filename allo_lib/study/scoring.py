@@ -14,7 +14,6 @@ import numpy as np
 
 from allo_lib.data.benchmarks import data_hash, load_rows
 from allo_lib.data.tasks import counts_of_test
-from allo_lib.engine import provenance
 from allo_lib.engine.encoding import encode_prompt
 from allo_lib.engine.forward import implicit_margins
 from allo_lib.engine.generation import Answers, answer, generate
@@ -22,6 +21,7 @@ from allo_lib.errors import AlloError
 from allo_lib.evaluation import outcomes
 from allo_lib.evaluation.stats import Interval, mean_and_error, mean_interval
 from allo_lib.seeds import derive
+from allo_lib.study import manifest
 
 REFERENCE = "sft_base"  # the row of main tables whose replies the others are compared with
 
@@ -194,7 +194,7 @@ def _loaded(study, name: str) -> dict[str, list[dict]]:
         f"{dataset}/test": {"rows": len(rows), "sha256": data_hash(rows)}
         for dataset, rows in loaded.items()
     }
-    provenance.leave(study.store.folder, f"{provenance.DATA}{name}.instructions", summary)
+    manifest.leave(study.store.folder, f"{manifest.DATA}{name}.instructions", summary)
     return loaded
 
 

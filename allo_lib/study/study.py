@@ -15,7 +15,7 @@ import torch
 from allo_lib.allo import run_stage
 from allo_lib.data.pairs import Pairs, make_pairs, train_split, wrong_split
 from allo_lib.data.tasks import open_task
-from allo_lib.engine import models, provenance, reference
+from allo_lib.engine import models, reference
 from allo_lib.engine.encoding import encode_demonstration, encode_pairs, encode_response
 from allo_lib.engine.forward import pair_logps
 from allo_lib.engine.generation import generate
@@ -115,7 +115,7 @@ class Study(Importance):
             note = {"name": name, "source": "trained from scratch in 00_setup"}
         else:
             model, tokenizer, note = models.load(name, dtype=self.dtype, device=self.device)
-        provenance.leave(self.store.folder, provenance.WEIGHTS, note)
+        manifest.leave(self.store.folder, manifest.WEIGHTS, note)
         return model, tokenizer, note, weights.snapshot(model, "cpu")
 
     def _new_model(self):
@@ -170,8 +170,8 @@ class Study(Importance):
 
         def changed() -> None:
             if name:
-                note = f"{provenance.AGAIN}seed{self.seed}.{name}.{kind}"
-                provenance.leave(self.store.folder, note, device_name(self.device))
+                note = f"{manifest.AGAIN}seed{self.seed}.{name}.{kind}"
+                manifest.leave(self.store.folder, note, device_name(self.device))
 
         return self.store.get(kind, inputs, make_and_restore, changed)
 
@@ -219,7 +219,7 @@ class Study(Importance):
 
         parts = {(d, s): load_rows(d, s, self.data_dir) for d in domain.datasets
                  for s in ("train", "test")}  # fmt: skip
-        provenance.leave(self.store.folder, f"{provenance.DATA}{name}", {
+        manifest.leave(self.store.folder, f"{manifest.DATA}{name}", {
             f"{dataset}/{split}": {"rows": len(rows), "sha256": data_hash(rows)}
             for (dataset, split), rows in parts.items()
         })  # fmt: skip

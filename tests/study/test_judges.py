@@ -16,13 +16,12 @@ from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers import models as tokenizer_models
 from transformers import LlamaConfig, LlamaForSequenceClassification, PreTrainedTokenizerFast
 
-from allo_lib.engine import provenance
 from allo_lib.engine.encoding import encode_prompt
 from allo_lib.evaluation import comparisons
 from allo_lib.profiles.config import fingerprint
 from allo_lib.profiles.profile_files import load_profile
 from allo_lib.report import tables
-from allo_lib.study import judges, results, scoring, training
+from allo_lib.study import judges, manifest, results, scoring, training
 from allo_lib.study.judges import RewardModel, load_reward_model, read_verdicts, scores, win_rate
 from allo_lib.study.study import Study
 
@@ -330,7 +329,7 @@ def test_results_hang_on_the_instructions_but_not_on_the_judge(folder, study):
     data = inputs["instructions"]["data"]
     assert inputs["instructions"] == settings | {"data": data} and len(data) == 2
     assert training._method_inputs(judged(folder), DOMAIN, "dpo") == inputs
-    noted = provenance.collect(study.store.folder, provenance.DATA)[f"{DOMAIN}.instructions"]
+    noted = manifest.collect(study.store.folder, manifest.DATA)[f"{DOMAIN}.instructions"]
     counts = {name: one["rows"] for name, one in noted.items()}
     assert counts == {"alpaca_eval/test": 15, "arena_hard/test": 15}
 

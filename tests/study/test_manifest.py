@@ -4,34 +4,33 @@ import json
 
 from tiny_study import DOMAIN, open_study
 
-from allo_lib.engine import provenance
 from allo_lib.evaluation import claims
 from allo_lib.report import report
 from allo_lib.study import manifest
 
 
 def test_a_note_is_whole_and_is_read_back(tmp_path):
-    provenance.leave(tmp_path, "data-toy", {"toy/train": {"rows": 3}})
-    (tmp_path / provenance.FOLDER / "data-broken.json").write_text("{")
-    assert provenance.collect(tmp_path, provenance.DATA) == {"toy": {"toy/train": {"rows": 3}}}
-    assert {p.name for p in (tmp_path / provenance.FOLDER).iterdir()} == {
+    manifest.leave(tmp_path, "data-toy", {"toy/train": {"rows": 3}})
+    (tmp_path / manifest.FOLDER / "data-broken.json").write_text("{")
+    assert manifest.collect(tmp_path, manifest.DATA) == {"toy": {"toy/train": {"rows": 3}}}
+    assert {p.name for p in (tmp_path / manifest.FOLDER).iterdir()} == {
         "data-toy.json", "data-broken.json"}  # fmt: skip
 
 
 def test_cells_are_those_of_devices_and_of_sft_models_where_these_differ():
     results = {"dpo": {"device": "CPU"}, "allo": {"device": "GPU"}, "sft": {}}
-    assert provenance.cells_of(results) == {"CPU": ["dpo"], "GPU": ["allo"], "not told": ["sft"]}
+    assert manifest.cells_of(results) == {"CPU": ["dpo"], "GPU": ["allo"], "not told": ["sft"]}
     results = {m: {"device": "GPU", "sft": m[0]} for m in ("dpo", "npo")}
-    cells = provenance.cells_of(results)
+    cells = manifest.cells_of(results)
     assert cells == {"GPU, SFT model d": ["dpo"], "GPU, SFT model n": ["npo"]}
-    line = provenance.several_devices({"seed0": {place: {"toy": m} for place, m in cells.items()}})
+    line = manifest.several_devices({"seed0": {place: {"toy": m} for place, m in cells.items()}})
     assert "GPU, SFT model n: seed0, toy: npo" in line
 
 
 def test_a_domain_measured_elsewhere_replaces_only_itself():
     known = {"seed0": {"CPU": {"a": ["dpo"], "b": ["dpo"]}, "old": {"b": ["allo"]}}}
     notes = {"seed0.b": {"GPU": ["dpo", "allo"]}, "seed1.a": {"CPU": ["dpo"]}}
-    assert provenance.with_cells(known, notes) == {
+    assert manifest.with_cells(known, notes) == {
         "seed0": {"CPU": {"a": ["dpo"]}, "GPU": {"b": ["dpo", "allo"]}},
         "seed1": {"CPU": {"a": ["dpo"]}},
     }
@@ -41,12 +40,12 @@ def test_cells_of_earlier_runs_stay_in_the_manifest_and_are_marked_in_the_report
     known = {"seed0": {"GPU <1>": {"toy": ["dpo", "allo"]}}}
     earlier = {"profile": "x", "profile_hash": "", "seeds": [], "files": {}, "cells": known}
     (tmp_path / manifest.NAME).write_text(json.dumps(earlier))
-    provenance.leave(tmp_path / manifest.STORE, "cells-seed1.toy", {"CPU": ["dpo"]})
+    manifest.leave(tmp_path / manifest.STORE, "cells-seed1.toy", {"CPU": ["dpo"]})
     cells = manifest.noted(tmp_path)["cells"]
     assert cells == known | {"seed1": {"CPU": {"toy": ["dpo"]}}}
     # Only several devices are worth a line.
-    unknown = {"seed1": {"CPU": {"toy": ["dpo"]}, provenance.UNKNOWN: {"toy": ["sft"]}}}
-    assert provenance.several_devices(unknown) == ""
+    unknown = {"seed1": {"CPU": {"toy": ["dpo"]}, manifest.UNKNOWN: {"toy": ["sft"]}}}
+    assert manifest.several_devices(unknown) == ""
     claims.write(tmp_path / "claims.csv", [])
     page = report.build(tmp_path).read_text()
     assert "GPU &lt;1&gt;: seed0, toy: dpo, allo" in page and "<1>" not in page
