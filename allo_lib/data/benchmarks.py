@@ -254,10 +254,17 @@ def text_of(path: Path) -> str:
 
 def _parsed(line: str, place: str) -> dict:
     try:
-        row = json.loads(line)
+        row = json.loads(line, object_pairs_hook=_each_once)
     except (ValueError, RecursionError) as error:
         raise AlloError(f"{place}: not JSON ({error}); expected one object a line") from error
     check_row(row, place)
+    return row
+
+
+def _each_once(items: list[tuple]) -> dict:
+    row = dict(items)
+    if len(row) < len(items):  # `json` would take the last one in silence
+        raise ValueError("a key is there twice")
     return row
 
 

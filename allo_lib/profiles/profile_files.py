@@ -6,6 +6,7 @@ over it: sections are joined key by key, values and lists replaced.
 
 import contextlib
 import dataclasses
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,9 +64,23 @@ def _path_of(name: str, folder: Path = Path()) -> Path:
     )
 
 
+# Octal and base-60 numbers of YAML 1.1: 0100 would be 64, and 2:08 would be 128.
+_MISREAD = re.compile(r"[-+]?0[0-7_]+|.*:.*")
+
+
 class _Loader(yaml.SafeLoader):
-    """Plain values of YAML, never objects; a key given twice, of which YAML keeps the last, is an
-    error."""
+    """Plain values of YAML, never objects; what it would quietly misread is an error: a key given
+    twice, of which it keeps the last, and octal and base-60 numbers."""
+
+    def construct_object(self, node, deep=False):
+        number = node.tag in ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
+        if number and _MISREAD.fullmatch(node.value):
+            problem = (
+                f"{short(node.value)} is octal or base 60 in YAML; write a decimal number, or a "
+                "text in quotes"
+            )
+            raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
+        return super().construct_object(node, deep)
 
     def construct_mapping(self, node, deep=False):
         keys = [key.value for key, _ in node.value]

@@ -77,6 +77,7 @@ BAD_FILES = [
     (GOOD + GOOD[:-20], "line 2: not JSON (Unterminated string"),
     (b"[" + GOOD.strip() + b"]", "line 1: row: "),
     (GOOD + "{'é'}".encode("latin-1"), "not UTF-8"), (b"[" * 100_000, "line 1: not JSON"),
+    (GOOD[:-2] + b', "answer": "A"}\n', "line 1: not JSON (a key is there twice)"),
     (GOOD + json.dumps(ROW | {"answer": "A"}).encode(), "id 'q-1' occurs twice; expected one row"),
 ]  # fmt: skip
 

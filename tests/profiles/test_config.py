@@ -191,6 +191,8 @@ TEXTS = {
     "thousands of digits": (TOY + "model: {width: " + "9" * 5000 + "}\n", "Exceeds the limit"),
     # What YAML would quietly read in another way.
     "key twice": (TOY + "method: {beta: 0.1, beta: 0.2}\n", "the key 'beta' is given twice; give"),
+    "octal": (TOY + "model: {width: 0100}\n", "'0100' is octal or base 60 in YAML; write a dec"),
+    "base 60": (TOY + "model: {width: 2:08}\n", "'2:08' is octal or base 60 in YAML"),
     # Names and characters.
     "half a pair": (TOY + 'description: "\\ud83d"\n', "half of a surrogate pair in '\\ud83d'"),
     "key with a line break": (TOY + '"a\\nb": 1\n', "unknown key 'a\\nb'; expected one of abl"),
