@@ -16,7 +16,7 @@ import csv
 import math
 import os
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from graphlib import TopologicalSorter
 from pathlib import Path
@@ -38,7 +38,7 @@ from allo_lib.profiles.methods import (
     waits_for,
 )
 from allo_lib.study import training
-from allo_lib.study.search import Found, proposals
+from allo_lib.study.search import Found, Rates, proposals
 from allo_lib.study.study import Study
 
 Run = tuple[Study, str, str]  # a seed's study at one of its replicates, domain, method
@@ -213,26 +213,54 @@ def _in_worker(work: Callable, opened_by: tuple, *arguments):
 
 
 def tune(profile: Profile, seeds: tuple[int, ...], folder: Path, data: str | None) -> Path:
-    """Tune every method of a profile that has rates of its own; returns the file of the rates."""
+    """Tune every method of a profile that has rates of its own; returns the file of the rates.
+
+    All searches go on together, round by round, so that no worker waits for the end of another's.
+    """
     studies = [Study(profile, seed, folder, data) for seed in seeds]
     prepare_all((study, name) for study in studies for name in profile.domains)
-    tuned: dict[str, dict] = {name: {} for name in profile.domains}
-    at_edge, rows = [], []
-    for name in profile.domains:
-        for method in methods_of(studies[0], name):
-            if (
-                stages_of(method, profile)
-                and method == tuned_as(method)
-                and not relative_rates(method)
-            ):
-                found = _tune_method(studies, name, method, rows)
-                tuned[name][method] = list(found.rates)
-                at_edge += [] if found.interior else [f"{method} of {name}"]
+    searches = {
+        (name, method): _search_of(studies[0], name, method)
+        for name in profile.domains
+        for method in methods_of(studies[0], name)
+        if stages_of(method, profile) and method == tuned_as(method) and not relative_rates(method)
+    }
+    wanted = {which: next(going) for which, going in searches.items()}
+    found, rows = {}, []
+    while wanted:
+        # Model by model, so that a worker seldom opens another study.
+        jobs = [
+            (study, *which, rates)
+            for study in studies
+            for which, several in wanted.items()
+            for rates in several
+        ]
+        scores = side_by_side(training.score_at, dict.fromkeys(jobs, ()), "rates tried")
+        rows += [
+            (name, method, " ".join(f"{rate:g}" for rate in rates), study.seed, score)
+            for (study, name, method, rates), score in scores.items()
+        ]
+        for which, several in [*wanted.items()]:
+            means = {
+                rates: math.fsum(scores[study, *which, rates] for study in studies) / len(studies)
+                for rates in several
+            }
+            try:
+                wanted[which] = searches[which].send(means)
+            except StopIteration as end:
+                found[which] = end.value
+                del wanted[which]
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "tuning.csv", "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(("domain", "method", "rates", "model", "score"))
         writer.writerows((*row, f"{score:.6f}") for *row, score in sorted(rows))
+    tuned: dict[str, dict] = {name: {} for name in profile.domains}
+    for name, method in searches:
+        tuned[name][method] = list(found[name, method].rates)
+    at_edge = [
+        f"{method} of {name}" for name, method in searches if not found[name, method].interior
+    ]
     path = folder / "tuned.yaml"
     path.write_text(
         f"# By `./run_all.sh tune` on seeds {', '.join(map(str, seeds))}; see tuning.csv.\n"
@@ -243,26 +271,8 @@ def tune(profile: Profile, seeds: tuple[int, ...], folder: Path, data: str | Non
     return path
 
 
-def _tune_method(studies: list[Study], name: str, method: str, rows: list[tuple]) -> Found:
-    """The rates with the best mean score over the studies; `rows` of `tuning.csv` are added to."""
-    profile = studies[0].profile
-    stages, settings = stages_of(method, profile), profile.search
-    start = training.initial_rates(studies[0], name, stages, knob=True)
-    knob = knob_of(stages) is not None
-    proposed, means = proposals(start, settings.factor, settings.candidates, knob), None
-    while True:
-        try:
-            wanted = proposed.send(means)
-        except StopIteration as end:
-            return end.value
-        # Model by model, so that a worker seldom opens another study.
-        jobs = [(study, name, method, rates) for study in studies for rates in wanted]
-        scores = side_by_side(training.score_at, dict.fromkeys(jobs, ()), f"{name}, {method}")
-        rows += [
-            (name, method, " ".join(f"{rate:g}" for rate in rates), study.seed, score)
-            for (study, *_, rates), score in scores.items()
-        ]
-        means = {
-            rates: math.fsum(scores[study, name, method, rates] for study in studies) / len(studies)
-            for rates in wanted
-        }
+def _search_of(study: Study, name: str, method: str) -> Generator[list[Rates], dict, Found]:
+    """The search of a method's rates, and of its second knob if it has one (`proposals`)."""
+    stages, settings = stages_of(method, study.profile), study.profile.search
+    start = training.initial_rates(study, name, stages, knob=True)
+    return proposals(start, settings.factor, settings.candidates, knob_of(stages) is not None)
