@@ -29,7 +29,6 @@ ON_GPU = {
     "not deterministic": [
         "backward of scaled_dot_product_attention: the flash, memory-efficient and cuDNN kernels "
         "add in any order as long as torch only warns",
-        "attention by FlexAttention: compiled kernels, of which torch promises nothing",
         "cumsum of floating-point numbers, in sampling",
     ],
 }
