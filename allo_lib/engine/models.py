@@ -330,5 +330,9 @@ def _convert(gguf: Path, folder: Path) -> None:
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
         ]
     )
+    # The reader of transformers before 5.23 gives the tokenizer one token for start and end.
+    for kind in ("bos", "eos", "pad"):
+        token = tokenizer.convert_ids_to_tokens(getattr(config, f"{kind}_token_id"))
+        setattr(tokenizer, f"{kind}_token", token)
     model.save_pretrained(folder, max_shard_size="5GB")
     tokenizer.save_pretrained(folder)
