@@ -23,7 +23,6 @@ True on its tokens, which stand together from its start.
 
 import contextlib
 import copy
-import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -31,7 +30,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import get_cosine_schedule_with_warmup
 
 from allo_lib.engine.batching import Row, collate
 from allo_lib.engine.encoding import encode_prompt, encode_response
@@ -109,9 +107,8 @@ def run_on_policy(
         model, mask, lr=schedule.learning_rate, weight_decay=weight_decay,
         max_grad_norm=max_grad_norm,
     )  # fmt: skip
-    steps, log, warmup = _order(len(prompts), schedule), Log(), schedule.warmup
-    warmup = math.ceil(len(steps) * warmup) if warmup < 1 else int(warmup)  # as Trainer has it
-    scheduler = get_cosine_schedule_with_warmup(optimizer, warmup, len(steps))
+    steps, log = _order(len(prompts), schedule), Log()
+    scheduler = schedule.rates(optimizer, len(steps))
     loss_of = objective(name, beta=1.0)  # of methods on pairs
     passes = settings.passes if name == "ppo" else 1
     pad = model.config.pad_token_id

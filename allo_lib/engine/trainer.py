@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
-from transformers import get_cosine_schedule_with_warmup
 
 from allo_lib.engine.batching import Row
 from allo_lib.engine.forward import response_logps, to_device
@@ -57,11 +57,21 @@ class Schedule:
         steps = self.epochs * math.ceil(rows / self.batch_size)
         return steps if self.max_steps is None else min(steps, self.max_steps)
 
-    def rates(self, optimizer: torch.optim.Optimizer, steps: int) -> Any:
-        """The scheduler of so many steps: up to the optimizer's rate, then down as a cosine."""
+    def rates(self, optimizer: torch.optim.Optimizer, steps: int) -> LambdaLR:
+        """The scheduler of so many steps: up to the optimizer's rate, then down as a cosine.
+
+        That of transformers, whose import takes longer than that of all the rest.
+        """
         share = self.warmup < 1
         warmup = math.ceil(steps * self.warmup) if share else int(self.warmup)
-        return get_cosine_schedule_with_warmup(optimizer, warmup, steps)
+
+        def factor(step: int) -> float:
+            if step < warmup:
+                return step / warmup
+            done = (step - warmup) / max(1, steps - warmup)
+            return max(0.0, 0.5 * (1.0 + math.cos(math.pi * done)))
+
+        return LambdaLR(optimizer, factor)
 
     def batches(self, rows: list[Row]) -> Iterator[list[list[Row]]]:
         """The rows of every step, a list for each forward pass; every epoch in another order."""
