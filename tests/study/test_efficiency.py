@@ -73,6 +73,15 @@ def test_a_layer_costs_three_products_and_fewer_when_rows_are_kept(kept):
     assert operations() == 2 * 7 * 4 * (2 * 6 + kept)
 
 
+def test_a_product_that_is_added_counts_once_also_with_another_dtype_of_its_result():
+    bias, left, right = torch.ones(7, 5), torch.ones(7, 3), torch.ones(3, 5)
+    with timed_steps.counter() as counted:
+        torch.addmm(bias, left, right)
+    assert counted.get_total_flops() == 2 * 7 * 3 * 5
+    addmm = counted.flop_registry[torch.ops.aten.addmm]  # as TRL calls it on a GPU
+    assert addmm(bias, left, right, torch.float32, out_val=bias) == 2 * 7 * 3 * 5
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_rate_is_that_of_a_product_and_leaves_random_numbers_alone(dtype):
     state = torch.random.get_rng_state()
