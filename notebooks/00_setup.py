@@ -213,15 +213,17 @@ table([{"": "prompt", "text": str(shown["prompt"])}, *({"": side, "text": text} 
 #
 # ## Is there something to learn from these pairs?
 #
-# Three methods start from $\theta$: plain DPO on the pairs (01 explains it), RFT, which imitates the
-# right samples ([arXiv 2308.01825](https://arxiv.org/abs/2308.01825)), and SFT on as many gold solutions.
-# Each gets the same number of learning rates and keeps the one that is best on development questions.
-# `dpo_long` makes as many updates as the two stages of ALLO together and is the fair rival.
+# Simple methods start from $\theta$: plain DPO on the pairs (01 explains it), RFT, which imitates the right samples
+# ([arXiv 2308.01825](https://arxiv.org/abs/2308.01825)), and SFT on as many gold solutions. The rates of every method
+# are those with the best score on development questions, found with equal effort. `dpo_long` makes as many updates as the
+# two stages of ALLO together and is the fair rival. All methods of the profile are trained here, side by side; later
+# notebooks read their results.
 
 # %%
 wanted = ("dpo", "dpo_long", "rft", "sft")
 run = [method for method in wanted if method in runs.methods_of(study, domain)]
-found = runs.run_methods(study, {domain: ["sft_base", *run]})[domain]
+trained = runs.run_methods(study, {domain: runs.methods_of(study, domain)})[domain]
+found = {method: trained[method] for method in ("sft_base", *run)}
 scores = {method: scoring.score_of(one) for method, one in found.items()}
 draw(method_figures.method_dots(scores, xlabel=f"{scoring.unit(found[run[0]])} (%)"),
      f"The SFT model and what simple methods make of it; {domain}, seed {seed}.")

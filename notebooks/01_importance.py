@@ -278,15 +278,17 @@ say(f"**From {percent(start)}, each at its own best rate: "
 # %% [markdown]
 # ## Is it the neurons or the step size?
 #
-# All models of the search again, by the learning rate, by how far the weights moved, and by how far
-# the preference was learned. Masks whose curves lie on each other in the second or third panel differ in
-# the rate they need and not in what they can learn.
+# All models that were trained to find the rates. Where they were searched on this seed, they are also drawn by how far
+# the weights moved and how far the preference was learned: masks whose curves lie on each other there differ in the
+# rate they need and not in what they can learn. Where a profile takes rates that were tuned on other SFT models, each
+# point is the mean over these.
 
 # %%
-tried = {a: [one for one in found[a]["tried"] if one["displacement"] is not None] for a in arms_of_study}
-before_alignment = training.result(study, domain, "sft_base")["dev"] if study.task(domain) is not None else None
-draw(method_figures.sweep_panels(tried, before_alignment, scoring.dev_count(study, domain)),
-     "Every trained model of the search, scored on the development split.")
+tried, problems = runs.tried(study, domain, {a: found[a] for a in arms_of_study})
+before_alignment = None if study.domain(domain).tuning or study.task(domain) is None else (
+    training.result(study, domain, "sft_base")["dev"])
+draw(method_figures.sweep_panels(tried, before_alignment, problems),
+     "Every model that was trained to find the rates, scored on development questions.")
 order = sorted(tried, key=lambda a: -max(one["dev"] for one in tried[a]))
 say("Best development scores: " + ", ".join(f"{a} {percent(max(one['dev'] for one in tried[a]))}" for a in order)
     + ", at the rates " + ", ".join(f"{found[a]['rates'][0]:g}" for a in order) + ".")

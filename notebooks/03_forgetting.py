@@ -65,7 +65,7 @@ study = Study.open(profile, seed, results_dir, overrides)
 domain = domain or next(iter(study.profile.domains))
 beta, threshold = study.profile.method.beta, study.profile.method.token_threshold
 stage = methods.stages_of("allo", study.profile)[0]  # what ALLO's first stage is set to
-rate = runs.run_methods(study, {domain: ["allo"]})[domain]["allo"]["rates"][0]  # that its search chose
+rate = runs.run_methods(study, {domain: ["allo"]})[domain]["allo"]["rates"][0]  # as tuned
 
 # %% [markdown]
 # ## The loss, by hand
@@ -153,7 +153,7 @@ print(f"the changes of all tokens agree to {difference:.0e} nats")
 # %% [markdown]
 # ## The whole stage: which tokens fall
 #
-# One epoch over the training pairs at the rate that the study's search chose, watched on held-out
+# One epoch over the training pairs at the rate that was found for ALLO, watched on held-out
 # responses, which the stage never reads. If forgetting is as precise as it is meant to be, selected tokens
 # fall and the others stay.
 

@@ -59,7 +59,7 @@ study = Study.open(profile, seed, results_dir, overrides)
 domain = domain or next(iter(study.profile.domains))
 beta, threshold = study.profile.method.beta, study.profile.method.token_threshold
 first, stage = methods.stages_of("allo", study.profile)  # what ALLO's two stages are set to
-rate = runs.run_methods(study, {domain: ["allo"]})[domain]["allo"]["rates"][1]  # chosen by its search
+rate = runs.run_methods(study, {domain: ["allo"]})[domain]["allo"]["rates"][1]  # as tuned
 
 # %% [markdown]
 # ## Key tokens, by hand

@@ -146,13 +146,13 @@ else:
 # %% [markdown]
 # ## 5. How far can the learning rates be off?
 #
-# All models that the search of rates trained, ALLO's beside DPO's, scored on the development split. A method whose
-# curve is flat forgives a wrong rate. ALLO's axis is the rate of forgetting; that of learning moves with it.
+# All models that were trained to find the rates of ALLO and DPO, scored on development questions; where a profile takes
+# rates that were tuned on other SFT models, the means over these. A method whose curve is flat forgives a wrong rate.
+# ALLO's axis is the rate of forgetting; that of learning moves with it.
 
 # %%
-tried = {m: [one for one in found[m]["tried"] if one["displacement"] is not None] for m in (dpo, "allo")}  # not diverged
-tried = {m: records for m, records in tried.items() if records}
-draw(method_figures.sweep_panels(tried, None, scoring.dev_count(study, domain)), f"Every model of the search; {here}.")
+tried, problems = runs.tried(study, domain, {m: found[m] for m in (dpo, "allo")})
+draw(method_figures.sweep_panels(tried, None, problems), f"Every model that was trained to find the rates; {here}.")
 spread = {m: sorted(one["dev"] for one in records) for m, records in tried.items()}
 say("**Development score from the worst to the best rate tried: " + "; ".join(
     f"{arm_label(m)} {percent(values[0])} to {percent(values[-1])} ({len(values)} tried)" for m, values in spread.items()) + ".**")

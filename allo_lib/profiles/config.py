@@ -194,6 +194,7 @@ class Domain:
     # method -> a rate a stage, found on other SFT models (`tuning`), in place of a search on every
     # seed; in a profile's file the name of a file in `profiles/rates` that holds them.
     tuned: dict[Name, tuple[Number, ...]] = field(default_factory=dict)
+    tuning: Text = ""  # the name of that file, by which `results/tuning` has its evidence
     dev: Count = 0  # problems for choosing learning rates (all data sets together)
     test: Count = 0  # problems for the reported accuracy (all data sets together)
     explain: Count = 0  # of questions without a worked solution: statements before the answer
@@ -360,7 +361,7 @@ def settings_hash(settings: dict) -> str:
     hashed["compute"] = _without(settings.get("compute", {}), checkpoint_minutes=...)
     if "model" in settings:
         hashed["model"] = _without(settings["model"], architectures=["llama"])
-    later = {"instructions": _plain(Instructions()), "tuned": {}}
+    later = {"instructions": _plain(Instructions()), "tuned": {}, "tuning": ...}
     if "domains" in settings:
         domains = settings["domains"].items()
         hashed["domains"] = {name: _without(domain, **later) for name, domain in domains}

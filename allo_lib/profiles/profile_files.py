@@ -165,7 +165,7 @@ def _fill_in_rates(settings: dict, path: Path) -> None:
                 f"{path.name}: domains.{domain}.tuned: got {short(name)}, expected one of "
                 f"{', '.join(known) or 'none that are there'}, with rates of this domain"
             )
-        domains[domain] = values | {"tuned": rates}
+        domains[domain] = values | {"tuned": rates, "tuning": name}
 
 
 @dataclass(frozen=True)

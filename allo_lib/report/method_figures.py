@@ -222,17 +222,21 @@ def concentration_curve(
 def sweep_panels(
     tried: Mapping[str, Sequence[dict]], start: float | None = None, count: int | None = None
 ) -> Figure:
-    """Every model of the search by rate, by displacement and by margin (records of the study).
+    """Every model behind the rates (`runs.tried`) by rate, by displacement and by margin.
 
-    A ring marks a best rate at the edge of its search: a better one may lie beyond.
+    The last two need models of this study. A ring marks a best rate at the edge of its search: a
+    better one may lie beyond.
     start: the score before alignment; count: problems behind each score, for 95% intervals.
     """
-    figure, axes = subplots(1, 3, (10.6, 3.3), sharey=True)
     columns = (
         ("learning rate", lambda one: one["rates"][0]),
         (r"displacement $\|\theta' - \theta\|_2$", lambda one: one["displacement"]),
         ("training reward margin (nats)", lambda one: one["train_margin"]),
     )
+    known = [one["displacement"] is not None for records in tried.values() for one in records]
+    columns = columns if all(known) else columns[:1]
+    size = (10.6 if len(columns) > 1 else 5.4, 3.3)
+    figure, (axes,) = subplots(1, len(columns), size, sharey=True, squeeze=False)
     for axis, (label, read) in zip(axes, columns, strict=True):
         for number, (method, records) in enumerate(tried.items()):
             where, values = np.array(sorted((read(one), one["dev"]) for one in records)).T

@@ -22,10 +22,12 @@ from graphlib import TopologicalSorter
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import yaml
 from tqdm import tqdm
 
 from allo_lib.engine.store import NotMade
+from allo_lib.machine.environment import ROOT
 from allo_lib.machine.runtime import fork_server, give_back_freed_memory, leave_with_parent
 from allo_lib.method.losses import ON_POLICY
 from allo_lib.profiles.config import Profile
@@ -37,7 +39,7 @@ from allo_lib.profiles.methods import (
     tuned_as,
     waits_for,
 )
-from allo_lib.study import training
+from allo_lib.study import scoring, training
 from allo_lib.study.search import Found, Rates, proposals
 from allo_lib.study.study import Study
 
@@ -269,6 +271,31 @@ def tune(profile: Profile, seeds: tuple[int, ...], folder: Path, data: str | Non
         encoding="utf-8",
     )
     return path
+
+
+def tried(study: Study, name: str, found: Mapping[str, dict]) -> tuple[dict[str, list[dict]], int]:
+    """Every model behind the rates of some results, and the development problems of each.
+
+    Those of their own searches; where rates were tuned on other models, the mean over these, at the
+    best second knob of every rate. A record has `rates`, `dev`, `displacement`, `train_margin`.
+    """
+    count, tuning = scoring.dev_count(study, name), study.domain(name).tuning
+    if not tuning:
+        searched = {
+            method: [one for one in result["tried"] if one["displacement"] is not None]
+            for method, result in found.items()
+        }
+        return {method: several for method, several in searched.items() if several}, count
+    table = pd.read_csv(ROOT / "results" / "tuning" / f"{tuning}.csv")
+    table = table[(table["domain"] == name) & (table["score"] != training.DIVERGED)]
+    means = table.groupby(["method", "rates"])["score"].mean().reset_index()
+    means["rate"] = means["rates"].str.split().str[0].astype(float)
+    best: dict[str, list[dict]] = {}
+    for (method, rate), score in means.groupby(["method", "rate"])["score"].max().items():
+        record = {"rates": [rate], "dev": score, "displacement": None, "train_margin": None}
+        best.setdefault(method, []).append(record)
+    own = {method: best[tuned_as(method)] for method in found if tuned_as(method) in best}
+    return own, count * table["model"].nunique()
 
 
 def _search_of(study: Study, name: str, method: str) -> Generator[list[Rates], dict, Found]:

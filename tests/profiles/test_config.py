@@ -104,7 +104,7 @@ def test_overrides_reach_into_sections_and_into_no_other(write):
 
 # Committed results and what users have in their stores are known by these.
 HASHES = {
-    "tiny": "32f99c84974ded8ff7af077e2762024a69c8b2361d2157c5d2c4cbb27124defa",
+    "tiny": "edaa8eb0b3f0bfe8b91a39828265203cf45f2598598593d42ed0ba27d21e04fa",
     "tiny-full": "3418074d41fdd132929029c83bb93cff4ecebfa58ed76feb8eee4b0c0a7e1a59",
     "architectures": "4ae6f7a46827524b75c134a2ae1253c7e162fe0d29f452abcfbebf000cff893a",
     "smollm2": "34525a69f86547c67c0bc9d9e44990139cc187768968d1b26a4b256ae4e8bfe7",

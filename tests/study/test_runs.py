@@ -7,6 +7,7 @@ import pickle
 
 import pytest
 import yaml
+from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_study import DOMAIN, PROFILE, open_study
@@ -17,6 +18,7 @@ from allo_lib.profiles.methods import stages_of
 from allo_lib.profiles.profile_files import load_profile
 from allo_lib.study import runs, training
 from allo_lib.study.search import Trial, best, proposals, search
+from allo_lib.study.study import Study
 
 
 @pytest.mark.parametrize("change, expected", [
@@ -248,3 +250,28 @@ def test_tuning_finds_the_best_mean_of_its_models_and_keeps_the_evidence(tmp_pat
         assert {len(values) for values in scores.values()} == {2} and 4 <= len(scores) <= 20
         best_mean = sum(scores[" ".join(f"{rate:g}" for rate in rates)])
         assert best_mean == pytest.approx(max(map(sum, scores.values())))
+
+
+def test_what_is_behind_tuned_rates_is_the_mean_over_the_tuning_models(tmp_path):
+    study = Study(load_profile("tiny"), 0, tmp_path)
+    found, problems = runs.tried(study, DOMAIN, dict.fromkeys(["dpo_long", "allo", "dpo_paper"]))
+    with (ROOT / "results" / "tuning" / "tiny-full.csv").open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["method"] == "dpo_long"]
+    scores: dict[float, list[float]] = {}
+    for rates in {row["rates"] for row in rows}:
+        own = [float(row["score"]) for row in rows if row["rates"] == rates]
+        assert len(own) == 4
+        scores.setdefault(float(rates.split()[0]), []).append(sum(own) / 4)
+    assert [one["rates"] for one in found["dpo_long"]] == [[rate] for rate in sorted(scores)]
+    for one in found["dpo_long"]:
+        assert one["dev"] == pytest.approx(max(scores[one["rates"][0]]))
+    assert problems == 4 * 501 and list(found) == ["dpo_long", "allo", "dpo_paper"]
+    best_rate = max(found["allo"], key=lambda one: one["dev"])["rates"][0]
+    assert best_rate == study.domain(DOMAIN).tuned["allo"][0]
+
+
+def test_what_is_behind_searched_rates_are_the_models_of_the_search(tmp_path):
+    good, diverged = {"rates": [1.0], "displacement": 0.5}, {"rates": [2.0], "displacement": None}
+    found = {"dpo": {"tried": [good, diverged]}, "sft_base": {"tried": []}}
+    study = open_study(tmp_path)
+    assert runs.tried(study, DOMAIN, found) == ({"dpo": [good]}, study.domain(DOMAIN).dev)
