@@ -202,7 +202,9 @@ def _assay(results: StudyResults, domain: Domain) -> tuple[float, tuple[str, ...
     p = p_values(found, domain.unit, models=results.models) or PValues()
     if p.above < 1 - LEVEL:
         return p.above, ()
-    gap = "not run" if found is None else f"{size(found.effect, domain.unit)} points"
+    if found is None:
+        return p.above, (f"planted check ({INVERTED}) not run: nothing tells what this assay sees",)
+    gap = f"{size(found.effect, domain.unit)} points"
     return p.above, (
         "planted check: ALLO is not shown to beat forgetting on the tokens that the rewriter would "
         f"keep ({INVERTED}: {gap}), so this assay is insensitive to the choice of tokens",

@@ -2,8 +2,10 @@
 
 import base64
 import csv
+import dataclasses
 import hashlib
 import html
+import math
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -143,6 +145,33 @@ def effect_text(claim: Claim) -> tuple[str, str]:
     ends = [claims_module.size(end, claim.unit)
             for end in (claim.ci_low, claim.ci_high) if end is not None]  # fmt: skip
     return words, f"[{', '.join(ends)}]" if ends else "none"
+
+
+def beside(claims: Iterable[Claim], cited: Path) -> list[dict[str, str]]:
+    """Rows of a table: effects on one SFT model beside those of the results folder `cited`.
+
+    Of m models with standard deviation s the mean has the variance s^2 / m, and one more model lies
+    s^2 (1 + 1 / m) around it: its range is the interval of the mean times sqrt(m + 1).
+    """
+    known = {claim.id: claim for claim in claims_module.read(cited / "claims.csv")}
+    models = len(outcomes.seeds_of(outcomes.read_measurements(cited / "measurements.csv")))
+    rows = []
+    for claim in claims:
+        other = known.get(claim.id)
+        if other is None or None in (claim.effect, other.effect, other.ci_low, other.ci_high):
+            continue
+        low, high = (
+            other.effect + (end - other.effect) * math.sqrt(models + 1)
+            for end in (other.ci_low, other.ci_high)
+        )
+        new = dataclasses.replace(other, ci_low=low, ci_high=high)
+        effect, interval = effect_text(other)
+        rows.append({
+            "id": claim.id, "here": effect_text(claim)[0], cited.name: effect,
+            "95% interval": interval, "one more model": effect_text(new)[1],
+            "inside": "yes" if low <= claim.effect <= high else "no",
+        })  # fmt: skip
+    return rows
 
 
 def _in_short(claims: Iterable[Claim], models: int) -> str:

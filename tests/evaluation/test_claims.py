@@ -160,10 +160,11 @@ def test_no_difference_of_reward_models_needs_a_planted_one_that_is_seen(
     found = computed(synthetic_results.results(datasets=("chain",), n=9000))
     assert found["C9"].verdict == verdict, found["C9"].evidence
     told = "so this assay is insensitive to the choice of tokens"
+    not_run = "planted check (allo_rm_inverted) not run: nothing tells what this assay sees"
     for name in ("C9", "C7", "C7.allo_all_tokens_forgetting"):
-        assert (told in found[name].evidence) == (verdict == UNDECIDED)
+        assert (told in found[name].evidence) == (verdict == UNDECIDED and inverted is not None)
+        assert (not_run in found[name].evidence) == (inverted is None)
     assert told not in found["C7.allo_all_tokens_learning"].evidence
-    assert ("(allo_rm_inverted: not run)" in found["C9"].evidence) == (inverted is None)
 
 
 def test_a_refuted_part_refutes_a_claim_with_missing_parts(monkeypatch):

@@ -3,13 +3,16 @@
 import base64
 import hashlib
 import html.parser
+import math
 import os
 import re
 import shutil
 import subprocess
 
 import conftest
+import numpy as np
 import pytest
+from scipy import stats
 from test_claims import EFFICIENCY
 
 from allo_lib.errors import AlloError
@@ -97,6 +100,22 @@ def test_the_rule_stands_wherever_verdicts_do_and_verdicts_are_told_apart(root):
         assert f".{verdict.replace(' ', '-')} {{ color" in text
     assert '<span class="verdict contradicted">contradicted</span>' in text
     assert RULE in report.readme_block(root)
+
+
+def test_one_model_stands_beside_the_range_of_one_more_of_the_replicated_study(tmp_path):
+    effects = np.array([0.010, 0.025, 0.003, 0.019])
+    mean, half = effects.mean(), stats.t.ppf(0.975, 3) * effects.std(ddof=1)
+    cited = [claims.Claim("C4", "", mean, mean - half / 2, mean + half / 2), claims.Claim("C9", "")]
+    claims.write(tmp_path / "claims.csv", cited)  # half / 2: of a mean of four
+    rows = [outcomes.Measurement(seed, "allo", "a", "accuracy", 0.5, 0.0, 1) for seed in range(4)]
+    outcomes.write_measurements(tmp_path / "measurements.csv", rows)
+    edge = half * math.sqrt(1 + 1 / 4)  # of one more: the mean's variance and its own
+    for here, inside in ((mean + 0.99 * edge, "yes"), (mean - 1.01 * edge, "no")):
+        own = [claims.Claim(name, "", here) for name in ("C4", "C9", "C2")]
+        (row,) = report.beside(own, tmp_path)
+        assert row["inside"] == inside
+        ends = [float(end) for end in row["one more model"].strip("[]").split(", ")]
+        assert ends == pytest.approx([100 * (mean - edge), 100 * (mean + edge)], abs=0.06)
 
 
 def test_pictures_that_do_not_fit_into_the_page_are_linked(root, tmp_path, monkeypatch):
