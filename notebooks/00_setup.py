@@ -222,7 +222,8 @@ table([{"": "prompt", "text": str(shown["prompt"])}, *({"": side, "text": text} 
 # %%
 wanted = ("dpo", "dpo_long", "rft", "sft")
 run = [method for method in wanted if method in runs.methods_of(study, domain)]
-trained = runs.run_methods(study, {domain: runs.methods_of(study, domain)})[domain]
+every = dict.fromkeys(["sft_base", *runs.methods_of(study, domain)])
+trained = runs.run_methods(study, {domain: [*every]})[domain]
 found = {method: trained[method] for method in ("sft_base", *run)}
 scores = {method: scoring.score_of(one) for method, one in found.items()}
 draw(method_figures.method_dots(scores, xlabel=f"{scoring.unit(found[run[0]])} (%)"),

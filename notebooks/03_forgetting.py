@@ -207,7 +207,7 @@ run = [method for method in here if method in runs.methods_of(study, domain)]
 found = runs.run_methods(study, {domain: ["sft_base", *run]})[domain]
 scores = {method: scoring.score_of(one) for method, one in found.items()}
 draw(method_figures.method_dots(scores, xlabel=f"{scoring.unit(found['allo'])} (%)"),
-     f"Forgetting alone, ALLO, and ALLO without a choice of tokens in forgetting; {domain}, seed {seed}.")
+     f"ALLO with and without a choice of tokens in forgetting, and what else of these is run; {domain}, seed {seed}.")
 alone = "allo_no_learning" if "allo_no_learning" in run else "allo"
 (start, error), (score, noise) = scores["sft_base"], scores[alone]
 harm = stats.far_below(alone, score, start, math.hypot(error, noise))

@@ -108,7 +108,7 @@ else:
 
 # %%
 against_allo(["allo_no_forgetting", "allo_no_learning", "allo_reversed", "allo_merged"],
-             "Other orders of the two stages, minus ALLO.")
+             "One stage alone, or the two in another order, minus ALLO.")
 
 # %% [markdown]
 # ## 3. Does it matter which tokens? (C7)

@@ -317,9 +317,9 @@ def test_without_instructions_results_are_known_as_before(tmp_path, monkeypatch)
     monkeypatch.setattr(Study, "pairs", lambda self, name: SimpleNamespace(key="pairs"))
     monkeypatch.setattr(Study, "_data_hash", lambda self, name: "data")
     monkeypatch.setattr(Study, "dtype", "float32")
-    tiny = Study(load_profile("tiny", device="cpu"), 0, tmp_path)
-    inputs = [training._method_inputs(tiny, "miniature", method) for method in ("allo", "dpo")]
-    key = "db2205c5171045e73042d71ce2226e56810266fe96d6760708ce717242b321d7"
+    study = Study(load_profile("tiny-full", device="cpu"), 0, tmp_path)
+    inputs = [training._method_inputs(study, "miniature", method) for method in ("allo", "dpo")]
+    key = "45f9b109a2eb3fb9eaf13cf47459fd98a25b4f420f630642f7c323e42b1f007b"
     assert fingerprint(inputs) == key
 
 
