@@ -163,6 +163,16 @@ def test_what_a_change_concerns_runs_again_and_nothing_else(what, study, project
     assert ran[3:] == again
 
 
+def test_a_rerun_that_reads_what_was_made_keeps_the_time_that_it_took(study, project, monkeypatch):
+    run, _ = study
+    driver.run_study(run)
+    step = driver.steps(run)[0]
+    manifest.write_json(step.stamp_path, step.stamp() | {"seconds": 335.8})
+    _change_library(project, run, monkeypatch)
+    assert [ran.notebook.stem for ran in driver.run_study(run)][0] == "00_first"
+    assert manifest.read(run.results)["runs"]["seed0"]["seconds"]["00_first"] == 335.8
+
+
 def test_library_hash_follows_code_but_not_the_commands(tmp_path):
     (tmp_path / "cli").mkdir()
     (tmp_path / "losses.py").write_text("beta = 0.1\n")
