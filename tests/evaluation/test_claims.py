@@ -230,6 +230,8 @@ def test_a_second_domain_adds_claims_with_its_name():
         ("0.3 0.32 0.29", "0.2 0.21 0.19", {}, CONTRADICTED),
         ("0.2 0.21 0.19", "0.3 0.32 0.29", {"peak_bytes_above_model": ""}, UNDECIDED),
         ("0.2 0.21 0.19", "0.3 0.32 0.29", {"peak_bytes_above_model": "4000"}, CONTRADICTED),
+        ("0.2 0.21 0.19", "0.3 0.32 0.29", {"peak_bytes_above_model": "3030"}, UNDECIDED),
+        ("0.2 0.21 0.19", "0.3 0.32 0.29", {"peak_bytes_above_model": "2970"}, UNDECIDED),
     ],
 )
 def test_the_times_of_the_processes_give_a_t_interval(ours, dense, changes, verdict):
