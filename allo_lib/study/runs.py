@@ -276,17 +276,19 @@ def tune(profile: Profile, seeds: tuple[int, ...], folder: Path, data: str | Non
 def tried(study: Study, name: str, found: Mapping[str, dict]) -> tuple[dict[str, list[dict]], int]:
     """Every model behind the rates of some results, and the development problems of each.
 
-    Those of their own searches; where rates were tuned on other models, the mean over these, at the
-    best second knob of every rate. A record has `rates`, `dev`, `displacement`, `train_margin`.
+    Those of their own searches; where rates were tuned on other models and `results/tuning` has the
+    scores, the mean over these, at the best second knob of every rate. A record has
+    `rates`, `dev`, `displacement`, `train_margin`.
     """
-    count, tuning = scoring.dev_count(study, name), study.domain(name).tuning
-    if not tuning:
+    count = scoring.dev_count(study, name)
+    evidence = ROOT / "results" / "tuning" / f"{study.domain(name).tuning}.csv"
+    if not evidence.is_file():
         searched = {
             method: [one for one in result["tried"] if one["displacement"] is not None]
             for method, result in found.items()
         }
         return {method: several for method, several in searched.items() if several}, count
-    table = pd.read_csv(ROOT / "results" / "tuning" / f"{tuning}.csv")
+    table = pd.read_csv(evidence)
     table = table[(table["domain"] == name) & (table["score"] != training.DIVERGED)]
     means = table.groupby(["method", "rates"])["score"].mean().reset_index()
     means["rate"] = means["rates"].str.split().str[0].astype(float)

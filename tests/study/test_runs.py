@@ -270,8 +270,9 @@ def test_what_is_behind_tuned_rates_is_the_mean_over_the_tuning_models(tmp_path)
     assert best_rate == study.domain(DOMAIN).tuned["allo"][0]
 
 
-def test_what_is_behind_searched_rates_are_the_models_of_the_search(tmp_path):
+@pytest.mark.parametrize("tuning", ["", "of somebody without the scores"])
+def test_what_is_behind_other_rates_are_the_models_of_the_study(tmp_path, tuning):
     good, diverged = {"rates": [1.0], "displacement": 0.5}, {"rates": [2.0], "displacement": None}
     found = {"dpo": {"tried": [good, diverged]}, "sft_base": {"tried": []}}
-    study = open_study(tmp_path)
+    study = open_study(tmp_path, domains__miniature__tuning=tuning)
     assert runs.tried(study, DOMAIN, found) == ({"dpo": [good]}, study.domain(DOMAIN).dev)
