@@ -223,7 +223,7 @@ if harm:
 # The key tokens are chosen by the model that is being trained: a token that has fallen a little is a key
 # token of the next step and falls further. So they need not be the wrong words; the table above says how
 # far they are. Selective-DPO ([2507.07725](https://arxiv.org/abs/2507.07725)) chooses by log-probability
-# differences, too, but of a fixed model; `allo_key_reference` in 05_ablations does the same.
+# differences, too, but of a fixed model.
 #
 # One seed with one set of pairs decides nothing: results change more from seed to seed than from problem to
 # problem. [05_ablations](05_ablations.ipynb) takes ALLO apart, and [06_evaluation](06_evaluation.ipynb) has the

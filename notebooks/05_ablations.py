@@ -45,12 +45,12 @@ from pathlib import Path
 # The repository, wherever in it the notebook runs.
 sys.path[:0] = [str(p) for p in (Path.cwd(), *Path.cwd().parents) if (p / "allo_lib").is_dir()][:1]
 
-from allo_lib.evaluation import claims, published
+from allo_lib.evaluation import claims
 from allo_lib.evaluation.published import arm_label
 from allo_lib.profiles.methods import share_name
 from allo_lib.report import ablation_figures, figures, method_figures
 from allo_lib.report.notebook import draw, percent, say, table
-from allo_lib.study import importance, runs, scoring
+from allo_lib.study import runs, scoring
 from allo_lib.study.study import Study
 
 study = Study.open(profile, seed, results_dir, overrides)
@@ -104,22 +104,22 @@ else:
 # %% [markdown]
 # ## 2. Does forgetting before learning help? (C6)
 #
-# Each stage alone for as many updates as both, the stages the other way round, and both losses in one stage.
+# Each stage alone for as many updates as both, and the stages the other way round.
 
 # %%
-against_allo(["allo_no_forgetting", "allo_no_learning", "allo_reversed", "allo_merged"],
+against_allo(["allo_no_forgetting", "allo_no_learning", "allo_reversed"],
              "One stage alone, or the two in another order, minus ALLO.")
 
 # %% [markdown]
 # ## 3. Does it matter which tokens? (C7)
 #
 # Forgetting weighs a rejected token by $w_t = 1[p_t < 0.5]$; here also by $1 - p_t$, by $p_t$ as the released code
-# does, or all alike. Learning takes the share $\varepsilon$ of tokens with the lowest log-ratio; here also all of them,
-# or those that a DPO model names. Random tokens are as many as ALLO's, oracle tokens are the generator's.
+# does, or all alike. Learning takes the share $\varepsilon$ of tokens with the lowest log-ratio; here also all of
+# them. Random tokens are as many as ALLO's, oracle tokens are the generator's.
 
 # %%
 against_allo(["allo_all_tokens_forgetting", "allo_all_tokens_learning", "allo_random_tokens", "allo_oracle_tokens",
-              "allo_rm_inverted", "allo_soft", "allo_released", "allo_key_reference"], "ALLO with other tokens, minus ALLO.")
+              "allo_rm_inverted", "allo_soft", "allo_released"], "ALLO with other tokens, minus ALLO.")
 
 # %% [markdown]
 # ## 4. Does a better reward model give a better ALLO? (C9)
@@ -168,13 +168,13 @@ say("**Development score from the worst to the best rate tried: " + "; ".join(
 #
 # Next: [06_evaluation](06_evaluation.ipynb) has all methods, all models, and the verdicts.
 #
-# ## Appendix: every change, and grids
+# ## Appendix: every change
 #
 # The table has all changed methods. Below it stand figures that only some studies need: each is drawn where the
 # profile trains its methods (`-p ablations`; `allo_lib/profiles/methods.py` lists them).
 
 # %%
-changes = ablation_figures.effects(found, {m: m for m in [*published.single_changes(found), dpo] if m in found}, "allo")
+changes = ablation_figures.effects(found, {m: m for m in found if m.startswith("allo_") or m == dpo}, "allo")
 table([{"method": method, "": arm_label(method), f"{unit} (%)": 100 * scores[method][0], "minus ALLO, points": 100 * effect,
         "low": 100 * low, "high": 100 * high} for method, (effect, low, high) in changes.items()])
 
@@ -187,29 +187,9 @@ if set(masks) & set(found):
     against_allo(masks, "ALLO on other neurons than the top ones of all tensors together, minus ALLO.")
 
 # %% [markdown]
-# **Grids.** Both stages' shares of neurons; the share of key tokens; ALLO at multiples of its best learning rates
-# against DPO at its best one.
-
-# %%
-swept = ablation_figures.sweeps(study.profile, found)
-if cells := swept.get("neurons"):
-    effects = ablation_figures.effects(found, {m: (100 * a, 100 * b) for (a, b), m in cells.items()}, dpo)
-    drawn = ablation_figures.effect_grid(effects, arm_label(dpo), here, unit, "share of neurons that it trains", "{:g}%")
-    draw(drawn, "ALLO by the share of neurons that each stage trains, minus DPO.")
-if keys := swept.get("key_tokens"):
-    drawn = ablation_figures.share_sweep({share: scores[m] for share, m in keys.items()}, (arm_label(dpo), scores[dpo][0]), here,
-                                         r"share $\varepsilon$ of rejected tokens that are key tokens (%)", f"{unit} (%)")
-    draw(drawn, "ALLO by the share of key tokens; bars are 95% intervals.")
-if rates := swept.get("rates"):
-    effects = ablation_figures.effects(found, {m: place for place, m in rates.items()}, dpo)
-    draw(ablation_figures.effect_grid(effects, arm_label(dpo), here, unit), "ALLO at multiples of its best learning rates, minus DPO at its best.")
-
-# %% [markdown]
-# **Other scores of the neurons.** Masks can agree on tensors without agreeing on neurons, so the overlap (intersection
-# over union) stands beside two chances: that of random masks, about $\frac{k/n}{2 - k/n}$ for $k$ of $n$ neurons, and
-# that of random masks as large in every tensor.
+# **Other scores of the neurons** than the warm-up's: the sum of |gradient|, and the size of the weights. 01 has how far
+# their masks overlap.
 
 # %%
 if other := [method for method in found if method.startswith("allo_scores_")]:
-    draw(ablation_figures.overlap_dots(importance.compare(study, domain), here), "Overlap of masks of other data, warm-ups and scores.")
     against_allo(other, "ALLO on the top neurons of other scores, minus ALLO.")

@@ -1,7 +1,7 @@
 """The paper's numbers (arXiv 2406.12606), of `results/paper/`, and the names of all methods."""
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
@@ -9,7 +9,6 @@ import pandas as pd
 
 from allo_lib.evaluation.outcomes import AVERAGE
 from allo_lib.profiles.config import INSTRUCTIONS as INSTRUCTIONS
-from allo_lib.profiles.methods import GRID, KEYS, RATES
 
 PAPER_DIR = Path(__file__).resolve().parents[2] / "results" / "paper"
 QUESTIONS = ("ecqa", "qasc", "openbookqa", "strategyqa")
@@ -43,19 +42,14 @@ NAMES = {
     "allo_oracle_tokens": "oracle tokens in both stages",
     "allo_soft": "soft token weights",
     "allo_released": "the released code's weights",
-    "allo_key_reference": "key tokens from a DPO model",
     "allo_all_neurons": "all neurons",
     "allo_random_neurons": "random neurons",
     "allo_last_neurons": "last neurons",
     "allo_rows": "whole rows",
     "allo_per_tensor": "top of every tensor",
     "allo_reversed": "learning, then forgetting",
-    "allo_merged": "both in one stage",
     "allo_scores_gradient": "scores: sum of |gradient|",
     "allo_scores_magnitude": "scores: magnitude",
-    "allo_scores_lr_x0p3": "scores: warm-up at 0.3 of the rate",
-    "allo_scores_lr_x3": "scores: warm-up at 3 times the rate",
-    "allo_scores_half_epoch": "scores: half an epoch",
     "allo_rm_sixteenth": "reward model of 1/16 of the examples",
     "allo_rm_eighth": "reward model of 1/8 of the examples",
     "allo_rm_early": "reward model stopped early",
@@ -94,12 +88,6 @@ def arm_label(method: str) -> str:
         share = f"{whole}.{decimals}" if decimals else whole
         name = f"DPO, {order} {share}%" + (f", {rest.replace('_', ' ')}" if rest else "")
     return name + " (one rate)" * (base != method)
-
-
-def single_changes(methods: Iterable[str]) -> list[str]:
-    """Rows that change one part of ALLO, or as the official code does, without points of sweeps."""
-    swept = {*GRID.values(), *KEYS.values(), *RATES.values()} - {*OFFICIAL}
-    return [name for name in methods if name.startswith("allo_") and name not in swept]
 
 
 @cache

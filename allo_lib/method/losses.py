@@ -19,12 +19,12 @@ from allo_lib.method.tokens import key_tokens
 CLIP = 0.2  # how far PPO's ratio counts on either side of 1; arXiv 1707.06347, table 1's best
 GAMMA = 1.0  # SimPO's target margin; arXiv 2405.14734 searches 0.3 to 1.6 beside a beta of 2
 IGNORED = -100  # label of positions that belong to no response; the convention of transformers
-ON_PAIRS = ("dpo", "rdpo", "ipo", "bco", "simpo", "learning", "merged")
+ON_PAIRS = ("dpo", "rdpo", "ipo", "bco", "simpo", "learning")
 ON_REJECTED = ("npo", "forgetting")
 ON_SOLUTIONS = ("sft", "rft")
 ON_POLICY = ("ppo", "a2c")  # on responses that the policy in training writes (`on_policy`)
 # Losses that are no mean of terms, so that no process can judge a share of a batch.
-INDIVISIBLE = ("bco", "merged", *ON_POLICY)
+INDIVISIBLE = ("bco", *ON_POLICY)
 
 Batch = dict[str, Tensor]
 Result = tuple[Tensor, dict[str, Tensor]]  # loss and metrics
@@ -263,18 +263,12 @@ def objective(name: str, *, beta: float, key_share: float = 1.0, gamma: float = 
         loss = token_dpo_loss(chosen, rejected, mask, key, beta).mean()
         return loss, _margin(chosen.sum(dim=1), rejected.sum(dim=1), beta)
 
-    def merged(logps: Tensor, batch: Batch) -> Result:
-        """Both stages' losses in one step; the batch of pairs carries forgetting's `weights`."""
-        loss, metrics = learning(logps, batch)
-        rejected = {key: batch[key].chunk(2)[1] for key in ("reference", "weights")}
-        return loss + forgetting(logps.chunk(2)[1], rejected)[0], metrics
-
     def pairs(logps: Tensor, batch: Batch) -> Result:
         return _pairs(name, logps, batch, beta, gamma)
 
     known: dict[str, Objective] = dict.fromkeys(ON_SOLUTIONS, supervised)
     known |= {"npo": npo, "forgetting": forgetting, "ppo": _ppo, "a2c": a2c}
-    known |= dict.fromkeys(ON_PAIRS, pairs) | {"learning": learning, "merged": merged}
+    known |= dict.fromkeys(ON_PAIRS, pairs) | {"learning": learning}
     if name not in known:
         raise ValueError(f"objective {name!r}: expected one of {', '.join(known)}")
     return known[name]

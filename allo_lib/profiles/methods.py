@@ -1,43 +1,21 @@
 """Every method as a sequence of training stages: what differs between two rows of a table.
 
 Learning rates are not here: each method gets the same search (`search`, `tuning`), except for rows
-at the one rate of plain DPO (`PAPER_PROTOCOL`) and at multiples of ALLO's best (`RATES`). Names are
-those of measurements.csv; in those of sweeps, which are looked up in `GRID`, `KEYS` and `RATES`,
-"2p5" is 2.5.
+at the one rate of plain DPO (`PAPER_PROTOCOL`). Names are those of measurements.csv; in those of
+shares "2p5" is 2.5.
 """
 
 from dataclasses import asdict, dataclass, replace
-from itertools import product
 
 from allo_lib.errors import AlloError
 from allo_lib.profiles.config import Profile, Rates
 
 PAPER_PROTOCOL = "_paper"  # suffix of rows that run at the one rate that is best for plain DPO
-KEY_REFERENCE = "allo_key_reference"  # whose key tokens a model trained by DPO picks
 ROWS = "_rows"  # suffix of rows whose neurons are whole rows of the weight matrices
 # Importance scores that ALLO is also trained with, by their variant (`score_variants`).
-ESTIMATORS = ("gradient", "magnitude", "lr_x0.3", "lr_x3", "half_epoch")
+ESTIMATORS = ("gradient", "magnitude")
 # Reward models that ALLO is also trained with (`rewriter.QUALITIES`).
 REWARD_MODELS = ("sixteenth", "eighth", "early", "half", "shuffled", "untrained")
-
-
-def _named(number: float) -> str:
-    return f"{number:g}".replace(".", "p")
-
-
-# The sweeps: setting -> row.
-SHARES = (0.01, 0.025, 0.05, 0.1, 0.2, 0.4, 1.0)  # of the neurons, for each stage
-KEY_SHARES = (0.05, 0.1, 0.2, 0.5, 1.0)  # of the tokens of a rejected response
-FACTORS = (0.25, 0.5, 1.0, 2.0, 4.0)  # of each stage's best learning rate
-GRID = {(a, b): f"allo_f{_named(100 * a)}_l{_named(100 * b)}" for a, b in product(SHARES, repeat=2)}
-KEYS = {share: f"allo_key{_named(100 * share)}" for share in KEY_SHARES}
-RATES = {(a, b): f"allo_rates_x{_named(a)}_x{_named(b)}" for a, b in product(FACTORS, repeat=2)}
-_FACTORS = {name: factors for factors, name in RATES.items()}
-
-
-def _top(share: float) -> dict:
-    """Changes to a stage that trains the top share of the neurons; 1 is all of them."""
-    return {"share": share} if share < 1 else {"neurons": "all", "rate": "dense"}
 
 
 def _both(**changes) -> tuple[dict, dict]:
@@ -54,7 +32,6 @@ _CHANGES: dict[str, tuple[dict, dict]] = (
         "allo_oracle_tokens": ({"tokens": "oracle"}, {"key": "oracle"}),
         "allo_soft": ({"rule": "soft"}, {}),
         "allo_released": ({"rule": "released"}, {}),
-        KEY_REFERENCE: ({}, {"key": "reference"}),
         "allo_all_neurons": _both(neurons="all", rate="dense"),
         "allo_random_neurons": _both(neurons="random"),
         "allo_last_neurons": _both(neurons="bottom"),
@@ -63,20 +40,20 @@ _CHANGES: dict[str, tuple[dict, dict]] = (
         "allo_rm_oracle": ({"tokens": "oracle"}, {}),
         # Must do harm, else forgetting's choice of tokens cannot be judged by accuracy here.
         "allo_rm_inverted": ({"tokens": "kept"}, {}),
-        # As the official code has it: all wrong samples, its densities and key tokens.
+        # As the official code has it: all wrong samples, its key tokens and densities.
         "allo_all_wrong": ({"pairs": "wrong"}, {}),
+        "allo_key10": ({}, {"key_share": 0.1}),
+        "allo_f5_l5": _both(share=0.05),
         "allo_official": ({"pairs": "wrong", "share": 0.05}, {"share": 0.05, "key_share": 0.1}),
     }
     | {f"allo_rm_{quality}": ({"reward_model": quality}, {}) for quality in REWARD_MODELS}
-    | {f"allo_scores_{word.replace('.', 'p')}": _both(estimator=word) for word in ESTIMATORS}
-    | {name: (_top(a), _top(b)) for (a, b), name in GRID.items()}
-    | {name: ({}, {"key_share": share}) for share, name in KEYS.items()}
+    | {f"allo_scores_{word}": _both(estimator=word) for word in ESTIMATORS}
 )
 # Those of them that take ALLO's own rates, which shows what the change alone does: another reward
 # model, share or score, or a detail of the official code.
 _AT_RATES_OF_ALLO = {
-    *GRID.values(), *KEYS.values(), KEY_REFERENCE, "allo_soft", "allo_released", "allo_all_wrong",
-    "allo_official", *(name for name in _CHANGES if name.startswith(("allo_rm_", "allo_scores_"))),
+    "allo_soft", "allo_released", "allo_all_wrong", "allo_key10", "allo_f5_l5", "allo_official",
+    *(name for name in _CHANGES if name.startswith(("allo_rm_", "allo_scores_"))),
 }  # fmt: skip
 # Fields of a stage that came after results had been stored; at these values the store knows it
 # without them.
@@ -84,7 +61,7 @@ _LATER = {"scope": "global", "pairs": "train"}
 # What is searched besides the rate of a method of one stage: beta, the scale of its rewards, or
 # SimPO's target margin gamma. Of two stages it is the ratio of their rates.
 KNOBS = {"simpo": "gamma"} | dict.fromkeys(
-    ("dpo", "rdpo", "ipo", "bco", "npo", "forgetting", "learning", "merged"), "beta"
+    ("dpo", "rdpo", "ipo", "bco", "npo", "forgetting", "learning"), "beta"
 )
 # Fields of `config.Rates` over `top`, by which ALLO's rates are multiplied: random and last neurons
 # need a larger rate than the top ones, as much larger as with plain DPO.
@@ -107,7 +84,7 @@ class Stage:
     tokens: str = "rewriter"
     reward_model: str = "trained"  # quality of the rewriter, see `rewriter`
     rule: str = "threshold"  # see `tokens`
-    # Whence the key tokens of learning: "policy", "reference" (a DPO model), "random", "oracle".
+    # Whence the key tokens of learning: the "policy", the "oracle", or at "random".
     key: str = "policy"
     key_share: float = 1.0
     scope: str = "global"  # a share of all neurons, or of each "tensor"'s
@@ -134,20 +111,10 @@ class Stage:
 
 def stages_of(method: str, profile: Profile) -> tuple[Stage, ...]:
     """The stages of a method by its name in measurements.csv; AlloError for an unknown name."""
-    name = "allo" if method in _FACTORS else method.removesuffix(PAPER_PROTOCOL)
     known = _methods(profile)
-    if name not in known:
-        names = ", ".join(name for name in known if name not in {*GRID.values(), *KEYS.values()})
-        raise AlloError(f"method {method!r} is not known; expected one of {names}")
+    if (name := method.removesuffix(PAPER_PROTOCOL)) not in known:
+        raise AlloError(f"method {method!r} is not known; expected one of {', '.join(known)}")
     return known[name]
-
-
-def relative_rates(method: str) -> tuple[str, tuple[float, ...]] | None:
-    """(the method, factors) of a row whose rates are another row's best, times one factor a stage.
-
-    "allo_rates_x0p25_x4" -> ("allo", (0.25, 4.0)); None for any other name.
-    """
-    return ("allo", _FACTORS[method]) if method in _FACTORS else None
 
 
 def knob_of(stages: tuple[Stage, ...]) -> str | None:
@@ -160,22 +127,19 @@ def tuned_as(method: str) -> str:
     return "allo" if method in _AT_RATES_OF_ALLO else method.removesuffix(PAPER_PROTOCOL)
 
 
-def waits_for(method: str) -> str | None:
-    """The row whose result must be known before this one can be trained; None for most."""
-    if method.endswith(PAPER_PROTOCOL) or method == KEY_REFERENCE:
-        return "dpo"
-    return "allo" if method in _FACTORS else None
-
-
 def share_name(share: float) -> str:
     """Method name of DPO on the top share of neurons: 0.1 -> "dpo_top10"; 1 -> "dpo"."""
-    return "dpo" if share == 1 else f"dpo_top{_named(100 * share)}"
+    return "dpo" if share == 1 else f"dpo_top{_percent(share)}"
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:g}".replace(".", "p")
 
 
 def _methods(profile: Profile) -> dict[str, tuple[Stage, ...]]:
     """Every method but those that differ from another in their rates alone."""
     settings, share = profile.method, profile.method.share
-    percent, rule = _named(100 * share), settings.token_rule
+    percent, rule = _percent(share), settings.token_rule
     kept = {"neurons": "top", "share": share}
     forgetting = Stage("forgetting", "forgetting", rule=rule, **kept)
     learning = Stage("learning", "learning", key_share=settings.key_share, **kept)
@@ -207,5 +171,4 @@ def _methods(profile: Profile) -> dict[str, tuple[Stage, ...]]:
         "allo_no_forgetting": (replace(learning, epochs=2),),
         "allo_no_learning": (replace(forgetting, epochs=2),),
         "allo_reversed": known["allo"][::-1],
-        "allo_merged": (replace(learning, objective="merged", epochs=2, rule=rule),),
     }

@@ -96,7 +96,7 @@ def draw(
         study = {part: one for part in parts if (one := results.score(part, domain))}
         if len(study) > 1:
             found[f"empirical_{domain.name}"] = empirical_dots(study, domain.unit)
-        names = ["dpo", "dpo_long", *sorted(published.single_changes(results.methods))]
+        names = ["dpo", "dpo_long", *sorted(m for m in results.methods if m.startswith("allo_"))]
         if gaps := {n: gap for n in names if (gap := results.compare(n, "allo", domain))}:
             found[f"ablations_{domain.name}"] = ablation_bars(gaps, unit=domain.unit)
     if efficiency:

@@ -278,7 +278,8 @@ def ablation_table(results: StudyResults, domain: Domain) -> Table:
     """ALLO with one thing changed, the official code's variants, and its controls, each with its
     paired difference to ALLO."""
     name, rows = domain.columns[-1], []
-    methods = [METHOD, "dpo", "dpo_long", *sorted(published.single_changes(results.methods))]
+    changed = sorted(method for method in results.methods if method.startswith("allo_"))
+    methods = [METHOD, "dpo", "dpo_long", *changed]
     for method in methods if METHOD in results.methods else []:
         cell = results.score(method, domain)
         if cell is None:

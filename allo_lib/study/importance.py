@@ -2,22 +2,11 @@
 
 Score variants say which pairs the scores of the neurons come from, and how. "delta" is the warm-up
 as it is (|theta' - theta| / lr after one epoch of DPO at a small rate), "order" the same in another
-order of the data; "half_a", "half_b" see the first and the second half of the pairs, "third_a" to
-"third_c" every third one, which is as many as each of three data sets has, and "family:NAME" the
-pairs of one data set. "lr_x0.3" and "lr_x3" change the warm-up's learning rate, "half_epoch" and
-"two_epochs" its length. The other estimators: "gradient" (sum of |dL/dtheta| over batches, no
-update made) and "magnitude" (|theta|).
-
-Overlaps of two masks stand beside two chances: of masks that are drawn at random from all neurons,
-and of masks that are random within each tensor but keep as much of it as they do. What lies between
-the two is agreement on tensors, what lies above both is agreement on neurons.
+order of the data; "half_a" and "half_b" see the first and the second half of the pairs. The other
+estimators: "gradient" (sum of |dL/dtheta| over batches, no update made) and "magnitude" (|theta|).
 """
 
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import lru_cache
-from itertools import combinations
 from math import prod
 from pathlib import Path
 
@@ -31,39 +20,12 @@ from allo_lib.engine import rewriter
 from allo_lib.engine.store import Artifact, write_json
 from allo_lib.engine.trainer import Schedule
 from allo_lib.errors import AlloError
-from allo_lib.evaluation.stats import LEVEL
 from allo_lib.machine import weights
 from allo_lib.method.neurons import NeuronMask
 from allo_lib.profiles.methods import Stage
 from allo_lib.seeds import derive
 
-FAMILY = "family:"
-_RATES = {"lr_x0.3": 0.3, "lr_x3": 3.0}
-_EPOCHS = {"half_epoch": 0.5, "two_epochs": 2}  # in optimizer steps, rounded up
-_THIRDS = ("third_a", "third_b", "third_c")
-_PLAIN = ("delta", "order", "half_a", "half_b", "gradient", "magnitude")
-VARIANTS = (*_PLAIN, *_THIRDS, *_RATES, *_EPOCHS)
-RESAMPLES = 2000
-
-
-def check_variant(variant: str, datasets: Sequence[str]) -> None:
-    """AlloError unless `variant` is known; `datasets` are those that can be a family."""
-    known = (*VARIANTS, *(FAMILY + dataset for dataset in datasets))
-    if variant not in known:
-        raise AlloError(
-            f"importance scores {variant!r} are not known; expected one of {', '.join(known)}"
-        )
-
-
-def pairs_of(variant: str, rows: list, datasets: Sequence[str]) -> list:
-    """The rows that a variant sees; `datasets` holds the data set of each row."""
-    half = len(rows) // 2
-    if variant in _THIRDS:
-        return rows[_THIRDS.index(variant) :: len(_THIRDS)]
-    if variant.startswith(FAMILY):
-        family = variant.removeprefix(FAMILY)
-        return [row for row, dataset in zip(rows, datasets, strict=True) if dataset == family]
-    return {"half_a": rows[:half], "half_b": rows[half:]}.get(variant, rows)
+VARIANTS = ("delta", "order", "half_a", "half_b", "gradient", "magnitude")
 
 
 class Importance:
@@ -76,7 +38,11 @@ class Importance:
 
         AlloError for a variant that is not known.
         """
-        check_variant(variant, self.domain(name).datasets)
+        if variant not in VARIANTS:
+            raise AlloError(
+                f"importance scores {variant!r} are not known; expected one of "
+                f"{', '.join(VARIANTS)}"
+            )
         inputs = self.inputs(name, "rates", "batch_size", "max_length") | {
             "pairs": self.pairs(name).key,
             "variant": variant,
@@ -86,15 +52,14 @@ class Importance:
         return self._kept("scores", inputs, make, name)
 
     def _make_scores(self, name: str, variant: str, folder: Path) -> None:
-        datasets = [row["dataset"] for row in self.pairs(name).rows["mask"]]
-        rows = pairs_of(variant, self.encoded(name, "mask"), datasets)
+        rows = self.encoded(name, "mask")
+        half = len(rows) // 2
+        rows = {"half_a": rows[:half], "half_b": rows[half:]}.get(variant, rows)
         model, record, method = self.load_sft(name), {}, self.profile.method
         domain = self.domain(name)
         rate = domain.rates.dense * method.warmup_rate_factor
         order = derive(self.seed, "warm-up", name, "second" if variant == "order" else "first")
-        lr, epochs = rate * _RATES.get(variant, 1), _EPOCHS.get(variant, 1)
-        steps = math.ceil(epochs * math.ceil(len(rows) / domain.batch_size))
-        schedule = Schedule(lr, math.ceil(epochs), domain.batch_size, order, max_steps=steps)
+        schedule = Schedule(rate, 1, domain.batch_size, order)
         common = {"beta": method.beta, "pad_token_id": self.tokenizer.pad_token_id}
         if variant == "magnitude":
             scores = {n: p.detach().float().abs() for n, p in model.named_parameters()}
@@ -248,40 +213,6 @@ def where_kept(mask: NeuronMask) -> tuple[np.ndarray, list[str], list[str]]:
     return shares.to_numpy(), layers, modules
 
 
-@dataclass(frozen=True)
-class Overlap:
-    """Intersection over union of two masks, all values in [0, 1].
-
-    low, high: 95% by the bootstrap over tensors: how even the agreement is over the model, not what
-    other data would give. chance: of random masks of these sizes; within: of masks that are random
-    within each tensor and as large there as these.
-    """
-
-    label: str
-    first: str
-    second: str
-    value: float
-    low: float
-    high: float
-    chance: float
-    within: float
-
-
-def overlap(label: str, first: str, second: str, one: NeuronMask, other: NeuronMask) -> Overlap:
-    """The overlap of two masks of one model, with its interval and both chances."""
-    pairs = [(index, other.indices[name]) for name, index in one.indices.items()]
-    both = np.array([int(torch.isin(a, b, assume_unique=True).sum()) for a, b in pairs])
-    union = np.array([a.numel() + b.numel() for a, b in pairs]) - both
-    draws = np.random.default_rng(0).integers(0, len(both), (RESAMPLES, len(both)))
-    unions = union[draws].sum(1)
-    ratios = both[draws].sum(1)[unions > 0] / unions[unions > 0]
-    low, high = np.quantile(ratios, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    kept = one.kept * other.kept / one.total
-    chance = kept / (one.kept + other.kept - kept)
-    return Overlap(label, first, second, one.overlap(other), float(low), float(high), chance,
-                   chance_within(one, other))  # fmt: skip
-
-
 def chance_within(one: NeuronMask, other: NeuronMask) -> float:
     """Expected overlap of masks that keep as much of every tensor as these, at random places."""
     common = sum(
@@ -289,30 +220,6 @@ def chance_within(one: NeuronMask, other: NeuronMask) -> float:
         for name, shape in one.shapes.items()
     )
     return common / (one.kept + other.kept - common)
-
-
-def compare(study, name: str) -> list[Overlap]:
-    """Overlaps of all score variants that are compared on a domain, at the profile's share."""
-    present = {row["dataset"] for row in study.pairs(name).rows["mask"]}
-    families = [family for family in study.domain(name).datasets if family in present]
-    compared = [
-        ("order of the data", "delta", "order"),
-        ("halves of the pairs", "half_a", "half_b"),
-        *(("thirds of the pairs", *two) for two in combinations(_THIRDS, 2)),
-        *((f"tasks: {a} and {b}", FAMILY + a, FAMILY + b) for a, b in combinations(families, 2)),
-        ("warm-up at 0.3 of the rate", "delta", "lr_x0.3"),
-        ("warm-up at 3 times the rate", "delta", "lr_x3"),
-        ("warm-up of half an epoch", "delta", "half_epoch"),
-        ("warm-up of two epochs", "delta", "two_epochs"),
-        ("sum of |gradient|", "delta", "gradient"),
-        ("magnitude of the weights", "delta", "magnitude"),
-    ]
-    share = study.profile.method.share
-    masks = {
-        variant: study.mask(name, "top", share, variant)
-        for variant in dict.fromkeys(variant for _, *two in compared for variant in two)
-    }
-    return [overlap(label, a, b, masks[a], masks[b]) for label, a, b in compared]
 
 
 # --- tokens --------------------------------------------------------------------------------------

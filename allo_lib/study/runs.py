@@ -31,14 +31,7 @@ from allo_lib.machine.environment import ROOT
 from allo_lib.machine.runtime import fork_server, give_back_freed_memory, leave_with_parent
 from allo_lib.method.losses import ON_POLICY
 from allo_lib.profiles.config import Profile
-from allo_lib.profiles.methods import (
-    KEY_REFERENCE,
-    knob_of,
-    relative_rates,
-    stages_of,
-    tuned_as,
-    waits_for,
-)
+from allo_lib.profiles.methods import PAPER_PROTOCOL, knob_of, stages_of, tuned_as
 from allo_lib.study import scoring, training
 from allo_lib.study.search import Found, Rates, proposals
 from allo_lib.study.study import Study
@@ -125,12 +118,11 @@ def _train(study: Study, name: str, method: str) -> None:
 
 
 def _runs_before(study: Study, name: str, method: str) -> list[Run]:
-    """The runs whose rates, or whose model, this one takes."""
-    tuned, before = study.domain(name).tuned, waits_for(method)
-    runs = [(study.at(0), name, method)] if study.replicate and not tuned else []
-    if before and (not tuned or method == KEY_REFERENCE):
-        runs.append((study, name, before))
-    return runs
+    """The runs whose rates this one takes."""
+    if study.domain(name).tuned:
+        return []
+    runs = [(study.at(0), name, method)] if study.replicate else []
+    return runs + ([(study, name, "dpo")] if method.endswith(PAPER_PROTOCOL) else [])
 
 
 def prepare_all(shared: Iterable[tuple[Study, str]]) -> None:
@@ -225,7 +217,7 @@ def tune(profile: Profile, seeds: tuple[int, ...], folder: Path, data: str | Non
         (name, method): _search_of(studies[0], name, method)
         for name in profile.domains
         for method in methods_of(studies[0], name)
-        if stages_of(method, profile) and method == tuned_as(method) and not relative_rates(method)
+        if stages_of(method, profile) and method == tuned_as(method)
     }
     wanted = {which: next(going) for which, going in searches.items()}
     found, rows = {}, []

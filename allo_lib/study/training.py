@@ -6,8 +6,6 @@ from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
-import torch
-
 from allo_lib import allo
 from allo_lib.engine import on_policy
 from allo_lib.engine.encoding import encode_demonstration
@@ -19,12 +17,10 @@ from allo_lib.machine.environment import device_name
 from allo_lib.machine.runtime import torch_threads
 from allo_lib.method.losses import GAMMA, ON_POLICY, ON_REJECTED, ON_SOLUTIONS
 from allo_lib.method.neurons import NeuronMask
-from allo_lib.method.tokens import key_tokens
 from allo_lib.profiles.methods import (
     PAPER_PROTOCOL,
     Stage,
     knob_of,
-    relative_rates,
     stages_of,
     tuned_as,
 )
@@ -112,14 +108,12 @@ def _made(study: Study, kind: str, inputs: dict, make: Callable[[Path], None]) -
 
 def _method_inputs(study: Study, name: str, method: str) -> dict:
     settings, domain = study.profile.to_dict(), study.domain(name)
-    relative = relative_rates(method)
     inputs = _stage_inputs(study, name, stages_of(method, study.profile)) | {
         "search": settings["search"],
         "rates": settings["domains"][name]["rates"],
         "test": [domain.dev, domain.test],
         "paper_protocol": method.endswith(PAPER_PROTOCOL),
     }
-    inputs |= {"relative_to": relative} if relative else {}
     if domain.tuned:
         inputs["tuned"] = _fixed_rates(study, name, method)
     return inputs | scoring.instruction_inputs(study, name)
@@ -215,9 +209,6 @@ def _fixed_rates(study: Study, name: str, method: str) -> Rates | None:
     if method.endswith(PAPER_PROTOCOL):
         # The paper's protocol: every mask at the one rate that plain DPO likes best.
         return best_of("dpo")
-    if relative := relative_rates(method):
-        other, factors = relative
-        return tuple(rate * by for rate, by in zip(best_of(other), factors, strict=True))
     return best_of(method) if tuned else None
 
 
@@ -342,8 +333,6 @@ def _train_stage(study, name, stages, number: int, rate, knob, masters: dict, fo
     if stage.objective == "learning":
         keys = _fixed_keys(study, name, stage)
         return allo.learn(study.model, rows, schedule, keys, **settings)
-    if stage.objective == "merged":
-        rows = allo.weighted(rows, study.forgetting_weights(name, stage))
     return allo.run_stage(study.model, rows, stage.objective, schedule, **settings)
 
 
@@ -421,14 +410,4 @@ def _fixed_keys(study: Study, name: str, stage: Stage) -> list[list[float]] | No
         return None
     if stage.key == "oracle":
         return study.oracle_tokens(name, study.train)
-    if stage.key == "random":
-        return study.random_keys(name, stage.key_share)
-    live = weights.snapshot(study.model)
-    ratios = log_ratios(study, name, "dpo", study.train)
-    weights.restore(study.model, live)
-    return [
-        key_tokens(
-            torch.tensor([ratio]), torch.ones(1, len(ratio), dtype=torch.bool), stage.key_share
-        )[0].float().tolist()
-        for ratio in ratios
-    ]  # fmt: skip
+    return study.random_keys(name, stage.key_share)

@@ -18,9 +18,9 @@ from real_like import write_data, write_model
 from tiny_study import DOMAIN, PROFILE, open_study
 
 from allo_lib.evaluation import claims, outcomes, published
-from allo_lib.profiles.methods import GRID, KEYS, RATES, stages_of
+from allo_lib.profiles.methods import stages_of
 from allo_lib.report import ablation_figures, notebook
-from allo_lib.study import importance, runs, scoring
+from allo_lib.study import runs, scoring
 
 ROOT = conftest.ROOT
 NOTEBOOKS = sorted(path.with_suffix("") for path in (ROOT / "notebooks").glob("*.py"))
@@ -135,14 +135,11 @@ def test_05_draws_what_was_trained_and_tells_what_was_not(asked, tmp_path, monke
     study = open_study(tmp_path)
     rows = ["sft_base", "dpo", "dpo_long", "allo"]
     if asked == "all":
-        rows = list(dict.fromkeys([*rows, "dpo_top1", "dpo_top10", *published.NAMES,
-                                  *GRID.values(), *KEYS.values(), *RATES.values()]))  # fmt: skip
+        rows = list(dict.fromkeys([*rows, "dpo_top1", "dpo_top10", *published.NAMES]))
     found = {row: invented(row, study.profile, i) for i, row in enumerate(rows)}
-    masks = [importance.Overlap("other data", "a", "b", 0.3, 0.28, 0.32, 0.05, 0.1)]
     points = [("early", 0.7, 0.7, 0.05), ("trained", 0.9, 0.8, 0.05)]
     for place, name, value in (
         (runs, "run_methods", {DOMAIN: found}),
-        (importance, "compare", masks),
         (ablation_figures, "reward_points", points if asked == "all" else []),
         (scoring, "dev_count", 40),
     ):
@@ -150,8 +147,8 @@ def test_05_draws_what_was_trained_and_tells_what_was_not(asked, tmp_path, monke
     shown = run_cells("05", monkeypatch, profile=str(PROFILE), results_dir=str(tmp_path))
     told = texts(shown)
     assert "trains none of these" in told if asked == "few" else "none of these" not in told
-    # Five questions; of the appendix: masks, three sweeps, overlaps, scores.
-    assert pictures(shown) == (1 if asked == "few" else 5 + 6)
+    # Five questions; of the appendix: masks and scores.
+    assert pictures(shown) == (1 if asked == "few" else 5 + 2)
 
 
 # --- the whole study ---------------------------------------------------------------------------

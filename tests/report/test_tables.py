@@ -119,14 +119,6 @@ def test_empirical_table_has_both_protocols(built):
     assert top["paper_ecqa"] == pytest.approx(0.76)
 
 
-def test_sweeps_stay_out_of_the_single_changes():
-    rows = ["allo", "dpo", "allo_soft", "allo_f5_l20", "allo_key5", "allo_key_reference",
-            "allo_rates_x1_x2", "allo_rm_half", "allo_f5_l5"]  # fmt: skip
-    kept = ["allo_soft", "allo_key_reference", "allo_rm_half", "allo_f5_l5"]
-    assert published.single_changes(rows) == kept
-    assert published.arm_label("allo_f5_l5") == "official: 5% of the neurons"
-
-
 def test_files_are_the_same_each_time_and_parse(tmp_path, results):
     first = tables.write(tables.build(results), tmp_path / "a")
     table = synthetic_results.table(n=200, pairs=50)[::-1]

@@ -34,13 +34,11 @@ def test_methods_of_a_domain_come_once_and_in_order(tmp_path, change, expected):
 
 @pytest.mark.parametrize("tuned, expected", [
     # Without tuned rates further replicates take those of the first, the paper's rows those of DPO.
-    ({}, {("npo", 1): [("npo", 0)], ("npo", 0): [], ("allo_key_reference", 0): [("dpo", 0)],
+    ({}, {("npo", 1): [("npo", 0)], ("npo", 0): [],
           ("dpo_paper", 1): [("dpo_paper", 0), ("dpo", 1)]}),
-    # With them a run only waits for a model that it reads.
-    ({"dpo": (1e-4,)}, {("npo", 1): [], ("dpo_paper", 1): [],
-                        ("allo_key_reference", 0): [("dpo", 0)]}),
+    ({"dpo": (1e-4,)}, {("npo", 1): [], ("dpo_paper", 1): []}),
 ])  # fmt: skip
-def test_runs_wait_for_those_whose_rates_or_models_they_take(tmp_path, tuned, expected):
+def test_runs_wait_for_those_whose_rates_they_take(tmp_path, tuned, expected):
     study = open_study(tmp_path, replicates={"pair_sets": 2})
     domain = dataclasses.replace(study.domain(DOMAIN), tuned=tuned)
     study.domain = study.at(1).domain = lambda name: domain

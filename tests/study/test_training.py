@@ -64,7 +64,6 @@ def test_controls_get_as_many_updates_as_both_stages(profile):
     ("allo_random_tokens", {"tokens"}, {"key"}),
     ("allo_oracle_tokens", {"tokens"}, {"key"}),
     ("allo_soft", {"rule"}, set()),
-    ("allo_key_reference", set(), {"key"}),
     ("allo_random_neurons", {"neurons"}, {"neurons"}),
     ("allo_all_neurons", {"neurons", "rate"}, {"neurons", "rate"}),
     ("allo_rm_shuffled", {"reward_model"}, set()),
@@ -119,19 +118,6 @@ def test_rft_trains_on_right_samples_and_sft_on_as_many_gold_solutions_that_fit(
     kept = [length for length in whole if length <= limit]
     assert lengths()[: len(kept)] == kept and max(lengths()) <= limit
     assert len(lengths()) == len(whole)  # others take their places
-
-
-def test_fixed_keys_leave_the_live_model_as_it_was(tiny_study):
-    model = tiny_study.load_sft(DOMAIN)
-    before = weights.snapshot(model)
-    stage = stages_of("allo_key_reference", tiny_study.profile)[1]
-    keys = training._fixed_keys(tiny_study, DOMAIN, stage)
-    assert weights.displacement(model, before) == 0
-    ratios = training.log_ratios(tiny_study, DOMAIN, "dpo")
-    for ratio, key in zip(ratios, keys, strict=True):
-        count = max(1, round(stage.key_share * len(ratio)))
-        lowest = sorted(ratio)[:count]
-        assert sorted(r for r, chosen in zip(ratio, key, strict=True) if chosen) == lowest
 
 
 def test_random_and_oracle_tokens_fit_their_responses(tiny_study):
@@ -319,16 +305,10 @@ def test_a_result_is_that_of_its_best_candidate_and_the_paper_s_rows_run_at_its_
         assert found["dpo_paper"][key] == dpo[key]
 
 
-def test_a_row_of_relative_rates_runs_at_those_times_its_factors(tiny_study, monkeypatch):
-    monkeypatch.setattr(training, "result", lambda study, name, method: {
-        "dpo": {"rates": [0.5], "knob": {}},
-        "allo": {"rates": [0.1, 0.2], "knob": {}}}[method])  # fmt: skip
-    rates = [training._fixed_rates(tiny_study, DOMAIN, method)
-             for method in ("allo_rates_x0p5_x2", "dpo_top10_paper", "allo")]  # fmt: skip
-    assert rates == [pytest.approx((0.05, 0.4)), (0.5,), None]
-    ours, whole = (training._method_inputs(tiny_study, DOMAIN, method)
-                   for method in ("allo_rates_x0p5_x2", "allo"))  # fmt: skip
-    assert ours != whole and "relative_to" not in whole
+def test_the_papers_protocol_takes_the_rate_of_dpo(tiny_study, monkeypatch):
+    monkeypatch.setattr(training, "result", lambda *_: {"rates": [0.5], "knob": {}})
+    assert training._fixed_rates(tiny_study, DOMAIN, "dpo_top10_paper") == (0.5,)
+    assert training._fixed_rates(tiny_study, DOMAIN, "allo") is None
 
 
 def test_a_rate_that_diverges_loses_and_all_of_them_are_told(begun, monkeypatch, capsys):
