@@ -52,7 +52,7 @@ from allo_lib.study.study import Study
 
 study = Study.open(profile, seed, results_dir, overrides)
 measured = results.update(study, [seed] if seeds is None else seeds)  # trains and measures what is missing
-written = report.rebuild(study.results_dir, models=study.profile.models)  # claims, tables, figures from files
+written = report.rebuild(study.results_dir, study.profile.to_dict())  # claims, tables, figures from files
 verdicts = claims.read(study.results_dir / "claims.csv")
 seen = outcomes.seeds_of(measured)
 say(f"{len(measured)} measurements; seeds (each an SFT model of its own): {', '.join(map(str, seen))}. "
@@ -75,7 +75,7 @@ def pictures(*beginnings):
 
 # %%
 whole = [claim for claim in verdicts if claim.id == claim.whole]  # its parts stand in the appendix
-answers = [(claim, *report.effect_text(claim)) for claim in whole]
+answers = [(claim, *claims.effect_text(claim)) for claim in whole]
 table([{"id": claim.id, "claim": claim.claim, "effect": effect, "95% interval": interval,
         "verdict": claim.told} for claim, effect, interval in answers])
 counts = {verdict: [claim.id for claim in whole if claim.verdict == verdict] for verdict in

@@ -141,7 +141,7 @@ table(sizes, "GB of a step of a masked stage at its peak, by what they are for. 
 
 # %%
 if (study.results_dir / "measurements.csv").is_file():
-    report.rebuild(study.results_dir, models=study.profile.models)  # claims, tables and report, now with these numbers
+    report.rebuild(study.results_dir, study.profile.to_dict())  # claims, tables and report, now with these numbers
     for claim in claims.read(study.results_dir / "claims.csv"):
         if claim.id.startswith("C10"):
             say(f"**{claim.id}: {claim.verdict}.** {claim.evidence}")

@@ -135,6 +135,15 @@ def compute(results: StudyResults, efficiency: Sequence[Mapping[str, str]] = ())
     return corrected(claims + efficiency_claims(efficiency))
 
 
+def by_architecture(results: StudyResults, names: Sequence[str]) -> dict[str, list[Claim]]:
+    """The claims on the SFT models of each architecture, which seeds take in turn; not corrected
+    for their number. {} where there is one architecture only."""
+    if len(names) < 2:
+        return {}
+    each = {name: range(place, results.models, len(names)) for place, name in enumerate(names)}
+    return {name: compute(results.of_models(seeds)) for name, seeds in each.items()}
+
+
 def _parts(
     number: str, kind: str, pairs: Sequence[Pair], results: StudyResults, domain: Domain
 ) -> tuple[list[Part], list[str]]:
@@ -337,6 +346,16 @@ def _mentions(results: StudyResults, pairs: Sequence[Pair], domain: Domain) -> l
 def size(value: float, unit: str) -> str:
     """An effect as text: in points where the unit is told in points."""
     return f"{100 * value:+z.2f}" if unit in POINTS else f"{value:+z.4f}"
+
+
+def effect_text(claim: Claim) -> tuple[str, str]:
+    """Effect and interval as text: points for accuracies, the plain number for other units."""
+    if claim.effect is None:
+        return "not measured", ""
+    words = size(claim.effect, claim.unit) + " points" * (claim.unit in POINTS)
+    ends = [size(end, claim.unit)
+            for end in (claim.ci_low, claim.ci_high) if end is not None]  # fmt: skip
+    return words, f"[{', '.join(ends)}]" if ends else "none"
 
 
 def protocol_disagreements(claims: Sequence[Claim]) -> list[str]:

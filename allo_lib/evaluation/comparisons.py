@@ -5,6 +5,7 @@ set; the data sets of a domain count equally. Two methods are compared on the sa
 the replicates that both have. Intervals are those of `stats.mean_interval` over the models.
 """
 
+import copy
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -109,6 +110,13 @@ class StudyResults:
         if not len(table):
             raise AlloError(f"{folder} has no {outcomes.NAME}: run the notebooks 00 to 06")
         return cls(table, rows, models)
+
+    def of_models(self, seeds: Iterable[int]) -> "StudyResults":
+        """The same results of some of the SFT models alone, all of which a verdict then needs."""
+        part, chosen = copy.copy(self), {*seeds}
+        part.seeds, part.models = [s for s in self.seeds if s in chosen], max(2, len(chosen))
+        part._compared = {}
+        return part
 
     @cached_property
     def domains(self) -> list[Domain]:

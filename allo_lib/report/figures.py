@@ -43,6 +43,15 @@ SHORT = {
     "C9": "better rewards help",
     "C10": "ALLO is faster",
 }
+# What is compared between architectures.
+BY_ARCHITECTURE = {
+    "C2.dpo": "DPO: top 10% above all neurons",
+    "C2.dpo_last10": "DPO: top 10% above last 10%",
+    "C4s": "ALLO above DPO, equal steps",
+    "C8.orders": "masks of two orders",
+    "C8.halves": "masks of two halves",
+    "C8.estimators": "masks of two estimators",
+}
 # The parts of the neurons that DPO trains, and the protocols: ending of the method, words, marker.
 _PARTS = ("dpo_top10", "dpo_random10", "dpo_last10", "dpo")
 _PROTOCOLS = (("", "own best rate", "full"), ("_paper", "one rate for all", "none"),
@@ -63,6 +72,10 @@ CAPTIONS = {
     "which trained all at one rate and publishes no intervals.",
     "ablations": "ALLO with one thing changed: paired differences to ALLO on the same problems, "
     "with 95% intervals; left: removing this part hurts.",
+    "architectures": "The same claims on models of several architectures, as large and trained "
+    "alike: effects with 95% intervals over the SFT models of each, not corrected for their "
+    "number; overlaps of masks (intersection over union) are those above chance within each "
+    "tensor.",
     "efficiency": "Cost of one pair: time (line: the floor of its operations), peak memory above "
     "the loaded model, optimizer state.",
 }
@@ -74,8 +87,12 @@ def draw(
     claims: Sequence[Claim],
     efficiency: Sequence[Mapping[str, str]],
     folder: Path,
+    architectures: Mapping[str, Sequence[Claim]] | None = None,
 ) -> list[Path]:
-    """Write every figure that the results allow; returns the PNGs and PDFs."""
+    """Write every figure that the results allow; returns the PNGs and PDFs.
+
+    architectures: the claims on the models of each (`claims.by_architecture`).
+    """
     by_domain: dict[str, list[Claim]] = {}
     for claim in claims:  # those of the first domain have plain ids
         name = claim.id.partition(":")[2]
@@ -99,6 +116,8 @@ def draw(
         names = ["dpo", "dpo_long", *sorted(m for m in results.methods if m.startswith("allo_"))]
         if gaps := {n: gap for n in names if (gap := results.compare(n, "allo", domain))}:
             found[f"ablations_{domain.name}"] = ablation_bars(gaps, unit=domain.unit)
+    if architectures:
+        found["architectures"] = architectures_figure(architectures)
     if efficiency:
         found["efficiency"] = efficiency_bars(efficiency)
     paths = []
@@ -378,6 +397,24 @@ def _claim_line(claim: Claim, scale: float) -> Line:
     ends = [None if end is None else scale * end for end in (claim.ci_low, claim.ci_high)]
     paper = () if claim.paper is None or scale == 1 else (("paper", scale * claim.paper),)
     return Line(words, scale * claim.effect, *ends, colour, marker, paper=paper, small=bool(part))
+
+
+def architectures_figure(groups: Mapping[str, Sequence[Claim]]) -> Figure:
+    """A panel each of BY_ARCHITECTURE, in it a line an architecture."""
+    size = 9.0, 1.6 + 0.75 * len(groups)
+    figure, axes = subplots(2, 3, size, sharey=True)
+    by_id = {name: {claim.id: claim for claim in claims} for name, claims in groups.items()}
+    for axis, (key, title) in zip(axes.flat, BY_ARCHITECTURE.items(), strict=True):
+        lines = []
+        for name, claims in by_id.items():
+            claim = claims.get(key, Claim(key, ""))
+            ends, scale = (claim.ci_low, claim.ci_high), 1 if key.startswith("C8") else 100
+            values = [None if end is None else scale * end for end in (claim.effect, *ends)]
+            lines.append(Line(name, *values, colour=method_colour("allo")))
+        forest(axis, lines, 2 if key.startswith("C8") else 1)
+        axis.set_title(title)
+        axis.set_xlabel("overlap above chance" if key.startswith("C8") else "accuracy, points")
+    return figure
 
 
 def efficiency_bars(rows: Sequence[Mapping[str, str]], title: str = "") -> Figure:

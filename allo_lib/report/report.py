@@ -51,6 +51,7 @@ _GROUPS = (
     ("Is ALLO better than other methods?", ("main_", "relative_change")),
     ("Which neurons?", ("empirical_",)),
     ("What does each part of ALLO do?", ("ablations_",)),
+    ("Does it hold on other architectures?", ("architectures",)),
     ("What does a step cost?", ("efficiency",)),
     ("All claims", ("claims",)),
     ("Other figures", ("",)),
@@ -66,33 +67,36 @@ _EFFICIENCY = {"variant", "device", "seconds_per_pair", "peak_bytes_above_model"
 _GENERATOR = '<meta name="generator" content="allo_lib">'
 
 
-def rebuild(results_dir: str | Path, models: int | None = None) -> list[Path]:
+def rebuild(results_dir: str | Path, settings: dict | None = None) -> list[Path]:
     """Claims, tables and figures (`remake`), and the report beside the folder (`build`)."""
-    return [*remake(results_dir, models), build(results_dir, models)]
+    return [*remake(results_dir, settings), build(results_dir, settings)]
 
 
-def remake(results_dir: str | Path, models: int | None = None) -> list[Path]:
+def remake(results_dir: str | Path, settings: dict | None = None) -> list[Path]:
     """Claims, tables and figures, from `outcomes.parquet` and `measurements.csv` (and, for C10,
     from `tables/efficiency.csv`), without torch; returns what was written.
 
-    Same input, same bytes. `models`: how many SFT models the profile fixes beforehand; None reads
-    it from the folder's manifest.
+    Same input, same bytes. settings: those of the profile (`Profile.to_dict`), as to how many SFT
+    models it fixes beforehand, of which architectures; None reads them from the folder's manifest.
     """
     folder = Path(results_dir)
-    results = StudyResults.load(folder, models or models_of(folder))
+    settings = settings or settings_of(folder)
+    results = StudyResults.load(folder, settings.get("models", 1))
     efficiency = read_efficiency(folder / "tables" / "efficiency.csv")
     claims = claims_module.compute(results, efficiency)
     claims_module.write(folder / "claims.csv", claims)
+    architectures = settings.get("model", {}).get("architectures", [])
+    groups = claims_module.by_architecture(results, architectures)
     made = [*tables.build(results), tables.claims_table(claims)]
+    made += [tables.architectures_table(groups)] if groups else []
     paths = tables.write(made, folder / "tables")
-    paths += figures.draw(results, claims, efficiency, folder / "figures")
+    paths += figures.draw(results, claims, efficiency, folder / "figures", groups)
     return [folder / "claims.csv", *paths]
 
 
-def models_of(folder: str | Path) -> int:
-    """How many SFT models the profile of a results folder fixes; 1 before its first manifest."""
-    told = manifest.read(Path(folder)) or {}
-    return told.get("settings", {}).get("models", 1)
+def settings_of(folder: Path) -> dict:
+    """The settings of a results folder's profile; none before its first manifest."""
+    return (manifest.read(folder) or {}).get("settings", {})
 
 
 def read_efficiency(path: str | Path) -> list[dict[str, str]]:
@@ -130,21 +134,11 @@ def answers(folder: Path, claims: Iterable[Claim]) -> list[list[str]]:
     for name, question in QUESTIONS.items():
         claim = known.get(name)
         if claim is not None and claim.effect is not None:
-            effect, interval = effect_text(claim)
+            effect, interval = claims_module.effect_text(claim)
             effect += "" if claim.unit in POINTS else f" {claim.unit}"
             answer = ANSWERS[claim.verdict]
             rows.append([question, effect, interval, published.get(name, ""), answer])
     return rows
-
-
-def effect_text(claim: Claim) -> tuple[str, str]:
-    """Effect and interval as text: points for accuracies, the plain number for other units."""
-    if claim.effect is None:
-        return "not measured", ""
-    words = claims_module.size(claim.effect, claim.unit) + " points" * (claim.unit in POINTS)
-    ends = [claims_module.size(end, claim.unit)
-            for end in (claim.ci_low, claim.ci_high) if end is not None]  # fmt: skip
-    return words, f"[{', '.join(ends)}]" if ends else "none"
 
 
 def beside(claims: Iterable[Claim], cited: Path) -> list[dict[str, str]]:
@@ -165,10 +159,10 @@ def beside(claims: Iterable[Claim], cited: Path) -> list[dict[str, str]]:
             for end in (other.ci_low, other.ci_high)
         )
         new = dataclasses.replace(other, ci_low=low, ci_high=high)
-        effect, interval = effect_text(other)
+        effect, interval = claims_module.effect_text(other)
         rows.append({
-            "id": claim.id, "here": effect_text(claim)[0], cited.name: effect,
-            "95% interval": interval, "one more model": effect_text(new)[1],
+            "id": claim.id, "here": claims_module.effect_text(claim)[0], cited.name: effect,
+            "95% interval": interval, "one more model": claims_module.effect_text(new)[1],
             "inside": "yes" if low <= claim.effect <= high else "no",
         })  # fmt: skip
     return rows
@@ -212,12 +206,12 @@ def _main_figure(folder: Path) -> Path | None:
 # --- the report ----------------------------------------------------------------------------------
 
 
-def build(results_dir: str | Path, models: int | None = None) -> Path:
+def build(results_dir: str | Path, settings: dict | None = None) -> Path:
     """Write `report.html` beside the folder: one self-contained page of it and of every other
     results folder there that has `outcomes.parquet`.
 
-    models: of this folder, as in `remake`. AlloError without its `claims.csv`, for a table that is
-    no text, a figure that is no picture, or another's `report.html` there; other folders that
+    settings: of this folder, as in `remake`. AlloError without its `claims.csv`, for a table that
+    is no text, a figure that is no picture, or another's `report.html` there; other folders that
     cannot be read are named on the page. All text is escaped, nothing is loaded from elsewhere,
     and the same files give the same bytes.
     """
@@ -230,7 +224,7 @@ def build(results_dir: str | Path, models: int | None = None) -> Path:
     profiles, broken = [], []
     for path in sorted(beside, key=lambda path: (order.get(path.name, len(order)), path.name)):
         try:
-            profiles.append(_profile(path, models if path == folder else None))
+            profiles.append(_profile(path, settings if path == folder else None))
         except AlloError:
             if path == folder:
                 raise
@@ -245,7 +239,7 @@ def build(results_dir: str | Path, models: int | None = None) -> Path:
         profiles=_within_size(profiles),
         broken=broken,
         rule=_inline(RULE),
-        effect_text=effect_text,
+        effect_text=claims_module.effect_text,
         points=POINTS,
         generator=Markup(_GENERATOR),
         script=Markup(script),
@@ -259,9 +253,9 @@ def _anchor(text: str) -> str:
     return re.sub(r"[^A-Za-z0-9]+", "-", text).strip("-")
 
 
-def _profile(folder: Path, models: int | None) -> dict:
+def _profile(folder: Path, settings: dict | None) -> dict:
     """What the page shows of one results folder, pictures as paths."""
-    models = models or models_of(folder)
+    models = (settings or settings_of(folder)).get("models", 1)
     claims = claims_module.read(folder / "claims.csv")
     written = [_table(path) for path in sorted((folder / "tables").glob("*.md"))]
     first, groups = _main_figure(folder), {words: [] for words, _ in _GROUPS}
@@ -349,7 +343,8 @@ def readme_block(results_root: str | Path) -> str:
 
 
 def _readme_answers(folder: Path, link: str) -> str:
-    models, claims = models_of(folder), claims_module.read(folder / "claims.csv")
+    models = settings_of(folder).get("models", 1)
+    claims = claims_module.read(folder / "claims.csv")
     lines = [f"**{_in_short(claims, models)}**", "", _provenance(folder, models)]
     if figure := _main_figure(folder):
         lines += ["", f"![{caption_of(figure)}]({link}/figures/{figure.name})"]

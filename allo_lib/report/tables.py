@@ -7,12 +7,13 @@ far as the results themselves can tell.
 
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 
 from allo_lib.evaluation import published
+from allo_lib.evaluation.claims import effect_text
 from allo_lib.evaluation.comparisons import (
     NOBODY,
     WIN,
@@ -406,6 +407,26 @@ def row_comparisons(results: StudyResults) -> Table:
          "p size, Holm", "verdict"],
         *_split(rows),
     )  # fmt: skip
+
+
+def architectures_table(groups: Mapping[str, Sequence[Claim]]) -> Table:
+    """`architectures.csv` and `.md`: the effects on the models of each (`by_architecture`)."""
+    rows = []
+    for name, claims in groups.items():
+        for claim in claims:
+            ends = {"ci_low": claim.ci_low, "ci_high": claim.ci_high}
+            record = {"architecture": name, "id": claim.id, "effect": claim.effect, **ends}
+            told = claim.effect is not None and claim.ci_low is not None
+            texts = [name, claim.id, claim.claim, *effect_text(claim)]
+            rows.append((record, texts if told else []))
+    return Table(
+        "architectures",
+        "The claims on each architecture",
+        "Effects with 95% intervals over the SFT models of an architecture, those of one claim's "
+        "parts held together; not corrected for their number, so that they have no verdicts.",
+        ["architecture", "id", "claim", "effect", "95% interval"],
+        *_split(rows),
+    )
 
 
 def claims_table(claims: Sequence[Claim]) -> Table:

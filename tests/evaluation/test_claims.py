@@ -211,6 +211,20 @@ def test_fewer_models_than_were_fixed_decide_nothing_and_more_are_not_counted(ta
     assert StudyResults(table, rows, 2).left_out == [2] and fewer["C4"].verdict == SUPPORTED
 
 
+def test_each_architecture_has_the_claims_of_the_models_that_seeds_give_it(rows):
+    table = synthetic_results.table(models=range(4), n=200)
+    table["right"] ^= (table["model"] % 2 == 1) & (table["method"] == "allo")
+    results = StudyResults(table, synthetic_results.rows(range(4)), 4)
+    groups = claims.by_architecture(results, ["gpt2", "qwen3"])
+    found = {name: {claim.id: claim for claim in group}["C4s"] for name, group in groups.items()}
+    # ALLO is right on 80%, and where that is turned round on 20%, the long DPO on 70%.
+    effects = {"gpt2": (pytest.approx(0.1), "seeds 0, 2"), "qwen3": (pytest.approx(-0.5), "1, 3")}
+    for name, (effect, seeds) in effects.items():
+        assert found[name].effect == effect and seeds in found[name].evidence
+    assert [found[name].verdict for name in effects] == [SUPPORTED, CONTRADICTED]
+    assert claims.by_architecture(results, ["llama"]) == {}
+
+
 def test_a_second_domain_adds_claims_with_its_name():
     results = synthetic_results.joined(("helpfulness", ()), ("questions", ("ecqa",)))
     found = computed(results)

@@ -47,6 +47,9 @@ FIGURES = {
     "claims": (lambda results: figures.claims_figure(claims.compute(results, EFFICIENCY)),
                ["supported", "contradicted", "no difference", "undecided", "C10", "paper",
                 "· DPO, last 10%", "accuracy, points"]),
+    "architectures": (lambda results: figures.architectures_figure(
+        claims.by_architecture(results, ["gpt2", "qwen3"])),
+        ["gpt2", "qwen3", "masks of two halves", "ALLO above DPO, equal steps"]),
     "relative": (figures.relative_change,
                  ["chain", "average", "miniature: accuracy", "paper, 2 instruction sets",
                   "relative change from DPO to ALLO (%)"]),

@@ -180,7 +180,7 @@ def test_readmes_block_has_the_answers_and_the_rest_is_kept(root, tmp_path):
     found = {claim.id: claim for claim in claims.read(root / "tiny-full" / "claims.csv")}
     assert found.keys() > {"C10"} and found["C10"].effect is None
     for name, question in report.QUESTIONS.items():
-        effect, interval = report.effect_text(found[name])
+        effect, interval = claims.effect_text(found[name])
         shown = [line for line in text.splitlines() if line.startswith(f"| {question} |")]
         assert len(shown) == (found[name].effect is not None)
         assert all(f"| {effect}" in line and f"| {interval} |" in line for line in shown)
