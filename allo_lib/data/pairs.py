@@ -96,9 +96,13 @@ def make_pairs(study, name: str) -> Pairs:
     counts |= {train_split(number): domain.pairs.train for number in further}
     if is_human:
         rows, summary = _human_pairs(study, name, "train")
-        heldout, _ = _human_pairs(study, name, "test")
-        splits = _split(rows, counts, name)
-        return Pairs(splits | {"heldout": heldout[: domain.pairs.heldout]}, summary)
+        splits, heldout = _split(rows, counts, name), {}
+        taken = {row["id"] for split in splits.values() for row in split}
+        # Where the test file has too few, what no other split took.
+        for row in [*_human_pairs(study, name, "test")[0], *rows]:
+            if row["id"] not in taken:
+                heldout.setdefault(row["id"], row)
+        return Pairs(splits | {"heldout": [*heldout.values()][: domain.pairs.heldout]}, summary)
     rows, wrong, summary = _sampled_pairs(study, name)
     splits = _split(rows, counts, name)
     return Pairs(splits | _wrong_splits(splits, rows, wrong) | {"dev": []}, summary)

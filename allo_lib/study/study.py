@@ -286,7 +286,7 @@ class Study(Importance):
         fields = ("pairs", "max_new_tokens", "max_length", "explain")
         inputs = self.inputs(name, *fields) | {"sft": self.sft(name).key}
         if self.domain(name).kind == "preferences":
-            inputs["one_per"] = "conversation"
+            inputs["one_per"] = "conversation of both files"
         if self.profile.replicates.pair_sets > 1:
             inputs["pair_sets"] = self.profile.replicates.pair_sets
         make = lambda folder: make_pairs(self, name).save(folder)  # noqa: E731

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -169,13 +170,16 @@ def test_pairs_over_the_limit_are_dropped_and_counted(caplog, template):
         preference_pairs([long, PAIR], tokenizer(template), 2)
 
 
-@pytest.mark.parametrize("template", [TEMPLATE, None])
-def test_human_pairs_are_one_a_conversation_and_split_by_it(tmp_path, template):
+@pytest.mark.parametrize("template, heldout", [(TEMPLATE, 3), (None, 3), (None, 12)])
+def test_human_pairs_are_one_a_conversation_and_split_by_it(tmp_path, template, heldout):
     write_data(tmp_path, train=30, test=5)
     file = tmp_path / "hh_helpful" / "train.jsonl"
     lines = file.read_text().splitlines()
     file.write_text("\n".join(lines + lines[:9]))  # nine conversations are compared twice
-    counts = {"train": 10, "dev": 4, "mask": 6, "heldout": 3}
+    test = tmp_path / "hh_helpful" / "test.jsonl"
+    held_out = test.read_text().splitlines()
+    test.write_text("\n".join([*held_out, lines[0]]))  # one of them is trained on, or dealt out
+    counts = {"train": 10, "dev": 4, "mask": 6, "heldout": heldout}
     domain = config.Domain(
         kind="preferences", datasets=("hh_helpful",), pairs=config.Pairs(**counts)
     )
@@ -186,8 +190,14 @@ def test_human_pairs_are_one_a_conversation_and_split_by_it(tmp_path, template):
     found = make_pairs(study, "toy")
     assert found.summary == {"given": 39, "pairs": 30}
     assert {split: len(rows) for split, rows in found.rows.items()} == counts
-    rows = [row for split in ("train", "dev", "mask") for row in found.rows[split]]
-    assert len({row["id"] for row in rows}) == len({str(row["prompt"]) for row in rows}) == 20
+    rows = [row for split in ("train", "dev", "mask", "heldout") for row in found.rows[split]]
+    prompts = {str(row["prompt"]) for row in rows}
+    assert len({row["id"] for row in rows}) == len(prompts) == 20 + heldout
+    # Of the test file first, then of the training file what no other split took.
+    asked = [re.search("tell .* of [a-z]+", str(row["prompt"]))[0] for row in rows]
+    first = [text for text in re.findall("tell .* of [a-z]+", test.read_text())
+             if text not in asked[:20]]  # fmt: skip
+    assert asked[20:][: len(first)] == first[:heldout]
     replies = {json.loads(line)["chosen"] for line in lines}
     for row in rows:
         assert row["chosen"].strip() in replies and row["rejected"].strip()[:2] == "no"
