@@ -22,9 +22,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from allo_lib.engine import models
-from allo_lib.engine.reference import tensors_hash
 from allo_lib.errors import AlloError
-from allo_lib.machine.weights import UNREADABLE, one_line
+from allo_lib.machine.weights import UNREADABLE, one_line, tensors_hash
 
 NAME = "allo_delta.safetensors"
 _HEADER, _FORMAT = "allo_delta", 1
@@ -45,7 +44,7 @@ def write(base: Path, result: Path, path: Path, about: dict) -> None:
             fits = after.numel() <= 2**31
             changed[f"{name}.indices"] = at.to(torch.int32 if fits else torch.int64)
             changed[f"{name}.values"] = after.flatten()[at]
-    hashes = {"base_sha256": _hash(old), "result_sha256": _hash(new)}
+    hashes = {"base_sha256": tensors_hash(old.items()), "result_sha256": tensors_hash(new.items())}
     header = json.dumps({"format": _FORMAT} | hashes | about, sort_keys=True)
     # One key only: safetensors writes several in an order that changes from run to run.
     save_file(changed, str(path), metadata={_HEADER: header})
@@ -77,7 +76,7 @@ def merge(base, delta, output_dir) -> Path:
         base.save_pretrained(part)
         if tokenizer is not None:
             tokenizer.save_pretrained(part)
-        found = _hash(_tensors(part))
+        found = tensors_hash(_tensors(part).items())
         if found != header["base_sha256"]:
             raise AlloError(
                 f"{delta} was made from {header['base']!r} (revision {header['revision']}, sha256 "
@@ -88,7 +87,7 @@ def merge(base, delta, output_dir) -> Path:
             _overwrite(part, changed)
         except UNREADABLE as error:  # indices or values that do not fit
             raise _damaged(delta, one_line(error)) from error
-        if _hash(_tensors(part)) != header["result_sha256"]:
+        if tensors_hash(_tensors(part).items()) != header["result_sha256"]:
             raise _damaged(delta, "what it gives has another hash than it names")
         part.rename(output_dir)
     finally:
@@ -138,11 +137,6 @@ def _tensors(folder: Path) -> dict[str, torch.Tensor]:
     """All tensors of a `save_pretrained` folder by name; mapped from its files, not read yet."""
     files = sorted(folder.glob(_WEIGHTS))
     return dict(sorted(pair for file in files for pair in load_file(str(file)).items()))
-
-
-def _hash(tensors: dict[str, torch.Tensor]) -> str:
-    """SHA-256 over names, dtypes, shapes and bytes."""
-    return tensors_hash(tensors.items())
 
 
 def _bits(tensor: torch.Tensor) -> torch.Tensor:

@@ -138,17 +138,17 @@ masks = {
     "random": {name: chances[name].view_as(s) < share for name, s in scores.items()},
     "last": {name: s <= flat.kthvalue(kept).values for name, s in scores.items()},
 }
-told = [{"neurons": "none: before", "mean loss": math.log(2)}]
+losses_after = [{"neurons": "none: before", "mean loss": math.log(2)}]
 for kind, picked in masks.items():
     trained = copy.deepcopy(sft)
     optimizer = torch.optim.AdamW(trained.parameters(), lr=lr, weight_decay=0.0)
     for i in range(len(pairs)):
         masked_step(trained, i, optimizer, picked)
     with torch.no_grad():
-        told.append({"neurons": kind, "mean loss": sum(loss_of(trained, i).item() for i in range(len(pairs))) / len(pairs)})
+        losses_after.append({"neurons": kind, "mean loss": sum(loss_of(trained, i).item() for i in range(len(pairs))) / len(pairs)})
     for name, p in trained.named_parameters():  # the others did not move by a bit
         assert torch.equal(p[~picked[name]], before[name][~picked[name]])
-table(told, "Mean DPO loss of the eight pairs after eight steps, all at the same learning rate.")
+table(losses_after, "Mean DPO loss of the eight pairs after eight steps, all at the same learning rate.")
 
 # %% [markdown]
 # Read this table with care. Adam divides every gradient by its own size, so a score counts how *steadily* the
@@ -162,7 +162,7 @@ table(told, "Mean DPO loss of the eight pairs after eight steps, all at the same
 # ## The same with the library
 #
 # - `neurons.delta_scores` and `neurons.select_neurons` are the scores and the mask. The library
-#   keeps *exactly* the asked number: where scores tie at the cut, the order of the tensors decides.
+#   keeps *exactly* the requested number: where scores tie at the cut, the order of the tensors decides.
 # - `masked_adamw.MaskedAdamW` is the masked step. It holds moments for kept neurons only, so it also saves the
 #   memory that multiplying gradients by zeros does not.
 # - `losses.dpo_loss` takes summed log-probabilities of whole responses.

@@ -110,7 +110,7 @@ optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.0)
 for step in range(10):
     delta_chosen = response_logps(model, prompt, chosen) - ref_chosen  # [T+]
     delta_rejected = response_logps(model, prompt, rejected) - ref_rejected  # [T-]
-    key = key_tokens(delta_rejected.detach(), stage.key_share)  # bool [T-], chosen anew
+    key = key_tokens(delta_rejected.detach(), stage.key_share)  # bool [T-], chosen at every step
     loss = -F.logsigmoid(beta * (delta_chosen.sum() - (delta_rejected * key).sum()))
     loss.backward()
     for name, p in model.named_parameters():

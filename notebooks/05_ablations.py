@@ -46,7 +46,7 @@ from pathlib import Path
 sys.path[:0] = [str(p) for p in (Path.cwd(), *Path.cwd().parents) if (p / "allo_lib").is_dir()][:1]
 
 from allo_lib.evaluation import claims
-from allo_lib.evaluation.published import arm_label
+from allo_lib.evaluation.published import method_label
 from allo_lib.profiles.methods import share_name
 from allo_lib.report import ablation_figures, figures, method_figures
 from allo_lib.report.notebook import draw, percent, say, table
@@ -59,7 +59,7 @@ found = runs.run_methods(study, {domain: runs.methods_of(study, domain)})[domain
 unit, here = scoring.unit(found["allo"]), f"{domain}, seed {seed}"
 scores = {method: scoring.score_of(one) for method, one in found.items()}  # (score, standard error)
 dpo = "dpo_long" if "dpo_long" in found else "dpo"  # DPO with as many updates as ALLO
-say(f"{len(found)} methods of {here}. **ALLO {percent(scores['allo'][0])}, {arm_label(dpo)} {percent(scores[dpo][0])}** ({unit}).")
+say(f"{len(found)} methods of {here}. **ALLO {percent(scores['allo'][0])}, {method_label(dpo)} {percent(scores[dpo][0])}** ({unit}).")
 
 
 # %% [markdown]
@@ -68,7 +68,7 @@ say(f"{len(found)} methods of {here}. **ALLO {percent(scores['allo'][0])}, {arm_
 # %%
 def against_allo(methods: list[str], caption: str) -> None:
     """Those of the methods that this profile trains, minus ALLO on the same problems."""
-    rows = {method: arm_label(method) for method in methods if method in found}
+    rows = {method: method_label(method) for method in methods if method in found}
     if not rows:
         say(f"Profile {study.profile.name} trains none of these on {domain}: {', '.join(methods)}.")
         return
@@ -155,7 +155,7 @@ tried, problems = runs.tried(study, domain, {m: found[m] for m in (dpo, "allo")}
 draw(method_figures.sweep_panels(tried, None, problems), f"Every model that was trained to find the rates; {here}.")
 spread = {m: sorted(one["dev"] for one in records) for m, records in tried.items()}
 say("**Development score from the worst to the best rate tried: " + "; ".join(
-    f"{arm_label(m)} {percent(values[0])} to {percent(values[-1])} ({len(values)} tried)" for m, values in spread.items()) + ".**")
+    f"{method_label(m)} {percent(values[0])} to {percent(values[-1])} ({len(values)} tried)" for m, values in spread.items()) + ".**")
 
 # %% [markdown]
 # ## What it means
@@ -175,7 +175,7 @@ say("**Development score from the worst to the best rate tried: " + "; ".join(
 
 # %%
 changes = ablation_figures.effects(found, {m: m for m in found if m.startswith("allo_") or m == dpo}, "allo")
-table([{"method": method, "": arm_label(method), f"{unit} (%)": 100 * scores[method][0], "minus ALLO, points": 100 * effect,
+table([{"method": method, "": method_label(method), f"{unit} (%)": 100 * scores[method][0], "minus ALLO, points": 100 * effect,
         "low": 100 * low, "high": 100 * high} for method, (effect, low, high) in changes.items()])
 
 # %% [markdown]

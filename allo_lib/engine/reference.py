@@ -5,7 +5,6 @@ say all of tokenizer, template and data that a log-prob depends on.
 """
 
 import hashlib
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +63,7 @@ def attach(rows: list[Row], path: Path | None) -> list[Row]:
         if stored != sum(lengths):
             raise AlloError(
                 f"{path} has reference log-probs of {stored} {side} tokens, the pairs have "
-                f"{sum(lengths)}: it was made for other pairs; delete it to make it anew"
+                f"{sum(lengths)}: it was made for other pairs; delete it to make it again"
             )
         for row, part in zip(result, flat[side].split(lengths), strict=True):
             row[f"{side}_reference"] = part.tolist()
@@ -73,17 +72,7 @@ def attach(rows: list[Row], path: Path | None) -> list[Row]:
 
 def state_hash(model: Any) -> str:
     """SHA-256 (hex) of names, dtypes, shapes and bytes of all parameters and buffers."""
-    return tensors_hash(sorted(model.state_dict().items()))
-
-
-def tensors_hash(named: Iterable[tuple[str, torch.Tensor]]) -> str:
-    """The same of (name, tensor) pairs, in the order in which they are given."""
-    digest = hashlib.sha256()
-    for name, value in named:
-        digest.update(f"{name}:{value.dtype}:{tuple(value.shape)};".encode())
-        flat = devices.whole(value.detach()).cpu().contiguous().flatten()
-        digest.update(flat.view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+    return weights.tensors_hash(sorted(model.state_dict().items()))
 
 
 def rows_hash(rows: list[Row]) -> str:

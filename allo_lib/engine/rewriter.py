@@ -13,9 +13,7 @@ from typing import Any
 from allo_lib.engine.encoding import encode_prompt, encode_response, encode_text
 from allo_lib.engine.forward import logps_of_rows
 
-# Share of the training examples that a reward model which was stopped on the way has seen.
-STOPPED = {"sixteenth": 1 / 16, "eighth": 1 / 8, "early": 1 / 4, "half": 1 / 2}
-QUALITIES = ("trained", *STOPPED, "shuffled", "untrained")
+QUALITIES = ("trained", "early", "shuffled", "untrained")
 
 
 @dataclass(frozen=True)
@@ -54,15 +52,15 @@ def training_rows(
 ) -> list[dict[str, Any]]:
     """Rows (`prompt`, `response` ids) to train a reward model of the given quality.
 
-    "trained": all corrections; "half", "early" (a quarter), "eighth", "sixteenth": the first ones
-    of them, at least one; "shuffled": corrected predictions dealt out to other questions at random,
-    which teaches the form without the sense.
+    "trained": all corrections; "early": the first quarter of them, at least one; "shuffled":
+    corrected predictions dealt out to other questions at random, which teaches the form without
+    the sense.
     """
     targets = [example.corrected for example in corrections]
     if quality == "shuffled":
         random.Random(seed).shuffle(targets)
     rows = _rows(tokenizer, corrections, targets, plain)
-    return rows[: max(1, int(len(rows) * STOPPED.get(quality, 1)))]
+    return rows[: max(1, len(rows) // 4)] if quality == "early" else rows
 
 
 def keep_probabilities(

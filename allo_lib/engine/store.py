@@ -184,7 +184,7 @@ def _publish(made: Path, path: Path, changed: Callable[[], None]) -> None:
 
 
 def _is_sound(path: Path) -> bool:
-    """Whether an artifact is there; a damaged one is told."""
+    """Whether an artifact is there; a damaged one is named."""
     if read_manifest(path) is not None:
         return True
     if path.is_dir():

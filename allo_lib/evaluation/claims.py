@@ -53,10 +53,7 @@ COLUMNS = {"id": str, "claim": str, "effect": _maybe, "ci_low": _maybe, "ci_high
 REWARD_MODELS = {
     "allo_rm_untrained": ("untrained", "untrained"),
     "allo_rm_shuffled": ("shuffled", "shuffled targets"),
-    "allo_rm_sixteenth": ("sixteenth", "1/16 of the examples"),
-    "allo_rm_eighth": ("eighth", "1/8 of the examples"),
     "allo_rm_early": ("early", "1/4 of the examples"),
-    "allo_rm_half": ("half", "1/2 of the examples"),
     "allo": ("trained", "trained"),
     "allo_rm_oracle": ("oracle", "oracle"),
 }
@@ -69,7 +66,7 @@ _LOSS = (
 )
 _TOP = "DPO on the top 10% of neurons is more accurate than on all neurons and than on the last 10%"
 _LAST = f"DPO on the last 10% of neurons is no worse than on all (margin {MARGIN:g})"
-_OWN, _ONE = "each arm at its own best learning rate", "the paper's protocol, one rate for all"
+_OWN, _ONE = "each method at its own best learning rate", "the paper's protocol, one rate for all"
 # Id, claim, kind ("above", "no worse", "lower loss" or "overlap"), pairs of methods to compare.
 DECLARED: tuple[tuple[str, str, str, tuple[Pair, ...]], ...] = (
     ("C1", f"{_LOSS} ({_OWN})", "lower loss", (("dpo_top10", "dpo"),)),
@@ -189,10 +186,10 @@ def _reward_parts(results: StudyResults, domain: Domain) -> tuple[list[Part], li
     ranks = {name: max(0, place - 1) for place, name in enumerate(REWARD_MODELS)}
     found = results.trend({name: ranks[name] for name in order}, "allo", domain)
     if found is not None:
-        told = order[0]
+        ranking = order[0]
         for before, name in pairwise(order):
-            told += f" {'=' if ranks[before] == ranks[name] else '<'} {name}"
-        name = f"rise from the worst to the best reward model ({told})"
+            ranking += f" {'=' if ranks[before] == ranks[name] else '<'} {name}"
+        name = f"rise from the worst to the best reward model ({ranking})"
     else:
         first, second = others[0] if worse else ("allo", "allo_rm_shuffled")
         found, name = results.compare(first, second, domain), f"{first} above {second}"
@@ -272,12 +269,12 @@ def _rows(
     count = sum(interval.decides for _, interval in measured)
     if len(parts) == 1:
         ((part, interval),) = measured
-        told, paper, held = [_tell(part, interval, unit)], part.paper, []
+        words, paper, held = [_tell(part, interval, unit)], part.paper, []
     else:
         held, paper = [_held(interval, count) for _, interval in measured], None
-        told = [_effect(part.name, interval.effect, ends, unit)
+        words = [_effect(part.name, interval.effect, ends, unit)
                 for (part, interval), ends in zip(measured, held, strict=True)]  # fmt: skip
-        told += [_ALONE] * (len(measured[0][1].seeds) < 2)
+        words += [_ALONE] * (len(measured[0][1].seeds) < 2)
     ways = dict.fromkeys(_how(interval, models) for _, interval in measured)
     low = high = None
     if count == len(measured):
@@ -285,7 +282,7 @@ def _rows(
         high = min([end for _, end in held if end is not None] or [measured[0][1].high])
     rows = [replace(
         claim, effect=min(interval.effect for _, interval in measured), ci_low=low, ci_high=high,
-        evidence="; ".join(filter(None, [*told, *notes, where, *ways, lost])),
+        evidence="; ".join(filter(None, [*words, *notes, where, *ways, lost])),
         p=jointly([part.p for part in parts]), paper=paper,
     )]  # fmt: skip
     number, colon, name = claim.id.partition(":")
@@ -344,7 +341,7 @@ def _mentions(results: StudyResults, pairs: Sequence[Pair], domain: Domain) -> l
 
 
 def size(value: float, unit: str) -> str:
-    """An effect as text: in points where the unit is told in points."""
+    """An effect as text: in points where the unit is one of POINTS."""
     return f"{100 * value:+z.2f}" if unit in POINTS else f"{value:+z.4f}"
 
 
@@ -367,7 +364,7 @@ def protocol_disagreements(claims: Sequence[Claim]) -> list[str]:
         other = by_id.get(f"{number}p{colon}{domain}")
         if other is not None and other.verdict != fair.verdict:
             sentences.append(
-                f"{name} is {fair.verdict} when each arm has its own best learning rate, "
+                f"{name} is {fair.verdict} when each method has its own best learning rate, "
                 f"but {other.verdict} under the paper's single rate."
             )
     return sentences

@@ -386,12 +386,12 @@ def judged_by(index: Index, domain: Domain) -> str:
             judge = f"{kind.replace('_', ' ')} `{name}`"
             judge += f" (weights {weights})" if weights else ""
             found.setdefault(judge, []).append(f"{seed} {dataset}")
-    told = "; ".join(found) or "not told"
+    judge_names = "; ".join(found) or "not named"
     if len(found) > 1:
         each = [f"{judge} (seed and data set {', '.join(on)})" for judge, on in found.items()]
-        told = f"several, and only what one of them judged compares: {'; '.join(each)}"
+        judge_names = f"several, and only what one of them judged compares: {'; '.join(each)}"
     return (
         " Win rate: the share of instructions on which the judge prefers the row's reply to that "
         "of the SFT model, which is at 50 by construction; a tie counts half. It says what this "
-        f"judge prefers. Judge: {told}."
+        f"judge prefers. Judge: {judge_names}."
     )

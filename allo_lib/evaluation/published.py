@@ -50,10 +50,7 @@ NAMES = {
     "allo_reversed": "learning, then forgetting",
     "allo_scores_gradient": "scores: sum of |gradient|",
     "allo_scores_magnitude": "scores: magnitude",
-    "allo_rm_sixteenth": "reward model of 1/16 of the examples",
-    "allo_rm_eighth": "reward model of 1/8 of the examples",
     "allo_rm_early": "reward model stopped early",
-    "allo_rm_half": "reward model of half the examples",
     "allo_rm_shuffled": "shuffled reward model",
     "allo_rm_untrained": "untrained reward model",
     "allo_rm_oracle": "oracle token rewards",
@@ -79,7 +76,7 @@ _AVERAGED = dict(zip(map(frozenset, (QUESTIONS, MATHS, INSTRUCTIONS)), AVERAGES,
 Table = dict[str, dict[str, float]]
 
 
-def arm_label(method: str) -> str:
+def method_label(method: str) -> str:
     """A readable name for a method of the empirical study or an ablation."""
     base = method.removesuffix("_paper")
     name = NAMES.get(base, LABELS.get(base, base).removeprefix("+ "))

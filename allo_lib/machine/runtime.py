@@ -66,7 +66,7 @@ def make_deterministic(device: str) -> None:
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # costs time, changes no result
     torch.backends.cudnn.benchmark = False
-    # Its attention prepares itself anew for every shape, and rows have a new length at every step.
+    # Its attention prepares itself again for every shape, and rows have a new length at every step.
     torch.backends.cuda.enable_cudnn_sdp(False)
 
 

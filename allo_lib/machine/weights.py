@@ -3,6 +3,8 @@
 Of a sharded model each process's own part.
 """
 
+import hashlib
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -58,7 +60,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         return load_file(str(path))
     except UNREADABLE as error:
         raise AlloError(
-            f"{path} is not a readable safetensors file ({one_line(error)}); make it anew"
+            f"{path} is not a readable safetensors file ({one_line(error)}); make it again"
         ) from error
 
 
@@ -66,6 +68,16 @@ def one_line(error: Exception) -> str:
     """What an exception says, in one line of at most 200 characters."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 200 else f"{text[:197]}..."
+
+
+def tensors_hash(named: Iterable[tuple[str, Tensor]]) -> str:
+    """SHA-256 (hex) of names, dtypes, shapes and bytes of (name, tensor) pairs, in their order."""
+    digest = hashlib.sha256()
+    for name, value in named:
+        digest.update(f"{name}:{value.dtype}:{tuple(value.shape)};".encode())
+        flat = devices.whole(value.detach()).cpu().contiguous().flatten()
+        digest.update(flat.view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 @torch.no_grad()

@@ -180,9 +180,9 @@ class Judge:
 class Domain:
     """One training domain: its questions, its SFT model, its pairs and its rates."""
 
-    # "miniature", "choice" (a gold option), "questions" (any gold answer: options, yes or no,
-    # numbers, formulas) or "preferences" (human pairs).
-    kind: Literal["miniature", "choice", "questions", "preferences"] = "miniature"
+    # "miniature", "questions" (a gold answer: an option, yes or no, a number, a formula) or
+    # "preferences" (human pairs).
+    kind: Literal["miniature", "questions", "preferences"] = "miniature"
     datasets: Names = ()  # folder names of the data, or families of the miniature
     pretrain: Supervised = field(default_factory=Supervised)  # miniature: nearly right solutions
     sft: Supervised = field(default_factory=Supervised)

@@ -15,7 +15,7 @@ ROWS = "_rows"  # suffix of rows whose neurons are whole rows of the weight matr
 # Importance scores that ALLO is also trained with, by their variant (`score_variants`).
 ESTIMATORS = ("gradient", "magnitude")
 # Reward models that ALLO is also trained with (`rewriter.QUALITIES`).
-REWARD_MODELS = ("sixteenth", "eighth", "early", "half", "shuffled", "untrained")
+REWARD_MODELS = ("early", "shuffled", "untrained")
 
 
 def _both(**changes) -> tuple[dict, dict]:

@@ -1,7 +1,7 @@
 """The figures of 05_ablations, functions from plain data to a Figure, and the numbers behind them.
 
-Scores and effects are fractions, errors standard errors, intervals 95%. What was not run is told as
-such, never drawn.
+Scores and effects are fractions, errors standard errors, intervals 95%. What was not run is
+named, never drawn.
 """
 
 from collections.abc import Mapping, Sequence

@@ -238,7 +238,7 @@ def main_table_figure(measured: Mapping[str, Interval | None], domain: Domain) -
         axis.set_xlim(start, start + longest)
     row_names(axes[0], [published.LABELS[name] for name in names])
     axes[0].set_title(f"{domain.name}: {', '.join(domain.datasets)}")
-    axes[0].set_xlabel(f"{domain.unit} (%), 95% interval; dashed: {published.arm_label('dpo')}")
+    axes[0].set_xlabel(f"{domain.unit} (%), 95% interval; dashed: {published.method_label('dpo')}")
     axes[1].set(title=title, xlabel="published (%), no intervals")
     return figure
 
@@ -260,7 +260,7 @@ def paper_beside(domain: Domain) -> tuple[dict[str, float], str]:
 def empirical_dots(measured: Mapping[str, Interval], unit: str) -> Figure:
     """DPO on the top, random and last 10% and on all neurons, a row each, beside the paper's."""
     figure, (ours, theirs) = subplots(1, 2, (9.2, 3.6), sharey=True, width_ratios=(1.4, 1))
-    row_names(ours, [published.arm_label(part) for part in _PARTS])
+    row_names(ours, [published.method_label(part) for part in _PARTS])
     shown = [one for one in _PROTOCOLS if any(part + one[0] in measured for part in _PARTS)]
     for number, (end, label, fill) in enumerate(shown):
         for place, part in enumerate(_PARTS):
@@ -299,11 +299,12 @@ def ablation_bars(
         if not isinstance(one, Interval):
             one = Interval(*one, kind="", seeds=(), n=0)
         colour, marker = _SIDES[0 if one.high < 0 else 1 if one.low > 0 else 2]
-        lines.append(_line(published.arm_label(name), one, colour=colour, marker=marker))
+        lines.append(_line(published.method_label(name), one, colour=colour, marker=marker))
     figure, axis = subplots(size=(8.0, 1.3 + 0.34 * len(lines)))
     forest(axis, lines)
     axis.set_xlabel(
-        f"{unit}, points above {published.arm_label(reference)}\n(95% interval; grey: includes 0)"
+        f"{unit}, points above {published.method_label(reference)}\n"
+        "(95% interval; grey: includes 0)"
     )
     axis.set_title(title)
     return figure
@@ -392,7 +393,7 @@ def claims_figure(claims: Sequence[Claim]) -> Figure:
 
 def _claim_line(claim: Claim, scale: float) -> Line:
     name, _, part = claim.id.partition(":")[0].partition(".")
-    words = f"\u00b7 {published.arm_label(part)}" if part else f"{SHORT.get(name, '')}  {name}"
+    words = f"\u00b7 {published.method_label(part)}" if part else f"{SHORT.get(name, '')}  {name}"
     colour, marker = VERDICT_STYLE[claim.verdict]
     ends = [None if end is None else scale * end for end in (claim.ci_low, claim.ci_high)]
     paper = () if claim.paper is None or scale == 1 else (("paper", scale * claim.paper),)

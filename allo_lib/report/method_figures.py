@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch, Rectangle
 from matplotlib.ticker import LogLocator
 
-from allo_lib.evaluation.published import arm_label
+from allo_lib.evaluation.published import method_label
 from allo_lib.report.figure_style import (
     GREY,
     PALETTE,
@@ -174,7 +174,7 @@ def empirical_panels(
         window = max(1, len(values) // 6)
         smooth = np.convolve(values, np.ones(window) / window, mode="valid")
         steps = np.arange(window, len(values) + 1)
-        left.plot(steps, smooth, color=method_colour(method), label=arm_label(method))
+        left.plot(steps, smooth, color=method_colour(method), label=method_label(method))
     left.set(xlabel="step (running mean)", ylabel="training loss of DPO")
     left.set_title("all at one rate" if paper else "each at its own best rate")
     methods = list(dict.fromkeys([*fair, *paper]))
@@ -191,7 +191,7 @@ def _dots(axis, found: Scores, rows: Sequence[str], shift: float = 0.0, **style)
     for method, (value, error) in found.items():
         axis.errorbar(100 * value, rows.index(method) + shift, xerr=100 * Z95 * error, fmt="o",
                       color=method_colour(method), capsize=3, **style)  # fmt: skip
-    row_names(axis, [arm_label(method) for method in rows])
+    row_names(axis, [method_label(method) for method in rows])
     axis.grid(axis="x", color="#EEEEEE")
 
 
@@ -242,7 +242,7 @@ def sweep_panels(
             where, values = np.array(sorted((read(one), one["dev"]) for one in records)).T
             error = 100 * Z95 * np.sqrt(values * (1 - values) / count) if count else None
             axis.errorbar(where, 100 * values, error, color=method_colour(method),
-                          label=arm_label(method), marker="osD^"[number % 4], elinewidth=0.7,
+                          label=method_label(method), marker="osD^"[number % 4], elinewidth=0.7,
                           lw=1.4)  # fmt: skip
             best = int(np.argmax(values))
             if axis is axes[0] and len(values) > 1 and best in (0, len(values) - 1):
@@ -279,7 +279,7 @@ def change_curve(steps: Sequence[int], changes: Mapping[str, Sequence[float]]) -
 def score_histogram(scores: np.ndarray, cut: float, title: str = "") -> Figure:
     """How often each score occurs, on a logarithmic axis, and where the mask cuts.
 
-    scores: all entries, at least 0, one dimension; zeros cannot be drawn there and are told.
+    scores: all entries, at least 0, one dimension; zeros cannot be drawn there and are counted.
     """
     figure, axis = subplots(size=(6.4, 3.4))
     moved = scores[scores > 0]

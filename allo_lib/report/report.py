@@ -62,7 +62,7 @@ _ALONE = (
     "One SFT model decides nothing: no claim about methods has a verdict here, whatever its "
     "interval over problems. The numbers show that everything runs and what it gives."
 )
-_TOLD = ("commit", "dirty", "profile_hash", "size", "platform", "device", "python", "versions")
+_INFO = ("commit", "dirty", "profile_hash", "size", "platform", "device", "python", "versions")
 _EFFICIENCY = {"variant", "device", "seconds_per_pair", "peak_bytes_above_model"}
 _GENERATOR = '<meta name="generator" content="allo_lib">'
 
@@ -173,26 +173,26 @@ def _in_short(claims: Iterable[Claim], models: int) -> str:
     if models == 1:
         return _ALONE
     verdicts = [c.verdict for c in claims if c.id == c.whole and c.family == "primary"]
-    told = [f"{verdicts.count(verdict)} {verdict}" for verdict in ANSWERS if verdict in verdicts]
+    counts = [f"{verdicts.count(verdict)} {verdict}" for verdict in ANSWERS if verdict in verdicts]
     return (
         f"Of the paper's claims C1 to C9, each method at its own best rates, on {models} "
-        f"independent SFT models: {', '.join(told)}."
+        f"independent SFT models: {', '.join(counts)}."
     )
 
 
 def _provenance(folder: Path, models: int) -> str:
     """Model, seeds, replicates and cost of a run."""
-    told = manifest.read(folder) or {}
-    seconds = [s for run in told.get("runs", {}).values() for s in run["seconds"].values()]
-    settings = told.get("settings", {}).get("replicates", {})
+    info = manifest.read(folder) or {}
+    seconds = [s for run in info.get("runs", {}).values() for s in run["seconds"].values()]
+    settings = info.get("settings", {}).get("replicates", {})
     runs = settings.get("pair_sets", 1) * settings.get("orders", 1)
     seeds = [seed for seed in manifest.measured_seeds(folder) if seed < models]
-    cost = f"; {sum(seconds) / 60:.0f} minutes on {told['cores']} cores" if seconds else ""
+    cost = f"; {sum(seconds) / 60:.0f} minutes on {info['cores']} cores" if seconds else ""
     several = "s" * (len(seeds) > 1)
     return (
         f"`{folder.name}`: SFT model{several} of seed{several} {', '.join(map(str, seeds))}, each "
         f"with {runs} run{'s' * (runs > 1)} of a method{cost} "
-        f"({told.get('processor', 'unknown processor')})."
+        f"({info.get('processor', 'unknown processor')})."
     )
 
 
@@ -269,7 +269,7 @@ def _profile(folder: Path, settings: dict | None) -> dict:
         "short": _in_short(claims, models),
         "provenance": _inline(_provenance(folder, models)),
         "devices": manifest.several_devices(manifest.noted(folder)["cells"]),
-        "told": dict.fromkeys(_TOLD) | (manifest.read(folder) or {}),
+        "info": dict.fromkeys(_INFO) | (manifest.read(folder) or {}),
         "files": [n for n in (outcomes.NAME, "measurements.csv", "claims.csv", manifest.NAME)
                   if (folder / n).exists()],
         "answers": answers(folder, claims),
@@ -336,8 +336,8 @@ def readme_block(results_root: str | Path) -> str:
     first, *others = [path for path in folders if (path / outcomes.NAME).exists()] or [None]
     parts = [] if first is None else [_readme_answers(first, f"results/{first.name}")]
     if others:
-        told = [f"[`{path.name}`](results/{NAME}#{path.name})" for path in others]
-        parts.append(f"Every claim, part and table of the other profiles: {', '.join(told)}.")
+        links = [f"[`{path.name}`](results/{NAME}#{path.name})" for path in others]
+        parts.append(f"Every claim, part and table of the other profiles: {', '.join(links)}.")
     rule = f"<details><summary>The rule of the verdicts</summary>\n\n{RULE}\n\n</details>"
     return "\n\n".join([BEGIN, *parts, rule, END])
 

@@ -24,7 +24,7 @@ from allo_lib.evaluation.comparisons import (
     was_judged,
 )
 from allo_lib.evaluation.outcomes import AVERAGE, REWARD, replace_file, write_csv
-from allo_lib.evaluation.published import LABELS, arm_label
+from allo_lib.evaluation.published import LABELS, method_label
 from allo_lib.evaluation.stats import Interval
 from allo_lib.evaluation.verdicts import RULE, Claim, corrected_together, p_values
 
@@ -261,12 +261,12 @@ def empirical_table(results: StudyResults, domain: Domain) -> Table:
         record = _score(domain, method, name, cell)
         record |= _ends(loss, "train_loss", "train_loss_ci_low", "train_loss_ci_high")
         record |= {f"paper_{dataset}": own.get(dataset) for dataset in sets}
-        texts = [arm_label(method), *_score_text(cell), f"{loss.effect:.4f}" if loss else ""]
+        texts = [method_label(method), *_score_text(cell), f"{loss.effect:.4f}" if loss else ""]
         rows.append((record, texts + [f"{100 * own[s]:.1f}" if own else "" for s in sets]))
     return Table(
         f"empirical_{domain.name}",
         f"Which neurons DPO may change, {domain.name}: {domain.unit}, %",
-        f"{how(results)} Each arm at its own best learning rate; 'long' and 'as long as both "
+        f"{how(results)} Each method at its own best learning rate; 'long' and 'as long as both "
         "stages': with as many updates as ALLO; 'one rate': the paper's protocol. Training loss: "
         "mean of the last quarter of the steps.",
         ["neurons", f"{name} (measured)", "95% interval", "training loss",
@@ -289,7 +289,7 @@ def ablation_table(results: StudyResults, domain: Domain) -> Table:
         record = _score(domain, method, name, cell)
         record |= _ends(change, "change_to_allo", "change_ci_low", "change_ci_high")
         record["interval"] = change.kind if change else ""
-        rows.append((record, [arm_label(method), _score_text(cell)[0], *change_text(change)]))
+        rows.append((record, [method_label(method), _score_text(cell)[0], *change_text(change)]))
     return Table(
         f"ablations_{domain.name}",
         f"ALLO with one thing changed, {domain.name}: {domain.unit}, %",
@@ -391,7 +391,7 @@ def row_comparisons(results: StudyResults) -> Table:
         if interval:
             paper = "" if claim.paper is None else f"{100 * claim.paper:+z.2f}"
             texts = [one.domain, one.dataset, LABELS[one.baseline], *change_text(interval), paper,
-                     _p_text(claim.sign), _p_text(claim.small), claim.told]  # fmt: skip
+                     _p_text(claim.sign), _p_text(claim.small), claim.in_words]  # fmt: skip
         rows.append((record, texts))
     return Table(
         "comparisons",
@@ -416,9 +416,9 @@ def architectures_table(groups: Mapping[str, Sequence[Claim]]) -> Table:
         for claim in claims:
             ends = {"ci_low": claim.ci_low, "ci_high": claim.ci_high}
             record = {"architecture": name, "id": claim.id, "effect": claim.effect, **ends}
-            told = claim.effect is not None and claim.ci_low is not None
+            known = claim.effect is not None and claim.ci_low is not None
             texts = [name, claim.id, claim.claim, *effect_text(claim)]
-            rows.append((record, texts if told else []))
+            rows.append((record, texts if known else []))
     return Table(
         "architectures",
         "The claims on each architecture",
@@ -436,7 +436,7 @@ def claims_table(claims: Sequence[Claim]) -> Table:
         ps = _ps(claim)
         record = {"id": claim.id, "family": claim.family, **ps, "published": claim.paper,
                   "verdict": claim.verdict, "tags": "; ".join(claim.tags)}  # fmt: skip
-        texts = [claim.id, claim.family, *map(_p_text, ps.values()), claim.told]
+        texts = [claim.id, claim.family, *map(_p_text, ps.values()), claim.in_words]
         rows.append((record, texts if claim.p else []))
     return Table(
         "verdicts",

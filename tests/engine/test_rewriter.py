@@ -10,7 +10,6 @@ from allo_lib.data import miniature
 from allo_lib.engine.encoding import encode_prompt, encode_response
 from allo_lib.engine.rewriter import (
     QUALITIES,
-    STOPPED,
     Correction,
     keep_probabilities,
     rewriter_prompt,
@@ -72,13 +71,10 @@ def test_rows_teach_the_correction_and_its_end():
     assert [row["response"] for row in rows] == [[ord("c"), ord(str(i)), 1] for i in range(3)]
 
 
-@pytest.mark.parametrize(
-    "quality, seen", [("sixteenth", 2), ("eighth", 4), ("early", 8), ("half", 16)]
-)
-def test_reward_models_stopped_on_the_way_see_the_first_rows_and_at_least_one(quality, seen):
-    assert rows_of(33, quality) == rows_of(33, "trained")[:seen]
-    assert len(rows_of(1, quality)) == 1
-    assert set(REWARD_MODELS) == set(QUALITIES) - {"trained"} >= set(STOPPED)
+def test_a_reward_model_that_was_stopped_early_saw_the_first_quarter_and_at_least_one_row():
+    assert rows_of(33, "early") == rows_of(33, "trained")[:8]
+    assert len(rows_of(1, "early")) == 1
+    assert set(REWARD_MODELS) == set(QUALITIES) - {"trained"}
 
 
 def test_shuffled_deals_out_the_same_targets_by_seed():

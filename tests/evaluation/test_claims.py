@@ -279,7 +279,7 @@ def test_one_process_of_each_decides_nothing_of_time_and_cost_may_without_chance
 def test_protocols_that_disagree_are_told(by_id):
     told = claims.protocol_disagreements(list(by_id.values()))
     assert len(told) == 2  # C1 and C2; C3 fails under both
-    assert told[0].startswith("C1 is supported when each arm")
+    assert told[0].startswith("C1 is supported when each method")
     assert "contradicted under the paper's single rate" in told[0]
 
 

@@ -39,7 +39,7 @@ def changes(method, profile) -> list[dict]:
 
 
 def test_rows_of_one_change_take_the_rates_of_allo():
-    tuned = ["allo_rm_half", "allo_key10", "allo_f5_l5", "allo_scores_gradient", "allo_official"]
+    tuned = ["allo_rm_early", "allo_key10", "allo_f5_l5", "allo_scores_gradient", "allo_official"]
     assert {tuned_as(row) for row in tuned} == {"allo"}
     own = ["allo_rows", "allo_no_forgetting", "allo_all_tokens_learning", "dpo_top10"]
     assert [tuned_as(row) for row in own] == own and tuned_as("dpo_paper") == "dpo"
@@ -53,7 +53,7 @@ def test_each_row_changes_what_it_says(profile):
         "allo_f5_l5": [{"share": 0.05}] * 2,
         "allo_key10": [{}, {"key_share": 0.1}],
         "allo_scores_gradient": [{"estimator": "gradient"}] * 2,
-        "allo_rm_half": [{"reward_model": "half"}, {}],
+        "allo_rm_early": [{"reward_model": "early"}, {}],
         "allo_official": [{"pairs": "wrong", "share": 0.05}, {"share": 0.05, "key_share": 0.1}],
     }
     assert {row: changes(row, profile) for row in said} == said

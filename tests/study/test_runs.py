@@ -23,7 +23,7 @@ from allo_lib.study.study import Study
 
 @pytest.mark.parametrize("change, expected", [
     ({}, ["sft_base", "dpo", "rft", "ppo", "allo_rm_oracle"]),
-    ({"domains__miniature__kind": "choice"}, ["sft_base", "dpo", "rft", "ppo"]),
+    ({"domains__miniature__kind": "questions"}, ["sft_base", "dpo", "rft", "ppo"]),
     ({"domains__miniature__kind": "preferences"}, ["dpo"]),
     ({"domains__miniature__methods": ["npo"]}, ["sft_base", "npo"]),
 ])  # fmt: skip
