@@ -63,8 +63,6 @@ NAMES = {
 # dpo_top10, dpo_last10, dpo_random10, dpo_top2p5, dpo_top10_gradient, dpo_top10_long
 _MASKED = re.compile(r"dpo_(top|last|random)(\d+)(?:p(\d+))?(?:_(\w+))?")
 
-# ALLO as the official code departs from the paper, one departure at a time and all together.
-OFFICIAL = ("allo_all_wrong", "allo_key10", "allo_f5_l5", "allo_official")
 # The paper's averages, which stand beside data sets that it does not have.
 AVERAGES = {
     "qa_avg": "paper, 4 question sets",

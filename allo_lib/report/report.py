@@ -141,11 +141,12 @@ def answers(folder: Path, claims: Iterable[Claim]) -> list[list[str]]:
     return rows
 
 
-def beside(claims: Iterable[Claim], cited: Path) -> list[dict[str, str]]:
-    """Rows of a table: effects on one SFT model beside those of the results folder `cited`.
+def beside(claims: Iterable[Claim], cited: Path, here: int = 1) -> list[dict[str, str]]:
+    """Rows of a table: effects on `here` SFT models beside those of the results folder `cited`.
 
-    Of m models with standard deviation s the mean has the variance s^2 / m, and one more model lies
-    s^2 (1 + 1 / m) around it: its range is the interval of the mean times sqrt(m + 1).
+    Of m models with standard deviation s the mean has the variance s^2 / m, and that of k further
+    ones lies s^2 (1 / k + 1 / m) around it: its range is the interval of the mean times
+    sqrt(m / k + 1).
     """
     known = {claim.id: claim for claim in claims_module.read(cited / "claims.csv")}
     models = len(outcomes.seeds_of(outcomes.read_measurements(cited / "measurements.csv")))
@@ -155,14 +156,14 @@ def beside(claims: Iterable[Claim], cited: Path) -> list[dict[str, str]]:
         if other is None or None in (claim.effect, other.effect, other.ci_low, other.ci_high):
             continue
         low, high = (
-            other.effect + (end - other.effect) * math.sqrt(models + 1)
+            other.effect + (end - other.effect) * math.sqrt(models / here + 1)
             for end in (other.ci_low, other.ci_high)
         )
         new = dataclasses.replace(other, ci_low=low, ci_high=high)
         effect, interval = claims_module.effect_text(other)
         rows.append({
             "id": claim.id, "here": claims_module.effect_text(claim)[0], cited.name: effect,
-            "95% interval": interval, "one more model": claims_module.effect_text(new)[1],
+            "95% interval": interval, "as many more models": claims_module.effect_text(new)[1],
             "inside": "yes" if low <= claim.effect <= high else "no",
         })  # fmt: skip
     return rows
@@ -358,11 +359,6 @@ def _readme_answers(folder: Path, link: str) -> str:
               f"[tables]({link}/tables), [p-values]({link}/tables/verdicts.md)."]  # fmt: skip
     differing = claims_module.protocol_disagreements(claims)
     return "\n".join([*lines, *(["", *[f"- {text}" for text in differing]] if differing else [])])
-
-
-def readme_is_current(readme_path: str | Path, results_root: str | Path) -> bool:
-    """Whether the README's block equals a fresh rendering of the results."""
-    return readme_block(results_root) in Path(readme_path).read_text(encoding="utf-8")
 
 
 def update_readme(readme_path: str | Path, results_root: str | Path) -> None:

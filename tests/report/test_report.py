@@ -102,19 +102,22 @@ def test_the_rule_stands_wherever_verdicts_do_and_verdicts_are_told_apart(root):
     assert RULE in report.readme_block(root)
 
 
-def test_one_model_stands_beside_the_range_of_one_more_of_the_replicated_study(tmp_path):
+@pytest.mark.parametrize("count", [1, 2])
+def test_models_stand_beside_the_range_of_as_many_more_of_the_committed_study(count, tmp_path):
     effects = np.array([0.010, 0.025, 0.003, 0.019])
     mean, half = effects.mean(), stats.t.ppf(0.975, 3) * effects.std(ddof=1)
     cited = [claims.Claim("C4", "", mean, mean - half / 2, mean + half / 2), claims.Claim("C9", "")]
     claims.write(tmp_path / "claims.csv", cited)  # half / 2: of a mean of four
     rows = [outcomes.Measurement(seed, "allo", "a", "accuracy", 0.5, 0.0, 1) for seed in range(4)]
     outcomes.write_measurements(tmp_path / "measurements.csv", rows)
-    edge = half * math.sqrt(1 + 1 / 4)  # of one more: the mean's variance and its own
+    edge = half * math.sqrt(
+        1 / count + 1 / 4
+    )  # the variance of their mean and of the committed one
     for here, inside in ((mean + 0.99 * edge, "yes"), (mean - 1.01 * edge, "no")):
         own = [claims.Claim(name, "", here) for name in ("C4", "C9", "C2")]
-        (row,) = report.beside(own, tmp_path)
+        (row,) = report.beside(own, tmp_path, count)
         assert row["inside"] == inside
-        ends = [float(end) for end in row["one more model"].strip("[]").split(", ")]
+        ends = [float(end) for end in row["as many more models"].strip("[]").split(", ")]
         assert ends == pytest.approx([100 * (mean - edge), 100 * (mean + edge)], abs=0.06)
 
 
@@ -172,11 +175,11 @@ def test_the_paper_stands_beside_with_its_numbers_of_the_same_data_sets():
 def test_readmes_block_has_the_answers_and_the_rest_is_kept(root, tmp_path):
     readme = tmp_path / "README.md"
     readme.write_text(f"# Title\n\n{report.BEGIN}\nold\n{report.END}\n\nThe end.\n")
-    assert not report.readme_is_current(readme, root)
+    assert report.readme_block(root) not in readme.read_text()
     report.update_readme(readme, root)
     text = readme.read_text()
     assert text.startswith("# Title\n") and text.endswith("\n\nThe end.\n") and "old" not in text
-    assert report.readme_is_current(readme, root)
+    assert report.readme_block(root) in readme.read_text()
     found = {claim.id: claim for claim in claims.read(root / "tiny-full" / "claims.csv")}
     assert found.keys() > {"C10"} and found["C10"].effect is None
     for name, question in report.QUESTIONS.items():
@@ -193,7 +196,7 @@ def test_readmes_block_has_the_answers_and_the_rest_is_kept(root, tmp_path):
     for anchor in re.findall(r"\(results/report\.html#(.+?)\)", text):
         assert anchor in page_of(root).ids
     readme.write_text(text.replace("| yes |", "| no |", 1))
-    assert not report.readme_is_current(readme, root)
+    assert report.readme_block(root) not in readme.read_text()
     readme.write_text("# Title\n")
     with pytest.raises(AlloError, match="lacks the markers"):
         report.update_readme(readme, root)
@@ -210,7 +213,7 @@ def test_the_main_figure_is_that_of_the_first_domain(root, tmp_path):
 
 
 def test_readme_shows_the_committed_results():
-    assert report.readme_is_current(ROOT / "README.md", ROOT / "results"), (
+    assert report.readme_block(ROOT / "results") in (ROOT / "README.md").read_text(), (
         "README.md and results/ disagree: run "
         "allo_lib.report.report.update_readme('README.md', 'results')"
     )
