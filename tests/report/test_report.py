@@ -110,9 +110,7 @@ def test_models_stand_beside_the_range_of_as_many_more_of_the_committed_study(co
     claims.write(tmp_path / "claims.csv", cited)  # half / 2: of a mean of four
     rows = [outcomes.Measurement(seed, "allo", "a", "accuracy", 0.5, 0.0, 1) for seed in range(4)]
     outcomes.write_measurements(tmp_path / "measurements.csv", rows)
-    edge = half * math.sqrt(
-        1 / count + 1 / 4
-    )  # the variance of their mean and of the committed one
+    edge = half * math.sqrt(1 / count + 1 / 4)  # both means vary
     for here, inside in ((mean + 0.99 * edge, "yes"), (mean - 1.01 * edge, "no")):
         own = [claims.Claim(name, "", here) for name in ("C4", "C9", "C2")]
         (row,) = report.beside(own, tmp_path, count)
