@@ -72,19 +72,19 @@ def proposals(
 
     initial: a rate a stage; with `knob` the rate of one stage and what else is searched.
     budget: how many rates to try; more where the optimum is not interior yet, at most four times.
+        With less than 5 only the rate is searched, or the common size of two.
 
     Raises:
-        AlloError: a factor not above 1, or a budget that does not reach around the initial rates.
+        AlloError: a factor not above 1, or a budget that does not reach around the initial rate.
     """
-    directions = min(len(initial), 2)
-    if budget < 1 + 2 * directions or not factor > 1:
+    if budget < 3 or not factor > 1:
         raise AlloError(
-            f"{budget:g} candidates at a factor of {factor:g} cannot surround {len(initial)} "
-            f"rates; set search.candidates to at least {1 + 2 * directions} and search.factor "
-            "above 1"
+            f"{budget:g} candidates at a factor of {factor:g} cannot surround a rate; set "
+            "search.candidates to at least 3 and search.factor above 1"
         )
+    directions = min(len(initial), 2 if budget >= 5 else 1)
     scores: dict[Place, float] = {}
-    place, step = (0.0,) * directions, 1.0  # of the best so far
+    place, step = (0.0,) * min(len(initial), 2), 1.0  # of the best so far
 
     def rates_at(where: Place) -> Rates:
         powers = where if knob else [sum(where), *(where[0] for _ in initial[1:])]

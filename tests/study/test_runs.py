@@ -145,6 +145,15 @@ def test_two_rates_or_a_rate_and_a_knob_are_found(knob, one, other):
     assert abs(directions[0] - one) <= 1 and abs(directions[1] - other) <= (1 if knob else 1.5)
 
 
+@pytest.mark.parametrize("knob", [True, False])
+@pytest.mark.parametrize("top", [-1.2, 0.1, 2.0])
+def test_a_small_budget_searches_the_rate_alone_or_the_common_size_of_two(knob, top):
+    found = propose((1.0, 0.1), 2.0, 3, lambda rates: -abs(math.log2(rates[0]) - top), knob)
+    assert found.interior and abs(math.log2(found.rates[0]) - top) <= 0.5
+    for first, second in found.scores:
+        assert second == (0.1 if knob else pytest.approx(0.1 * first, rel=1e-3))
+
+
 def test_what_still_rises_at_the_end_is_at_the_edge_and_of_equal_scores_the_smallest_rates_win():
     found = propose((1.0,), 2.0, 4, lambda rates: rates[0])
     assert not found.interior and found.rates[0] == max(r for (r,) in found.scores)
@@ -153,7 +162,7 @@ def test_what_still_rises_at_the_end_is_at_the_edge_and_of_equal_scores_the_smal
 
 
 @pytest.mark.parametrize("search_it", [
-    lambda: next(proposals((1.0,), 2.0, 2)), lambda: next(proposals((1.0, 1.0), 2.0, 4)),
+    lambda: next(proposals((1.0,), 2.0, 2)), lambda: next(proposals((1.0, 1.0), 1.0, 5)),
     lambda: search((1.0,), 3, 1.0, peak(1.0)), lambda: search((1.0,), 0, 2.0, peak(1.0)),
 ])  # fmt: skip
 def test_searches_that_cannot_search_are_refused(search_it):
