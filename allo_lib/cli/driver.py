@@ -121,8 +121,9 @@ class Step:
         made_by = [notebook_hash(self.notebook), library_hash(), profile.hash(), self.seed]
         made_by.append(list(run.domains))
         if self.seed is None:
-            # The last two are no part of the profile's hash: they change verdicts alone.
-            made_by += [list(run.seeds), dataclasses.asdict(profile.judge), profile.models]
+            # But for the seeds no part of the profile's hash: they change verdicts alone.
+            models = [profile.models, *(one.models for one in profile.domains.values())]
+            made_by += [list(run.seeds), dataclasses.asdict(profile.judge), models]
         return fingerprint(made_by)
 
 

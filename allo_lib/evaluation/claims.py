@@ -124,11 +124,11 @@ def compute(results: StudyResults, efficiency: Sequence[Mapping[str, str]] = ())
     many comparisons; C10 from the efficiency table."""
     claims = []
     for position, domain in enumerate(results.domains or [Domain("no domain", ())]):
-        suffix = f":{domain.name}" if position else ""
+        suffix, here = f":{domain.name}" if position else "", results.on(domain)
         for number, text, kind, pairs in DECLARED:
-            parts, notes = _parts(number, kind, pairs, results, domain)
+            parts, notes = _parts(number, kind, pairs, here, domain)
             empty = Claim(number + suffix, text, unit=_UNITS.get(kind, domain.unit))
-            claims += _rows(empty, domain, parts, notes, results.models)
+            claims += _rows(empty, domain, parts, notes, here.models)
     return corrected(claims + efficiency_claims(efficiency))
 
 

@@ -81,12 +81,16 @@ class StudyResults:
         table: outcomes (`outcomes.COLUMNS`).
         rows: measurements; of them come win rates, overlaps of masks, training losses.
         models: number of SFT models that the profile fixes. Those of later seeds are left out.
+        by_domain: domain -> number of its SFT models, where it has fewer.
     """
 
-    def __init__(self, table: pd.DataFrame, rows: Iterable[Measurement] = (), models: int = 1):
+    def __init__(
+        self, table: pd.DataFrame, rows: Iterable[Measurement] = (), models: int = 1,
+        by_domain: Mapping[str, int] | None = None,
+    ):  # fmt: skip
         rows = list(rows)
         known = {*map(int, table["model"].unique()), *(row.seed for row in rows)}
-        self.models = models
+        self.models, self.by_domain = models, by_domain or {}
         self.seeds = sorted(seed for seed in known if seed < models)
         self.left_out = sorted(seed for seed in known if seed >= models)
         self.index = index_of(row for row in rows if row.seed < models)
@@ -102,21 +106,28 @@ class StudyResults:
         self._compared: dict[tuple[Domain, str, str, bool], Interval | None] = {}
 
     @classmethod
-    def load(cls, folder: str | Path, models: int = 1) -> "StudyResults":
+    def load(
+        cls, folder: str | Path, models: int = 1, by_domain: Mapping[str, int] | None = None
+    ) -> "StudyResults":
         """Those of a results folder; AlloError where it has no measurements or no outcomes."""
         folder = Path(folder)
         rows = outcomes.read_measurements(folder / "measurements.csv")
         table = outcomes.read(folder / outcomes.NAME)
         if not len(table):
             raise AlloError(f"{folder} has no {outcomes.NAME}: run the notebooks 00 to 06")
-        return cls(table, rows, models)
+        return cls(table, rows, models, by_domain)
 
     def of_models(self, seeds: Iterable[int]) -> "StudyResults":
         """The same results of some of the SFT models alone, all of which a verdict then needs."""
         part, chosen = copy.copy(self), {*seeds}
-        part.seeds, part.models = [s for s in self.seeds if s in chosen], max(2, len(chosen))
+        part.seeds, part.models = [s for s in self.seeds if s in chosen], len(chosen)
         part._compared = {}
         return part
+
+    def on(self, domain: Domain) -> "StudyResults":
+        """These results, as to the SFT models that the domain has."""
+        count = self.by_domain.get(domain.name, 0)
+        return self.of_models(range(count)) if count else self
 
     @cached_property
     def domains(self) -> list[Domain]:

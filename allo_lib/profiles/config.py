@@ -204,6 +204,8 @@ class Domain:
     epochs: Positive = 1  # of each ALLO stage; controls get the sum over both stages; paper: 1
     methods: Words = ()  # rows of this domain in place of the profile's methods ...
     ablations: Words = ()  # ... and ablations, where a domain cannot afford them all
+    one_model: Words = ()  # of these, rows that only the first SFT model has: they get no verdict
+    models: Count = 0  # SFT models of this domain, where they are fewer than the profile's
     instructions: Instructions = field(default_factory=Instructions)
 
     @model_validator(mode="after")
@@ -361,7 +363,8 @@ def settings_hash(settings: dict) -> str:
     hashed["compute"] = _without(settings.get("compute", {}), checkpoint_minutes=...)
     if "model" in settings:
         hashed["model"] = _without(settings["model"], architectures=["llama"])
-    later = {"instructions": _plain(Instructions()), "tuned": {}, "tuning": ...}
+    later = {"instructions": _plain(Instructions()), "tuned": {}, "tuning": ..., "one_model": [],
+             "models": ...}  # fmt: skip
     if "domains" in settings:
         domains = settings["domains"].items()
         hashed["domains"] = {name: _without(domain, **later) for name, domain in domains}

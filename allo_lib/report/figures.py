@@ -105,16 +105,17 @@ def draw(
     if changes := relative_change(results):
         found["relative_change"] = changes
     for domain in results.domains:
-        own = {method: results.score(method, domain) for method in published.LABELS}
+        here = results.on(domain)
+        own = {method: here.score(method, domain) for method in published.LABELS}
         if any(own.values()):
             found[f"main_{domain.name}"] = main_table_figure(own, domain)
             said[f"main_{domain.name}"] = judged_by(results.index, domain)
         parts = [part + end for part in _PARTS for end, *_ in _PROTOCOLS]
-        study = {part: one for part in parts if (one := results.score(part, domain))}
+        study = {part: one for part in parts if (one := here.score(part, domain))}
         if len(study) > 1:
             found[f"empirical_{domain.name}"] = empirical_dots(study, domain.unit)
-        names = ["dpo", "dpo_long", *sorted(m for m in results.methods if m.startswith("allo_"))]
-        if gaps := {n: gap for n in names if (gap := results.compare(n, "allo", domain))}:
+        names = ["dpo", "dpo_long", *sorted(m for m in here.methods if m.startswith("allo_"))]
+        if gaps := {n: gap for n in names if (gap := here.compare(n, "allo", domain))}:
             found[f"ablations_{domain.name}"] = ablation_bars(gaps, unit=domain.unit)
     if architectures:
         found["architectures"] = architectures_figure(architectures)

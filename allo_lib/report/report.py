@@ -81,7 +81,9 @@ def remake(results_dir: str | Path, settings: dict | None = None) -> list[Path]:
     """
     folder = Path(results_dir)
     settings = settings or settings_of(folder)
-    results = StudyResults.load(folder, settings.get("models", 1))
+    domains = settings.get("domains", {}).items()
+    by_domain = {name: one["models"] for name, one in domains if one.get("models")}
+    results = StudyResults.load(folder, settings.get("models", 1), by_domain)
     efficiency = read_efficiency(folder / "tables" / "efficiency.csv")
     claims = claims_module.compute(results, efficiency)
     claims_module.write(folder / "claims.csv", claims)

@@ -61,7 +61,7 @@ class Table:
 def build(results: StudyResults) -> list[Table]:
     """Every table that the results allow, for each domain they have, and ALLO against every row."""
     makers = (main_table, empirical_table, ablation_table, comparison_table)
-    tables = [make(results, domain) for domain, make in product(results.domains, makers)]
+    tables = [make(results.on(domain), domain) for domain, make in product(results.domains, makers)]
     return [table for table in (*tables, row_comparisons(results)) if table.body]
 
 
@@ -358,7 +358,7 @@ def compare_rows(results: StudyResults) -> list[Comparison]:
 
 
 def _compared(results: StudyResults, domain: Domain, dataset: str, baseline: str) -> Comparison:
-    part, missing = domain.only(dataset), ""
+    part, missing, results = domain.only(dataset), "", results.on(domain)
     interval = results.compare(METHOD, baseline, part)
     if interval is None:
         whole = results.datasets_of(METHOD, part) == list(part.datasets)

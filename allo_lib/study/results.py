@@ -39,16 +39,22 @@ def update(study: Study, seeds: list[int]) -> list[Measurement]:
     answers = outcomes.read(target)
     open_seed = partial(Study, results_dir=study.results_dir, data_dir=study.data_dir)
     studies = [study if seed == study.seed else open_seed(study.profile, seed) for seed in seeds]
-    fill(studies, {name: methods_of(study, name) for name in study.profile.domains})
+    domains = [(one, name) for one in studies for name in domains_of(one)]
+    fill((one, name, method) for one, name in domains for method in methods_of(one, name))
     for of_seed in studies:
         rows = outcomes.merge_measurements(rows, seed_rows(of_seed), datasets_of(study))
-        for name in study.profile.domains:
+        for name in domains_of(of_seed):
             answers = outcomes.merge(answers, outcomes_of(of_seed, name))
     path.parent.mkdir(parents=True, exist_ok=True)
     outcomes.write_measurements(path, rows)
     if len(answers):
         outcomes.write(target, answers)
     return rows
+
+
+def domains_of(study: Study) -> list[str]:
+    """The domains that this seed's SFT model is made for."""
+    return [name for name in study.profile.domains if methods_of(study, name)]
 
 
 def outcomes_of(study: Study, name: str):
@@ -67,7 +73,7 @@ def seed_rows(study: Study) -> list[Measurement]:
     Of several replicates a row tells the mean: what a method does to this seed's SFT model.
     """
     rows = []
-    for name in study.profile.domains:
+    for name in domains_of(study):
         runs = [results_of(study.at(replicate), name) for replicate in study.replicates]
         rows += mean_rows(
             [

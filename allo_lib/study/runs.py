@@ -36,17 +36,20 @@ from allo_lib.study import scoring, training
 from allo_lib.study.search import Found, Rates, proposals
 from allo_lib.study.study import Study
 
-Run = tuple[Study, str, str]  # a seed's study at one of its replicates, domain, method
+Run = tuple[Study, str, str]  # a seed's study, at one of its replicates; domain, method
 
 
 # --- which methods -------------------------------------------------------------------------------
 
 
 def methods_of(study: Study, name: str) -> list[str]:
-    """Methods that the profile runs on a domain, in order, without repeats."""
+    """Methods that the profile runs on a domain of this seed, in order, without repeats."""
     profile, domain = study.profile, study.domain(name)
+    if domain.models and study.seed >= domain.models:
+        return []
     own = domain if domain.methods or domain.ablations else profile
     left_out = set(profile.replicates.once if study.replicate else ())
+    left_out |= set(domain.one_model if study.seed else ())
     if domain.kind != "miniature":
         left_out |= {"allo_oracle_tokens", "allo_rm_oracle"}
     if domain.kind == "preferences":
@@ -86,15 +89,15 @@ def run_methods(study: Study, requested: Mapping[str, Sequence[str]]) -> dict[st
 
     What is missing is trained first (`fill`); the results are those of the study's own replicate.
     """
-    fill([study], requested)
+    fill((study, name, method) for name, methods in requested.items() for method in methods)
     return {
         name: {method: training.result(study, name, method) for method in methods}
         for name, methods in requested.items()
     }
 
 
-def fill(studies: Sequence[Study], requested: Mapping[str, Sequence[str]]) -> None:
-    """Train and measure what is missing: of all seeds, domains and replicates, side by side."""
+def fill(requested: Iterable[Run]) -> None:
+    """Train and measure what is missing of these methods, in all replicates, side by side."""
     before: dict[Run, list[Run]] = {}
 
     def add(run: Run) -> None:
@@ -103,11 +106,9 @@ def fill(studies: Sequence[Study], requested: Mapping[str, Sequence[str]]) -> No
             for other in before[run]:
                 add(other)
 
-    for study in studies:
-        for name, methods in requested.items():
-            for method in methods:
-                for replicate in study.replicates_of(method):
-                    add((study.at(replicate), name, method))
+    for study, name, method in requested:
+        for replicate in study.replicates_of(method):
+            add((study.at(replicate), name, method))
     prepare_all((study.at(0), name) for study, name, _ in before)
     side_by_side(_train, before, "methods trained")
 

@@ -15,6 +15,7 @@ from allo_lib.evaluation.verdicts import (
     UNDECIDED,
     corrected,
 )
+from allo_lib.report import tables
 from tests import synthetic_results
 
 IDS = "C1 C1p C2 C2p C2s C3 C3p C3s C4 C4s C5 C6 C7 C8 C9 C10".split()
@@ -234,6 +235,17 @@ def test_a_second_domain_adds_claims_with_its_name():
     assert found["C4"].unit == "accuracy" and "paper +0.86" in found["C4"].evidence
     assert found["C4:helpfulness"].unit == "held-out reward accuracy"
     assert "paper" not in found["C4:helpfulness"].evidence
+
+
+def test_a_domain_of_fewer_models_is_judged_by_these_alone():
+    results = synthetic_results.joined(("questions", ("ecqa",)), ("maths", ("gsm8k",)), n=200)
+    results.by_domain = {"maths": 1}
+    found = computed(results)
+    assert found["C4s"].verdict == SUPPORTED and "seeds 0, 1, 2" in found["C4s"].evidence
+    assert found["C4s:maths"].verdict == UNDECIDED and "seed 0" in found["C4s:maths"].evidence
+    assert "one SFT model decides nothing" in found["C4s:maths"].evidence
+    made = {table.name: table.caption for table in tables.build(results)}
+    assert "One SFT model (seed 0)" in made["main_maths"] and "0, 1, 2" in made["main_questions"]
 
 
 @pytest.mark.parametrize(

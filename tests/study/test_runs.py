@@ -16,7 +16,7 @@ from allo_lib.errors import AlloError
 from allo_lib.profiles import profile_files
 from allo_lib.profiles.methods import stages_of
 from allo_lib.profiles.profile_files import load_profile
-from allo_lib.study import runs, training
+from allo_lib.study import results, runs, training
 from allo_lib.study.search import Trial, best, proposals, search
 from allo_lib.study.study import Study
 
@@ -30,6 +30,15 @@ from allo_lib.study.study import Study
 def test_methods_of_a_domain_come_once_and_in_order(tmp_path, change, expected):
     wanted = {"methods": ["dpo", "rft", "ppo"], "ablations": ["dpo", "allo_rm_oracle"]}
     assert runs.methods_of(open_study(tmp_path, **wanted, **change), DOMAIN) == expected
+
+
+def test_a_domain_may_have_fewer_models_than_the_profile_and_rows_of_its_first_alone(tmp_path):
+    wanted = {"methods": ["dpo", "rft"], "ablations": [], "domains__miniature__models": 2}
+    wanted |= {"domains__miniature__one_model": ["rft"]}
+    studies = [open_study(tmp_path, seed, **wanted) for seed in range(3)]
+    methods = [["sft_base", "dpo", "rft"], ["sft_base", "dpo"], []]
+    assert [runs.methods_of(study, DOMAIN) for study in studies] == methods
+    assert [results.domains_of(study) for study in studies] == [[DOMAIN], [DOMAIN], []]
 
 
 @pytest.mark.parametrize("tuned, expected", [

@@ -395,4 +395,4 @@ def test_workers_and_one_process_find_the_same(tiny_study, begun):
 def test_a_worker_s_error_reaches_the_user(begun):
     study = open_study(begun, compute__workers=2, search__candidates=0)
     with pytest.raises(AlloError, match="candidates is 0"):
-        runs.fill([study], {DOMAIN: ["dpo", "npo"]})
+        runs.fill([(study, DOMAIN, "dpo"), (study, DOMAIN, "npo")])
