@@ -184,13 +184,17 @@ def _in_short(claims: Iterable[Claim], models: int) -> str:
 
 
 def _provenance(folder: Path, models: int) -> str:
-    """Model, seeds, replicates and cost of a run."""
+    """Model, seeds, replicates and cost of a run: its notebooks' seconds, or what its processes
+    took on all cores at once where that is more, as of a run that was made in pieces."""
     info = manifest.read(folder) or {}
     seconds = [s for run in info.get("runs", {}).values() for s in run["seconds"].values()]
     settings = info.get("settings", {}).get("replicates", {})
     runs = settings.get("pair_sets", 1) * settings.get("orders", 1)
     seeds = [seed for seed in manifest.measured_seeds(folder) if seed < models]
-    cost = f"; {sum(seconds) / 60:.0f} minutes on {info['cores']} cores" if seconds else ""
+    cost = ""
+    if seconds:
+        minutes = max(sum(seconds), info.get("process_seconds", 0) / info["cores"]) / 60
+        cost = f"; {minutes:.0f} minutes on {info['cores']} cores"
     several = "s" * (len(seeds) > 1)
     return (
         f"`{folder.name}`: SFT model{several} of seed{several} {', '.join(map(str, seeds))}, each "

@@ -51,6 +51,24 @@ def test_cells_of_earlier_runs_stay_in_the_manifest_and_are_marked_in_the_report
     assert "GPU &lt;1&gt;: seed0, toy: dpo, allo" in page and "<1>" not in page
 
 
+def test_what_a_stopped_run_made_counts_to_the_cost_of_the_one_that_went_on(tmp_path):
+    made = {"result": 300.4, "candidate": 200.0, "sft": 60.0}  # a candidate is within its result
+    for kind, seconds in made.items():
+        path = tmp_path / manifest.STORE / kind / "key" / "manifest.json"
+        path.parent.mkdir(parents=True)
+        path.write_text(json.dumps({"kind": kind, "seconds": seconds}))
+    (path.parent.parent / "broken").mkdir()
+    (path.parent.parent / "broken" / "manifest.json").write_text("{")
+    assert manifest.process_seconds(tmp_path) == 360
+    known = {"profile": "x", "profile_hash": "", "seeds": [], "files": {}, "cores": 2}
+    known["runs"] = {"seed0": {"seconds": {"00_setup": 60.0}}}
+    for before, after, minutes in ((9, 360, 3), (9000, 9000, 75)):
+        manifest.write_json(tmp_path / manifest.NAME, known | {"process_seconds": before})
+        assert (found := manifest.process_seconds(tmp_path)) == after
+        manifest.write_json(tmp_path / manifest.NAME, known | {"process_seconds": found})
+        assert f"{minutes} minutes on 2 cores" in report._provenance(tmp_path, 1)
+
+
 def test_a_study_notes_its_weights(tmp_path):
     study = open_study(tmp_path)
     study.sft(DOMAIN)
