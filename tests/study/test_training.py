@@ -225,6 +225,16 @@ def test_both_stages_of_allo_keep_to_the_mask_and_start_at_their_own_zero(
         assert torch.equal(places, ended[name][0]) and torch.equal(values, ended[name][1])
 
 
+def test_replicates_of_one_pair_set_see_its_pairs_in_different_orders(tmp_path, monkeypatch):
+    study, seeds = open_study(tmp_path, replicates={"orders": 3}), []
+    monkeypatch.setattr(training, "_pairs", lambda *_, **__: [])
+    monkeypatch.setattr(training.allo, "run_stage", lambda *args, **_: seeds.append(args[3].seed))
+    for replicate in (*study.replicates, 0):
+        stages = stages_of("dpo", study.profile)
+        training._train_stages(study.at(replicate), DOMAIN, stages, (1e-3,), tmp_path)
+    assert len(set(seeds)) == 3 and seeds[3] == seeds[0]
+
+
 def test_a_candidate_is_the_same_bits_whatever_ran_before(tiny_study, begun):
     kept, first = candidate(tiny_study, "dpo", (3e-4,))
     record = kept.json()
