@@ -231,7 +231,7 @@ def test_replicates_of_one_pair_set_see_its_pairs_in_different_orders(tmp_path, 
     monkeypatch.setattr(training.allo, "run_stage", lambda *args, **_: seeds.append(args[3].seed))
     for replicate in (*study.replicates, 0):
         stages = stages_of("dpo", study.profile)
-        training._train_stages(study.at(replicate), DOMAIN, stages, (1e-3,), tmp_path)
+        training._train_stages(study.at(replicate), DOMAIN, stages, (1e-3,), tmp_path / ".a.b")
     assert len(set(seeds)) == 3 and seeds[3] == seeds[0]
 
 
