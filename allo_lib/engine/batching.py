@@ -220,25 +220,6 @@ class TreeByTree(TorchFunctionMode):
         return torch.cat(each, dim=-2)
 
 
-class Float32Attention(TorchFunctionMode):
-    """Within it, `scaled_dot_product_attention` of 16-bit tensors is made in float32.
-
-    On CPUs with units for bfloat16 torch's own takes two to three times as long for short rows,
-    nearly all of it in backward.
-    """
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Called by torch in place of each of its functions; only attention is another one."""
-        if func is not F.scaled_dot_product_attention:
-            return func(*args, **(kwargs or {}))
-
-        def wide(value: Any) -> Any:
-            return value.float() if torch.is_tensor(value) and value.is_floating_point() else value
-
-        named = {key: wide(value) for key, value in (kwargs or {}).items()}
-        return func(*map(wide, args), **named).to(args[0].dtype)
-
-
 def no_mask(ends: Tensor, dtype: torch.dtype) -> Tensor:
     """What a model is given for a mask inside `TreeByTree`: NaN, [1, 1, L, L], of one number.
 

@@ -16,15 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from allo_lib.engine.batching import (
-    Float32Attention,
-    Layout,
-    Row,
-    TreeByTree,
-    attention_mask,
-    collate,
-    no_mask,
-)
+from allo_lib.engine.batching import Layout, Row, TreeByTree, attention_mask, collate, no_mask
 from allo_lib.errors import AlloError
 from allo_lib.machine import devices
 from allo_lib.method.losses import IGNORED, Batch
@@ -167,8 +159,7 @@ def _trial(model: Any, layout: Layout, rows: list[Row]) -> _Way:
 def _own(model: Any, row: Row) -> Tensor:
     """Log-probs of one response by the model's plain forward pass of that row alone."""
     ids = torch.tensor([[*row["prompt"], *row["response"]]], device=model.device)
-    with Float32Attention() if ids.device.type == "cpu" else contextlib.nullcontext():
-        logits = model(input_ids=ids, use_cache=False).logits[0, len(row["prompt"]) - 1 : -1]
+    logits = model(input_ids=ids, use_cache=False).logits[0, len(row["prompt"]) - 1 : -1]
     return -F.cross_entropy(logits.float(), ids[0, len(row["prompt"]) :], reduction="none")
 
 
@@ -187,7 +178,7 @@ def _read(model: Any, part: Any, batch: Batch) -> Any:
     reads["position_ids"] = batch["position_ids"]
     if "sizes" in batch:
         reads["attention_mask"] = no_mask(batch["ends"], model.dtype)
-        with Float32Attention(), TreeByTree(batch["ends"], batch["sizes"]):
+        with TreeByTree(batch["ends"], batch["sizes"]):
             return part(**reads)
     seen = attention_mask(batch["ends"])
     # To be added, as attention would make it so in every layer.

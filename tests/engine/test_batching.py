@@ -2,12 +2,10 @@
 
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from allo_lib.engine.batching import (
-    Float32Attention,
     Layout,
     attention_mask,
     collate,
@@ -101,16 +99,3 @@ def test_every_row_can_be_read_back_from_its_batch(rows, shared, one_row):
             path = (start + seen.nonzero()[:, 0]).tolist()
             assert batch["position_ids"].view(-1)[path].tolist() == list(range(len(path)))
         assert flat[path].tolist() == prompt + response[:-1]
-
-
-def test_attention_of_16_bits_is_made_in_float32_and_any_other_as_it_was():
-    generator = torch.Generator().manual_seed(0)
-    query, key, value = torch.randn(3, 1, 2, 5, 8, generator=generator).bfloat16()
-    bias = torch.randn(1, 1, 5, 5, generator=generator).bfloat16()
-    seen = (bias > 0) | torch.eye(5, dtype=torch.bool)
-    attend, wide = F.scaled_dot_product_attention, [one.float() for one in (query, key, value)]
-    for mask, in_float32 in ((None, None), (seen, seen), (bias, bias.float())):
-        expected = attend(*wide, attn_mask=in_float32)
-        with Float32Attention():
-            assert torch.equal(attend(query, key, value, attn_mask=mask), expected.bfloat16())
-            assert torch.equal(attend(*wide, attn_mask=in_float32), expected)

@@ -196,7 +196,7 @@ def test_a_row_above_allo_contradicts_it_also_where_the_paper_says_so(monkeypatc
     worse = planted(monkeypatch, datasets=("gsm8k",), n=3000, ipo=0.814)["gsm8k", "ipo"].claim
     assert worse.paper == pytest.approx(-0.014) == worse.effect
     assert worse.verdict == CONTRADICTED
-    assert worse.told == "contradicted (published effect inside the interval)"
+    assert worse.in_words == "contradicted (published effect inside the interval)"
 
 
 def test_a_weak_difference_is_lost_among_many(monkeypatch):
