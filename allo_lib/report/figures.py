@@ -73,9 +73,9 @@ CAPTIONS = {
     "ablations": "ALLO with one thing changed: paired differences to ALLO on the same problems, "
     "with 95% intervals; left: removing this part hurts.",
     "architectures": "The same claims on models of several architectures, as large and trained "
-    "alike: effects with 95% intervals over the SFT models of each, not corrected for their "
-    "number; overlaps of masks (intersection over union) are those above chance within each "
-    "tensor.",
+    "alike: effects with 95% intervals over the SFT models of each, those of a claim's parts held "
+    "together, not corrected for the number of architectures; overlaps of masks (intersection over "
+    "union) are those above chance within each tensor.",
     "efficiency": "Cost of one pair: time (line: the floor of its operations), peak memory above "
     "the loaded model, optimizer state.",
 }

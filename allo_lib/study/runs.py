@@ -213,11 +213,12 @@ def tune(profile: Profile, seeds: tuple[int, ...], folder: Path, data: str | Non
     All searches go on together, round by round, so that no worker waits for the end of another's.
     """
     studies = [Study(profile, seed, folder, data) for seed in seeds]
+    first = Study(profile, 0, folder, data)  # which has every method, whatever later seeds lack
     prepare_all((study, name) for study in studies for name in profile.domains)
     searches = {
         (name, method): _search_of(studies[0], name, method)
         for name in profile.domains
-        for method in methods_of(studies[0], name)
+        for method in methods_of(first, name)
         if stages_of(method, profile) and method == tuned_as(method)
     }
     wanted = {which: next(going) for which, going in searches.items()}
