@@ -248,6 +248,7 @@ class Search:
 
     candidates: Count = 5  # trained models per method and domain
     factor: Number = 2.0  # ratio of neighbouring rates
+    per_model: bool = False  # where rates were tuned on other models: search around those again
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -360,6 +361,7 @@ def settings_hash(settings: dict) -> str:
     Settings that came later count only where they are used, so that older results keep their hash.
     """
     hashed = _without(settings, judge=..., models=..., replicates=_plain(Replicates()))
+    hashed["search"] = _without(settings.get("search", {}), per_model=False)
     hashed["compute"] = _without(settings.get("compute", {}), checkpoint_minutes=...)
     if "model" in settings:
         hashed["model"] = _without(settings["model"], architectures=["llama"])

@@ -120,7 +120,7 @@ def _train(study: Study, name: str, method: str) -> None:
 
 def _runs_before(study: Study, name: str, method: str) -> list[Run]:
     """The runs whose rates this one takes."""
-    if study.domain(name).tuned:
+    if not training.is_searched(study, name):
         return []
     runs = [(study.at(0), name, method)] if study.replicate else []
     return runs + ([(study, name, "dpo")] if method.endswith(PAPER_PROTOCOL) else [])
@@ -276,7 +276,7 @@ def tried(study: Study, name: str, found: Mapping[str, dict]) -> tuple[dict[str,
     """
     count = scoring.dev_count(study, name)
     evidence = ROOT / "results" / "tuning" / f"{study.domain(name).tuning}.csv"
-    if not evidence.is_file():
+    if training.is_searched(study, name) or not evidence.is_file():
         searched = {
             method: [one for one in result["tried"] if one["displacement"] is not None]
             for method, result in found.items()

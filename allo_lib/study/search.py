@@ -45,9 +45,15 @@ def best(tried: list[Trial]) -> Trial:
 
 
 def search(
-    initial: Rates, candidates: int, factor: float, evaluate: Callable[[Rates], float]
+    initial: Rates,
+    candidates: int,
+    factor: float,
+    evaluate: Callable[[Rates], float],
+    knob: bool = False,
 ) -> list[Trial]:
     """Train and score exactly `candidates` models (one without rates); returns them in order.
+
+    The arguments are those of `proposals`.
 
     Raises:
         AlloError: fewer than one candidate, or a factor not above 1.
@@ -57,7 +63,7 @@ def search(
     if not initial:
         return [Trial((), evaluate(()))]
     tried: list[Trial] = []
-    proposed = proposals(initial, factor, math.inf)
+    proposed = proposals(initial, factor, math.inf, knob)
     while len(tried) < candidates:
         wanted = proposed.send({one.rates: one.score for one in tried} or None)
         for rates in wanted[: candidates - len(tried)]:

@@ -109,13 +109,16 @@ def _made(study: Study, kind: str, inputs: dict, make: Callable[[Path], None]) -
 def _method_inputs(study: Study, name: str, method: str) -> dict:
     settings, domain = study.profile.to_dict(), study.domain(name)
     inputs = _stage_inputs(study, name, stages_of(method, study.profile)) | {
-        "search": settings["search"],
+        "search": {key: settings["search"][key] for key in ("candidates", "factor")},
         "rates": settings["domains"][name]["rates"],
         "test": [domain.dev, domain.test],
         "paper_protocol": method.endswith(PAPER_PROTOCOL),
     }
     if domain.tuned:
-        inputs["tuned"] = _fixed_rates(study, name, method)
+        of_paper = method.endswith(PAPER_PROTOCOL)
+        inputs["tuned"] = _tuned_rates(study, name, "dpo" if of_paper else method)
+        if study.profile.search.per_model:
+            inputs["per_model"] = True
     return inputs | scoring.instruction_inputs(study, name)
 
 
@@ -151,8 +154,10 @@ def _make_result(study: Study, name: str, method: str, folder: Path) -> None:
     if fixed is not None:
         tried = [Trial(fixed, evaluate(fixed))]
     else:
-        settings, start = study.profile.search, initial_rates(study, name, stages)
-        tried = search(start, settings.candidates, settings.factor, evaluate)
+        settings, tuned = study.profile.search, _tuned_rates(study, name, method) or ()
+        start = tuned or initial_rates(study, name, stages)
+        knob = len(start) > len(stages)
+        tried = search(start, settings.candidates, settings.factor, evaluate, knob)
     chosen, model = best(tried), None
     if chosen.score != DIVERGED:
         # Asked for again: a method of the same stages may have run beside this one and dropped it.
@@ -196,10 +201,15 @@ def initial_rates(study: Study, name: str, stages: Stages, knob: bool = False) -
     return (*rates, values[knob_of(stages)]) if knob and knob_of(stages) else rates
 
 
+def is_searched(study: Study, name: str) -> bool:
+    """Whether rates are searched on this study's own model, be it around those of a tuning."""
+    return study.profile.search.per_model or not study.domain(name).tuned
+
+
 def _fixed_rates(study: Study, name: str, method: str) -> Rates | None:
     """Tuned rates, or those that follow from another method or from the first replicate; None for
     a method whose rates are to be searched."""
-    tuned = study.domain(name).tuned
+    tuned = not is_searched(study, name)
     if study.replicate and not tuned:
         return _searched(result(study.at(0), name, method))
 
@@ -213,12 +223,12 @@ def _fixed_rates(study: Study, name: str, method: str) -> Rates | None:
 
 
 def _tuned_rates(study: Study, name: str, method: str) -> Rates | None:
-    """The tuned rates of a method; None where nothing is trained.
+    """The tuned rates of a method; None where nothing is trained, or nothing was tuned.
 
     After the rate of a single stage may stand what else was searched (`methods.knob_of`).
     """
     tuned, stages = study.domain(name).tuned, stages_of(method, study.profile)
-    if not stages:
+    if not (stages and tuned):
         return None
     rates = tuned.get(method) or tuned.get(tuned_as(method), ())
     if len(rates) not in {len(stages), len(stages) + (knob_of(stages) is not None)}:

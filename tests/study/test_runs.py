@@ -41,14 +41,18 @@ def test_a_domain_may_have_fewer_models_than_the_profile_and_rows_of_its_first_a
     assert [results.domains_of(study) for study in studies] == [[DOMAIN], [DOMAIN], []]
 
 
-@pytest.mark.parametrize("tuned, expected", [
-    # Without tuned rates further replicates take those of the first, the paper's rows those of DPO.
-    ({}, {("npo", 1): [("npo", 0)], ("npo", 0): [],
-          ("dpo_paper", 1): [("dpo_paper", 0), ("dpo", 1)]}),
-    ({"dpo": (1e-4,)}, {("npo", 1): [], ("dpo_paper", 1): []}),
+# Without tuned rates further replicates take those of the first, the paper's rows those of DPO.
+SEARCHED = {("npo", 1): [("npo", 0)], ("npo", 0): [],
+            ("dpo_paper", 1): [("dpo_paper", 0), ("dpo", 1)]}  # fmt: skip
+
+
+@pytest.mark.parametrize("tuned, per_model, expected", [
+    ({}, False, SEARCHED),
+    ({"dpo": (1e-4,)}, False, {("npo", 1): [], ("dpo_paper", 1): []}),
+    ({"dpo": (1e-4,)}, True, SEARCHED),
 ])  # fmt: skip
-def test_runs_wait_for_those_whose_rates_they_take(tmp_path, tuned, expected):
-    study = open_study(tmp_path, replicates={"pair_sets": 2})
+def test_runs_wait_for_those_whose_rates_they_take(tmp_path, tuned, per_model, expected):
+    study = open_study(tmp_path, replicates={"pair_sets": 2}, search__per_model=per_model)
     domain = dataclasses.replace(study.domain(DOMAIN), tuned=tuned)
     study.domain = study.at(1).domain = lambda name: domain
     for (method, replicate), before in expected.items():
@@ -98,6 +102,12 @@ def peak(*where):
 def test_the_rates_that_are_tried(initial, top, candidates, expected):
     tried = search(initial, candidates, 2.0, peak(*top))
     assert [trial.rates for trial in tried] == expected
+
+
+def test_a_few_candidates_around_a_rate_and_a_knob_leave_the_knob_alone():
+    tried = search((1e-4, 0.1), 5, 2.0, peak(1e-4, 0.1), knob=True)
+    first = [(1e-4, 0.1), (5e-5, 0.1), (2e-4, 0.1)]
+    assert [trial.rates for trial in tried] == [*first, (1e-4, 0.05), (1e-4, 0.2)]
 
 
 def test_equal_scores_take_the_smaller_rates():
@@ -220,6 +230,25 @@ def test_tuned_rates_are_used_without_a_search_and_missing_ones_refused(tuned, b
     for method, count in {"sft": 2, "npo": 0}.items():
         with pytest.raises(AlloError, match=f"`tuned` has {count} rates for its 1 stages"):
             training.result(study, DOMAIN, method)
+
+
+@pytest.mark.slow
+def test_rates_tuned_on_other_models_are_where_a_search_on_each_model_begins(tuned, begun):
+    settings = {key.replace(".", "__"): value for key, value in tuned.items()}
+    settings |= {"search__per_model": True, "search__candidates": 3, "replicates": {"orders": 2}}
+    study = open_study(begun, **settings)
+    found = training.result(study, DOMAIN, "dpo")
+    assert [one["rates"] for one in found["tried"]] == [[3e-4, 0.5], [1.5e-4, 0.5], [6e-4, 0.5]]
+    scores = [one["dev"] for one in found["tried"]]
+    assert found["dev"] == max(scores) and found["knob"] == {"beta": 0.5}
+    for method, where in (("dpo", study.at(1)), ("dpo_paper", study)):
+        other = training.result(where, DOMAIN, method)
+        assert (other["rates"], other["knob"]) == (found["rates"], {"beta": 0.5})
+        assert len(other["tried"]) == 1
+    other = training.result(study, DOMAIN, "allo_key10")["tried"]  # around ALLO's own rates
+    assert [one["rates"] for one in other] == [[1e-4, 2e-4], [5e-5, 1e-4], [2e-4, 4e-4]]
+    several, problems = runs.tried(study, DOMAIN, {"dpo": found})
+    assert [one["dev"] for one in several["dpo"]] == scores and problems == study.domain(DOMAIN).dev
 
 
 # Where the planted mean over the models is highest, in powers of two of the initial rates; npo's
