@@ -234,7 +234,7 @@ OPTIONS = {
         "type": _typed(str, "names"),
     },
     "--seeds": {
-        "metavar": "0,1,2", "help": "default 0 to `models` - 1; tune: 100 to 103",
+        "metavar": "0,1,2", "help": "default: `models` from `first_seed`; tune: 100 to 103",
         "type": _typed(_seeds, "whole numbers from 0 to 2^32 - 1, each once, as in 0,1,2"),
     },
     "--only": {
@@ -284,13 +284,13 @@ def _run_of(options: argparse.Namespace) -> driver.Run:
     overrides = {name: parse_value(name, value) for name, value in options.overrides}
     profile = load_profile(options.profile, overrides)
     _check_methods(profile)
-    path = Path(options.profile)
+    path, first = Path(options.profile), profile.first_seed
     study = driver.Run(
         profile_name=str(path.resolve()) if path.suffix in (".yaml", ".yml") else options.profile,
         profile=profile,
         results=options.out or ROOT / "results" / profile.name,
         overrides=overrides,
-        seeds=getattr(options, "seeds", None) or tuple(range(profile.models)),
+        seeds=getattr(options, "seeds", None) or tuple(range(first, first + profile.models)),
         only=getattr(options, "only", ()),
         domains=parse_domains(options.domains or "", profile),
         data=getattr(options, "data", None),

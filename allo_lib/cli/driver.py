@@ -124,6 +124,7 @@ class Step:
             # But for the seeds no part of the profile's hash: they change verdicts alone.
             models = [profile.models, *(one.models for one in profile.domains.values())]
             made_by += [list(run.seeds), dataclasses.asdict(profile.judge), models]
+            made_by.append(profile.first_seed)
         return fingerprint(made_by)
 
 

@@ -137,7 +137,8 @@ def by_architecture(results: StudyResults, names: Sequence[str]) -> dict[str, li
     for their number. {} where there is one architecture only."""
     if len(names) < 2:
         return {}
-    each = {name: range(place, results.models, len(names)) for place, name in enumerate(names)}
+    turns = enumerate(names)
+    each = {name: [s for s in results.fixed if s % len(names) == turn] for turn, name in turns}
     return {name: compute(results.of_models(seeds)) for name, seeds in each.items()}
 
 

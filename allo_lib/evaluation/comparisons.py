@@ -7,7 +7,7 @@ the replicates that both have. Intervals are those of `stats.mean_interval` over
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -80,21 +80,23 @@ class StudyResults:
     Args:
         table: outcomes (`outcomes.COLUMNS`).
         rows: measurements; of them come win rates, overlaps of masks, training losses.
-        models: number of SFT models that the profile fixes. Those of later seeds are left out.
+        models: number of SFT models that the profile fixes. Those of other seeds are left out.
         by_domain: domain -> number of its SFT models, where it has fewer.
+        first: seed of the first of them.
     """
 
     def __init__(
         self, table: pd.DataFrame, rows: Iterable[Measurement] = (), models: int = 1,
-        by_domain: Mapping[str, int] | None = None,
+        by_domain: Mapping[str, int] | None = None, first: int = 0,
     ):  # fmt: skip
         rows = list(rows)
         known = {*map(int, table["model"].unique()), *(row.seed for row in rows)}
         self.models, self.by_domain = models, by_domain or {}
-        self.seeds = sorted(seed for seed in known if seed < models)
-        self.left_out = sorted(seed for seed in known if seed >= models)
-        self.index = index_of(row for row in rows if row.seed < models)
-        table = table[table["model"] < models]
+        self.fixed: Sequence[int] = range(first, first + models)
+        self.seeds = sorted(seed for seed in known if seed in self.fixed)
+        self.left_out = sorted(known - {*self.seeds})
+        self.index = index_of(row for row in rows if row.seed in self.fixed)
+        table = table[table["model"].isin(self.seeds)]
         pairs = table[table["margin"].notna()]
         losses = pairs.assign(right=np.logaddexp(0, -pairs["margin"].astype(float)))
         # Prefix -> (domain, data set, model) -> method -> outcomes [problems, replicates].
@@ -107,19 +109,21 @@ class StudyResults:
 
     @classmethod
     def load(
-        cls, folder: str | Path, models: int = 1, by_domain: Mapping[str, int] | None = None
-    ) -> "StudyResults":
+        cls, folder: str | Path, models: int = 1, by_domain: Mapping[str, int] | None = None,
+        first: int = 0,
+    ) -> "StudyResults":  # fmt: skip
         """Those of a results folder; AlloError where it has no measurements or no outcomes."""
         folder = Path(folder)
         rows = outcomes.read_measurements(folder / "measurements.csv")
         table = outcomes.read(folder / outcomes.NAME)
         if not len(table):
             raise AlloError(f"{folder} has no {outcomes.NAME}: run the notebooks 00 to 06")
-        return cls(table, rows, models, by_domain)
+        return cls(table, rows, models, by_domain, first)
 
     def of_models(self, seeds: Iterable[int]) -> "StudyResults":
         """The same results of some of the SFT models alone, all of which a verdict then needs."""
         part, chosen = copy.copy(self), {*seeds}
+        part.fixed = [seed for seed in self.fixed if seed in chosen]
         part.seeds, part.models = [s for s in self.seeds if s in chosen], len(chosen)
         part._compared = {}
         return part
@@ -127,7 +131,7 @@ class StudyResults:
     def on(self, domain: Domain) -> "StudyResults":
         """These results, as to the SFT models that the domain has."""
         count = self.by_domain.get(domain.name, 0)
-        return self.of_models(range(count)) if count else self
+        return self.of_models(self.fixed[:count]) if count else self
 
     @cached_property
     def domains(self) -> list[Domain]:

@@ -248,7 +248,7 @@ class Search:
 
     candidates: Count = 5  # trained models per method and domain
     factor: Number = 2.0  # ratio of neighbouring rates
-    per_model: bool = False  # where rates were tuned on other models: search around those again
+    per_run: bool = False  # every run searches, if rates were tuned on other models around those
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -256,7 +256,8 @@ class Replicates:
     """Runs of every method on one SFT model: each pair set in each order of its pairs.
 
     One training run is a noisy draw; what a method does to an SFT model is the mean over these,
-    which all methods share. Learning rates are searched on the first run alone.
+    which all methods share. Learning rates are searched on the first alone, or by every run
+    (`Search.per_run`).
     """
 
     pair_sets: Positive = 1  # disjoint sets of `pairs.train` training pairs
@@ -309,9 +310,10 @@ class Profile:
     method: Method = field(default_factory=Method)
     search: Search = field(default_factory=Search)
     replicates: Replicates = field(default_factory=Replicates)
-    # Independent SFT models, those of seeds 0 to models - 1: no verdict before all are there, and
-    # none that counts more. It changes no result, so it is no part of Profile.hash.
+    # Independent SFT models, those of seeds first_seed and on: no verdict before all are there, and
+    # none that counts more. Both change no result, so they are no part of Profile.hash.
     models: Positive = 1
+    first_seed: Count = 0  # after those that were looked at while the design was made
     compute: Compute = field(default_factory=Compute)
     timing: Timing = field(default_factory=Timing)
     judge: Judge = field(default_factory=Judge)
@@ -360,8 +362,9 @@ def settings_hash(settings: dict) -> str:
 
     Settings that came later count only where they are used, so that older results keep their hash.
     """
-    hashed = _without(settings, judge=..., models=..., replicates=_plain(Replicates()))
-    hashed["search"] = _without(settings.get("search", {}), per_model=False)
+    later = {"judge": ..., "models": ..., "first_seed": ..., "replicates": _plain(Replicates())}
+    hashed = _without(settings, **later)
+    hashed["search"] = _without(settings.get("search", {}), per_run=False)
     hashed["compute"] = _without(settings.get("compute", {}), checkpoint_minutes=...)
     if "model" in settings:
         hashed["model"] = _without(settings["model"], architectures=["llama"])

@@ -83,7 +83,8 @@ def remake(results_dir: str | Path, settings: dict | None = None) -> list[Path]:
     settings = settings or settings_of(folder)
     domains = settings.get("domains", {}).items()
     by_domain = {name: one["models"] for name, one in domains if one.get("models")}
-    results = StudyResults.load(folder, settings.get("models", 1), by_domain)
+    models, first = settings.get("models", 1), settings.get("first_seed", 0)
+    results = StudyResults.load(folder, models, by_domain, first)
     efficiency = read_efficiency(folder / "tables" / "efficiency.csv")
     claims = claims_module.compute(results, efficiency)
     claims_module.write(folder / "claims.csv", claims)

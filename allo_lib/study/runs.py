@@ -31,7 +31,7 @@ from allo_lib.machine.environment import ROOT
 from allo_lib.machine.runtime import fork_server, give_back_freed_memory, leave_with_parent
 from allo_lib.method.losses import ON_POLICY
 from allo_lib.profiles.config import Profile
-from allo_lib.profiles.methods import PAPER_PROTOCOL, knob_of, stages_of, tuned_as
+from allo_lib.profiles.methods import knob_of, stages_of, tuned_as
 from allo_lib.study import scoring, training
 from allo_lib.study.search import Found, Rates, proposals
 from allo_lib.study.study import Study
@@ -45,11 +45,12 @@ Run = tuple[Study, str, str]  # a seed's study, at one of its replicates; domain
 def methods_of(study: Study, name: str) -> list[str]:
     """Methods that the profile runs on a domain of this seed, in order, without repeats."""
     profile, domain = study.profile, study.domain(name)
-    if domain.models and study.seed >= domain.models:
+    number = study.seed - profile.first_seed
+    if domain.models and number not in range(domain.models):
         return []
     own = domain if domain.methods or domain.ablations else profile
     left_out = set(profile.replicates.once if study.replicate else ())
-    left_out |= set(domain.one_model if study.seed else ())
+    left_out |= set(domain.one_model if number else ())
     if domain.kind != "miniature":
         left_out |= {"allo_oracle_tokens", "allo_rm_oracle"}
     if domain.kind == "preferences":
@@ -102,9 +103,10 @@ def fill(requested: Iterable[Run]) -> None:
 
     def add(run: Run) -> None:
         if run not in before and not training.is_done(*run):
-            before[run] = [other for other in _runs_before(*run) if not training.is_done(*other)]
-            for other in before[run]:
-                add(other)
+            other = training.run_before(*run)
+            before[run] = [other] if other and not training.is_done(*other) else []
+            for needed in before[run]:
+                add(needed)
 
     for study, name, method in requested:
         for replicate in study.replicates_of(method):
@@ -116,14 +118,6 @@ def fill(requested: Iterable[Run]) -> None:
 def _train(study: Study, name: str, method: str) -> None:
     """Leave a result in the store, and hand nothing back: together they can be large."""
     training.result(study, name, method)
-
-
-def _runs_before(study: Study, name: str, method: str) -> list[Run]:
-    """The runs whose rates this one takes."""
-    if not training.is_searched(study, name):
-        return []
-    runs = [(study.at(0), name, method)] if study.replicate else []
-    return runs + ([(study, name, "dpo")] if method.endswith(PAPER_PROTOCOL) else [])
 
 
 def prepare_all(shared: Iterable[tuple[Study, str]]) -> None:
@@ -213,7 +207,8 @@ def tune(profile: Profile, seeds: tuple[int, ...], folder: Path, data: str | Non
     All searches go on together, round by round, so that no worker waits for the end of another's.
     """
     studies = [Study(profile, seed, folder, data) for seed in seeds]
-    first = Study(profile, 0, folder, data)  # which has every method, whatever later seeds lack
+    # The first seed has every method, whatever later ones lack.
+    first = Study(profile, profile.first_seed, folder, data)
     prepare_all((study, name) for study in studies for name in profile.domains)
     searches = {
         (name, method): _search_of(studies[0], name, method)

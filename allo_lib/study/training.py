@@ -115,10 +115,9 @@ def _method_inputs(study: Study, name: str, method: str) -> dict:
         "paper_protocol": method.endswith(PAPER_PROTOCOL),
     }
     if domain.tuned:
-        of_paper = method.endswith(PAPER_PROTOCOL)
-        inputs["tuned"] = _tuned_rates(study, name, "dpo" if of_paper else method)
-        if study.profile.search.per_model:
-            inputs["per_model"] = True
+        inputs["tuned"] = _tuned_rates(study, name, _at_rates_of(method))
+    if study.profile.search.per_run:
+        inputs["per_run"] = True
     return inputs | scoring.instruction_inputs(study, name)
 
 
@@ -203,23 +202,32 @@ def initial_rates(study: Study, name: str, stages: Stages, knob: bool = False) -
 
 def is_searched(study: Study, name: str) -> bool:
     """Whether rates are searched on this study's own model, be it around those of a tuning."""
-    return study.profile.search.per_model or not study.domain(name).tuned
+    return study.profile.search.per_run or not study.domain(name).tuned
+
+
+def run_before(study: Study, name: str, method: str) -> tuple[Study, str, str] | None:
+    """The run whose rates this one takes: the first replicate's, or another method's; None where
+    its own are searched, or tuned on other models."""
+    if not is_searched(study, name):
+        return None
+    if study.replicate and not study.profile.search.per_run:
+        return study.at(0), name, method
+    source = _at_rates_of(method)
+    return None if source == method else (study, name, source)
+
+
+def _at_rates_of(method: str) -> str:
+    """Itself; by the paper's protocol every mask is trained at the one rate that DPO likes best."""
+    return "dpo" if method.endswith(PAPER_PROTOCOL) else method
 
 
 def _fixed_rates(study: Study, name: str, method: str) -> Rates | None:
-    """Tuned rates, or those that follow from another method or from the first replicate; None for
-    a method whose rates are to be searched."""
-    tuned = not is_searched(study, name)
-    if study.replicate and not tuned:
-        return _searched(result(study.at(0), name, method))
-
-    def best_of(other: str) -> Rates | None:
-        return _tuned_rates(study, name, other) if tuned else _searched(result(study, name, other))
-
-    if method.endswith(PAPER_PROTOCOL):
-        # The paper's protocol: every mask at the one rate that plain DPO likes best.
-        return best_of("dpo")
-    return best_of(method) if tuned else None
+    """Tuned rates or those of `run_before`; None for a method whose rates are to be searched."""
+    if before := run_before(study, name, method):
+        return _searched(result(*before))
+    if is_searched(study, name):
+        return None
+    return _tuned_rates(study, name, _at_rates_of(method))
 
 
 def _tuned_rates(study: Study, name: str, method: str) -> Rates | None:

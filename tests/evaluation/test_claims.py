@@ -210,6 +210,9 @@ def test_fewer_models_than_were_fixed_decide_nothing_and_more_are_not_counted(ta
     fewer = computed(StudyResults(two, [row for row in rows if row.seed < 2], 2), EFFICIENCY)
     assert computed(StudyResults(table, rows, 2), EFFICIENCY) == fewer
     assert StudyResults(table, rows, 2).left_out == [2] and fewer["C4"].verdict == SUPPORTED
+    later = StudyResults(table, rows, 2, first=1)
+    assert (later.seeds, later.left_out) == ([1, 2], [0])
+    assert "seeds 1, 2" in computed(later)["C4"].evidence
 
 
 def test_each_architecture_has_the_claims_of_the_models_that_seeds_give_it(rows):
@@ -224,6 +227,9 @@ def test_each_architecture_has_the_claims_of_the_models_that_seeds_give_it(rows)
         assert found[name].effect == effect and seeds in found[name].evidence
     assert [found[name].verdict for name in effects] == [SUPPORTED, CONTRADICTED]
     assert claims.by_architecture(results, ["llama"]) == {}
+    later = claims.by_architecture(StudyResults(table, (), 2, first=2), ["gpt2", "qwen3"])
+    seeds = [next(c.evidence for c in group if c.id == "C4s") for group in later.values()]
+    assert "seed 2" in seeds[0] and "seed 3" in seeds[1]
 
 
 def test_a_second_domain_adds_claims_with_its_name():

@@ -124,13 +124,14 @@ def test_the_hash_follows_every_value_that_can_change_a_result(write):
     replies = {"datasets": ["arena_hard"], "count": 4}
     same = [{}, {"method.beta": 0.1}, {"models": 8}, {"compute.checkpoint_minutes": 1}]
     same += [{"replicates.pair_sets": 1, "replicates.orders": 1}, {"domains.toy.tuned": {}}]
-    same += [{"domains.toy.models": 1}, {"domains.toy.one_model": []}, {"search.per_model": False}]
+    same += [{"domains.toy.models": 1}, {"domains.toy.one_model": []}, {"search.per_run": False}]
+    same += [{"first_seed": 8}]
     different = [{"method.beta": 0.3}, {"model.width": 64}, {"methods": ["dpo"]}]
     different += [{"domains.toy.sft.epochs": 9}, {"method.shares": [0.1]}]
     different += [{"replicates.orders": 2}, {"model.architectures": ["gpt2"]}]
     different += [{"domains.toy.tuned": {"dpo": [1e-4]}}, {"domains.toy.instructions": replies}]
     different += [{"domains.toy.instructions": replies | {"max_new_tokens": 9}}]
-    different += [{"domains.toy.one_model": ["rft"]}, {"search.per_model": True}]
+    different += [{"domains.toy.one_model": ["rft"]}, {"search.per_run": True}]
     assert len({load_profile(path, changes).hash() for changes in same}) == 1
     assert len({load_profile(path, changes).hash() for changes in [{}, *different]}) == 13
     # A judge reads replies; it changes none.
@@ -144,7 +145,7 @@ def test_settings_that_came_later_do_not_change_an_older_hash(write):
     profile = load_profile(write(SMALL))
     before = profile.to_dict()
     del before["judge"], before["replicates"], before["model"]["architectures"], before["models"]
-    del before["search"]["per_model"]
+    del before["search"]["per_run"], before["first_seed"]
     for key in ("instructions", "tuned", "tuning", "one_model", "models"):
         del before["domains"]["toy"][key]
     assert config.settings_hash(before) == profile.hash()

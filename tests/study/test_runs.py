@@ -34,30 +34,33 @@ def test_methods_of_a_domain_come_once_and_in_order(tmp_path, change, expected):
 
 def test_a_domain_may_have_fewer_models_than_the_profile_and_rows_of_its_first_alone(tmp_path):
     wanted = {"methods": ["dpo", "rft"], "ablations": [], "domains__miniature__models": 2}
-    wanted |= {"domains__miniature__one_model": ["rft"]}
-    studies = [open_study(tmp_path, seed, **wanted) for seed in range(3)]
-    methods = [["sft_base", "dpo", "rft"], ["sft_base", "dpo"], []]
+    wanted |= {"domains__miniature__one_model": ["rft"], "first_seed": 4}
+    studies = [open_study(tmp_path, seed, **wanted) for seed in range(3, 7)]
+    methods = [[], ["sft_base", "dpo", "rft"], ["sft_base", "dpo"], []]
     assert [runs.methods_of(study, DOMAIN) for study in studies] == methods
-    assert [results.domains_of(study) for study in studies] == [[DOMAIN], [DOMAIN], []]
+    assert [results.domains_of(study) for study in studies] == [[], [DOMAIN], [DOMAIN], []]
 
 
-# Without tuned rates further replicates take those of the first, the paper's rows those of DPO.
-SEARCHED = {("npo", 1): [("npo", 0)], ("npo", 0): [],
-            ("dpo_paper", 1): [("dpo_paper", 0), ("dpo", 1)]}  # fmt: skip
+# The paper's rows take the rates of DPO and further replicates, where not every run searches, those
+# of the first.
+SEARCHED = {("npo", 1): ("npo", 0), ("npo", 0): None,
+            ("dpo_paper", 1): ("dpo_paper", 0), ("dpo_paper", 0): ("dpo", 0)}  # fmt: skip
+EACH = {("npo", 1): None, ("npo", 0): None, ("dpo_paper", 1): ("dpo", 1)}
 
 
-@pytest.mark.parametrize("tuned, per_model, expected", [
+@pytest.mark.parametrize("tuned, per_run, expected", [
     ({}, False, SEARCHED),
-    ({"dpo": (1e-4,)}, False, {("npo", 1): [], ("dpo_paper", 1): []}),
-    ({"dpo": (1e-4,)}, True, SEARCHED),
+    ({"dpo": (1e-4,)}, False, dict.fromkeys(SEARCHED)),
+    ({}, True, EACH),
+    ({"dpo": (1e-4,)}, True, EACH),
 ])  # fmt: skip
-def test_runs_wait_for_those_whose_rates_they_take(tmp_path, tuned, per_model, expected):
-    study = open_study(tmp_path, replicates={"pair_sets": 2}, search__per_model=per_model)
+def test_runs_wait_for_those_whose_rates_they_take(tmp_path, tuned, per_run, expected):
+    study = open_study(tmp_path, replicates={"pair_sets": 2}, search__per_run=per_run)
     domain = dataclasses.replace(study.domain(DOMAIN), tuned=tuned)
     study.domain = study.at(1).domain = lambda name: domain
-    for (method, replicate), before in expected.items():
-        runs_before = runs._runs_before(study.at(replicate), DOMAIN, method)
-        assert [(m, one.replicate) for one, _, m in runs_before] == before
+    for (method, replicate), expects in expected.items():
+        before = training.run_before(study.at(replicate), DOMAIN, method)
+        assert (before and (before[2], before[0].replicate)) == expects, method
 
 
 def test_a_worker_opens_the_study_of_its_job_and_keeps_the_last(tmp_path, monkeypatch):
@@ -233,22 +236,22 @@ def test_tuned_rates_are_used_without_a_search_and_missing_ones_refused(tuned, b
 
 
 @pytest.mark.slow
-def test_rates_tuned_on_other_models_are_where_a_search_on_each_model_begins(tuned, begun):
+def test_rates_tuned_on_other_models_are_where_the_search_of_every_run_begins(tuned, begun):
     settings = {key.replace(".", "__"): value for key, value in tuned.items()}
-    settings |= {"search__per_model": True, "search__candidates": 3, "replicates": {"orders": 2}}
+    settings |= {"search__per_run": True, "search__candidates": 3, "replicates": {"orders": 2}}
     study = open_study(begun, **settings)
-    found = training.result(study, DOMAIN, "dpo")
-    assert [one["rates"] for one in found["tried"]] == [[3e-4, 0.5], [1.5e-4, 0.5], [6e-4, 0.5]]
-    scores = [one["dev"] for one in found["tried"]]
-    assert found["dev"] == max(scores) and found["knob"] == {"beta": 0.5}
-    for method, where in (("dpo", study.at(1)), ("dpo_paper", study)):
-        other = training.result(where, DOMAIN, method)
-        assert (other["rates"], other["knob"]) == (found["rates"], {"beta": 0.5})
-        assert len(other["tried"]) == 1
-    other = training.result(study, DOMAIN, "allo_key10")["tried"]  # around ALLO's own rates
-    assert [one["rates"] for one in other] == [[1e-4, 2e-4], [5e-5, 1e-4], [2e-4, 4e-4]]
-    several, problems = runs.tried(study, DOMAIN, {"dpo": found})
-    assert [one["dev"] for one in several["dpo"]] == scores and problems == study.domain(DOMAIN).dev
+    first, second = (training.result(study.at(i), DOMAIN, "dpo") for i in (0, 1))
+    for found in (first, second):
+        assert [one["rates"] for one in found["tried"]] == [[3e-4, 0.5], [1.5e-4, 0.5], [6e-4, 0.5]]
+        assert found["dev"] == max(one["dev"] for one in found["tried"])
+        assert found["knob"] == {"beta": 0.5}
+    assert first["margins"] != second["margins"]  # in another order
+    of_paper = training.result(study.at(1), DOMAIN, "dpo_paper")
+    assert of_paper["rates"] == second["rates"] and len(of_paper["tried"]) == 1
+    key10 = training.result(study, DOMAIN, "allo_key10")["tried"]  # around ALLO's
+    assert [one["rates"] for one in key10] == [[1e-4, 2e-4], [5e-5, 1e-4], [2e-4, 4e-4]]
+    several, problems = runs.tried(study, DOMAIN, {"dpo": first})
+    assert several == {"dpo": first["tried"]} and problems == study.domain(DOMAIN).dev
 
 
 # Where the planted mean over the models is highest, in powers of two of the initial rates; npo's
