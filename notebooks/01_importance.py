@@ -261,13 +261,13 @@ if "estimators" in weak:
 
 # %%
 percentage = f"{share * 100:g}".replace(".", "p")
-arms_of_study = [a for a in ("dpo", *(f"dpo_{kind}{percentage}" for kind in ("top", "random", "last")))
+studied = [a for a in ("dpo", *(f"dpo_{kind}{percentage}" for kind in ("top", "random", "last")))
                  if a in runs.methods_of(study, domain)]
-paper_arms = [f"{a}_paper" for a in arms_of_study if f"{a}_paper" in runs.methods_of(study, domain)]
-found = runs.run_methods(study, {domain: [*arms_of_study, *paper_arms]})[domain]
-fair = {a: scoring.score_of(found[a]) for a in arms_of_study}
-paper = {a.removesuffix("_paper"): scoring.score_of(found[a]) for a in paper_arms}
-curves = {a.removesuffix("_paper"): found[a]["loss"][-1] for a in paper_arms} or {a: found[a]["loss"][-1] for a in arms_of_study}
+at_one_rate = [f"{a}_paper" for a in studied if f"{a}_paper" in runs.methods_of(study, domain)]
+found = runs.run_methods(study, {domain: [*studied, *at_one_rate]})[domain]
+fair = {a: scoring.score_of(found[a]) for a in studied}
+paper = {a.removesuffix("_paper"): scoring.score_of(found[a]) for a in at_one_rate}
+curves = {a.removesuffix("_paper"): found[a]["loss"][-1] for a in at_one_rate} or {a: found[a]["loss"][-1] for a in studied}
 draw(method_figures.empirical_panels(curves, fair, paper, f"{scoring.unit(found['dpo'])} (%)"),
      f"DPO on parts of the neurons, the same colours on both sides; {domain}, seed {seed}. Whiskers: 95% over the problems "
      "of one trained model.")
@@ -284,7 +284,7 @@ say(f"**From {percent(start)}, each at its own best rate: "
 # point is the mean over these.
 
 # %%
-tried, problems = runs.tried(study, domain, {a: found[a] for a in arms_of_study})
+tried, problems = runs.tried(study, domain, {a: found[a] for a in studied})
 before_alignment = None if study.domain(domain).tuning or study.task(domain) is None else (
     training.result(study, domain, "sft_base")["dev"])
 draw(method_figures.sweep_panels(tried, before_alignment, problems),

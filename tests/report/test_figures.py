@@ -35,7 +35,7 @@ STUDY = {
     "dpo_top10_paper": seeds(0.6, 0.61),
     "dpo": seeds(0.75, 0.74),
 }
-ARMS = {"dpo_top10": (0.76, 0.01), "dpo": (0.75, 0.01)}
+DOTS = {"dpo_top10": (0.76, 0.01), "dpo": (0.75, 0.01)}
 # Figure -> what makes it of synthetic results, and what it says.
 FIGURES = {
     "empirical": (lambda _: figures.empirical_dots(STUDY, "accuracy"),
@@ -69,7 +69,7 @@ FIGURES = {
     "tokens": (lambda _: method_figures.token_panel(["a", "b"], [("p", "low", [0.1, 0.9])]), []),
     "dots": (lambda _: method_figures.method_dots({"dpo": (0.7, 0.01), "allo": (0.72, 0.01)}),
              ["ALLO", "72.0", "95% interval over problems"]),
-    "arms": (lambda _: method_figures.empirical_panels({"dpo": LOSSES}, ARMS, {"dpo": (0.7, 0.01)}),
+    "protocols": (lambda _: method_figures.empirical_panels({"dpo": LOSSES}, DOTS, {"dpo": (0.7, 0.01)}),
              ["own best rate", "one rate for all", "running mean", "95% interval"]),
     "sweep": (lambda _: method_figures.sweep_panels(TRIED, start=0.5, count=100),
               ["training reward margin", "before alignment", "development score", "unsettled"]),
@@ -192,8 +192,8 @@ def test_a_token_panel_shows_text_as_it_is_and_every_number():
 
 
 def test_a_method_has_one_colour_and_the_arms_of_the_study_have_different_ones():
-    arms = ["sft_base", "allo", "dpo", "dpo_top10", "dpo_last10", "dpo_random10", "rft", "npo"]
-    assert len({method_colour(arm) for arm in arms}) == len(arms)
+    methods = ["sft_base", "allo", "dpo", "dpo_top10", "dpo_last10", "dpo_random10", "rft", "npo"]
+    assert len({method_colour(one) for one in methods}) == len(methods)
     assert method_colour("dpo_top2p5_paper") == method_colour("dpo_top10")
     assert method_colour("dpo_long") == method_colour("dpo_paper") == method_colour("dpo")
     assert method_colour("allo_no_forgetting") == method_colour("allo")
