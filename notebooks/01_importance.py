@@ -285,7 +285,7 @@ say(f"**From {percent(start)}, each at its own best rate: "
 
 # %%
 tried, problems = runs.tried(study, domain, {a: found[a] for a in studied})
-before_alignment = None if study.domain(domain).tuning or study.task(domain) is None else (
+before_alignment = None if not training.is_searched(study, domain) or study.task(domain) is None else (
     training.result(study, domain, "sft_base")["dev"])
 draw(method_figures.sweep_panels(tried, before_alignment, problems),
      "Every model that was trained to find the rates, scored on development questions.")

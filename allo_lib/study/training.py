@@ -116,8 +116,8 @@ def _method_inputs(study: Study, name: str, method: str) -> dict:
     }
     if domain.tuned:
         inputs["tuned"] = _tuned_rates(study, name, _at_rates_of(method))
-    if study.profile.search.per_run:
-        inputs["per_run"] = True
+    if study.profile.search.per_run and (domain.tuned or study.replicate):
+        inputs["per_run"] = True  # the first run searches anyhow, where nothing was tuned
     return inputs | scoring.instruction_inputs(study, name)
 
 

@@ -104,9 +104,9 @@ def test_overrides_reach_into_sections_and_into_no_other(write):
 
 # Committed results and what users have in their stores are known by these.
 HASHES = {
-    "tiny": "edaa8eb0b3f0bfe8b91a39828265203cf45f2598598593d42ed0ba27d21e04fa",
+    "tiny": "4b4b70e63ff5191bd1354c12443fd256e24e7ba8e9e7ff4f20d71deb357b4559",
     "tiny-full": "3418074d41fdd132929029c83bb93cff4ecebfa58ed76feb8eee4b0c0a7e1a59",
-    "architectures": "4ae6f7a46827524b75c134a2ae1253c7e162fe0d29f452abcfbebf000cff893a",
+    "architectures": "60c951e8ab76e27286c1cd439d015165462559c8afdf7b12cb88fa31f6e0b4b4",
     "smollm2": "34525a69f86547c67c0bc9d9e44990139cc187768968d1b26a4b256ae4e8bfe7",
 }
 

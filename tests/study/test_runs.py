@@ -303,7 +303,8 @@ def test_tuning_finds_the_best_mean_of_its_models_and_keeps_the_evidence(tmp_pat
 
 
 def test_what_is_behind_tuned_rates_is_the_mean_over_the_tuning_models(tmp_path):
-    study = Study(load_profile("tiny"), 0, tmp_path)
+    profile = load_profile("tiny", {"domains.miniature.tuned": "tiny-full"})
+    study = Study(profile, 0, tmp_path)
     found, problems = runs.tried(study, DOMAIN, dict.fromkeys(["dpo_long", "allo", "dpo_paper"]))
     with (ROOT / "results" / "tuning" / "tiny-full.csv").open(newline="") as file:
         rows = [row for row in csv.DictReader(file) if row["method"] == "dpo_long"]
