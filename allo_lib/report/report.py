@@ -189,9 +189,11 @@ def _provenance(folder: Path, models: int) -> str:
     took on all cores at once where that is more, as of a run that was made in pieces."""
     info = manifest.read(folder) or {}
     seconds = [s for run in info.get("runs", {}).values() for s in run["seconds"].values()]
-    settings = info.get("settings", {}).get("replicates", {})
-    runs = settings.get("pair_sets", 1) * settings.get("orders", 1)
-    seeds = [seed for seed in manifest.measured_seeds(folder) if seed < models]
+    settings = info.get("settings", {})
+    replicates, first = settings.get("replicates", {}), settings.get("first_seed", 0)
+    runs = replicates.get("pair_sets", 1) * replicates.get("orders", 1)
+    fixed = range(first, first + models)
+    seeds = [seed for seed in manifest.measured_seeds(folder) if seed in fixed]
     cost = ""
     if seconds:
         minutes = max(sum(seconds), info.get("process_seconds", 0) / info["cores"]) / 60

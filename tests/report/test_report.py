@@ -141,6 +141,12 @@ def test_a_report_of_somebody_else_is_kept_and_broken_neighbours_are_named(root,
     assert (tmp_path / report.NAME).read_text() == "mine"
 
 
+def test_provenance_names_the_models_that_the_profile_fixes(tmp_path, monkeypatch):
+    monkeypatch.setattr(manifest, "measured_seeds", lambda folder: [0, 8, 9, 10])
+    monkeypatch.setattr(manifest, "read", lambda folder: {"settings": {"first_seed": 8}})
+    assert "SFT models of seeds 8, 9, each" in report._provenance(tmp_path, 2)
+
+
 def test_bad_inputs_get_one_line(tmp_path):
     with pytest.raises(AlloError, match="does not exist"):
         report.rebuild(tmp_path / "a")
