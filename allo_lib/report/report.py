@@ -176,8 +176,10 @@ def _in_short(claims: Iterable[Claim], models: int) -> str:
     """What was found, in a sentence."""
     if models == 1:
         return _ALONE
-    verdicts = [c.verdict for c in claims if c.id == c.whole and c.family == "primary"]
-    counts = [f"{verdicts.count(verdict)} {verdict}" for verdict in ANSWERS if verdict in verdicts]
+    primary = [c for c in claims if c.id == c.whole and c.family == "primary"]
+    found = {v: [c.id for c in primary if c.verdict == v and c.effect is not None] for v in ANSWERS}
+    found["not measured"] = [c.id for c in primary if c.effect is None]
+    counts = [f"{len(ids)} {words} ({', '.join(ids)})" for words, ids in found.items() if ids]
     return (
         f"Of the paper's claims C1 to C9, each method at its own best rates, on {models} "
         f"independent SFT models: {', '.join(counts)}."
@@ -345,9 +347,9 @@ def readme_block(results_root: str | Path) -> str:
     folders = [Path(results_root) / profile for profile in PROFILES]
     first, *others = [path for path in folders if (path / outcomes.NAME).exists()] or [None]
     parts = [] if first is None else [_readme_answers(first, f"results/{first.name}")]
-    if others:
-        links = [f"[`{path.name}`](results/{NAME}#{path.name})" for path in others]
-        parts.append(f"Every claim, part and table of the other profiles: {', '.join(links)}.")
+    for path in others:
+        claims, models = claims_module.read(path / "claims.csv"), settings_of(path).get("models", 1)
+        parts.append(f"- [`{path.name}`](results/{NAME}#{path.name}): {_in_short(claims, models)}")
     rule = f"<details><summary>The rule of the verdicts</summary>\n\n{RULE}\n\n</details>"
     return "\n\n".join([BEGIN, *parts, rule, END])
 
