@@ -363,7 +363,9 @@ def protocol_disagreements(claims: Sequence[Claim]) -> list[str]:
     for name, fair in by_id.items():
         number, colon, domain = name.partition(":")
         other = by_id.get(f"{number}p{colon}{domain}")
-        if other is not None and other.verdict != fair.verdict:
+        if other is None or None in (fair.effect, other.effect):
+            continue
+        if other.verdict != fair.verdict:
             sentences.append(
                 f"{name} is {fair.verdict} when each method has its own best learning rate, "
                 f"but {other.verdict} under the paper's single rate."

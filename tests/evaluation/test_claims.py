@@ -299,6 +299,8 @@ def test_protocols_that_disagree_are_told(by_id):
     assert len(told) == 2  # C1 and C2; C3 fails under both
     assert told[0].startswith("C1 is supported when each method")
     assert "contradicted under the paper's single rate" in told[0]
+    unmeasured = dataclasses.replace(by_id["C1p"], verdict="undecided", effect=None)
+    assert len(claims.protocol_disagreements([*(by_id | {"C1p": unmeasured}).values()])) == 1
 
 
 def test_claims_file_comes_back(tmp_path, by_id):
