@@ -347,9 +347,11 @@ def readme_block(results_root: str | Path) -> str:
     folders = [Path(results_root) / profile for profile in PROFILES]
     first, *others = [path for path in folders if (path / outcomes.NAME).exists()] or [None]
     parts = [] if first is None else [_readme_answers(first, f"results/{first.name}")]
+    lines = ["Other profiles, each with every claim, part and table:", ""] if others else []
     for path in others:
         claims, models = claims_module.read(path / "claims.csv"), settings_of(path).get("models", 1)
-        parts.append(f"- [`{path.name}`](results/{NAME}#{path.name}): {_in_short(claims, models)}")
+        lines.append(f"- [`{path.name}`](results/{NAME}#{path.name}): {_in_short(claims, models)}")
+    parts += ["\n".join(lines)] if others else []
     rule = f"<details><summary>The rule of the verdicts</summary>\n\n{RULE}\n\n</details>"
     return "\n\n".join([BEGIN, *parts, rule, END])
 
