@@ -61,7 +61,7 @@ from allo_lib.study import runs, scoring, training
 from allo_lib.study.study import Study
 
 study = Study.open(profile, seed, results_dir, overrides)
-domain = domain or next(iter(study.profile.domains))
+domain = runs.chosen_domain(study, domain)
 task, tokenizer = study.task(domain), study.tokenizer  # task is None where people gave the pairs
 say(f"Profile **{study.profile.name}**, domain **{domain}**, seed {seed}. {study.profile.description} "
     f"Weights: {study.weights_note['name']} ({study.weights_note['source']}), as {study.dtype}.")

@@ -63,7 +63,7 @@ from allo_lib.study import importance, results, runs, scoring, training
 from allo_lib.study.study import Study
 
 study = Study.open(profile, seed, results_dir, overrides)
-domain = domain or next(iter(study.profile.domains))
+domain = runs.chosen_domain(study, domain)
 share, beta = study.profile.method.share, study.profile.method.beta
 
 # %% [markdown]

@@ -61,7 +61,7 @@ from allo_lib.study import importance, runs, training
 from allo_lib.study.study import Study
 
 study = Study.open(profile, seed, results_dir, overrides)
-domain = domain or next(iter(study.profile.domains))
+domain = runs.chosen_domain(study, domain)
 tokenizer, threshold = study.tokenizer, study.profile.method.token_threshold
 
 # %% [markdown]

@@ -62,7 +62,7 @@ from allo_lib.study import runs, scoring, training
 from allo_lib.study.study import Study
 
 study = Study.open(profile, seed, results_dir, overrides)
-domain = domain or next(iter(study.profile.domains))
+domain = runs.chosen_domain(study, domain)
 beta, threshold = study.profile.method.beta, study.profile.method.token_threshold
 stage = methods.stages_of("allo", study.profile)[0]  # what ALLO's first stage is set to
 rate = runs.run_methods(study, {domain: ["allo"]})[domain]["allo"]["rates"][0]  # as tuned

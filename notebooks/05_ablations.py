@@ -54,7 +54,7 @@ from allo_lib.study import runs, scoring
 from allo_lib.study.study import Study
 
 study = Study.open(profile, seed, results_dir, overrides)
-domain = domain or next(iter(study.profile.domains))
+domain = runs.chosen_domain(study, domain)
 found = runs.run_methods(study, {domain: runs.methods_of(study, domain)})[domain]
 unit, here = scoring.unit(found["allo"]), f"{domain}, seed {seed}"
 scores = {method: scoring.score_of(one) for method, one in found.items()}  # (score, standard error)

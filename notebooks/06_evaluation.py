@@ -78,8 +78,7 @@ whole = [claim for claim in verdicts if claim.id == claim.whole]  # its parts st
 answers = [(claim, *claims.effect_text(claim)) for claim in whole]
 table([{"id": claim.id, "claim": claim.claim, "effect": effect, "95% interval": interval,
         "verdict": claim.in_words} for claim, effect, interval in answers])
-counts = {verdict: [claim.id for claim in whole if claim.verdict == verdict] for verdict in
-          ("supported", "contradicted", "no difference", "undecided")}
+counts = report.by_verdict(whole)
 say("**" + "; ".join(f"{verdict}: {', '.join(ids) or 'none'}" for verdict, ids in counts.items()) + ".**")
 say(RULE)
 
@@ -94,8 +93,10 @@ if study.profile.name in ("tiny", "tiny-full") and not itself and (committed / "
     rows = report.beside(verdicts, committed, len(seen))
     table(rows)
     say(f"**{sum(row['inside'] == 'yes' for row in rows)} of {len(rows)} effects lie where those of as many more models would.**")
+elif itself:
+    say("This is the committed study itself.")
 else:
-    say("Of the miniature alone, where it is not the committed study itself.")
+    say(f"{study.profile.name} is not held against `results/tiny-full`, which is of the miniature or is not there.")
 
 # %% [markdown]
 # Of many comparisons some come out by chance. With $k$ of them and $p_{(1)} \le \dots \le p_{(k)}$, Holm's method
@@ -107,7 +108,7 @@ pictures("claims")
 disagreements = claims.protocol_disagreements(verdicts)
 for text in disagreements:
     say(f"- {text}")
-if not disagreements and len(counts["undecided"]) < len(whole):
+if not disagreements and any(counts[verdict] for verdict in ("supported", "contradicted", "no difference")):
     say("The paper's protocol and the fair one (each mask at its own best rate) lead to the same verdicts here.")
 
 # %% [markdown]

@@ -7,7 +7,7 @@ import hashlib
 import html
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -172,13 +172,18 @@ def beside(claims: Iterable[Claim], cited: Path, here: int = 1) -> list[dict[str
     return rows
 
 
+def by_verdict(claims: Sequence[Claim]) -> dict[str, list[str]]:
+    """Verdict -> ids of the claims that have it; last, those that were not measured."""
+    found = {v: [c.id for c in claims if c.verdict == v and c.effect is not None] for v in ANSWERS}
+    return found | {"not measured": [c.id for c in claims if c.effect is None]}
+
+
 def _in_short(claims: Iterable[Claim], models: int) -> str:
     """What was found, in a sentence."""
     if models == 1:
         return _ALONE
     primary = [c for c in claims if c.id == c.whole and c.family == "primary"]
-    found = {v: [c.id for c in primary if c.verdict == v and c.effect is not None] for v in ANSWERS}
-    found["not measured"] = [c.id for c in primary if c.effect is None]
+    found = by_verdict(primary)
     counts = [f"{len(ids)} {words} ({', '.join(ids)})" for words, ids in found.items() if ids]
     return (
         f"Of the paper's claims C1 to C9, each method at its own best rates, on {models} "

@@ -14,7 +14,7 @@ from allo_lib.method.neurons import NeuronMask
 from allo_lib.profiles.profile_files import Part
 from allo_lib.study import judges, manifest, scoring, training
 from allo_lib.study.importance import chance_within
-from allo_lib.study.runs import fill, methods_of
+from allo_lib.study.runs import domains_of, fill, methods_of
 from allo_lib.study.study import Study
 
 # Pairs of score variants whose masks are compared, by the name of the comparison.
@@ -50,11 +50,6 @@ def update(study: Study, seeds: list[int]) -> list[Measurement]:
     if len(answers):
         outcomes.write(target, answers)
     return rows
-
-
-def domains_of(study: Study) -> list[str]:
-    """The domains that this seed's SFT model is made for."""
-    return [name for name in study.profile.domains if methods_of(study, name)]
 
 
 def outcomes_of(study: Study, name: str):

@@ -27,6 +27,7 @@ import yaml
 from tqdm import tqdm
 
 from allo_lib.engine.store import NotMade
+from allo_lib.errors import AlloError
 from allo_lib.machine.environment import ROOT
 from allo_lib.machine.runtime import fork_server, give_back_freed_memory, leave_with_parent
 from allo_lib.method.losses import ON_POLICY
@@ -60,6 +61,26 @@ def methods_of(study: Study, name: str) -> list[str]:
         left_out |= {"rft", "sft_base", *ON_POLICY}
     requested = dict.fromkeys(("sft_base", *own.methods, *own.ablations))
     return [method for method in requested if method not in left_out]
+
+
+def domains_of(study: Study) -> list[str]:
+    """The domains that this seed's SFT model is made for."""
+    return [name for name in study.profile.domains if methods_of(study, name)]
+
+
+def chosen_domain(study: Study, name: str = "") -> str:
+    """The domain that a notebook looks at: `name`, or the first that this seed has a model for.
+
+    Raises:
+        AlloError: an unknown domain, or one that this seed has no SFT model for (`Domain.models`).
+    """
+    has = domains_of(study)
+    if not has or (name and not methods_of(study, name)):
+        raise AlloError(
+            f"seed {study.seed} has no SFT model for {name or 'any domain'} of "
+            f"{study.profile.name}; name another seed{' or domain' * bool(has)}"
+        )
+    return name or has[0]
 
 
 def missing(study: Study) -> list[str]:

@@ -16,7 +16,7 @@ from allo_lib.errors import AlloError
 from allo_lib.profiles import profile_files
 from allo_lib.profiles.methods import stages_of
 from allo_lib.profiles.profile_files import load_profile
-from allo_lib.study import results, runs, training
+from allo_lib.study import runs, training
 from allo_lib.study.search import Trial, best, proposals, search
 from allo_lib.study.study import Study
 
@@ -38,7 +38,14 @@ def test_a_domain_may_have_fewer_models_than_the_profile_and_rows_of_its_first_a
     studies = [open_study(tmp_path, seed, **wanted) for seed in range(3, 7)]
     methods = [[], ["sft_base", "dpo", "rft"], ["sft_base", "dpo"], []]
     assert [runs.methods_of(study, DOMAIN) for study in studies] == methods
-    assert [results.domains_of(study) for study in studies] == [[], [DOMAIN], [DOMAIN], []]
+    assert [runs.domains_of(study) for study in studies] == [[], [DOMAIN], [DOMAIN], []]
+    assert runs.chosen_domain(studies[1]) == runs.chosen_domain(studies[2], DOMAIN) == DOMAIN
+    with pytest.raises(AlloError, match="^seed 3 has no SFT model for any domain .*another seed$"):
+        runs.chosen_domain(studies[0])
+    with pytest.raises(AlloError, match=f"^seed 6 has no SFT model for {DOMAIN} .*another seed$"):
+        runs.chosen_domain(studies[3], DOMAIN)
+    with pytest.raises(AlloError, match="nowhere"):
+        runs.chosen_domain(studies[1], "nowhere")
 
 
 # The paper's rows take the rates of DPO and further replicates, where not every run searches, those
