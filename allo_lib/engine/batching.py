@@ -2,11 +2,11 @@
 
 A batch has two sides. What the model reads: `input_ids` and, where sequences share their prefixes
 (`Tree`), `position_ids` and `ends`, all int64 [R, L]; where all trees stand in one row, `sizes`,
-int64 [trees]. What the loss judges: response tokens of B sequences, T the longest response;
-`labels` int64 [B, T] (-100 behind the end), and float32 [B, T] for every further value that goes
-along with the tokens. Between them stand `before` and `targets`, int64 [N]: the flat place whose
-hidden state predicts a token, and the token; and `place`, int64 [B, T]: which of the N log-probs
-belongs here, N where there is none.
+int64 [trees], padding as a last one. What the loss judges: response tokens of B sequences, T the
+longest response; `labels` int64 [B, T] (-100 behind the end), and float32 [B, T] for every further
+value that goes along with the tokens. Between them stand `before` and `targets`, int64 [N]: the
+flat place whose hidden state predicts a token, and the token; and `place`, int64 [B, T]: which of
+the N log-probs belongs here, N where there is none.
 
 Sequences that begin alike are one tree: what they share is read, and paid for, once. The chosen and
 the rejected response of a pair follow the same prompt, several pairs may ask the same question, and
@@ -25,15 +25,18 @@ from torch.overrides import TorchFunctionMode
 
 from allo_lib.method.losses import IGNORED, Batch
 
+# A row of all trees is padded to a multiple of this: oneDNN makes code for every shape it meets.
+STEP = 64
+
 Row = dict[str, Any]  # `prompt` and its responses as lists of token ids, further lists of floats
 
 
 @dataclass(frozen=True)
 class Layout:
     """How sequences become padded rows. shared: one tree a row, for what begins alike; else one
-    sequence a row, which every causal model can read. one_row: all trees in one row without
-    padding, for attention tree by tree (`TreeByTree`). window: tokens that attention looks back
-    where it does not see all, so that longer sequences are not shared; 0 for all."""
+    sequence a row, which every causal model can read. one_row: all trees in one row, padded to a
+    multiple of STEP, for attention tree by tree (`TreeByTree`). window: tokens that attention looks
+    back where it does not see all, so that longer sequences are not shared; 0 for all."""
 
     pad_token_id: int
     shared: bool = False
@@ -70,10 +73,12 @@ def collate(rows: list[Row], layout: Layout) -> Batch:
     sizes = [len(tree.tokens) for tree in trees]
     one_row = shared and layout.one_row
     count, length = (1, sum(sizes)) if one_row else (len(trees), max(sizes))
+    padding = -length % STEP if one_row else 0
+    length += padding
     input_ids = torch.full((count, length), layout.pad_token_id)
     # Padding stands behind everything else and sees only itself.
-    position_ids = torch.arange(length).repeat(count, 1)
-    ends = position_ids + 1
+    position_ids = torch.zeros(count, length, dtype=torch.int64)
+    ends = torch.arange(1, length + 1).repeat(count, 1)
     nodes: list[list[int]] = [[] for _ in rows]  # flat places of each sequence's tokens
     place, start = 0, 0  # of the next tree: its row, and its first token
     for tree, size, group in zip(trees, sizes, groups.values(), strict=True):
@@ -88,7 +93,7 @@ def collate(rows: list[Row], layout: Layout) -> Batch:
     if shared:
         batch |= {"position_ids": position_ids, "ends": ends}
     if one_row:
-        batch["sizes"] = torch.tensor(sizes)
+        batch["sizes"] = torch.tensor([*sizes, padding] if padding else sizes)
     return batch | _judged(rows, nodes, input_ids)
 
 
