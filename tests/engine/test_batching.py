@@ -1,11 +1,14 @@
 """What a batch reads and what it judges, laid out as trees or as padded rows."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from allo_lib.engine.batching import (
+    STEP,
     Layout,
     attention_mask,
     collate,
@@ -80,10 +83,12 @@ def test_every_row_can_be_read_back_from_its_batch(rows, shared, one_row):
     batch = collate(examples, Layout(PAD, shared, one_row))
     flat, length = batch["input_ids"].view(-1), batch["input_ids"].shape[1]
     assert ("sizes" in batch) == (shared and one_row)
-    if "sizes" in batch:  # no padding, and equal prefixes of one prompt are read once
+    if "sizes" in batch:  # equal prefixes of one prompt are read once, and padding is a last tree
         read = {(tuple(p), tuple(r[:n])) for p, r in rows for n in range(len(r) + 1)}
         prompts = {tuple(p) for p, _ in rows}
-        assert len(flat) == batch["sizes"].sum() == len(read) + sum(len(p) - 1 for p in prompts)
+        tokens, sums = len(read) + sum(len(p) - 1 for p in prompts), batch["sizes"].cumsum(0)
+        assert len(flat) == sums[-1] == math.ceil(tokens / STEP) * STEP and tokens in sums
+        assert batch["ends"][0, tokens:].tolist() == list(range(tokens + 1, len(flat) + 1))
     for i, ((prompt, response), w) in enumerate(zip(rows, values, strict=True)):
         inside = batch["labels"][i] != -100
         assert batch["labels"][i][inside].tolist() == response
