@@ -1,8 +1,8 @@
 """Log-probabilities of responses under a model, with logits only where a response token stands.
 
 A vocabulary of 49,152 in float32 makes 0.2 MB of logits a token, and autograd keeps several copies.
-In `target_logps` logits live for one chunk of positions at a time: forward keeps their log-sum-exp
-alone, and backward makes them again where the loss has a gradient. Positions that a loss leaves out
+In `target_logps` logits live for one chunk of positions at a time: forward keeps none of them, and
+backward makes them again where the loss has a gradient. Positions that a loss leaves out
 (tokens that are no key tokens, weights of 0) cost nothing in backward.
 """
 
@@ -21,7 +21,7 @@ from allo_lib.errors import AlloError
 from allo_lib.machine import devices
 from allo_lib.method.losses import IGNORED, Batch
 
-CHUNK_BYTES = 64 * 2**20  # of float32 logits alive at once
+CHUNK_BYTES = 32 * 2**20  # of float32 logits of a chunk; twice that is alive at once
 # Config keys of models that change their logits after the head, by too little to be seen while
 # those are small.
 _AFTER_HEAD = ("final_logit_softcapping", "logit_scale", "logits_scaling")
@@ -261,18 +261,16 @@ class _TargetLogps(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor
     ) -> Tensor:
-        total = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
-        logps = torch.empty_like(total)
+        logps = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
         for part in _chunks(len(targets), weight):
-            logits = _logits(hidden[part], weight, bias)  # [chunk, V]
-            total[part] = logits.logsumexp(dim=-1)  # [chunk]
-            logps[part] = logits.gather(1, targets[part, None])[:, 0] - total[part]
-        ctx.save_for_backward(hidden, weight, bias, targets, total)
+            every = _logits(hidden[part], weight, bias).log_softmax(dim=-1)  # [chunk, V]
+            logps[part] = every.gather(1, targets[part, None])[:, 0]
+        ctx.save_for_backward(hidden, weight, bias, targets)
         return logps
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, targets, total = ctx.saved_tensors
+        hidden, weight, bias, targets = ctx.saved_tensors
         needs_hidden, needs_weight, needs_bias, _ = ctx.needs_input_grad
         to_hidden = torch.zeros_like(hidden) if needs_hidden else None
         to_weight = None
@@ -282,9 +280,8 @@ class _TargetLogps(torch.autograd.Function):
         used = everywhere if gradient.is_cuda else gradient.nonzero()[:, 0]
         for part in _chunks(len(used), weight):
             rows = used[part]
-            by_logits = _gradient_of_logits(
-                _logits(hidden[rows], weight, bias), total[rows], targets[rows], gradient[rows]
-            )
+            logits = _logits(hidden[rows], weight, bias)
+            by_logits = _gradient_of_logits(logits, targets[rows], gradient[rows])
             if to_bias is not None:
                 to_bias += by_logits.sum(dim=0)
             by_logits = by_logits.to(weight.dtype)
@@ -299,9 +296,9 @@ class _TargetLogps(torch.autograd.Function):
         return to_hidden, to_weight, None if to_bias is None else to_bias.to(bias.dtype), None
 
 
-def _gradient_of_logits(logits: Tensor, total: Tensor, targets: Tensor, gradient: Tensor) -> Tensor:
-    """d/dlogits of sum_i g_i (logits[i, y_i] - logsumexp(logits[i])) = g (1[y] - softmax)."""
-    softmax = logits.sub_(total[:, None]).exp_()
+def _gradient_of_logits(logits: Tensor, targets: Tensor, gradient: Tensor) -> Tensor:
+    """d/dlogits of sum_i g_i log softmax(logits[i])[y_i] = g (1[y] - softmax)."""
+    softmax = logits.softmax(dim=-1)
     softmax.mul_(-gradient[:, None])
     return softmax.scatter_add_(1, targets[:, None], gradient[:, None])
 

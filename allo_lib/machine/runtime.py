@@ -6,16 +6,16 @@ first of all. Values that the user has set in the environment are left alone.
 
 import contextlib
 import ctypes
-import functools
 import gc
 import multiprocessing
 import os
-import platform
 import signal
 import sys
 import threading
 import warnings
 from multiprocessing import forkserver, resource_tracker
+
+from allo_lib.machine.arithmetic import same_on_every_x86, vectors_of_avx2
 
 ON_CPU = {
     "repeats": "same commit, versions, seed and number of threads: the same bytes; else within the "
@@ -47,6 +47,7 @@ def configure() -> None:
     os.environ.setdefault("KMP_BLOCKTIME", "0")
     os.environ.setdefault("GOMP_SPINCOUNT", "100000")  # libgomp's own count, over the policy
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    vectors_of_avx2()
     # Redrawn progress bars are off everywhere, so their missing widgets are nobody's concern.
     warnings.filterwarnings("ignore", message="IProgress not found")
     if "MALLOC_MMAP_MAX_" not in os.environ:
@@ -58,10 +59,10 @@ def configure() -> None:
 def make_deterministic(device: str) -> None:
     """On a GPU ("cuda"), have torch take deterministic algorithms where it has them (`ON_GPU`).
 
-    To be called before CUDA starts. On a CPU: `products_by_onednn`.
+    To be called before CUDA starts. On a CPU: `arithmetic.same_on_every_x86`.
     """
     if device != "cuda":
-        products_by_onednn()
+        same_on_every_x86()
         return
     import torch
 
@@ -71,36 +72,6 @@ def make_deterministic(device: str) -> None:
     torch.backends.cudnn.benchmark = False
     # Its attention prepares itself again for every shape, and rows have a new length at every step.
     torch.backends.cuda.enable_cudnn_sdp(False)
-
-
-@functools.cache
-def products_by_onednn():
-    """On x86 CPUs, have torch multiply float32 matrices by oneDNN instead of MKL, from here on.
-
-    MKL runs other code on CPUs of AMD than of Intel: with other bits, and without AVX-512 (an AMD
-    EPYC of family 26: 104 GFLOP/s a core, oneDNN 220). oneDNN asks what a CPU can do and not who
-    made it, and sums in one order with AVX2 and with AVX-512, on one thread and on several.
-
-    Returns:
-        What keeps it so; None on other CPUs and in builds without oneDNN.
-    """
-    import torch
-
-    if platform.machine() not in ("x86_64", "AMD64") or not torch.backends.mkldnn.is_available():
-        return None
-    linear, kernel = torch.ops.mkldnn._linear_pointwise.default, torch.library.get_kernel
-    by_mkl = kernel("aten::mm", "CPU")
-
-    def mm(keys, a, b):
-        fits = a.dtype is b.dtype is torch.float32 and a.shape[1] == b.shape[0]
-        if fits and a.numel() and b.numel():
-            return linear(a, b.t(), None, "none", [], "")
-        return by_mkl.call_boxed(keys, a, b)
-
-    library = torch.library.Library("aten", "IMPL")
-    with warnings.catch_warnings(action="ignore"):  # that an operator is overridden
-        library.impl("mm", mm, "CPU", with_keyset=True)
-    return library
 
 
 @contextlib.contextmanager

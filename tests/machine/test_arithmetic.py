@@ -5,10 +5,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from allo_lib.machine import runtime
+from allo_lib.machine import arithmetic
 
 pytestmark = pytest.mark.skipif(
-    runtime.products_by_onednn() is None, reason="another CPU than x86, or torch without oneDNN"
+    arithmetic.same_on_every_x86() is None, reason="another CPU than x86, or torch without oneDNN"
 )
 sizes = st.sampled_from([0, 1, 2, 7, 64, 210])
 

@@ -1,0 +1,84 @@
+"""float32 arithmetic of torch that is the same, to the bit, on x86 CPUs of every kind and maker.
+
+Three things in torch depend on the CPU, though each of them is right to rounding, and training
+makes another model of that. Vectors: its kernels sum up in eights with AVX2 and in sixteens with
+AVX-512; they are told to take AVX2 everywhere, at no cost that could be measured. Products of
+matrices: MKL runs other code on CPUs of AMD than of Intel, without AVX-512 (an AMD EPYC of family
+26: 104 GFLOP/s a core); oneDNN (220) asks what a CPU can do and not who made it. It adds the terms
+of up to 512 one after another, by fused multiply-add, as does MKL those of attention's short
+products; longer sums are cut into such blocks here. Sines and cosines of rotary positions, which
+are MKL's too, are rounded from float64.
+"""
+
+import functools
+import os
+import platform
+import sys
+import warnings
+
+BLOCK = 512  # terms of a sum that oneDNN adds one after another, with AVX2 and with AVX-512
+
+
+def vectors_of_avx2() -> None:
+    """Have torch use AVX2 and no AVX-512 in kernels of its own; before torch loads, on Linux."""
+    with open("/proc/cpuinfo") if sys.platform == "linux" else open(os.devnull) as file:
+        if " avx2 " in file.read():
+            os.environ.setdefault("ATEN_CPU_CAPABILITY", "avx2")
+
+
+@functools.cache
+def same_on_every_x86():
+    """From here on have torch make products, sines and cosines on the CPU in one way everywhere.
+
+    Of float32 alone; other numbers, other CPUs than x86 and builds without oneDNN stay as they are.
+
+    Returns:
+        What keeps it so; None where nothing was changed.
+    """
+    import torch
+
+    if platform.machine() not in ("x86_64", "AMD64") or not torch.backends.mkldnn.is_available():
+        return None
+    linear, own = torch.ops.mkldnn._linear_pointwise.default, torch.library.get_kernel
+    mkl = {name: own(f"aten::{name}", "CPU") for name in ("mm", "addmm", "cos", "sin")}
+
+    def product(a, b):  # [m, k], [k, n]
+        rows, columns = a.shape[0], b.shape[1]
+        if rows == 1:  # single rows and columns are summed in another order
+            a = torch.cat((a, a))
+        if columns == 1:
+            b = torch.cat((b, b), dim=1)
+        if a.shape[1] > BLOCK:
+            b = b.contiguous()  # columns of longer rows are summed in another order, too
+        parts = zip(a.split(BLOCK, dim=1), b.split(BLOCK), strict=True)
+        sums = (linear(left, right.t(), None, "none", [], "") for left, right in parts)
+        whole = functools.reduce(torch.Tensor.add_, sums)
+        return whole if whole.shape == (rows, columns) else whole[:rows, :columns].clone()
+
+    def fits(a, b):
+        known = a.dtype is b.dtype is torch.float32 and a.shape[1] == b.shape[0]
+        return known and a.numel() > 0 and b.numel() > 0
+
+    def mm(keys, a, b):
+        return product(a, b) if fits(a, b) else mkl["mm"].call_boxed(keys, a, b)
+
+    def addmm(keys, bias, a, b, *, beta=1, alpha=1):
+        if fits(a, b) and beta == alpha == 1 and bias.dtype is torch.float32:
+            return product(a, b).add_(bias)
+        return mkl["addmm"].call_boxed(keys, bias, a, b, beta=beta, alpha=alpha)
+
+    def rounded(name):
+        def function(keys, x):
+            if x.dtype is torch.float32:
+                return getattr(torch, name)(x.double()).float()
+            return mkl[name].call_boxed(keys, x)
+
+        return function
+
+    library = torch.library.Library("aten", "IMPL")
+    with warnings.catch_warnings(action="ignore"):  # that operators are overridden
+        for name, function in {
+            "mm": mm, "addmm": addmm, "cos": rounded("cos"), "sin": rounded("sin")
+        }.items():  # fmt: skip
+            library.impl(name, function, "CPU", with_keyset=True)
+    return library
