@@ -21,7 +21,7 @@ from allo_lib.errors import AlloError
 from allo_lib.machine import devices
 from allo_lib.method.losses import IGNORED, Batch
 
-CHUNK_BYTES = 32 * 2**20  # of float32 logits of a chunk; twice that is alive at once
+CHUNK_BYTES = 64 * 2**20  # of float32 logits alive at once
 # Config keys of models that change their logits after the head, by too little to be seen while
 # those are small.
 _AFTER_HEAD = ("final_logit_softcapping", "logit_scale", "logits_scaling")
@@ -263,8 +263,9 @@ class _TargetLogps(torch.autograd.Function):
     ) -> Tensor:
         logps = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
         for part in _chunks(len(targets), weight):
-            every = _logits(hidden[part], weight, bias).log_softmax(dim=-1)  # [chunk, V]
-            logps[part] = every.gather(1, targets[part, None])[:, 0]
+            logits = _logits(hidden[part], weight, bias)  # [chunk, V]
+            torch.log_softmax(logits, dim=-1, out=logits)
+            logps[part] = logits.gather(1, targets[part, None])[:, 0]
         ctx.save_for_backward(hidden, weight, bias, targets)
         return logps
 
@@ -280,8 +281,9 @@ class _TargetLogps(torch.autograd.Function):
         used = everywhere if gradient.is_cuda else gradient.nonzero()[:, 0]
         for part in _chunks(len(used), weight):
             rows = used[part]
-            logits = _logits(hidden[rows], weight, bias)
-            by_logits = _gradient_of_logits(logits, targets[rows], gradient[rows])
+            by_logits = _gradient_of_logits(
+                _logits(hidden[rows], weight, bias), targets[rows], gradient[rows]
+            )
             if to_bias is not None:
                 to_bias += by_logits.sum(dim=0)
             by_logits = by_logits.to(weight.dtype)
@@ -298,7 +300,7 @@ class _TargetLogps(torch.autograd.Function):
 
 def _gradient_of_logits(logits: Tensor, targets: Tensor, gradient: Tensor) -> Tensor:
     """d/dlogits of sum_i g_i log softmax(logits[i])[y_i] = g (1[y] - softmax)."""
-    softmax = logits.softmax(dim=-1)
+    softmax = torch.softmax(logits, dim=-1, out=logits)
     softmax.mul_(-gradient[:, None])
     return softmax.scatter_add_(1, targets[:, None], gradient[:, None])
 
