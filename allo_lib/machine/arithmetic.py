@@ -6,8 +6,8 @@ AVX-512; they are told to take AVX2 everywhere, at no cost that could be measure
 matrices: MKL runs other code on CPUs of AMD than of Intel, without AVX-512 (an AMD EPYC of family
 26: 104 GFLOP/s a core); oneDNN (220) asks what a CPU can do and not who made it. It adds the terms
 of up to 512 one after another, by fused multiply-add, as does MKL those of attention's short
-products; longer sums are cut into such blocks here. Sines and cosines of rotary positions, which
-are MKL's too, are rounded from float64.
+products; longer sums are cut into such blocks here, but for layers of more than 512 inputs. Sines
+and cosines of rotary positions, which are MKL's too, are rounded from float64.
 """
 
 import functools
@@ -37,9 +37,10 @@ def same_on_every_x86():
     """
     import torch
 
-    if platform.machine() not in ("x86_64", "AMD64") or not torch.backends.mkldnn.is_available():
+    by_onednn = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+    if platform.machine() not in ("x86_64", "AMD64") or by_onednn is None:
         return None
-    linear, own = torch.ops.mkldnn._linear_pointwise.default, torch.library.get_kernel
+    linear, own = by_onednn.default, torch.library.get_kernel
     mkl = {name: own(f"aten::{name}", "CPU") for name in ("mm", "addmm", "cos", "sin")}
 
     def product(a, b):  # [m, k], [k, n]
@@ -48,9 +49,9 @@ def same_on_every_x86():
             a = torch.cat((a, a))
         if columns == 1:
             b = torch.cat((b, b), dim=1)
-        if a.shape[1] > BLOCK:
-            b = b.contiguous()  # columns of longer rows are summed in another order, too
-        parts = zip(a.split(BLOCK, dim=1), b.split(BLOCK), strict=True)
+        # Cut where that costs no copy: gradients of weights, and not layers of more inputs.
+        size = BLOCK if b.is_contiguous() else len(b)
+        parts = zip(a.split(size, dim=1), b.split(size), strict=True)
         sums = (linear(left, right.t(), None, "none", [], "") for left, right in parts)
         whole = functools.reduce(torch.Tensor.add_, sums)
         return whole if whole.shape == (rows, columns) else whole[:rows, :columns].clone()
