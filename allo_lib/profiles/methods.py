@@ -96,9 +96,9 @@ class Stage:
         """The stage as the store knows it: every field, the later ones where they say something."""
         fields = asdict(self).items()
         kept = {key: value for key, value in fields if _LATER.get(key) != value}
-        return kept | ({"centre": self._wider} if self._wider else {})
+        return kept | ({"wider": self._wider} if self._wider else {})
 
-    def centre(self, rates: Rates) -> float:
+    def initial_rate(self, rates: Rates) -> float:
         """The learning rate where the stage's search begins."""
         rate = getattr(rates, self.rate)
         return rate * getattr(rates, self._wider) / rates.top if self._wider else rate

@@ -195,7 +195,7 @@ def _make_result(study: Study, name: str, method: str, folder: Path) -> None:
 
 def initial_rates(study: Study, name: str, stages: Stages, knob: bool = False) -> Rates:
     """Where a search begins: the profile's rates and, with `knob`, its beta or SimPO's gamma."""
-    rates = tuple(stage.centre(study.domain(name).rates) for stage in stages)
+    rates = tuple(stage.initial_rate(study.domain(name).rates) for stage in stages)
     values = {"beta": study.profile.method.beta, "gamma": GAMMA}
     return (*rates, values[knob_of(stages)]) if knob and knob_of(stages) else rates
 

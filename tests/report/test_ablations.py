@@ -79,14 +79,14 @@ def test_searches_of_random_and_last_neurons_begin_as_much_higher_as_those_of_dp
     for row, own in (("allo_random_neurons", rates.random), ("allo_last_neurons", rates.last)):
         stages = stages_of(row, profile)
         factor = own / rates.top
-        assert [stage.centre(rates) for stage in stages] == pytest.approx(
+        assert [stage.initial_rate(rates) for stage in stages] == pytest.approx(
             [rates.forgetting * factor, rates.learning * factor]
         )
-        assert all("centre" in stage.settings() for stage in stages)
+        assert all("wider" in stage.settings() for stage in stages)
     for row in ("allo", "dpo", "dpo_last10", "dpo_random10", "allo_all_neurons"):
         for stage in stages_of(row, profile):
-            assert stage.centre(rates) == getattr(rates, stage.rate)
-            assert "centre" not in stage.settings()
+            assert stage.initial_rate(rates) == getattr(rates, stage.rate)
+            assert "wider" not in stage.settings()
 
 
 # --- scores and overlaps -------------------------------------------------------------------------
