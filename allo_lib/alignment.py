@@ -25,6 +25,7 @@ from allo_lib.engine.trainer import Checkpoints, Log, Schedule
 from allo_lib.errors import AlloError, Diverged
 from allo_lib.evaluation import stats
 from allo_lib.machine import devices
+from allo_lib.machine.arithmetic import same_on_every_x86
 from allo_lib.method.neurons import NeuronMask
 from allo_lib.profiles.config import fingerprint
 from allo_lib.seeds import derive
@@ -73,7 +74,8 @@ def align(
 
     Started by `accelerate launch`, several processes do it together (`devices`), each with the same
     arguments; the first one writes and prints. A sharded model comes back sharded, and the mask is
-    that of this process's part.
+    that of this process's part. On an x86 CPU torch makes float32 products by oneDNN from then on
+    (`machine.arithmetic`).
 
     Raises:
         AlloError: unknown stage or setting, a model that cannot be aligned as it is
@@ -85,6 +87,8 @@ def align(
         folder, config = align_setup.checked_folder(output_dir), align_setup.checked(config)
         stages = align_setup.chosen_stages(stages)
         align_setup.check_model(model, tokenizer)
+        if model.device.type == "cpu":
+            same_on_every_x86()
         with align_setup.recomputing(model, config.gradient_checkpointing):
             run = _Run(model, tokenizer, pairs, stages, config, folder)
             with as_found(model):

@@ -10,6 +10,8 @@ from pathlib import Path
 import nbformat
 import pytest
 
+import allo_lib  # noqa: F401  (before torch computes anything: `machine.arithmetic`)
+
 ROOT = Path(__file__).resolve().parent.parent
 COMMANDS = ("run_all.sh", "pyproject.toml", "requirements.lock", "environment.yml")
 PROFILE = "domains:\n  toy:\n    datasets: [chain]\n"

@@ -274,7 +274,7 @@ class _TargetLogps(torch.autograd.Function):
         hidden, weight, bias, targets = ctx.saved_tensors
         needs_hidden, needs_weight, needs_bias, _ = ctx.needs_input_grad
         to_hidden = torch.zeros_like(hidden) if needs_hidden else None
-        to_weight = None
+        to_weight: Tensor | None = None
         to_bias = torch.zeros_like(bias, dtype=torch.float32) if needs_bias else None
         # To count those that are used, a host would have to wait for its GPU.
         everywhere = torch.arange(len(gradient), device=gradient.device)
@@ -289,10 +289,10 @@ class _TargetLogps(torch.autograd.Function):
             by_logits = by_logits.to(weight.dtype)
             if to_hidden is not None:
                 to_hidden[rows] = by_logits @ weight
-            if needs_weight and to_weight is None:
-                to_weight = by_logits.T @ hidden[rows]
-            elif needs_weight:
+            if to_weight is not None:
                 to_weight.addmm_(by_logits.T, hidden[rows])
+            elif needs_weight:
+                to_weight = by_logits.T @ hidden[rows]
         if needs_weight and to_weight is None:
             to_weight = torch.zeros_like(weight)
         return to_hidden, to_weight, None if to_bias is None else to_bias.to(bias.dtype), None

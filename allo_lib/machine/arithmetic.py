@@ -16,14 +16,15 @@ import platform
 import sys
 import warnings
 
+VECTORS = "ATEN_CPU_CAPABILITY"  # torch reads it when it first computes
 BLOCK = 512  # terms of a sum that oneDNN adds one after another, with AVX2 and with AVX-512
 
 
 def vectors_of_avx2() -> None:
-    """Have torch use AVX2 and no AVX-512 in kernels of its own; before torch loads, on Linux."""
+    """Have torch take AVX2 and no AVX-512 in its own kernels; before it computes, on Linux."""
     with open("/proc/cpuinfo") if sys.platform == "linux" else open(os.devnull) as file:
         if " avx2 " in file.read():
-            os.environ.setdefault("ATEN_CPU_CAPABILITY", "avx2")
+            os.environ.setdefault(VECTORS, "avx2")
 
 
 @functools.cache
@@ -76,6 +77,13 @@ def same_on_every_x86():
 
         return function
 
+    vectors = torch.backends.cpu.get_cpu_capability()
+    if os.environ.get(VECTORS) == "avx2" and vectors != "AVX2":
+        print(
+            f"torch was in use before allo_lib was imported and takes {vectors} vectors: results "
+            "will differ by rounding from those of other CPUs; import allo_lib first",
+            flush=True,
+        )
     library = torch.library.Library("aten", "IMPL")
     with warnings.catch_warnings(action="ignore"):  # that operators are overridden
         for name, function in {

@@ -126,3 +126,12 @@ def test_an_sft_run_has_the_same_losses_with_avx2_and_with_avx512(instructions):
     command = [sys.executable, "-W", "ignore", "-c", code]
     done = subprocess.run(command, env=os.environ | settings, capture_output=True, text=True)
     assert done.stdout.split()[-1] == "98f3ec94a5c6", done.stderr
+
+
+def test_who_uses_torch_first_is_told_that_results_differ():
+    code = "import torch; torch.ones(9).softmax(0); from allo_lib.machine import arithmetic as a; "
+    code += "a.same_on_every_x86(); print(torch.backends.cpu.get_cpu_capability())"
+    plain = {name: value for name, value in os.environ.items() if name != arithmetic.VECTORS}
+    command = [sys.executable, "-W", "ignore", "-c", code]
+    printed = subprocess.run(command, env=plain, capture_output=True, text=True).stdout
+    assert ("import allo_lib first" in printed) == printed.strip().endswith("AVX512")

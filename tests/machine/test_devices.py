@@ -104,11 +104,12 @@ def _align(folder: Path, estimator: str) -> None:
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
-    """Folders of estimators, to which one process has written."""
+    """Folders of estimators, to which one process has written, on one thread as each of several."""
     folder = tmp_path_factory.mktemp("alone")
     for estimator in ("delta", "gradient"):
         (folder / estimator).mkdir()
-        _align(folder / estimator, estimator)
+        with runtime.torch_threads(1):
+            _align(folder / estimator, estimator)
     return folder
 
 
