@@ -439,6 +439,7 @@ def efficiency_bars(rows: Sequence[Mapping[str, str]], title: str = "") -> Figur
         texts = [f"{value:.3g}" if np.isfinite(value) else "not measured" for value in values]
         axis.bar_label(bars, texts, padding=3, size=9)
         axis.set_xlabel(label)
+        axis.locator_params(axis="x", nbins=4)  # more numbers run into each other
         axis.margins(x=0.22)
     for place, row in enumerate(rows):
         if row.get("floor_seconds_per_pair"):
