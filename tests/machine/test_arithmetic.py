@@ -23,13 +23,14 @@ seen_here = pytest.mark.skipif(
     platform.system() != "Linux" or "AuthenticAMD" not in CPUINFO.read_text(),
     reason="these bits were seen on CPUs of AMD alone",
 )
-sizes = st.sampled_from([0, 1, 2, 7, 64, 210])
+sizes, forms = st.sampled_from([0, 1, 2, 7, 64, 210]), st.sampled_from("NT")
+terms = sizes | st.just(1304)  # of a sum: more than a block
 
 
 @settings(max_examples=60, deadline=None)
-@given(sizes, sizes, sizes, st.sampled_from("NT"), st.sampled_from("NT"), st.integers(0, 9))
+@given(sizes, terms, sizes, forms, forms, st.integers(0, 9))
 def test_float32_products_and_their_gradients_are_right(m, k, n, first, second, seed):
-    """Of matrices as they are stored and transposed, also without rows or columns."""
+    """Of matrices as they are stored and transposed, without rows or columns, in several blocks."""
     generator = torch.Generator().manual_seed(seed)
 
     def matrix(rows, columns, form):
