@@ -7,9 +7,10 @@ shown to beat forgetting on exactly the tokens that the rewriter would keep, the
 can make no difference that this study sees, and "no difference" between reward models says nothing.
 
 A claim of several parts is followed by one row a part, as in `C2.dpo_last10`. Its own row has the
-smallest of their effects; the interval of that begins at the lowest of their lower ends (the
-least decided part's) and ends at the lowest of their upper ends, these held together (Bonferroni),
-so that it is on one side of zero where the p-values of `verdicts.jointly` are below 5%.
+smallest of their effects, of those over several models if any are; the interval of that begins at
+the lowest of their lower ends (the least decided part's) and ends at the lowest of their upper
+ends, these held together (Bonferroni), so that it is on one side of zero where the p-values of
+`verdicts.jointly` are below 5%.
 
 C1-C3 give each method its own best learning rate; C1p-C3p use the paper's protocol, one rate for
 all. C2s and C3s ask what C2 and C3 do of methods with as many updates as ALLO makes in both stages;
@@ -169,7 +170,7 @@ def _parts(
         paper = paper_effect(first, second, domain)
         parts.append(Part(second, f"{first} {word} {second}", interval, p, paper, notes))
     if number == "C5" and (known := _measured(parts)):
-        strongest, _ = min(known, key=lambda one: one[1].effect)
+        strongest, _ = min(known, key=lambda one: (not one[1].decides, one[1].effect))
         return parts, [f"strongest baseline: {strongest.key}", *strongest.notes]
     if number != "C7":
         return parts, []
@@ -267,22 +268,23 @@ def _rows(
     if not measured:
         return [replace(claim, evidence=lost)]
     where = f"on {domain.name} ({', '.join(domain.datasets)})"
-    count = sum(interval.decides for _, interval in measured)
+    # What only one SFT model of several has moves neither the smallest effect nor its interval.
+    sure = [interval for _, interval in measured if interval.decides]
     if len(parts) == 1:
         ((part, interval),) = measured
         words, paper, held = [_tell(part, interval, unit)], part.paper, []
     else:
-        held, paper = [_held(interval, count) for _, interval in measured], None
+        held, paper = [_held(interval, len(sure)) for _, interval in measured], None
         words = [_effect(part.name, interval.effect, ends, unit)
                 for (part, interval), ends in zip(measured, held, strict=True)]  # fmt: skip
-        words += [_ALONE] * (len(measured[0][1].seeds) < 2)
+        alone = [part.key for part, interval in measured if not interval.decides]
+        words += [f"{', '.join(alone)}: {_ALONE}"] if sure and alone else [_ALONE] * bool(alone)
     ways = dict.fromkeys(_how(interval, models) for _, interval in measured)
-    low = high = None
-    if count == len(measured):
-        low = min(interval.low for _, interval in measured)
-        high = min([end for _, end in held if end is not None] or [measured[0][1].high])
+    low = min((interval.low for interval in sure), default=None)
+    high = min((end for _, end in held if end is not None), default=sure[0].high if sure else None)
     rows = [replace(
-        claim, effect=min(interval.effect for _, interval in measured), ci_low=low, ci_high=high,
+        claim, effect=min(interval.effect for interval in sure or [one for _, one in measured]),
+        ci_low=low, ci_high=high,
         evidence="; ".join(filter(None, [*words, *notes, where, *ways, lost])),
         p=jointly([part.p for part in parts]), paper=paper,
     )]  # fmt: skip

@@ -3,6 +3,7 @@
 import dataclasses
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from allo_lib.errors import AlloError
@@ -124,6 +125,19 @@ def test_the_interval_of_several_parts_is_that_of_the_least_decided_one(by_id):
     assert min(part.ci_low for part in parts) < whole.ci_low < whole.effect
     for claim in (whole, *parts):
         assert claim.ci_low < claim.effect < claim.ci_high
+
+
+def test_a_baseline_of_one_model_alone_moves_no_smallest_effect_and_bars_support(table, rows):
+    """RFT is as good as ALLO on one model of three: C5 is about SFT, and is not supported."""
+    rft = table[(table["method"] == "allo") & (table["model"] == 0)].assign(method="rft")
+    both = pd.concat([table.astype({"method": str}), rft], ignore_index=True)
+    found = computed(StudyResults(both, rows, 3))
+    for name in ("effect", "ci_low", "ci_high"):
+        assert getattr(found["C5"], name) == getattr(found["C5.sft"], name)
+    assert found["C5.rft"].effect == 0 and found["C5.rft"].ci_low is None
+    assert found["C5"].verdict == found["C5.rft"].verdict == UNDECIDED
+    assert "rft: one SFT model decides nothing" in found["C5"].evidence
+    assert "strongest baseline: sft" in found["C5"].evidence
 
 
 def test_the_held_out_loss_is_that_of_the_margins(by_id, table):
