@@ -90,7 +90,7 @@ say(RULE)
 committed = Path(claims.__file__).parents[2] / "results" / "tiny-full"
 itself = study.results_dir.resolve() == committed
 if study.profile.name in ("tiny", "tiny-full") and not itself and (committed / "claims.csv").is_file():
-    rows = report.beside(verdicts, committed, len(seen))
+    rows = report.beside(verdicts, committed, len(report.fixed_seeds(study.results_dir, study.profile.to_dict())))
     table(rows)
     say(f"**{sum(row['inside'] == 'yes' for row in rows)} of {len(rows)} effects lie where those of as many more models would.**")
 elif itself:

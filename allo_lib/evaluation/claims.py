@@ -129,7 +129,7 @@ def compute(results: StudyResults, efficiency: Sequence[Mapping[str, str]] = ())
         for number, text, kind, pairs in DECLARED:
             parts, notes = _parts(number, kind, pairs, here, domain)
             empty = Claim(number + suffix, text, unit=_UNITS.get(kind, domain.unit))
-            claims += _rows(empty, domain, parts, notes, here.models)
+            claims += _rows(empty, domain, parts, notes, here)
     return corrected(claims + efficiency_claims(efficiency))
 
 
@@ -171,7 +171,8 @@ def _parts(
         parts.append(Part(second, f"{first} {word} {second}", interval, p, paper, notes))
     if number == "C5" and (known := _measured(parts)):
         strongest, _ = min(known, key=lambda one: (not one[1].decides, one[1].effect))
-        return parts, [f"strongest baseline: {strongest.key}", *strongest.notes]
+        some = " of those on several models" if not all(one.decides for _, one in known) else ""
+        return parts, [f"strongest baseline{some}: {strongest.key}", *strongest.notes]
     if number != "C7":
         return parts, []
     _, caveat = _assay(results, domain)
@@ -193,9 +194,8 @@ def _reward_parts(results: StudyResults, domain: Domain) -> tuple[list[Part], li
             ranking += f" {'=' if ranks[before] == ranks[name] else '<'} {name}"
         name = f"rise from the worst to the best reward model ({ranking})"
     else:
-        first, second = others[0] if worse else ("allo", "allo_rm_shuffled")
+        first, second = others.pop(0) if worse else ("allo", "allo_rm_shuffled")
         found, name = results.compare(first, second, domain), f"{first} above {second}"
-        others = others[1:]
     p = p_values(found, domain.unit, models=results.models)
     seen, notes = _assay(results, domain)
     if p is not None:
@@ -259,7 +259,7 @@ def _measured(parts: Sequence[Part]) -> list[tuple[Part, Interval]]:
 
 
 def _rows(
-    claim: Claim, domain: Domain, parts: Sequence[Part], notes: Sequence[str], models: int
+    claim: Claim, domain: Domain, parts: Sequence[Part], notes: Sequence[str], results: StudyResults
 ) -> list[Claim]:
     """The claim's row, and one a part where it has several and some were measured."""
     measured, unit = _measured(parts), claim.unit
@@ -272,14 +272,15 @@ def _rows(
     sure = [interval for _, interval in measured if interval.decides]
     if len(parts) == 1:
         ((part, interval),) = measured
-        words, paper, held = [_tell(part, interval, unit)], part.paper, []
+        ends = (interval.low, interval.high) if interval.defined else (None, None)
+        words, paper, held = [_tell(part, interval, unit, ends)], part.paper, []
     else:
         held, paper = [_held(interval, len(sure)) for _, interval in measured], None
         words = [_effect(part.name, interval.effect, ends, unit)
                 for (part, interval), ends in zip(measured, held, strict=True)]  # fmt: skip
         alone = [part.key for part, interval in measured if not interval.decides]
         words += [f"{', '.join(alone)}: {_ALONE}"] if sure and alone else [_ALONE] * bool(alone)
-    ways = dict.fromkeys(_how(interval, models) for _, interval in measured)
+    ways = dict.fromkeys(_how(interval, results) for _, interval in measured)
     low = min((interval.low for interval in sure), default=None)
     high = min((end for _, end in held if end is not None), default=sure[0].high if sure else None)
     rows = [replace(
@@ -289,11 +290,11 @@ def _rows(
         p=jointly([part.p for part in parts]), paper=paper,
     )]  # fmt: skip
     number, colon, name = claim.id.partition(":")
-    for (part, interval), (low, high) in zip(measured, held, strict=bool(held)):
+    for (part, interval), ends in zip(measured, held, strict=bool(held)):
+        own = _tell(part, interval, unit, ends), where, _how(interval, results)
         rows.append(Claim(
-            f"{number}.{part.key}{colon}{name}", part.name, interval.effect, low, high, unit,
-            evidence="; ".join([_tell(part, interval, unit), where, _how(interval, models)]),
-            p=part.p, paper=part.paper,
+            f"{number}.{part.key}{colon}{name}", part.name, interval.effect, *ends, unit,
+            evidence="; ".join(own), p=part.p, paper=part.paper,
         ))  # fmt: skip
     return rows
 
@@ -313,9 +314,8 @@ def _effect(name: str, effect: float, ends: Ends, unit: str) -> str:
     return words + " points" * (unit in POINTS)
 
 
-def _tell(part: Part, interval: Interval, unit: str) -> str:
-    """One part in words: effect, 95% interval, each model's effect, and the paper's."""
-    ends = (interval.low, interval.high) if interval.defined else (None, None)
+def _tell(part: Part, interval: Interval, unit: str, ends: Ends) -> str:
+    """One part in words: effect, interval, each model's effect, and the paper's."""
     details = [_ALONE]
     if len(interval.by_seed) > 1:
         each = ", ".join(size(effect, unit) for effect in interval.by_seed)
@@ -325,12 +325,14 @@ def _tell(part: Part, interval: Interval, unit: str) -> str:
     return f"{_effect(part.name, interval.effect, ends, unit)} ({words})"
 
 
-def _how(interval: Interval, models: int) -> str:
+def _how(interval: Interval, results: StudyResults) -> str:
     """How the interval was made, from which models and problems."""
-    seeds = ", ".join(map(str, interval.seeds))
-    way = f"{interval.kind}; seed{'s' * (len(interval.seeds) > 1)} {seeds}"
-    if len(interval.seeds) < models:
-        way = f"{len(interval.seeds)} of {models} models so far, and no verdict before all; {way}"
+    seeds, count = ", ".join(map(str, interval.seeds)), len(interval.seeds)
+    way = f"{interval.kind}; seed{'s' * (count > 1)} {seeds}"
+    if count < results.models:
+        late = len(results.seeds) < results.models
+        why = "so far, and no verdict before all" if late else "alone, on which no verdict rests"
+        way = f"{count} of {results.models} models {why}; {way}"
     return f"{way}; n = {interval.n}" if interval.n else way
 
 

@@ -27,7 +27,7 @@ Estimate = tuple[float, float, int]  # value, standard error, number of problems
 WIN = "win_"
 _LOSS = "loss_"
 # The first domain has the plain ids of the claims; domains of a user's own come after these.
-_DOMAINS = ("miniature", "questions", "maths", "helpfulness")
+DOMAINS = ("miniature", "questions", "maths", "helpfulness")
 _DATASETS = (*published.QUESTIONS, *published.MATHS, *published.INSTRUCTIONS)
 
 
@@ -93,6 +93,7 @@ class StudyResults:
         known = {*map(int, table["model"].unique()), *(row.seed for row in rows)}
         self.models, self.by_domain = models, by_domain or {}
         self.fixed: Sequence[int] = range(first, first + models)
+        self.whole = self.fixed  # of which `fixed` can become a part
         self.seeds = sorted(seed for seed in known if seed in self.fixed)
         self.left_out = sorted(known - {*self.seeds})
         self.index = index_of(row for row in rows if row.seed in self.fixed)
@@ -106,6 +107,7 @@ class StudyResults:
             _LOSS: _by_place(losses),
         }
         self._compared: dict[tuple[Domain, str, str, bool], Interval | None] = {}
+        self._on: dict[Domain, StudyResults] = {}
 
     @classmethod
     def load(
@@ -125,13 +127,17 @@ class StudyResults:
         part, chosen = copy.copy(self), {*seeds}
         part.fixed = [seed for seed in self.fixed if seed in chosen]
         part.seeds, part.models = [s for s in self.seeds if s in chosen], len(chosen)
-        part._compared = {}
+        part._compared, part._on = {}, {}
         return part
 
     def on(self, domain: Domain) -> "StudyResults":
         """These results, as to the SFT models that the domain has."""
         count = self.by_domain.get(domain.name, 0)
-        return self.of_models(self.fixed[:count]) if count else self
+        if not count:
+            return self
+        if domain not in self._on:
+            self._on[domain] = self.of_models({*self.whole[:count]} & {*self.fixed})
+        return self._on[domain]
 
     @cached_property
     def domains(self) -> list[Domain]:
@@ -144,7 +150,7 @@ class StudyResults:
             if name in answered
             else Domain(name, (name,), REWARD)
             for name in _in_order({*answered, *(name for name, *_ in self._outcomes[REWARD])},
-                                  _DOMAINS)
+                                  DOMAINS)
         ]  # fmt: skip
         named = {dataset for _, _, dataset, _ in self.index}
         if replied := tuple(name for name in INSTRUCTIONS.datasets if name in named):
@@ -366,8 +372,9 @@ def _in_order(names: Iterable[str], known: tuple[str, ...]) -> list[str]:
 
 
 def paper_effect(first: str, second: str, domain: Domain) -> float | None:
-    """The paper's effect on the same data sets; for data sets of ours on all eight of its questions
-    and maths. From its main results, or its empirical study where these lack a method."""
+    """The paper's effect on the same data sets, None where it lacks one; for data sets of ours on
+    all eight of its questions and maths, as far as it has them. From its main results, or its
+    empirical study where these lack a method."""
     sides = first.removesuffix("_paper"), second.removesuffix("_paper")
     for table in (published.main_results(), published.empirical_study()):
         if set(sides) <= set(table):
@@ -375,7 +382,7 @@ def paper_effect(first: str, second: str, domain: Domain) -> float | None:
             datasets = published.QUESTIONS + published.MATHS if ours else domain.datasets
             one, other = (table[method] for method in sides)
             gaps = [one[name] - other[name] for name in datasets if name in one]
-            return sum(gaps) / len(gaps) if gaps else None
+            return sum(gaps) / len(gaps) if gaps and (ours or len(gaps) == len(datasets)) else None
     return None
 
 

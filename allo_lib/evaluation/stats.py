@@ -132,6 +132,14 @@ def _half(scales: Sequence[tuple[float, float]], level: float) -> float:
     return max(halves, default=math.nan)
 
 
+def held_together(parts: int, models: int) -> float:
+    """Half width of t intervals that hold together (Bonferroni), over that of one alone."""
+    if models < 2:
+        return 1.0
+    each = [(models - 1, 1.0)]
+    return _half(each, 1 - (1 - LEVEL) / parts) / _half(each, LEVEL)
+
+
 def holm(p_values: Sequence[float], weights: Sequence[float] | None = None) -> list[float]:
     """Adjusted p-values, in the order given, each in [0, 1].
 

@@ -4,7 +4,7 @@ Error bars and intervals are 95% unless a label says otherwise. What lies far ou
 an arrow and its number at the right. A small dot is one SFT model, a diamond the paper's value.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,15 +43,6 @@ SHORT = {
     "C9": "better rewards help",
     "C10": "ALLO is faster",
 }
-# What is compared between architectures.
-BY_ARCHITECTURE = {
-    "C2.dpo": "DPO: top 10% above all neurons",
-    "C2.dpo_last10": "DPO: top 10% above last 10%",
-    "C4s": "ALLO above DPO, equal steps",
-    "C8.orders": "masks of two orders",
-    "C8.halves": "masks of two halves",
-    "C8.estimators": "masks of two estimators",
-}
 # The parts of the neurons that DPO trains, and the protocols: ending of the method, words, marker.
 _PARTS = ("dpo_top10", "dpo_random10", "dpo_last10", "dpo")
 _PROTOCOLS = (("", "own best rate", "full"), ("_paper", "one rate for all", "none"),
@@ -72,10 +63,6 @@ CAPTIONS = {
     "which trained all at one rate and publishes no intervals.",
     "ablations": "ALLO with one thing changed: paired differences to ALLO on the same problems, "
     "with 95% intervals; left: removing this part hurts.",
-    "architectures": "The same claims on models of several architectures, as large and trained "
-    "alike: effects with 95% intervals over the SFT models of each, those of a claim's parts held "
-    "together, not corrected for the number of architectures; overlaps of masks (intersection over "
-    "union) are those above chance within each tensor.",
     "efficiency": "Cost of one pair: time (line: the floor of its operations), peak memory above "
     "the loaded model, optimizer state.",
 }
@@ -87,44 +74,45 @@ def draw(
     claims: Sequence[Claim],
     efficiency: Sequence[Mapping[str, str]],
     folder: Path,
-    architectures: Mapping[str, Sequence[Claim]] | None = None,
 ) -> list[Path]:
-    """Write every figure that the results allow; returns the PNGs and PDFs.
-
-    architectures: the claims on the models of each (`claims.by_architecture`).
-    """
+    """Write every figure that the results allow; returns the PNGs and PDFs."""
     by_domain: dict[str, list[Claim]] = {}
     for claim in claims:  # those of the first domain have plain ids
         name = claim.id.partition(":")[2]
+        name = "" if claim.family == "costs" else name  # of C10 a device
         by_domain.setdefault(f"claims_{name}" if name else "claims", []).append(claim)
     found = {name: claims_figure(group) for name, group in by_domain.items()}
+    shown: dict[str, Iterable[Interval | None]] = {}  # by figures of methods
     said = {}
     for name, group in by_domain.items():
         missing = [claim.id for claim in group if claim.effect is None and claim.whole == claim.id]
         said[name] = f" Not measured: {', '.join(missing)}." if missing else ""
     if changes := relative_change(results):
         found["relative_change"] = changes
+        both = (results.on(one).compare("allo", "dpo", one) for one in results.domains)
+        shown["relative_change"] = [*both]
     for domain in results.domains:
         here = results.on(domain)
         own = {method: here.score(method, domain) for method in published.LABELS}
         if any(own.values()):
             found[f"main_{domain.name}"] = main_table_figure(own, domain)
+            shown[f"main_{domain.name}"] = own.values()
             said[f"main_{domain.name}"] = judged_by(results.index, domain)
         parts = [part + end for part in _PARTS for end, *_ in _PROTOCOLS]
         study = {part: one for part in parts if (one := here.score(part, domain))}
         if len(study) > 1:
             found[f"empirical_{domain.name}"] = empirical_dots(study, domain.unit)
+            shown[f"empirical_{domain.name}"] = study.values()
         names = ["dpo", "dpo_long", *sorted(m for m in here.methods if m.startswith("allo_"))]
         if gaps := {n: gap for n in names if (gap := here.compare(n, "allo", domain))}:
             found[f"ablations_{domain.name}"] = ablation_bars(gaps, unit=domain.unit)
-    if architectures:
-        found["architectures"] = architectures_figure(architectures)
+            shown[f"ablations_{domain.name}"] = gaps.values()
     if efficiency:
         found["efficiency"] = efficiency_bars(efficiency)
     paths = []
     for name, figure in found.items():
         caption = CAPTIONS.get(name) or CAPTIONS[name.partition("_")[0]]
-        if 1 < len(results.seeds) <= _MOST_DOTS and name.startswith(("main", "emp", "abl", "rel")):
+        if any(_dots(one) for one in shown.get(name, ()) if one):
             caption += " Small dots: SFT models."
         paths.append(save(figure, folder, name, caption + said.get(name, "")))
     return [path.with_suffix(suffix) for path in paths for suffix in (".png", ".pdf")]
@@ -158,8 +146,13 @@ def _line(label: str, one: Interval | None, scale: float = 100, **options) -> Li
     if one is None:
         return Line(label, None, **options)
     ends = (scale * one.low, scale * one.high) if one.defined else (None, None)
-    seeds = one.by_seed if 1 < len(one.by_seed) <= _MOST_DOTS else ()
-    return Line(label, scale * one.effect, *ends, dots=tuple(scale * x for x in seeds), **options)
+    dots = tuple(scale * x for x in _dots(one))
+    return Line(label, scale * one.effect, *ends, dots=dots, **options)
+
+
+def _dots(one: Interval) -> tuple[float, ...]:
+    """The SFT models that are drawn."""
+    return one.by_seed if 1 < len(one.by_seed) <= _MOST_DOTS else ()
 
 
 def forest(axis, lines: Sequence[Line], digits: int = 1) -> None:
@@ -212,17 +205,23 @@ def _point(axis, place: float, line: Line, reach: float = 100) -> None:
 
 
 def main_table_figure(measured: Mapping[str, Interval | None], domain: Domain) -> Figure:
-    """Every method's score, best first, beside the paper's number; the dashed line is DPO."""
+    """Every method's score, best first, beside the paper's number; the dashed line is DPO.
+
+    Hollow and below the others: scores on fewer SFT models, which compare with none of those.
+    """
     paper, title = paper_beside(domain)
     known = {name: one for name, one in measured.items() if one}
-    names = sorted(known, key=lambda name: -known[name].effect)
+    most = max(len(one.seeds) for one in known.values())
+    few = {name for name, one in known.items() if len(one.seeds) < most}
+    names = sorted(known, key=lambda name: (name in few, -known[name].effect))
     names += [name for name in published.LABELS if name not in known]
     figure, axes = subplots(1, 2, (9, 1.4 + 0.3 * len(names)), sharey=True)
     spans = []
     for place, name in enumerate(names):
         colour = method_colour(name)
         if name in known:
-            _point(axes[0], place, _line(name, known[name], colour=colour))
+            fill = "none" if name in few else "full"
+            _point(axes[0], place, _line(name, known[name], colour=colour, fill=fill))
         else:
             axes[0].text(0.02, place, "not run", color=GREY, size=9, va="center",
                          transform=axes[0].get_yaxis_transform())  # fmt: skip
@@ -239,7 +238,8 @@ def main_table_figure(measured: Mapping[str, Interval | None], domain: Domain) -
         axis.set_xlim(start, start + longest)
     row_names(axes[0], [published.LABELS[name] for name in names])
     axes[0].set_title(f"{domain.name}: {', '.join(domain.datasets)}")
-    axes[0].set_xlabel(f"{domain.unit} (%), 95% interval; dashed: {published.method_label('dpo')}")
+    words = f"{domain.unit} (%), 95% interval; dashed: {published.method_label('dpo')}"
+    axes[0].set_xlabel(words + "\nhollow: fewer SFT models, compare with no other row" * bool(few))
     axes[1].set(title=title, xlabel="published (%), no intervals")
     return figure
 
@@ -345,6 +345,7 @@ def _change(results: StudyResults, domain: Domain, dataset: str) -> Line:
     if dataset == domain.columns[-1] and not set(domain.columns) & set(beside):
         like = ("instructions_avg",) if domain.prefix else published.AVERAGES
         points = {published.AVERAGES[name]: beside[name] for name in like}
+    results = results.on(domain)
     both = results.compare("allo", "dpo", part) is not None
     return _line(
         dataset, results.compare("allo", "dpo", part, relative=True),
@@ -399,24 +400,6 @@ def _claim_line(claim: Claim, scale: float) -> Line:
     ends = [None if end is None else scale * end for end in (claim.ci_low, claim.ci_high)]
     paper = () if claim.paper is None or scale == 1 else (("paper", scale * claim.paper),)
     return Line(words, scale * claim.effect, *ends, colour, marker, paper=paper, small=bool(part))
-
-
-def architectures_figure(groups: Mapping[str, Sequence[Claim]]) -> Figure:
-    """A panel each of BY_ARCHITECTURE, in it a line an architecture."""
-    size = 9.0, 1.6 + 0.75 * len(groups)
-    figure, axes = subplots(2, 3, size, sharey=True)
-    by_id = {name: {claim.id: claim for claim in claims} for name, claims in groups.items()}
-    for axis, (key, title) in zip(axes.flat, BY_ARCHITECTURE.items(), strict=True):
-        lines = []
-        for name, claims in by_id.items():
-            claim = claims.get(key, Claim(key, ""))
-            ends, scale = (claim.ci_low, claim.ci_high), 1 if key.startswith("C8") else 100
-            values = [None if end is None else scale * end for end in (claim.effect, *ends)]
-            lines.append(Line(name, *values, colour=method_colour("allo")))
-        forest(axis, lines, 2 if key.startswith("C8") else 1)
-        axis.set_title(title)
-        axis.set_xlabel("overlap above chance" if key.startswith("C8") else "accuracy, points")
-    return figure
 
 
 def efficiency_bars(rows: Sequence[Mapping[str, str]], title: str = "") -> Figure:

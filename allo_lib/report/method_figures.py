@@ -176,7 +176,7 @@ def empirical_panels(
         steps = np.arange(window, len(values) + 1)
         left.plot(steps, smooth, color=method_colour(method), label=method_label(method))
     left.set(xlabel="step (running mean)", ylabel="training loss of DPO")
-    left.set_title("all at one rate" if paper else "each at its own best rate")
+    left.set_title("all at one rate" if paper else "each at its own rate and beta: not comparable")
     methods = list(dict.fromkeys([*fair, *paper]))
     _dots(right, fair, methods, -0.12)
     _dots(right, paper, methods, 0.12, mfc="white")

@@ -7,6 +7,7 @@ import hashlib
 import html
 import math
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -17,9 +18,10 @@ from allo_lib.errors import AlloError
 from allo_lib.evaluation import claims as claims_module
 from allo_lib.evaluation import outcomes
 from allo_lib.evaluation.claims import Claim
-from allo_lib.evaluation.comparisons import StudyResults
+from allo_lib.evaluation.comparisons import DOMAINS, INSTRUCTIONS, StudyResults
+from allo_lib.evaluation.stats import held_together
 from allo_lib.evaluation.verdicts import POINTS, RULE
-from allo_lib.report import figures, tables
+from allo_lib.report import architectures, figures, tables
 from allo_lib.report.figure_style import caption_of
 from allo_lib.study import manifest
 
@@ -27,7 +29,6 @@ NAME = "report.html"
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 # Those of this project, the ones that say most first; others stand behind them.
 PROFILES = ("tiny-full", "smollm2", "architectures", "tiny")
-_DOMAINS = ("miniature", "questions", "maths", "helpfulness")
 # What README and the report ask of a profile, by claim (or part of one).
 QUESTIONS = {
     "C4s": "Is ALLO better than a DPO of as many updates?",
@@ -64,6 +65,11 @@ _ALONE = (
 )
 _INFO = ("commit", "dirty", "profile_hash", "size", "platform", "device", "python", "versions")
 _EFFICIENCY = {"variant", "device", "seconds_per_pair", "peak_bytes_above_model"}
+# Below the answers.
+_NOTE = (
+    "Differences{about} are in points of accuracy. Intervals of questions about a part of a claim "
+    "(C2, C5 and C7 have several) hold together with those of its other parts."
+)
 _GENERATOR = '<meta name="generator" content="allo_lib">'
 
 
@@ -78,22 +84,31 @@ def remake(results_dir: str | Path, settings: dict | None = None) -> list[Path]:
 
     Same input, same bytes. settings: those of the profile (`Profile.to_dict`), as to how many SFT
     models it fixes beforehand, of which architectures; None reads them from the folder's manifest.
+
+    Raises:
+        AlloError: neither is there, so that nobody knows how many models a verdict needs.
     """
     folder = Path(results_dir)
     settings = settings or settings_of(folder)
     domains = settings.get("domains", {}).items()
     by_domain = {name: one["models"] for name, one in domains if one.get("models")}
+    replying = [one for _, one in domains if one.get("instructions", {}).get("datasets")]
+    if fewer := [one["models"] for one in replying if one.get("models")]:
+        by_domain[INSTRUCTIONS.name] = min(fewer)
     models, first = settings.get("models", 1), settings.get("first_seed", 0)
     results = StudyResults.load(folder, models, by_domain, first)
+    if not settings:
+        raise AlloError(f"{folder} has no manifest.json: run its profile, which leaves one there")
     efficiency = read_efficiency(folder / "tables" / "efficiency.csv")
     claims = claims_module.compute(results, efficiency)
     claims_module.write(folder / "claims.csv", claims)
-    architectures = settings.get("model", {}).get("architectures", [])
-    groups = claims_module.by_architecture(results, architectures)
+    names = settings.get("model", {}).get("architectures", [])
+    groups = claims_module.by_architecture(results, names)
     made = [*tables.build(results), tables.claims_table(claims)]
-    made += [tables.architectures_table(groups)] if groups else []
+    made += [architectures.architectures_table(groups)] if groups else []
     paths = tables.write(made, folder / "tables")
-    paths += figures.draw(results, claims, efficiency, folder / "figures", groups)
+    paths += figures.draw(results, claims, efficiency, folder / "figures")
+    paths += architectures.draw(groups, folder / "figures") if groups else []
     return [folder / "claims.csv", *paths]
 
 
@@ -149,18 +164,21 @@ def beside(claims: Iterable[Claim], cited: Path, here: int = 1) -> list[dict[str
 
     Of m models with standard deviation s the mean has the variance s^2 / m, and that of k further
     ones lies s^2 (1 / k + 1 / m) around it: its range is the interval of the mean times
-    sqrt(m / k + 1).
+    sqrt(m / k + 1). A claim of several parts is there by these alone.
     """
     known = {claim.id: claim for claim in claims_module.read(cited / "claims.csv")}
-    models = len(outcomes.seeds_of(outcomes.read_measurements(cited / "measurements.csv")))
-    rows = []
+    models, rows = len(fixed_seeds(cited, settings_of(cited))), []
+    parts = Counter(one.whole for one in known.values()
+                    if one.id != one.whole and one.ci_low is not None)  # fmt: skip
     for claim in claims:
         other = known.get(claim.id)
         if other is None or None in (claim.effect, other.effect, other.ci_low, other.ci_high):
             continue
+        if claim.id in parts:
+            continue
+        wide = math.sqrt(models / here + 1) / held_together(parts.get(claim.whole, 1), models)
         low, high = (
-            other.effect + (end - other.effect) * math.sqrt(models / here + 1)
-            for end in (other.ci_low, other.ci_high)
+            other.effect + (end - other.effect) * wide for end in (other.ci_low, other.ci_high)
         )
         new = dataclasses.replace(other, ci_low=low, ci_high=high)
         effect, interval = claims_module.effect_text(other)
@@ -178,30 +196,42 @@ def by_verdict(claims: Sequence[Claim]) -> dict[str, list[str]]:
     return found | {"not measured": [c.id for c in claims if c.effect is None]}
 
 
-def _in_short(claims: Iterable[Claim], models: int) -> str:
-    """What was found, in a sentence."""
-    if models == 1:
+def _in_short(folder: Path, claims: Sequence[Claim], settings: dict) -> str:
+    """What was found on the first domain, in a sentence."""
+    if (models := settings.get("models", 1)) == 1:
         return _ALONE
-    primary = [c for c in claims if c.id == c.whole and c.family == "primary"]
+    primary = [c for c in claims if c.id == c.whole and c.family == "primary" and ":" not in c.id]
     found = by_verdict(primary)
     counts = [f"{len(ids)} {words} ({', '.join(ids)})" for words, ids in found.items() if ids]
+    there = len(fixed_seeds(folder, settings))
     return (
-        f"Of the paper's claims C1 to C9, each method at its own best rates, on {models} "
-        f"independent SFT models: {', '.join(counts)}."
+        f"Of the paper's claims C1 to C9{_about(folder, claims)}, each method at its own best "
+        f"rates, on {models if there == models else f'{there} of {models}'} independent SFT "
+        f"models: {', '.join(counts)}."
     )
 
 
-def _provenance(folder: Path, models: int) -> str:
+def _about(folder: Path, claims: Iterable[Claim]) -> str:
+    """The domain that plain ids are about, where others have claims too: " on questions"."""
+    several = any(":" in claim.id and claim.family != "costs" for claim in claims)
+    figure = _main_figure(folder) if several else None
+    return f" on {figure.stem.removeprefix('main_')}" if figure else ""
+
+
+def fixed_seeds(folder: Path, settings: dict) -> list[int]:
+    """Seeds of the SFT models that are there, of those that the profile fixes."""
+    models, first = settings.get("models", 1), settings.get("first_seed", 0)
+    return [s for s in manifest.measured_seeds(folder) if s in range(first, first + models)]
+
+
+def _provenance(folder: Path) -> str:
     """Model, seeds, replicates and cost of a run: its notebooks' seconds, or what its processes
     took on all cores at once where that is more, as of a run that was made in pieces."""
     info = manifest.read(folder) or {}
     seconds = [s for run in info.get("runs", {}).values() for s in run["seconds"].values()]
     settings = info.get("settings", {})
-    replicates, first = settings.get("replicates", {}), settings.get("first_seed", 0)
+    replicates, seeds, cost = settings.get("replicates", {}), fixed_seeds(folder, settings), ""
     runs = replicates.get("pair_sets", 1) * replicates.get("orders", 1)
-    fixed = range(first, first + models)
-    seeds = [seed for seed in manifest.measured_seeds(folder) if seed in fixed]
-    cost = ""
     if seconds:
         minutes = max(sum(seconds), info.get("process_seconds", 0) / info["cores"]) / 60
         cost = f"; {minutes:.0f} minutes on {info['cores']} cores"
@@ -215,7 +245,7 @@ def _provenance(folder: Path, models: int) -> str:
 
 def _main_figure(folder: Path) -> Path | None:
     """The figure of all methods on the first domain."""
-    known = [folder / "figures" / f"main_{domain}.png" for domain in _DOMAINS]
+    known = [folder / "figures" / f"main_{domain}.png" for domain in DOMAINS]
     found = [path for path in known if path.exists()]
     return next(iter(found or sorted((folder / "figures").glob("main_*.png"))), None)
 
@@ -272,7 +302,7 @@ def _anchor(text: str) -> str:
 
 def _profile(folder: Path, settings: dict | None) -> dict:
     """What the page shows of one results folder, pictures as paths."""
-    models = (settings or settings_of(folder)).get("models", 1)
+    settings = settings or settings_of(folder)
     claims = claims_module.read(folder / "claims.csv")
     written = [_table(path) for path in sorted((folder / "tables").glob("*.md"))]
     first, groups = _main_figure(folder), {words: [] for words, _ in _GROUPS}
@@ -283,8 +313,9 @@ def _profile(folder: Path, settings: dict | None) -> dict:
     return {
         "name": folder.name,
         "anchor": _anchor(folder.name),
-        "short": _in_short(claims, models),
-        "provenance": _inline(_provenance(folder, models)),
+        "note": _NOTE.format(about=_about(folder, claims)),
+        "short": _in_short(folder, claims, settings),
+        "provenance": _inline(_provenance(folder)),
         "devices": manifest.several_devices(manifest.noted(folder)["cells"]),
         "info": dict.fromkeys(_INFO) | (manifest.read(folder) or {}),
         "files": [n for n in (outcomes.NAME, "measurements.csv", "claims.csv", manifest.NAME)
@@ -354,17 +385,16 @@ def readme_block(results_root: str | Path) -> str:
     parts = [] if first is None else [_readme_answers(first, f"results/{first.name}")]
     lines = ["Other profiles, each with every claim, part and table:", ""] if others else []
     for path in others:
-        claims, models = claims_module.read(path / "claims.csv"), settings_of(path).get("models", 1)
-        lines.append(f"- [`{path.name}`](results/{NAME}#{path.name}): {_in_short(claims, models)}")
+        short = _in_short(path, claims_module.read(path / "claims.csv"), settings_of(path))
+        lines.append(f"- [`{path.name}`](results/{NAME}#{path.name}): {short}")
     parts += ["\n".join(lines)] if others else []
     rule = f"<details><summary>The rule of the verdicts</summary>\n\n{RULE}\n\n</details>"
     return "\n\n".join([BEGIN, *parts, rule, END])
 
 
 def _readme_answers(folder: Path, link: str) -> str:
-    models = settings_of(folder).get("models", 1)
     claims = claims_module.read(folder / "claims.csv")
-    lines = [f"**{_in_short(claims, models)}**", "", _provenance(folder, models)]
+    lines = [f"**{_in_short(folder, claims, settings_of(folder))}**", "", _provenance(folder)]
     if figure := _main_figure(folder):
         lines += ["", f"![{caption_of(figure)}]({link}/figures/{figure.name})"]
         lines += ["", f"Redraw it: `./run_all.sh figures {folder.name} {figure.stem}`"]
@@ -372,8 +402,9 @@ def _readme_answers(folder: Path, link: str) -> str:
     lines += ["| --- | --- | --- | --- | --- |"]
     for row in answers(folder, claims):
         lines.append(f"| {' | '.join(cell.replace('|', '/') for cell in row)} |")
-    lines += ["", f"Differences are in points of accuracy. Evidence for each answer, and every "
-              f"other claim: [report](results/{NAME}#{folder.name}), [claims]({link}/claims.csv), "
+    note = _NOTE.format(about=_about(folder, claims))
+    lines += ["", f"{note} Evidence for each answer, and every other claim: "
+              f"[report](results/{NAME}#{folder.name}), [claims]({link}/claims.csv), "
               f"[tables]({link}/tables), [p-values]({link}/tables/verdicts.md)."]  # fmt: skip
     differing = claims_module.protocol_disagreements(claims)
     return "\n".join([*lines, *(["", *[f"- {text}" for text in differing]] if differing else [])])

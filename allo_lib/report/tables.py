@@ -7,13 +7,12 @@ far as the results themselves can tell.
 
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 
 from allo_lib.evaluation import published
-from allo_lib.evaluation.claims import effect_text
 from allo_lib.evaluation.comparisons import (
     NOBODY,
     WIN,
@@ -43,6 +42,7 @@ _ON_POLICY = (
 )
 # The two families of comparisons: what a reader takes home, and what stands behind it.
 AVERAGES, SINGLE = "averages", "single data sets"
+FEWER = "†"  # behind a score on fewer SFT models than other rows have
 _NOTHING = Interval(math.nan, math.nan, math.nan, "", (), 0)  # of a cell that was not measured
 
 
@@ -86,9 +86,9 @@ def write(tables: Iterable[Table], folder: str | Path) -> list[Path]:
 def rank(column: Sequence[str]) -> list[str]:
     """Text cells with the best number in bold and the second best underlined, ties alike.
 
-    A cell counts by its leading number; cells without one are left alone.
+    A cell counts by its leading number; cells without one, or with FEWER, are left alone.
     """
-    found = [re.match(r"\d+\.\d+", cell) for cell in column]
+    found = [re.match(rf"\d+\.\d+(?!.*{FEWER})", cell) for cell in column]
     numbers = [float(number[0]) if number else None for number in found]
     best = sorted({number for number in numbers if number is not None}, reverse=True)[:2]
     forms = dict(zip(best, ("**{}**", "<u>{}</u>"), strict=False))
@@ -112,11 +112,19 @@ def change_text(change: Interval | None) -> list[str]:
     return [f"{effect:+z.2f}", f"[{low:+z.2f}, {high:+z.2f}]" if change.defined else ""]
 
 
-def _score_text(cell: Interval) -> tuple[str, str]:
-    """Per cent with its standard error, and the interval; empty where there is none."""
+def _score_text(cell: Interval, most: int) -> tuple[str, str]:
+    """Per cent with its standard error, and the interval; empty where there is none.
+
+    most: SFT models of the rows beside it; a score on fewer of them is marked.
+    """
     error = "" if math.isnan(cell.stderr) else f" ± {100 * cell.stderr:.1f}"
     ends = f"[{100 * cell.low:.1f}, {100 * cell.high:.1f}]" if cell.defined else ""
-    return f"{100 * cell.effect:.1f}{error}", ends
+    return f"{100 * cell.effect:.1f}{error}{f' {FEWER}' * (len(cell.seeds) < most)}", ends
+
+
+def _most(cells: Iterable[Interval | None]) -> int:
+    """How many SFT models the cell of the most has."""
+    return max((len(cell.seeds) for cell in cells if cell), default=0)
 
 
 def _p_text(p: float | None) -> str:
@@ -151,18 +159,23 @@ def _ps(claim: Claim) -> dict[str, float | None]:
     return {"p": before[0], "p_holm": claim.sign, "p_size": before[1], "p_size_holm": claim.small}
 
 
-def _split(rows: Sequence[tuple[dict, list[str]]]) -> tuple[list[dict], list[list[str]]]:
+def split(rows: Sequence[tuple[dict, list[str]]]) -> tuple[list[dict], list[list[str]]]:
     """Records, and the texts of those that have any."""
     return [record for record, _ in rows], [texts for _, texts in rows if texts]
 
 
-def how(results: StudyResults) -> str:
-    """How the numbers of a table came about, for its caption."""
-    seeds, late = (", ".join(map(str, some)) for some in (results.seeds, results.left_out))
+def how(results: StudyResults, cells: Iterable[Interval | None]) -> str:
+    """How the numbers of a table, which are in `cells`, came about, for its caption."""
+    known = [cell for cell in cells if cell]
+    models = sorted({seed for cell in known for seed in cell.seeds})
+    seeds, late = (", ".join(map(str, some)) for some in (models, results.left_out))
     beyond = (
         f" Not counted, beyond the number of models fixed beforehand: seeds {late}." if late else ""
     )
-    if len(results.seeds) > 1:
+    if few := sorted({cell.seeds for cell in known if len(cell.seeds) < _most(known)}):
+        alone = "; ".join(", ".join(map(str, some)) for some in few)
+        beyond += f" {FEWER}: of seeds {alone} alone, so that it compares with no other row."
+    if len(models) > 1:
         return (
             f"Means over the SFT models of seeds {seeds} (of each over its replicates) ± standard "
             "error over them, or of their problems where that is larger; intervals: Student's t "
@@ -184,19 +197,19 @@ def main_table(results: StudyResults, domain: Domain) -> Table:
     """
     beside, last = published.beside(domain.datasets), domain.columns[-1]
     alone = [name for name in beside if name not in domain.columns]
-    records, letters, measured = [], {}, False
+    cells = {(method, name): results.score(method, domain.only(name))
+             for method, name in product(LABELS, domain.columns)}  # fmt: skip
+    records, letters, most = [], {}, _most(cells.values())
     columns: dict[str, list[str]] = {"method": list(LABELS.values())}
     for method, name in product(LABELS, (*domain.columns, *alone)):
-        cell, why = None, ""
+        cell, why = cells.get((method, name)), ""
         if name not in alone:
-            cell = results.score(method, domain.only(name))
             why = "" if cell else reason(results, method, name, domain)
             letter = letters.setdefault(why, chr(ord("a") + len(letters))) if why else ""
-            text, ends = _score_text(cell) if cell else (f"({letter})", "")
+            text, ends = _score_text(cell, most) if cell else (f"({letter})", "")
             columns.setdefault(f"{name} (measured)", []).append(text)
             if name == last:
                 columns.setdefault(f"{name}: 95% interval", []).append(ends)
-        measured |= cell is not None
         if name in beside:
             digits = 1 if _of_maths(name, domain) else 2
             heading = published.AVERAGES[name] if name in alone else f"{name} (paper)"
@@ -205,13 +218,13 @@ def main_table(results: StudyResults, domain: Domain) -> Table:
         records.append(_score(domain, method, name, cell) | paper)
     unranked = ("method", f"{last}: 95% interval")
     ranked = [texts if name in unranked else rank(texts) for name, texts in columns.items()]
-    shown = zip(*ranked, strict=True) if measured or domain.prefix == WIN else ()
+    shown = zip(*ranked, strict=True) if most or domain.prefix == WIN else ()
     reasons = "; ".join(f"({letter}) {why}" for why, letter in letters.items())
     return Table(
         f"main_{domain.name}",
         f"All methods, {domain.name}: {domain.unit}, %",
-        f"{how(results)} Bold: best of a column; underlined: second best. The paper publishes no "
-        f"intervals.{judged_by(results.index, domain)}"
+        f"{how(results, cells.values())} Bold: best of a column; underlined: second best. The "
+        f"paper publishes no intervals.{judged_by(results.index, domain)}"
         f"{_ON_POLICY if results.methods & {'ppo', 'a2c'} else ''}"
         f"{f' Cells without a number were not run: {reasons}.' if reasons else ''}",
         list(columns),
@@ -247,31 +260,36 @@ def reason(results: StudyResults, method: str, dataset: str, domain: Domain) -> 
 # --- the other tables of a domain ----------------------------------------------------------------
 
 
+def _scores(results: StudyResults, domain: Domain, methods: Iterable[str]) -> dict[str, Interval]:
+    """The scores of those methods that have one."""
+    return {name: cell for name in methods if (cell := results.score(name, domain))}
+
+
 def empirical_table(results: StudyResults, domain: Domain) -> Table:
     """DPO on the top, last and random 10% and on all neurons, under both protocols."""
     paper, name, rows = published.empirical_study(), domain.columns[-1], []
-    sets = list(paper["dpo"])
-    for suffix, part in product(("", "_long", "_paper"), ("_top10", "_last10", "_random10", "")):
-        method = f"dpo{part}{suffix}"
-        cell = results.score(method, domain)
-        if cell is None:
-            continue
+    sets, ends = list(paper["dpo"]), ("_top10", "_last10", "_random10", "")
+    names = [f"dpo{part}{end}" for end, part in product(("", "_long", "_paper"), ends)]
+    cells = _scores(results, domain, names)
+    for method, cell in cells.items():
         loss = results.metric(method, "train_loss", domain.name)
         own = paper.get(method.removesuffix("_paper"), {})
         record = _score(domain, method, name, cell)
         record |= _ends(loss, "train_loss", "train_loss_ci_low", "train_loss_ci_high")
         record |= {f"paper_{dataset}": own.get(dataset) for dataset in sets}
-        texts = [method_label(method), *_score_text(cell), f"{loss.effect:.4f}" if loss else ""]
+        texts = [method_label(method), *_score_text(cell, _most(cells.values()))]
+        texts.append(f"{loss.effect:.4f}" if loss else "")
         rows.append((record, texts + [f"{100 * own[s]:.1f}" if own else "" for s in sets]))
     return Table(
         f"empirical_{domain.name}",
         f"Which neurons DPO may change, {domain.name}: {domain.unit}, %",
-        f"{how(results)} Each method at its own best learning rate; 'long' and 'as long as both "
-        "stages': with as many updates as ALLO; 'one rate': the paper's protocol. Training loss: "
-        "mean of the last quarter of the steps.",
+        f"{how(results, cells.values())} Each method at its own best learning rate; 'long' and 'as "
+        "long as both stages': with as many updates as ALLO; 'one rate': the paper's protocol. "
+        "Training loss: mean of the last quarter of the steps, at each row's own beta, so that "
+        "losses compare among the rows of one rate alone.",
         ["neurons", f"{name} (measured)", "95% interval", "training loss",
          *[f"{dataset} (paper)" for dataset in sets]],
-        *_split(rows),
+        *split(rows),
     )  # fmt: skip
 
 
@@ -280,32 +298,32 @@ def ablation_table(results: StudyResults, domain: Domain) -> Table:
     paired difference to ALLO."""
     name, rows = domain.columns[-1], []
     changed = sorted(method for method in results.methods if method.startswith("allo_"))
-    methods = [METHOD, "dpo", "dpo_long", *changed]
-    for method in methods if METHOD in results.methods else []:
-        cell = results.score(method, domain)
-        if cell is None:
-            continue
+    methods = [METHOD, "dpo", "dpo_long", *changed] if METHOD in results.methods else []
+    cells = _scores(results, domain, methods)
+    for method, cell in cells.items():
         change = None if method == METHOD else results.compare(method, METHOD, domain)
         record = _score(domain, method, name, cell)
         record |= _ends(change, "change_to_allo", "change_ci_low", "change_ci_high")
         record["interval"] = change.kind if change else ""
-        rows.append((record, [method_label(method), _score_text(cell)[0], *change_text(change)]))
+        score, _ = _score_text(cell, _most(cells.values()))
+        rows.append((record, [method_label(method), score, *change_text(change)]))
     return Table(
         f"ablations_{domain.name}",
         f"ALLO with one thing changed, {domain.name}: {domain.unit}, %",
-        f"{how(results)} Change: paired difference to ALLO on the same problems, in points, with "
-        "its interval over SFT models (of one model, over its problems).",
+        f"{how(results, cells.values())} Change: paired difference to ALLO on the same problems, "
+        "in points, with its interval over SFT models (of one model, over its problems).",
         ["variant", f"{name} (measured)", "change to ALLO", "95% interval"],
-        *_split(rows),
+        *split(rows),
     )
 
 
 def comparison_table(results: StudyResults, domain: Domain) -> Table:
     """Every method against DPO, and against a DPO of as many updates as ALLO."""
-    rows = []
+    rows, every = [], []
     for method, baseline in product(sorted(results.methods), ("dpo", "dpo_long")):
         found = results.compare(method, baseline, domain) if method != baseline else None
         if found is not None:
+            every.append(found)
             record = {"domain": domain.name, "method": method, "baseline": baseline}
             record |= _ends(found, "effect", "ci_low", "ci_high") | {"interval": found.kind}
             texts = [f"`{method}`", f"`{baseline}`", *change_text(found)]
@@ -313,12 +331,12 @@ def comparison_table(results: StudyResults, domain: Domain) -> Table:
     return Table(
         f"comparisons_{domain.name}",
         f"Paired differences, {domain.name}: {domain.unit}, points",
-        f"{how(results)} Differences on the same problems, with t intervals over SFT models (of "
-        "one model, over its problems); no verdicts, as they are not corrected for many "
+        f"{how(results, every)} Differences on the same problems, with t intervals over SFT models "
+        "(of one model, over its problems); no verdicts, as they are not corrected for many "
         "comparisons (the table `comparisons` has ALLO against the rows of the main tables, "
         "corrected).",
         ["method", "baseline", "difference", "95% interval"],
-        *_split(rows),
+        *split(rows),
     )
 
 
@@ -376,6 +394,7 @@ def _compared(results: StudyResults, domain: Domain, dataset: str, baseline: str
 def row_comparisons(results: StudyResults) -> Table:
     """`comparisons.csv` and `.md`: effects in fractions and points, verdicts before and after."""
     found, rows = compare_rows(results), []
+    way = how(results, [one.interval for one in found]).partition(f" {FEWER}:")[0]
     sizes = [sum(one.family == family and one.claim.p is not None for one in found)
              for family in (AVERAGES, SINGLE)]  # fmt: skip
     for one in found:
@@ -396,37 +415,17 @@ def row_comparisons(results: StudyResults) -> Table:
     return Table(
         "comparisons",
         "ALLO against every other row of the main tables, points",
-        f"{how(results)} Difference: ALLO minus the row, with its 95% interval over SFT models "
-        "(of one model, over its problems). p: two-sided, that it is none; p size: that it is a "
-        "point or more. Verdict: on ALLO being above the row, by the rule of the claims, corrected "
-        f"by Holm's method in two families over all domains: the {sizes[0]} comparisons on "
-        f"averages (or on a domain's only data set), and the {sizes[1]} on single data sets. "
+        f"{way} Difference: ALLO minus the row, with its 95% interval over the SFT models that "
+        "both have (of one model, over its problems). p: two-sided, that it is none; p size: that "
+        "it is a point or more. Verdict: on ALLO being above the row, by the rule of the claims, "
+        f"corrected by Holm's method in two families over all domains: the {sizes[0]} comparisons "
+        f"on averages (or on a domain's only data set), and the {sizes[1]} on single data sets. "
         "Beside data sets that the paper does not have stands its mean over its eight question and "
         "maths sets. Rows that were not run: comparisons.csv says why.",
         ["domain", "data set", "against", "difference", "95% interval", "paper", "p, Holm",
          "p size, Holm", "verdict"],
-        *_split(rows),
+        *split(rows),
     )  # fmt: skip
-
-
-def architectures_table(groups: Mapping[str, Sequence[Claim]]) -> Table:
-    """`architectures.csv` and `.md`: the effects on the models of each (`by_architecture`)."""
-    rows = []
-    for name, claims in groups.items():
-        for claim in claims:
-            ends = {"ci_low": claim.ci_low, "ci_high": claim.ci_high}
-            record = {"architecture": name, "id": claim.id, "effect": claim.effect, **ends}
-            known = claim.effect is not None and claim.ci_low is not None
-            texts = [name, claim.id, claim.claim, *effect_text(claim)]
-            rows.append((record, texts if known else []))
-    return Table(
-        "architectures",
-        "The claims on each architecture",
-        "Effects with 95% intervals over the SFT models of an architecture, those of one claim's "
-        "parts held together; not corrected for their number, so that they have no verdicts.",
-        ["architecture", "id", "claim", "effect", "95% interval"],
-        *_split(rows),
-    )
 
 
 def claims_table(claims: Sequence[Claim]) -> Table:
@@ -446,5 +445,5 @@ def claims_table(claims: Sequence[Claim]) -> Table:
         "measured, or on fewer SFT models than were fixed beforehand, are left out, and so are "
         "verdicts that rest on no p.",
         ["id", "family", "p", "p, Holm", "p size", "p size, Holm", "verdict"],
-        *_split(rows),
+        *split(rows),
     )

@@ -137,7 +137,8 @@ def test_a_baseline_of_one_model_alone_moves_no_smallest_effect_and_bars_support
     assert found["C5.rft"].effect == 0 and found["C5.rft"].ci_low is None
     assert found["C5"].verdict == found["C5.rft"].verdict == UNDECIDED
     assert "rft: one SFT model decides nothing" in found["C5"].evidence
-    assert "strongest baseline: sft" in found["C5"].evidence
+    assert "strongest baseline of those on several models: sft" in found["C5"].evidence
+    assert "1 of 3 models alone, on which no verdict rests" in found["C5.rft"].evidence
 
 
 def test_the_held_out_loss_is_that_of_the_margins(by_id, table):

@@ -12,7 +12,7 @@ from allo_lib.evaluation.comparisons import Domain, StudyResults
 from allo_lib.evaluation.outcomes import Measurement
 from allo_lib.evaluation.published import QUESTIONS
 from allo_lib.evaluation.stats import mean_interval
-from allo_lib.report import figures, method_figures
+from allo_lib.report import architectures, figures, method_figures
 from allo_lib.report.figure_style import caption_of, method_colour, save
 from tests import synthetic_results
 
@@ -47,7 +47,7 @@ FIGURES = {
     "claims": (lambda results: figures.claims_figure(claims.compute(results, EFFICIENCY)),
                ["supported", "contradicted", "no difference", "undecided", "C10", "paper",
                 "· DPO, last 10%", "accuracy, points"]),
-    "architectures": (lambda results: figures.architectures_figure(
+    "architectures": (lambda results: architectures.architectures_figure(
         claims.by_architecture(results, ["gpt2", "qwen3"])),
         ["gpt2", "qwen3", "masks of two halves", "ALLO above DPO, equal steps"]),
     "relative": (figures.relative_change,

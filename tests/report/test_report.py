@@ -24,6 +24,7 @@ from allo_lib.report import figures, report
 from allo_lib.report.figure_style import VERDICT_STYLE
 from allo_lib.study import manifest
 from tests import synthetic_results
+from tests.refusals import refused
 
 ROOT = conftest.ROOT
 MANIFEST = {"profile": "tiny", "profile_hash": "0" * 64, "seeds": [0], "runs": {}, "files": {}}
@@ -106,17 +107,43 @@ def test_the_rule_stands_wherever_verdicts_do_and_verdicts_are_told_apart(root):
 def test_models_stand_beside_the_range_of_as_many_more_of_the_committed_study(count, tmp_path):
     effects = np.array([0.010, 0.025, 0.003, 0.019])
     mean, half = effects.mean(), stats.t.ppf(0.975, 3) * effects.std(ddof=1)
-    cited = [claims.Claim("C4", "", mean, mean - half / 2, mean + half / 2), claims.Claim("C9", "")]
-    claims.write(tmp_path / "claims.csv", cited)  # half / 2: of a mean of four
-    rows = [outcomes.Measurement(seed, "allo", "a", "accuracy", 0.5, 0.0, 1) for seed in range(4)]
+    both = half * stats.t.ppf(1 - 0.025 / 2, 3) / stats.t.ppf(0.975, 3)  # of two parts, together
+    halves = {"C4": half, "C2": half, "C2.dpo": both, "C2.dpo_last10": both}
+    cited = [claims.Claim(name, "", mean, mean - one / 2, mean + one / 2)
+             for name, one in halves.items()]  # / 2: of a mean of four  # fmt: skip
+    claims.write(tmp_path / "claims.csv", [*cited, claims.Claim("C9", "")])
+    rows = [outcomes.Measurement(seed, "allo", "a", "accuracy", 0.5, 0.0, 1) for seed in range(6)]
     outcomes.write_measurements(tmp_path / "measurements.csv", rows)
+    fixed = {"settings": {"models": 4, "first_seed": 1}}  # seeds 0 and 5 are not counted
+    manifest.write_json(tmp_path / manifest.NAME, MANIFEST | fixed)
     edge = half * math.sqrt(1 / count + 1 / 4)  # both means vary
     for here, inside in ((mean + 0.99 * edge, "yes"), (mean - 1.01 * edge, "no")):
-        own = [claims.Claim(name, "", here) for name in ("C4", "C9", "C2")]
-        (row,) = report.beside(own, tmp_path, count)
-        assert row["inside"] == inside
-        ends = [float(end) for end in row["as many more models"].strip("[]").split(", ")]
-        assert ends == pytest.approx([100 * (mean - edge), 100 * (mean + edge)], abs=0.06)
+        own = [claims.Claim(name, "", here) for name in (*halves, "C9", "C3")]
+        found = report.beside(own, tmp_path, count)
+        assert [row["id"] for row in found] == ["C4", "C2.dpo", "C2.dpo_last10"]
+        for row in found:
+            assert row["inside"] == inside
+            ends = [float(end) for end in row["as many more models"].strip("[]").split(", ")]
+            assert ends == pytest.approx([100 * (mean - edge), 100 * (mean + edge)], abs=0.06)
+
+
+def test_the_headline_is_about_the_first_domain_and_counts_the_models_that_are_there(tmp_path):
+    made = synthetic_results.joined(("questions", ("ecqa",)), ("helpfulness", ()), models=(0, 1))
+    report.figures.draw(made, (), (), tmp_path / "figures")
+    rows = [outcomes.Measurement(seed, "allo", "ecqa", "accuracy", 0.5, 0.0, 1) for seed in (0, 1)]
+    outcomes.write_measurements(tmp_path / "measurements.csv", rows)
+    short = report._in_short(tmp_path, claims.compute(made), {"models": 3})
+    assert "C1 to C9 on questions, " in short and "on 2 of 3 independent SFT models" in short
+    assert "9 undecided" not in short and ":helpfulness" not in short
+    plain = report._in_short(tmp_path, claims.compute(synthetic_results.results()), {"models": 2})
+    assert "C1 to C9, " in plain and "on 2 independent SFT models" in plain
+
+
+def test_without_a_manifest_nobody_knows_how_many_models_a_verdict_needs(tmp_path):
+    synthetic_results.write(tmp_path / "made", n=50, pairs=20)
+    with refused(f"{tmp_path / 'made'} has no manifest.json: run its profile"):
+        report.remake(tmp_path / "made")
+    assert not (tmp_path / "made" / "claims.csv").exists()
 
 
 def test_pictures_that_do_not_fit_into_the_page_are_linked(root, tmp_path, monkeypatch):
@@ -143,8 +170,9 @@ def test_a_report_of_somebody_else_is_kept_and_broken_neighbours_are_named(root,
 
 def test_provenance_names_the_models_that_the_profile_fixes(tmp_path, monkeypatch):
     monkeypatch.setattr(manifest, "measured_seeds", lambda folder: [0, 8, 9, 10])
-    monkeypatch.setattr(manifest, "read", lambda folder: {"settings": {"first_seed": 8}})
-    assert "SFT models of seeds 8, 9, each" in report._provenance(tmp_path, 2)
+    settings = {"first_seed": 8, "models": 2}
+    monkeypatch.setattr(manifest, "read", lambda folder: {"settings": settings})
+    assert "SFT models of seeds 8, 9, each" in report._provenance(tmp_path)
 
 
 def test_bad_inputs_get_one_line(tmp_path):
@@ -178,11 +206,13 @@ def test_the_paper_stands_beside_with_its_numbers_of_the_same_data_sets():
 
 def test_readmes_block_has_the_answers_and_the_rest_is_kept(root, tmp_path):
     readme = tmp_path / "README.md"
-    readme.write_text(f"# Title\n\n{report.BEGIN}\nold\n{report.END}\n\nThe end.\n")
+    readme.write_text(f"# Title\n\n{report.BEGIN}\nbefore\n{report.END}\n\nThe end.\n")
     assert report.readme_block(root) not in readme.read_text()
     report.update_readme(readme, root)
     text = readme.read_text()
-    assert text.startswith("# Title\n") and text.endswith("\n\nThe end.\n") and "old" not in text
+    assert (
+        text.startswith("# Title\n") and text.endswith("\n\nThe end.\n") and "before\n" not in text
+    )
     assert report.readme_block(root) in readme.read_text()
     found = {claim.id: claim for claim in claims.read(root / "tiny-full" / "claims.csv")}
     assert found.keys() > {"C10"} and found["C10"].effect is None

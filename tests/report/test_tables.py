@@ -35,6 +35,7 @@ def main_table(results: StudyResults):
         (["3.0", "3.0", "2.0", "1.0"], ["**3.0**", "**3.0**", "<u>2.0</u>", "1.0"]),
         (["(a)", "2.0"], ["(a)", "**2.0**"]),
         (["(a)", ""], ["(a)", ""]),
+        (["9.05 ± 1.0 †", "3.0", "2.0"], ["9.05 ± 1.0 †", "**3.0**", "<u>2.0</u>"]),
     ],
 )
 def test_rank_marks_best_and_second_best(column, marked):
@@ -54,6 +55,22 @@ def test_main_table_has_all_rows_of_the_paper_and_says_what_was_not_run(built):
     assert "**" in by_label["+ ALLO"][4] and "<u>" in by_label["+ DPO"][4]
     # The paper's own best and second best among its question sets.
     assert by_label["+ ALLO"][6] == "**64.67**" and by_label["+ R-DPO"][6] == "<u>63.83</u>"
+
+
+def test_rows_of_fewer_models_are_marked_and_rank_with_no_other(results):
+    """SFT is there on model 0 alone, on which it is the best."""
+    made = synthetic_results.table(n=200)
+    made["right"] |= (made["method"] == "sft") & made["margin"].isna()
+    found = StudyResults(made[(made["method"] != "sft") | (made["model"] == 0)], (), 3)
+    table = main_table(found)
+    cells = {line[0]: line for line in table.body}
+    assert cells["+ SFT"][4] == "100.0 †" and "**" in cells["+ ALLO"][4]
+    assert "seeds 0, 1, 2" in table.caption
+    assert "†: of seeds 0 alone, so that it compares with no other row." in table.caption
+    assert "†" not in main_table(results).caption
+    one = results.of_models([1])
+    caption = tables.how(results, [one.score("allo", results.domains[0])])
+    assert caption.startswith("One SFT model (seed 1)")
 
 
 def test_records_trace_to_outcomes_and_changes_are_paired(built):
