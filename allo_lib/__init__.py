@@ -8,10 +8,21 @@ runtime.configure()
 
 __version__ = "0.1.0"
 _HOME = {
+    "AlignConfig": "align_setup",
     "AlignResult": "alignment",
+    "MaskedAdamW": "method.masked_adamw",
+    "NeuronMask": "method.neurons",
     "align": "alignment",
+    "delta_scores": "method.neurons",
+    "dpo_loss": "method.losses",
+    "key_tokens": "method.tokens",
     "load_aligned": "delta",
     "merge": "delta",
+    "npo_loss": "method.losses",
+    "select_neurons": "method.neurons",
+    "token_dpo_loss": "method.losses",
+    "token_logps": "method.losses",
+    "unaligned_weights": "method.tokens",
 }
 __all__ = [*_HOME]
 

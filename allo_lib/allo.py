@@ -18,8 +18,6 @@ weights that the one before left, and those are their reference. One stage of an
 `method.losses`.
 """
 
-from dataclasses import replace
-
 import torch
 
 from allo_lib.engine.batching import Layout, collate, pair_batch, rejected_batch
@@ -80,8 +78,8 @@ def gradient_scores(model, pairs, schedule: Schedule, *, beta, pad_token_id):
 
     The paper's second estimator. name -> float32 scores of the parameter's shape, on the CPU. Each
     gradient is added and dropped as soon as it is complete: one of them is alive at a time, and the
-    model's device holds no sum. Of the schedule: every forward pass is a batch, `max_steps` of them
-    at most.
+    model's device holds no sum. Of the schedule: every forward pass is a batch (`batch_size` over
+    `accumulation` pairs), and as many pairs are read as in `max_steps` steps at most.
     """
     sums = {n: torch.zeros(devices.local(p).shape) for n, p in model.named_parameters()}
     names = {parameter: name for name, parameter in model.named_parameters()}
@@ -99,8 +97,9 @@ def gradient_scores(model, pairs, schedule: Schedule, *, beta, pad_token_id):
     seeded = torch.Generator().manual_seed(schedule.seed)
     order = torch.randperm(len(pairs), generator=seeded).tolist()
     size = schedule.batch_size // schedule.accumulation
+    most = schedule.max_steps and schedule.max_steps * schedule.accumulation
     try:
-        for start in range(0, len(order), size)[: schedule.max_steps]:
+        for start in range(0, len(order), size)[:most]:
             chunk = [pairs[i] for i in order[start : start + size]]
             batch = to_device(make(chunk), model)
             loss_of(response_logps(model, batch), batch)[0].backward()
@@ -235,17 +234,16 @@ def run_stage(
         after: called with the optimizer before it is closed, for those who want its masters.
         checkpoints: see `trainer.train`.
 
-    Several processes (`devices`) train it together, each on its share of every batch. The first
-    step of a rate that rises has rate 0: where it would be the only one, none rises.
+    Several processes (`devices`) train it together, each on its share of every batch.
 
     Raises:
-        AlloError: no rows, or several processes for a loss that judges whole batches.
+        AlloError: no rows, or several processes or passes for a loss that judges whole batches.
         Diverged: log-probs, loss or gradient are not finite.
     """
-    if devices.count() > 1 and name in INDIVISIBLE:
-        raise AlloError(f"{label}: {name} judges whole batches: train it in one process")
-    if schedule.steps(len(rows)) == 1:
-        schedule = replace(schedule, warmup=0.0)
+    if name in INDIVISIBLE and (devices.count() > 1 or schedule.accumulation > 1):
+        raise AlloError(
+            f"{label}: {name} judges whole batches: train it in one process, accumulation 1"
+        )
     optimizer = MaskedAdamW(
         model,
         mask,

@@ -1,6 +1,7 @@
 """What readers open: links lead somewhere, the site builds, one version everywhere."""
 
 import html.parser
+import importlib
 import os
 import re
 import subprocess
@@ -104,6 +105,15 @@ def test_one_version_everywhere_and_a_citation_with_what_its_format_asks_for():
     assert citation["message"] and citation["title"] and citation["authors"]
     paper = citation["preferred-citation"]
     assert {"type", "title", "authors"} <= set(paper) and "2406.12606" in paper["url"]
+
+
+def test_what_the_library_page_names_is_imported_from_the_library_itself():
+    text = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    named = re.findall(r"^::: allo_lib\.((?:method|delta|align)[\w.]*)\.(\w+)$", text, re.MULTILINE)
+    assert {name for _, name in named} == {*allo_lib.__all__}
+    for module, name in named:
+        own = getattr(importlib.import_module(f"allo_lib.{module}"), name)
+        assert getattr(allo_lib, name) is own
 
 
 @pytest.mark.site

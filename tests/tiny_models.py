@@ -6,7 +6,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 VOCABULARY = 33
 
 
-def tiny_llama(seed: int = 0, tied: bool = False, dtype=torch.float32) -> LlamaForCausalLM:
+def tiny_llama(
+    seed: int = 0, tied: bool = False, dtype=torch.float32, **settings
+) -> LlamaForCausalLM:
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=VOCABULARY,
@@ -19,6 +21,7 @@ def tiny_llama(seed: int = 0, tied: bool = False, dtype=torch.float32) -> LlamaF
         tie_word_embeddings=tied,
         pad_token_id=0,
         eos_token_id=1,
+        **settings,
     )
     return LlamaForCausalLM(config).to(dtype)
 

@@ -24,7 +24,8 @@ from allo_lib.method.losses import IGNORED, Batch
 CHUNK_BYTES = 64 * 2**20  # of float32 logits alive at once
 # Config keys of models that change their logits after the head, by too little to be seen while
 # those are small.
-_AFTER_HEAD = ("final_logit_softcapping", "logit_scale", "logits_scaling")
+_AFTER_HEAD = ("final_logit_softcapping", "logit_scale", "logits_scaling", "logits_soft_cap",
+               "output_logit_soft_cap", "lm_head_multiplier", "output_multiplier")  # fmt: skip
 # Config keys of how far back attention sees, of models that do not tell it layer by layer.
 _WINDOWS = ("sliding_window", "sliding_window_size", "window_size", "attention_chunk_size")
 # How far log-probs of the same sequences may lie apart, relative to their size, by dtype.
@@ -123,7 +124,7 @@ def _trial(model: Any, layout: Layout, rows: list[Row]) -> _Way:
     config = model.config.get_text_config()
     kinds = set(getattr(config, "layer_types", None) or ("full_attention",))
     shares = config._attn_implementation == "sdpa" and kinds == {"full_attention"}
-    alters = any(getattr(config, key, None) for key in _AFTER_HEAD)
+    alters = _alters(config)
     modes = [(part, part.training) for part in model.modules()]
     why = "what it gives of a row depends on what stands behind or beside it"
     cause: Exception | None = None
@@ -154,6 +155,15 @@ def _trial(model: Any, layout: Layout, rows: list[Row]) -> _Way:
         f"{type(model).__name__} cannot be read as a causal language model: {why}; give one of "
         "transformers' ...ForCausalLM that reads from left to right"
     ) from cause
+
+
+def _alters(config: Any) -> bool:
+    return any(getattr(config, key, None) for key in _AFTER_HEAD)
+
+
+def head_decides(model: Any) -> bool:
+    """Whether the largest logit is that of the head's product with what the decoder gives."""
+    return _alters(model.config.get_text_config()) or _way(model, _trees(model)).matrix
 
 
 def _own(model: Any, row: Row) -> Tensor:

@@ -17,9 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
 
 from allo_lib.engine.encoding import encode_prompt
-from allo_lib.engine.forward import argmax_tokens
+from allo_lib.engine.forward import argmax_tokens, head_decides
 from allo_lib.errors import AlloError
 from allo_lib.method.losses import Batch
 from allo_lib.seeds import derive
@@ -57,11 +58,14 @@ def generate(
     `seed`, the number of its prompt and its own number alone.
 
     drafts: for greedy decoding, a guess at each response as token ids, of any length; whatever they
-    are, they change the cost alone. Models with sliding windows do without them.
+    are, they change the cost alone. Models do without them whose cache does not keep all tokens, or
+    whose logits are more than their head's product.
     """
     encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]
     order = sorted(range(len(encoded)), key=lambda i: (len(encoded[i]), i))
-    if temperature is not None or samples > 1 or not _sees_all(model):
+    if temperature is not None or samples > 1:
+        drafts = None
+    if drafts is not None and not (_keeps_all(model) and head_decides(model)):
         drafts = None
     model.eval()
     results: list[list[Response]] = [[] for _ in prompts]
@@ -100,10 +104,10 @@ def _batches(order: list[int], widths: list[int], rows: int, room: int) -> list[
     return batches
 
 
-def _sees_all(model: Any) -> bool:
-    """Whether every layer attends to all tokens before; rejected ones leave holes in the cache."""
-    kinds = getattr(model.config.get_text_config(), "layer_types", None) or ("full_attention",)
-    return set(kinds) == {"full_attention"}
+def _keeps_all(model: Any) -> bool:
+    """Whether the cache of every layer keeps all tokens: rejected ones leave holes in it, and push
+    others out of a sliding window."""
+    return all(type(layer) is DynamicLayer for layer in DynamicCache(config=model.config).layers)
 
 
 class _Decoding:

@@ -83,8 +83,8 @@ def run_on_policy(
     """Train `model` in place by "ppo" or "a2c" and return the log.
 
     Args:
-        prompts: the questions, as `encoding.encode_prompt` takes them. An epoch goes once through
-            all of them, `schedule.batch_size` a step; its steps are those of as many pairs.
+        prompts: the questions, as `encoding.encode_prompt` takes them. An epoch has the steps of as
+            many pairs; a rollout is that of the questions of its first step.
         reward: (number of the prompt, response) -> its reward, 0 to 1.
         mask: the neurons that are trained; None for all.
         generation_batch: responses that are decoded together.
@@ -140,7 +140,7 @@ def _order(count: int, schedule: Schedule) -> list[list[int]]:
         generator = torch.Generator().manual_seed(derive(schedule.seed, "epoch", epoch))
         order = torch.randperm(count, generator=generator)
         steps += [part.tolist() for part in order.split(schedule.batch_size)]
-    return steps
+    return steps[: schedule.max_steps]
 
 
 @dataclass

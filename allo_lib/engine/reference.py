@@ -1,7 +1,7 @@
 """Log-probs of preference pairs under the model that a stage starts from: computed once, kept.
 
-Per token, as key tokens are chosen by them; keyed by the weights and the pairs' token ids, which
-say all of tokenizer, template and data that a log-prob depends on.
+Per token, as key tokens are chosen by them; keyed by the model's weights and settings and by the
+pairs' token ids, which say all of tokenizer, template and data that a log-prob depends on.
 """
 
 import hashlib
@@ -16,8 +16,9 @@ from allo_lib.errors import AlloError
 from allo_lib.machine import devices, weights
 
 SIDES = ("chosen", "rejected")
-VERSION = 1  # of what is stored; raised when its meaning changes
+VERSION = 2  # of what is stored; raised when its meaning changes
 _FILE = "logps.safetensors"
+_UNUSED = ("_name_or_path", "transformers_version", "architectures", "use_cache", "pad_token_id")
 
 Row = dict[str, Any]  # an encoded pair
 
@@ -29,7 +30,7 @@ def with_reference(
 
     Computed by a forward pass over all pairs, unless the store has them.
     """
-    inputs = {"weights": state_hash(model), "pairs": rows_hash(rows), "version": VERSION}
+    inputs = {"model": state_hash(model), "pairs": rows_hash(rows), "version": VERSION}
     first, known = devices.rank() == 0, False
     values: list[dict[str, list[float]]] = []
 
@@ -71,8 +72,12 @@ def attach(rows: list[Row], path: Path | None) -> list[Row]:
 
 
 def state_hash(model: Any) -> str:
-    """SHA-256 (hex) of names, dtypes, shapes and bytes of all parameters and buffers."""
-    return weights.tensors_hash(sorted(model.state_dict().items()))
+    """SHA-256 (hex) of names, dtypes, shapes and bytes of all parameters and buffers, and of what
+    the config says of how they are used."""
+    config = model.config.to_dict() | {"attention": model.config._attn_implementation}
+    used = {key: value for key, value in config.items() if key not in _UNUSED}
+    tensors = weights.tensors_hash(sorted(model.state_dict().items()))
+    return hashlib.sha256(f"{tensors} {sorted(used.items())}".encode()).hexdigest()
 
 
 def rows_hash(rows: list[Row]) -> str:

@@ -64,6 +64,8 @@ class Schedule:
         """
         share = self.warmup < 1
         warmup = math.ceil(steps * self.warmup) if share else int(self.warmup)
+        if steps == 1:  # the first step of a rate that rises has rate 0
+            warmup = 0
 
         def factor(step: int) -> float:
             if step < warmup:
@@ -260,14 +262,18 @@ class Checkpoints:
         return devices.of_first(0 < self.minutes * 60 <= time.monotonic() - since)
 
     def latest(self) -> Path | None:
-        """The last checkpoint that is whole, or None; a damaged one is named and removed."""
+        """The last checkpoint that is whole, or None; a damaged one is named and removed, and so
+        are those that processes have of different steps."""
         paths = sorted(self.folder.glob(f"{_STEP}*"))
         while paths and not _is_whole(paths[-1]):
             print(f"checkpoint {paths[-1].name} is damaged; removed", file=sys.stderr)
             shutil.rmtree(paths.pop(), ignore_errors=True)
         own = int(paths[-1].name.removeprefix(_STEP)) if paths else -1
-        steps = devices.each(torch.tensor(own))
-        return paths[-1] if paths and (steps == own).all() else None
+        if bool((devices.each(torch.tensor(own)) == own).all()):
+            return paths[-1] if paths else None
+        for path in paths:  # a later one of the same name would not take its place
+            shutil.rmtree(path, ignore_errors=True)
+        return None
 
     def write(self, step: int, fill: Callable[[Path], None]) -> None:
         """Keep what `fill` writes into an empty folder as the checkpoint of `step`, and no other.

@@ -33,11 +33,11 @@ are corrected for many comparisons by Holm's method, at 5% in each family, over 
 C9 with each method at its own best rate (of C4 and C4s only C4s, a DPO of as many updates; C4 is
 secondary and pays as if it were one more); C1p to C3p, the paper's one rate for all; C2s and C3s,
 secondary, of methods with as many updates as ALLO; and the costs (C10). So a verdict can be
-undecided beside an interval that leaves out zero. A claim of several parts is about the smallest of their effects: all must be
-above zero to support it, any below contradicts it. Its parts follow it, their intervals held
-together (Bonferroni) and their verdicts corrected over all parts. Tags: **negligible size**, where
-the sign is sure but the 90% interval lies within ±{100 * SMALL:g} point; **published effect
-inside** or **outside the interval**.
+undecided beside an interval that leaves out zero. A claim of several parts is about the smallest of
+their effects: all must be above zero to support it, any below contradicts it. Its parts follow it,
+their intervals held together (Bonferroni) and their verdicts corrected over all parts. Tags:
+**negligible size**, where the sign is sure but the 90% interval lies within ±{100 * SMALL:g} point;
+**published effect inside** or **outside the interval**.
 """
 RULE = " ".join(_RULE.split())
 

@@ -6,8 +6,9 @@ AVX-512; they are told to take AVX2 everywhere, at no cost that could be measure
 matrices: MKL runs other code on CPUs of AMD than of Intel, without AVX-512 (an AMD EPYC of family
 26: 104 GFLOP/s a core); oneDNN (220) asks what a CPU can do and not who made it. It adds the terms
 of up to 512 one after another, by fused multiply-add, as does MKL those of attention's short
-products; longer sums are cut into such blocks here, but for layers of more than 512 inputs. Sines
-and cosines of rotary positions, which are MKL's too, are rounded from float64.
+products; longer sums are cut into such blocks here, but for layers of more than 512 inputs and
+mixtures of experts, whose products torch groups by itself. Sines and cosines of rotary positions,
+which are MKL's too, are rounded from float64.
 """
 
 import functools
@@ -42,7 +43,8 @@ def same_on_every_x86():
     if platform.machine() not in ("x86_64", "AMD64") or by_onednn is None:
         return None
     linear, own = by_onednn.default, torch.library.get_kernel
-    mkl = {name: own(f"aten::{name}", "CPU") for name in ("mm", "addmm", "cos", "sin")}
+    names = "mm", "addmm", "addmm_", "cos", "sin"
+    mkl = {name: own(f"aten::{name}", "CPU") for name in names}
 
     def product(a, b):  # [m, k], [k, n]
         rows, columns = a.shape[0], b.shape[1]
@@ -50,6 +52,8 @@ def same_on_every_x86():
             a = torch.cat((a, a))
         if columns == 1:
             b = torch.cat((b, b), dim=1)
+        if overlaps(b):  # which oneDNN does not take
+            b = b.contiguous()
         # Cut where that costs no copy: gradients of weights, and not layers of more inputs.
         size = BLOCK if b.is_contiguous() else len(b)
         parts = zip(a.split(size, dim=1), b.split(size), strict=True)
@@ -57,9 +61,15 @@ def same_on_every_x86():
         whole = functools.reduce(torch.Tensor.add_, sums)
         return whole if whole.shape == (rows, columns) else whole[:rows, :columns].clone()
 
+    def overlaps(b):
+        sides = sorted(
+            (step, size) for step, size in zip(b.stride(), b.shape, strict=True) if size > 1
+        )
+        return len(sides) == 2 and 0 < sides[0][0] * sides[0][1] > sides[1][0]
+
     def fits(a, b):
-        known = a.dtype is b.dtype is torch.float32 and a.shape[1] == b.shape[0]
-        return known and a.numel() > 0 and b.numel() > 0
+        known = a.dtype is b.dtype is torch.float32 and a.ndim == b.ndim == 2
+        return known and a.shape[1] == b.shape[0] and a.numel() > 0 and b.numel() > 0
 
     def mm(keys, a, b):
         return product(a, b) if fits(a, b) else mkl["mm"].call_boxed(keys, a, b)
@@ -68,6 +78,11 @@ def same_on_every_x86():
         if fits(a, b) and beta == alpha == 1 and bias.dtype is torch.float32:
             return product(a, b).add_(bias)
         return mkl["addmm"].call_boxed(keys, bias, a, b, beta=beta, alpha=alpha)
+
+    def addmm_(keys, total, a, b, *, beta=1, alpha=1):
+        if fits(a, b) and beta == alpha == 1 and total.dtype is torch.float32:
+            return total.add_(product(a, b))
+        return mkl["addmm_"].call_boxed(keys, total, a, b, beta=beta, alpha=alpha)
 
     def rounded(name):
         def function(keys, x):
@@ -86,8 +101,8 @@ def same_on_every_x86():
         )
     library = torch.library.Library("aten", "IMPL")
     with warnings.catch_warnings(action="ignore"):  # that operators are overridden
-        for name, function in {
-            "mm": mm, "addmm": addmm, "cos": rounded("cos"), "sin": rounded("sin")
-        }.items():  # fmt: skip
+        for name, function in zip(
+            names, (mm, addmm, addmm_, rounded("cos"), rounded("sin")), strict=True
+        ):
             library.impl(name, function, "CPU", with_keyset=True)
     return library

@@ -5,8 +5,9 @@ import torch
 from test_trainer import pairs
 from tiny_models import tiny_llama, weights_of
 
-from allo_lib.allo import delta_of_dpo, find_neurons, gradient_scores
+from allo_lib.allo import delta_of_dpo, find_neurons, gradient_scores, run_stage
 from allo_lib.engine.trainer import Schedule
+from allo_lib.errors import AlloError
 from allo_lib.method.losses import dpo_loss, token_logps
 
 COMMON = {"beta": 0.1, "pad_token_id": 0}
@@ -16,11 +17,15 @@ def schedule(lr=1e-3, seed=4, **settings):
     return Schedule(lr, 1, 3, seed, **settings)
 
 
-@pytest.mark.parametrize(("tied", "steps"), [(False, None), (True, None), (False, 2)])
-def test_gradient_scores_are_summed_absolute_gradients(tied, steps):
+@pytest.mark.parametrize(
+    ("tied", "steps", "accumulation"),
+    [(False, None, 1), (True, None, 1), (False, 2, 1), (False, 2, 3)],
+)
+def test_gradient_scores_are_summed_absolute_gradients(tied, steps, accumulation):
     model = tiny_llama(tied=tied)
     rows, before = pairs(model), weights_of(model)
-    scores = gradient_scores(model, rows, schedule(max_steps=steps), **COMMON)
+    plan = schedule(max_steps=steps, accumulation=accumulation)
+    scores = gradient_scores(model, rows, plan, **COMMON)
     assert all(p.grad is None for p in model.parameters())
     assert all(torch.equal(before[name], value) for name, value in weights_of(model).items())
 
@@ -35,7 +40,8 @@ def test_gradient_scores_are_summed_absolute_gradients(tied, steps):
 
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(4)).tolist()
     expected = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
-    for chunk in (order[0:3], order[3:6], order[6:8])[:steps]:
+    size = 3 // accumulation  # every forward pass by itself, of as many pairs together
+    for chunk in [order[i : i + size] for i in range(0, 8, size)][: steps and steps * accumulation]:
         sides = [
             torch.stack([value(rows[i], side) for i in chunk])
             for value in (policy_sum, reference_sum)
@@ -49,6 +55,14 @@ def test_gradient_scores_are_summed_absolute_gradients(tied, steps):
     for name, value in expected.items():
         assert scores[name].dtype == torch.float32
         assert torch.allclose(scores[name], value, rtol=1e-3, atol=1e-6), name
+
+
+def test_a_loss_of_whole_batches_is_not_made_of_several_passes():
+    """BCO's shift is the mean of the batch."""
+    model = tiny_llama()
+    plan = schedule(accumulation=3)
+    with pytest.raises(AlloError, match="bco judges whole batches: .* accumulation 1"):
+        run_stage(model, pairs(model), "bco", plan, pad_token_id=0)
 
 
 def test_delta_scores_are_the_way_of_the_weights_over_the_rate():

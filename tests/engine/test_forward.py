@@ -108,6 +108,17 @@ def test_trees_are_exact_for_random_lengths(seed, count, grouped, one_row):
     assert_same(model, families(count, seed), Layout(0, True, one_row))
 
 
+@pytest.mark.parametrize("key", ["logits_soft_cap", "lm_head_multiplier", "logit_scale"])
+def test_logits_that_a_config_says_are_altered_are_never_a_product_of_the_head(key):
+    """By too little to be seen while they are small, as those of an untrained model are."""
+    model = make("tied")
+    assert forward._way(model, layout_of(model, 0)).matrix
+    altered = make("tied")
+    setattr(altered.config, key, 30.0)
+    assert not forward._way(altered, layout_of(altered, 0)).matrix
+    assert forward.head_decides(model) and forward.head_decides(altered)
+
+
 def test_all_trees_share_a_row_on_a_cpu_unless_activations_are_recomputed():
     """Recomputed in backward, attention would no longer be made tree by tree."""
     model = make("tied")

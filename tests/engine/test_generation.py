@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import tiny_llama
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from allo_lib.data import miniature
 from allo_lib.data.tasks import Question
@@ -105,10 +106,24 @@ def test_right_drafts_cost_one_pass_and_wrong_ones_what_is_left(
         read.clear()
         greedy(model, tokenizer, PROMPTS[:1], drafts=[draft])
         assert read == [3 + len(draft), *[1] * left]
-    windows = ["full_attention", "sliding_attention"]  # would see the holes that drafts leave
-    assert generation._sees_all(model)
-    monkeypatch.setattr(model.config, "layer_types", windows, raising=False)
-    assert not generation._sees_all(model)
+
+
+@pytest.mark.parametrize("told", ["layer by layer", "by a width alone"])
+def test_models_with_a_sliding_window_do_without_drafts(tokenizer, told):
+    """A draft's wrong tokens would push right ones out of the window."""
+    kind = "mistral" if told == "by a width alone" else "qwen3"
+    settings = {"use_sliding_window": True, "max_window_layers": 0} if kind == "qwen3" else {}
+    config = AutoConfig.for_model(
+        kind, vocab_size=len(tokenizer), hidden_size=16, intermediate_size=24, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=2, head_dim=8, initializer_range=0.6,
+        sliding_window=8, pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id, **settings,
+    )  # fmt: skip
+    torch.manual_seed(1)
+    windowed = AutoModelForCausalLM.from_config(config).eval()
+    plain = greedy(windowed, tokenizer, PROMPTS)
+    wrong = [[(i + 5 * j) % len(tokenizer) for j in range(9)] for i in range(len(PROMPTS))]
+    assert greedy(windowed, tokenizer, PROMPTS, drafts=wrong) == plain
 
 
 # --- what a response is ---

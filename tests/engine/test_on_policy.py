@@ -1,6 +1,7 @@
 """PPO and A2C: rewards, advantages and critic by hand; and that they learn what is rewarded."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -128,6 +129,12 @@ def test_a_rewarded_word_becomes_more_frequent(tiny_study, name):
     rewards, eighth = log.metrics["reward"], len(log.loss) // 8
     before, after = (sum(part) / eighth for part in (rewards[:eighth], rewards[-eighth:]))
     assert after > before + 0.2, (before, after)
+
+
+def test_a_training_ends_with_its_most_steps():
+    schedule = Schedule(1e-3, 2, 6, 5, max_steps=3)
+    assert [len(step) for step in on_policy._order(13, schedule)] == [6, 6, 1]
+    assert len(on_policy._order(13, replace(schedule, max_steps=None))) == 6
 
 
 @pytest.mark.parametrize("name, sampled", [("ppo", [0, 2, 4]), ("a2c", [0, 1, 2, 3, 4, 5])])

@@ -51,6 +51,7 @@ def test_the_same_weights_and_pairs_need_no_second_pass(tmp_path, passes):
     lambda rows: [rows[0] | {"chosen": [5, 7]}, rows[1]],
     lambda rows: [rows[0] | {"prompt": [3], "chosen": [4, 5, 6]}, rows[1]],
     "a weight",
+    "a setting",
 ])  # fmt: skip
 def test_other_pairs_and_weights_are_computed_again(tmp_path, passes, change):
     model, rows = tiny_llama(), ROWS
@@ -59,6 +60,11 @@ def test_other_pairs_and_weights_are_computed_again(tmp_path, passes, change):
     if change == "a weight":
         with torch.no_grad():
             model.model.norm.weight[0] += 0.5
+    elif change == "a setting":  # the same weights, used otherwise
+        other = tiny_llama(rope_theta=100.0)
+        assert forward.pair_logps(other, rows, 0, 8) != forward.pair_logps(model, rows, 0, 8)
+        model = other
+        passes.clear()
     else:
         rows = change(rows)
     got = with_reference(model, tmp_path, rows)

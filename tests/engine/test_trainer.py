@@ -9,6 +9,7 @@ import torch
 from tiny_models import VOCABULARY, tiny_llama, weights_of
 
 from allo_lib.allo import run_stage
+from allo_lib.engine import trainer
 from allo_lib.engine.batching import Layout, collate
 from allo_lib.engine.forward import logps_of_rows
 from allo_lib.engine.trainer import Checkpoints, Schedule, train
@@ -83,7 +84,7 @@ def test_every_row_is_used_once_an_epoch_in_a_seeded_order():
     assert list(first) == [tuple(rows[i]["response"]) for i in shuffled]
 
 
-@pytest.mark.parametrize("warmup, steps", [(0.1, 20), (0.25, 8), (0.0, 5), (2, 5)])
+@pytest.mark.parametrize("warmup, steps", [(0.1, 20), (0.25, 8), (0.0, 5), (2, 5), (0.1, 1)])
 def test_the_rate_rises_and_falls_as_a_cosine(warmup, steps):
     model = tiny_llama()
     optimizer = Watched(model, None, lr=0.5)
@@ -93,6 +94,7 @@ def test_the_rate_rises_and_falls_as_a_cosine(warmup, steps):
           optimizer, Schedule(1e-2, 1, 1, 0, warmup=warmup))  # fmt: skip
     optimizer.close()
     rising = math.ceil(warmup * steps) if warmup < 1 else warmup
+    rising *= steps > 1  # a single step at rate 0 would train nothing
     expected = [
         step / rising if step < rising
         else 0.5 * (1 + math.cos(math.pi * (step - rising) / (steps - rising)))
@@ -341,6 +343,15 @@ def test_half_a_checkpoint_is_never_taken_for_one(tmp_path):
     with pytest.raises(Stop):
         Checkpoints(tmp_path, ALWAYS).write(1, half)
     assert Checkpoints(tmp_path, ALWAYS).latest() is None and not list(tmp_path.iterdir())
+
+
+def test_processes_with_checkpoints_of_different_steps_start_over_and_keep_none(
+    tmp_path, monkeypatch
+):
+    """One that stayed would later stand in the place of a new one of its name."""
+    stopped(tmp_path, 3)
+    monkeypatch.setattr(trainer.devices, "each", lambda own: torch.stack([own, own - 1]))
+    assert Checkpoints(tmp_path, ALWAYS).latest() is None and not [*tmp_path.iterdir()]
 
 
 def test_a_full_disk_costs_the_checkpoint_and_not_the_training(tmp_path, monkeypatch, capsys):

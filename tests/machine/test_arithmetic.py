@@ -41,13 +41,28 @@ def test_float32_products_and_their_gradients_are_right(m, k, n, first, second, 
     a, b, bias = matrix(m, k, first), matrix(k, n, second), matrix(1, n, "N")
     weight = torch.randn(m, n, generator=generator)
     exact = [one.detach().double().requires_grad_() for one in (a, b, bias)]
-    for multiply in (lambda a, b, c: a @ b + 0 * c, lambda a, b, c: torch.addmm(c[0], a, b)):
+    for multiply in (
+        lambda a, b, c: a @ b + 0 * c,
+        lambda a, b, c: torch.addmm(c[0], a, b),
+        lambda a, b, c: (c + 0 * (a @ b)).addmm_(a, b),
+    ):
         results = []
         for inputs in ((a, b, bias), exact):
             product = multiply(*inputs)
             results.append((product, *torch.autograd.grad((product * weight).sum(), inputs)))
         for found, right in zip(*results, strict=True):
             torch.testing.assert_close(found.double(), right, rtol=1e-4, atol=1e-4)
+
+
+def test_every_form_of_a_product_has_the_same_bits_and_overlapping_operands_are_read():
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(shape, generator=generator) for shape in ((40, 700), (700, 30)))
+    bias = torch.randn(40, 30, generator=generator)
+    together = torch.addmm(bias, a, b)
+    assert torch.equal(together, bias + a @ b) and torch.equal(bias.clone().addmm_(a, b), together)
+    windows = torch.randn(40, generator=generator).unfold(0, 30, 1)  # [11, 30], rows overlap
+    expected = (a[:, :11].double() @ windows.double()).float()
+    torch.testing.assert_close(a[:, :11] @ windows, expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.int64, torch.complex64])
@@ -61,6 +76,8 @@ def test_other_numbers_are_multiplied_as_before(dtype):
 def test_shapes_and_dtypes_that_do_not_fit_are_torchs_own_errors():
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
         torch.ones(2, 3) @ torch.ones(2, 3)
+    with pytest.raises(RuntimeError, match="must be a matrix"):
+        torch.mm(torch.ones(3), torch.ones(3, 2))
     with pytest.raises(RuntimeError, match="dtype"):
         torch.ones(2, 3) @ torch.ones(3, 2, dtype=torch.float64)
 
