@@ -29,10 +29,11 @@ USAGE = """\
 ./run_all.sh [PROFILE] [--seeds 0,1,2] [--domains A,B] [--only 01,05] [--data DIR] [--out DIR]
              [--minutes M] [-p NAME VALUE]... [--fresh]
 ./run_all.sh test [PYTEST ARGS]
-./run_all.sh status [PROFILE] [--domains A,B] [--out DIR]
+./run_all.sh status [PROFILE] [--domains A,B] [--out DIR] [--data DIR]
 ./run_all.sh verify [PROFILE] [--out DIR] [--rerun] [--data DIR]
 ./run_all.sh figures [PROFILE] [NAME] [--out DIR]
-./run_all.sh tune [PROFILE] [--seeds 100,101] [--out DIR] [--data DIR] [-p NAME VALUE]..."""
+./run_all.sh tune [PROFILE] [--seeds 100,101] [--domains A,B] [--out DIR] [--data DIR]
+             [-p NAME VALUE]..."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -145,9 +146,16 @@ def tune(options: argparse.Namespace) -> int:
     driver.check_folder(study, fresh=False)
     from allo_lib.study import runs  # loads torch
 
+    if study.domains and (study.results / "tuned.yaml").exists():
+        raise AlloError(
+            f"--domains: {study.results} has rates already, which would be replaced; name another "
+            "folder with --out"
+        )
+    manifest.own(study.results, study.profile)
+    profile = part_of(study.profile, study.domains) if study.domains else study.profile
     seeds = options.seeds or (100, 101, 102, 103)
     data = None if study.data is None else str(study.data)
-    print(f"wrote {shown(runs.tune(study.profile, seeds, study.results, data))}")
+    print(f"wrote {shown(runs.tune(profile, seeds, study.results, data))}")
     return 0
 
 
@@ -256,8 +264,8 @@ COMMANDS = {"status": status, "verify": check, "figures": redraw, "tune": tune}
 _OF_A_PROFILE = ("profile", "--out", "--domains", "-p")
 OPTIONS_OF = {
     run: (*_OF_A_PROFILE, "--seeds", "--only", "--data", "--minutes", "--fresh"),
-    status: _OF_A_PROFILE,
-    check: (*_OF_A_PROFILE, "--data", "--rerun"),
+    status: (*_OF_A_PROFILE, "--data"),
+    check: ("profile", "--out", "-p", "--data", "--rerun"),
     redraw: ("profile", "name", "--out"),
     tune: (*_OF_A_PROFILE, "--seeds", "--data"),
 }
@@ -292,7 +300,7 @@ def _run_of(options: argparse.Namespace) -> driver.Run:
         overrides=overrides,
         seeds=getattr(options, "seeds", None) or tuple(range(first, first + profile.models)),
         only=getattr(options, "only", ()),
-        domains=parse_domains(options.domains or "", profile),
+        domains=parse_domains(getattr(options, "domains", None) or "", profile),
         data=getattr(options, "data", None),
     )
     known = [path.name[:2] for path in driver.notebooks(study)]
@@ -309,7 +317,7 @@ def _check_methods(profile: Profile) -> None:
     """AlloError for a method that there is not, before anything is trained for hours."""
     requested = [*profile.methods, *profile.ablations, *profile.replicates.once]
     for domain in profile.domains.values():
-        requested += [*domain.methods, *domain.ablations]
+        requested += [*domain.methods, *domain.ablations, *domain.one_model]
     for name in requested:
         # Names with a share, such as dpo_last10, follow `method.share`; runs of some notebooks
         # may have set that and need none of them.

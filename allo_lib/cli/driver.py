@@ -119,12 +119,11 @@ class Step:
         """SHA-256 of what decides the notebook's outcome, besides the data."""
         run, profile = self.run, self.run.profile
         made_by = [notebook_hash(self.notebook), library_hash(), profile.hash(), self.seed]
-        made_by.append(list(run.domains))
+        # No part of the profile's hash: which seeds a domain has, and what changes verdicts alone.
+        models = [profile.models, *(one.models for one in profile.domains.values())]
+        made_by += [list(run.domains), profile.first_seed, models[1:]]
         if self.seed is None:
-            # But for the seeds no part of the profile's hash: they change verdicts alone.
-            models = [profile.models, *(one.models for one in profile.domains.values())]
             made_by += [list(run.seeds), dataclasses.asdict(profile.judge), models]
-            made_by.append(profile.first_seed)
         return fingerprint(made_by)
 
 
@@ -205,9 +204,7 @@ def run_study(run: Run, fresh: bool = False) -> list[Step]:
     with _signals(), _sole_run(run.results):
         if fresh:
             _clear(run.results)
-        own = {"profile": run.profile.name, "profile_hash": run.profile.hash()}
-        if _own_profile(run.results) != own:  # an unfinished run has no manifest yet
-            manifest.write_json(stamps(run.results) / "profile.json", own)
+        manifest.own(run.results, run.profile)
         behind = stamps(run.results) / "manifest-is-behind"  # while notebooks run
         ran: list[Step] = []
         try:
@@ -228,7 +225,7 @@ def check_folder(run: Run, fresh: bool) -> None:
         raise AlloError(f"--out {results} is a file; name a folder")
     if results == ROOT or results in ROOT.parents:
         raise AlloError(f"--out {results} holds the project itself; name another folder")
-    owner = None if fresh else manifest.read(results) or _own_profile(results)
+    owner = None if fresh else manifest.read(results) or manifest.owner(results)
     if owner and owner["profile_hash"] != run.profile.hash():
         raise AlloError(
             f"{results} holds results of profile hash {owner['profile_hash'][:12]}, but this run's "
@@ -238,10 +235,6 @@ def check_folder(run: Run, fresh: bool) -> None:
     ours = (results / manifest.NAME).exists() or (results / manifest.STORE).exists()
     if not ours and results.exists() and any(results.iterdir()):
         raise AlloError(f"{results} holds other files; name a new or empty folder with --out")
-
-
-def _own_profile(results: Path) -> dict | None:
-    return read_json(stamps(results) / "profile.json")
 
 
 def _clear(results: Path) -> None:

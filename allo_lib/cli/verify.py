@@ -13,6 +13,7 @@ from scipy.special import stdtrit
 from allo_lib.cli import driver
 from allo_lib.cli.driver import Run, Step
 from allo_lib.errors import AlloError
+from allo_lib.evaluation import outcomes
 from allo_lib.evaluation.comparisons import StudyResults
 from allo_lib.evaluation.stats import LEVEL
 from allo_lib.profiles.config import settings_hash
@@ -118,9 +119,10 @@ def check_files(run: Run) -> list[str]:
 def rerun(run: Run) -> list[str]:
     """Run the same seeds again into a temporary folder and compare the two.
 
-    On the processor of the committed run `measurements.csv` by cells, on another one every run by
-    `outside_spread`. Prints what was compared; returns a line for each thing that is not as it
-    should be, and what differs between the two runs. The new results are kept when there is any.
+    By the cells of `measurements.csv` and the outcomes; where these differ and the committed ones
+    were made on another device, every run by `outside_spread`. Prints what was compared; returns a
+    line for each thing that is not as it should be, and what differs between the two runs. The new
+    results are kept when there is any.
     """
     old = manifest.read(run.results)
     if load_profile(run.profile_name, run.overrides).hash() != run.profile.hash():
@@ -132,10 +134,12 @@ def rerun(run: Run) -> list[str]:
     seeds = tuple(old["seeds"]) or run.seeds
     driver.run_study(dataclasses.replace(run, results=folder, seeds=seeds))
     new = manifest.read(folder)
-    if old.get("processor") == new.get("processor"):
-        counts, problems = compare(run.results / "measurements.csv", folder / "measurements.csv")
-        print(", ".join(f"{count} cells {kind}" for kind, count in counts.items()))
-    else:
+    counts, problems = compare(run.results / "measurements.csv", folder / "measurements.csv")
+    print(", ".join(f"{count} cells {kind}" for kind, count in counts.items()))
+    before, after = (outcomes.read(one / outcomes.NAME) for one in (run.results, folder))
+    if not before.drop(columns="margin").equals(after.drop(columns="margin")):
+        problems.append(f"{outcomes.NAME}: other outcomes")
+    if problems and made_on(old) != made_on(new):
         judged, problems = outside_spread(run.results, folder)
         print(f"another processor: {judged} runs judged by the spread of the committed ones")
     if not problems:
@@ -144,13 +148,19 @@ def rerun(run: Run) -> list[str]:
     return [*problems, *differences(old, new), f"the new run is in {folder}"]
 
 
+def made_on(recorded: dict) -> set[str]:
+    """The devices on which the results of a manifest were made."""
+    devices = {device for of_seed in recorded.get("cells", {}).values() for device in of_seed}
+    return devices or {recorded.get("processor")}
+
+
 def outside_spread(before: Path, after: Path) -> tuple[int, list[str]]:
     """Runs of `after` judged by those of `before`: how many, and a line for each that is outside.
 
     Of every method and domain with n committed runs (one a model and replicate) of mean m and
     standard deviation s, a run is to lie within m +- t s sqrt(1 + 1/n), Student's prediction
     interval for one more run; t is such that of all runs judged not even one lies outside by chance
-    in 95% of reruns (Bonferroni). One committed run has no spread: that is a problem, too.
+    in 95% of reruns (Bonferroni). One committed run has no spread: another score is a problem, too.
     """
     old, new = (StudyResults.load(folder, models=2**32) for folder in (before, after))
     pairs = [
@@ -159,12 +169,13 @@ def outside_spread(before: Path, after: Path) -> tuple[int, list[str]]:
         for method in sorted(old.methods)
     ]
     judged, problems = sum(len(later) for *_, earlier, later in pairs if len(earlier) > 1), []
-    if not judged:
-        problems.append("one committed run has no spread by which another processor can be judged")
     for domain, method, earlier, later in pairs:
         if len(earlier) and not len(later):
             problems.append(f"{domain.name}, {method}: not in the new run")
         if (n := len(earlier)) < 2:
+            differ = len(later) and abs(earlier[0] - later[0]) > TOLERANCE if n else False
+            told = f"{domain.name}, {method}: one committed run has no spread to judge another by"
+            problems += [told] if differ else []
             continue
         mean, spread = float(np.mean(earlier)), float(np.std(earlier, ddof=1))
         t = float(stdtrit(n - 1, 1 - (1 - LEVEL) / 2 / judged))

@@ -26,7 +26,8 @@ _NOT_LISTED = re.compile(
 # Notes that a study leaves in its store: weights, data, the device of each cell, and where lost
 # weights were trained again with other bits.
 FOLDER = "notes"
-WEIGHTS, DATA, CELLS, AGAIN = "weights", "data-", "cells-", "again-"
+WEIGHTS, DATA, CELLS, AGAIN, COMMITS = "weights", "data-", "cells-", "again-", "commits-"
+OWNER = "done/profile.json"  # in the store: whose it is, before there is a manifest
 UNKNOWN = "not told"  # the device of results that were stored before devices were noted
 
 Cells = dict[str, dict[str, dict[str, list[str]]]]  # seed -> device -> domain -> methods
@@ -71,9 +72,24 @@ def read(results: Path) -> dict | None:
     return found
 
 
+def owner(folder: Path) -> dict | None:
+    """`profile` and `profile_hash` of an unfinished run, which has no manifest yet; or None."""
+    with contextlib.suppress(ValueError, OSError):
+        return json.loads((folder / STORE / OWNER).read_text(encoding="utf-8"))
+    return None
+
+
+def own(folder: Path, profile) -> None:
+    """Leave in the folder's store whose it is."""
+    mine = {"profile": profile.name, "profile_hash": profile.hash()}
+    if owner(folder) != mine:
+        (folder / STORE / OWNER).parent.mkdir(parents=True, exist_ok=True)
+        write_json(folder / STORE / OWNER, mine)
+
+
 def check_folder(folder: Path, profile) -> None:
-    """AlloError when `folder` holds the results of another profile."""
-    found = read(folder)
+    """AlloError when `folder` holds the results of another profile, or the store of one."""
+    found = read(folder) or owner(folder)
     if found and found["profile_hash"] != profile.hash():
         raise AlloError(
             f"{folder} holds results of profile hash {found['profile_hash'][:12]}, this run is "
@@ -155,16 +171,26 @@ def noted(results: Path) -> dict:
     and SHA-256 of every file) and of the device that made each cell; else what was known before.
 
     "trained_again": "seed0.maths.sft" -> the device on which these weights got other bits.
+    "trained_at": "seed0.maths" -> the commits that made the results, oldest first by the alphabet.
     """
     before = read(results) or {}
-    notes = {kind: collect(results / STORE, kind) for kind in (
-        WEIGHTS, DATA, CELLS, AGAIN)}  # fmt: skip
-    again = before.get("trained_again", {}) | notes[AGAIN]
-    return {
-        "weights": list(notes[WEIGHTS].values()) or before.get("weights", []),
-        "data": notes[DATA] or before.get("data", {}),
-        "cells": with_cells(before.get("cells", {}), notes[CELLS]),
-    } | ({"trained_again": again} if again else {})
+    kinds = WEIGHTS, DATA, CELLS, AGAIN, COMMITS
+    notes = {kind: collect(results / STORE, kind) for kind in kinds}
+    again, commits = (
+        before.get(key, {}) | notes[kind]
+        for key, kind in (("trained_again", AGAIN), ("trained_at", COMMITS))
+    )
+    every = *before.get("weights", []), *notes[WEIGHTS].values()
+    models = {one.get("name"): one for one in every}
+    return (
+        {
+            "weights": list(models.values()),
+            "data": before.get("data", {}) | notes[DATA],
+            "cells": with_cells(before.get("cells", {}), notes[CELLS]),
+        }
+        | ({"trained_again": again} if again else {})
+        | ({"trained_at": commits} if commits else {})
+    )
 
 
 def commit_of(root: Path) -> dict:
@@ -199,18 +225,20 @@ def collect(store: Path, prefix: str) -> dict[str, Any]:
     return notes
 
 
-def cells_of(results: dict[str, dict[str, Any]]) -> dict[str, list[str]]:
-    """device -> methods, from the results of one domain of one seed: method -> result.
+def cells_of(runs: list[dict[str, dict[str, Any]]]) -> dict[str, list[str]]:
+    """device -> methods, from all replicates of one domain of one seed, method -> result each.
 
-    Methods that started from SFT models of different bits have those named beside the device.
+    A method of which replicates were made on several devices stands under each. Methods that
+    started from SFT models of different bits have those named beside the device.
     """
-    starts = {result["sft"] for result in results.values() if "sft" in result}
+    starts = {result["sft"] for run in runs for result in run.values() if "sft" in result}
     cells: dict[str, list[str]] = {}
-    for method, result in results.items():
+    for method, result in [one for run in runs for one in run.items()]:
         place = result.get("device", UNKNOWN)
         if len(starts) > 1:
             place += f", SFT model {result.get('sft', UNKNOWN)}"
-        cells.setdefault(place, []).append(method)
+        if method not in cells.setdefault(place, []):
+            cells[place].append(method)
     return cells
 
 

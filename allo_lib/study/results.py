@@ -35,26 +35,29 @@ def update(study: Study, seeds: list[int]) -> list[Measurement]:
     Others are rows of other seeds and, where only some domains are worked on, of other domains.
     """
     path, target = study.results_dir / "measurements.csv", study.results_dir / outcomes.NAME
-    rows = outcomes.read_measurements(path) if path.is_file() else []
-    answers = outcomes.read(target)
     open_seed = partial(Study, results_dir=study.results_dir, data_dir=study.data_dir)
     studies = [study if seed == study.seed else open_seed(study.profile, seed) for seed in seeds]
     domains = [(one, name) for one in studies for name in domains_of(one)]
     fill((one, name, method) for one, name in domains for method in methods_of(one, name))
+    # Only now: another process may have written while this one trained.
+    rows = outcomes.read_measurements(path) if path.is_file() else []
+    answers = outcomes.read(target)
     for of_seed in studies:
         rows = outcomes.merge_measurements(rows, seed_rows(of_seed), datasets_of(study))
         for name in domains_of(of_seed):
             answers = outcomes.merge(answers, outcomes_of(of_seed, name))
     path.parent.mkdir(parents=True, exist_ok=True)
-    outcomes.write_measurements(path, rows)
     if len(answers):
         outcomes.write(target, answers)
+    outcomes.write_measurements(path, rows)
     return rows
 
 
 def outcomes_of(study: Study, name: str):
     """The outcomes of all methods and replicates on a domain (`outcomes`), a DataFrame."""
-    heldout = [row["id"] for row in study.pairs(name).rows["heldout"]]
+    ids = [row["id"] for row in study.pairs(name).rows["heldout"]]
+    # A question can have several pairs: q7, q7+1, ...
+    heldout = [f"{one}+{n}" if (n := ids[:at].count(one)) else one for at, one in enumerate(ids)]
     return outcomes.frame(
         (study.seed, replicate, method, name, found, heldout)
         for replicate in study.replicates
@@ -79,8 +82,10 @@ def seed_rows(study: Study) -> list[Measurement]:
         judges.write_replies(study, name, runs[0])
         rows += judges.reply_rows(study, name, runs[0])
         rows += overlap_rows(study, name)
-        note = f"{manifest.CELLS}seed{study.seed}.{name}"
-        manifest.leave(study.store.folder, note, manifest.cells_of(runs[0]))
+        made_by = {one.get("commit") or manifest.UNKNOWN for run in runs for one in run.values()}
+        notes = {manifest.CELLS: manifest.cells_of(runs), manifest.COMMITS: sorted(made_by)}
+        for kind, note in notes.items():
+            manifest.leave(study.store.folder, f"{kind}seed{study.seed}.{name}", note)
     return rows
 
 

@@ -123,9 +123,9 @@ def fill(requested: Iterable[Run]) -> None:
     before: dict[Run, list[Run]] = {}
 
     def add(run: Run) -> None:
-        if run not in before and not training.is_done(*run):
+        if run not in before and not _is_there(*run):
             other = training.run_before(*run)
-            before[run] = [other] if other and not training.is_done(*other) else []
+            before[run] = [other] if other and not _is_there(*other) else []
             for needed in before[run]:
                 add(needed)
 
@@ -141,21 +141,24 @@ def _train(study: Study, name: str, method: str) -> None:
     training.result(study, name, method)
 
 
-def prepare_all(shared: Iterable[tuple[Study, str]]) -> None:
-    """`prepare` for every (study, domain), side by side where there are several."""
+def prepare_all(shared: Iterable[tuple]) -> None:
+    """`prepare` with each of these arguments, side by side where there are several."""
     side_by_side(prepare, dict.fromkeys(shared, ()), "studies prepared")
 
 
-def prepare(study: Study, name: str) -> None:
-    """Make what several methods share before they ask for it at the same time."""
-    splits = {study.at(replicate).train for replicate in study.replicates}
-    for split in (*sorted(splits), "heldout"):
+def prepare(study: Study, name: str, splits: tuple[str, ...] = ("dev", "test")) -> None:
+    """Make what several methods share before they ask for it at the same time.
+
+    splits: those whose problems they will answer.
+    """
+    trained_on = sorted({study.at(replicate).train for replicate in study.replicates})
+    for split in (*trained_on, "heldout"):
         study.encoded(name, split)
     study.scores(name).file("scores.safetensors")
-    for split in sorted(splits):
+    for split in trained_on:
         study.keep_probabilities(name, split)
-    if study.task(name) is not None:
-        study.drafts(name, "dev"), study.drafts(name, "test")
+    for split in splits if study.task(name) is not None else ():
+        study.drafts(name, split)
     if study.domain(name).instructions.datasets:
         study.replies(name)
 
@@ -215,6 +218,10 @@ def _in_worker(work: Callable, opened_by: tuple, *arguments):
     key = (profile.hash(), *rest)
     if key not in _STUDY:
         _STUDY.clear()
+        for part in (*Study.__mro__, scoring):  # they would keep the study, and its model
+            for function in vars(part).values():
+                if hasattr(function, "cache_clear"):
+                    function.cache_clear()
         _STUDY[key] = Study(profile, *rest)
     return work(_STUDY[key].at(replicate), *arguments)
 
@@ -230,7 +237,7 @@ def tune(profile: Profile, seeds: tuple[int, ...], folder: Path, data: str | Non
     studies = [Study(profile, seed, folder, data) for seed in seeds]
     # The first seed has every method, whatever later ones lack.
     first = Study(profile, profile.first_seed, folder, data)
-    prepare_all((study, name) for study in studies for name in profile.domains)
+    prepare_all((study, name, ("dev",)) for study in studies for name in profile.domains)
     searches = {
         (name, method): _search_of(studies[0], name, method)
         for name in profile.domains

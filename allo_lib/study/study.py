@@ -21,7 +21,7 @@ from allo_lib.engine.forward import pair_logps
 from allo_lib.engine.generation import generate
 from allo_lib.engine.store import Artifact, Store, partial_of, write_json
 from allo_lib.engine.trainer import Checkpoints, Schedule
-from allo_lib.errors import AlloError
+from allo_lib.errors import AlloError, short
 from allo_lib.machine import runtime, weights
 from allo_lib.machine.environment import device_name
 from allo_lib.machine.runtime import make_deterministic
@@ -115,6 +115,14 @@ class Study(Importance):
             note = {"name": name, "source": "trained from scratch in 00_setup"}
         else:
             model, tokenizer, note = models.load(name, dtype=self.dtype, device=self.device)
+        for known in manifest.noted(self.results_dir)["weights"]:
+            other = [key for key in note if known.get(key, note[key]) != note[key]]
+            if known.get("name") == name and other:
+                raise AlloError(
+                    f"{self.results_dir} holds results of {name} with {other[0]} "
+                    f"{short(known[other[0]])}, this run's is {short(note[other[0]])}; name "
+                    "another results folder"
+                )
         manifest.leave(self.store.folder, manifest.WEIGHTS, note)
         return model, tokenizer, note, weights.snapshot(model, "cpu")
 
@@ -198,17 +206,28 @@ class Study(Importance):
     def inputs(self, name: str, *fields: str) -> dict:
         """What every artifact of a domain depends on, and the named fields of its settings."""
         settings = self.profile.to_dict()
-        return {
-            "version": VERSION,
-            "seed": self.seed,
-            "model": settings["model"] | {"dtype": self.dtype},
-            "datasets": settings["domains"][name]["datasets"],
-            "kind": settings["domains"][name]["kind"],
-            "data": self._data_hash(name),
-            "threads": [self.profile.compute.threads, self.profile.compute.method_threads],
-            "device": self.device,
-            "max_grad_norm": self.profile.method.max_grad_norm,
-        } | {field: settings["domains"][name][field] for field in fields}
+        return (
+            {
+                "version": VERSION,
+                "seed": self.seed,
+                "model": settings["model"] | {"dtype": self.dtype},
+                "datasets": settings["domains"][name]["datasets"],
+                "kind": settings["domains"][name]["kind"],
+                "data": self._data_hash(name),
+                "threads": [self.profile.compute.threads, self.profile.compute.method_threads],
+                "device": self.device,
+                "max_grad_norm": self.profile.method.max_grad_norm,
+            }
+            | self._dealt(name)
+            | {field: settings["domains"][name][field] for field in fields}
+        )
+
+    def _dealt(self, name: str) -> dict:
+        """How many questions of a file each split gets, on which it depends which ones."""
+        domain = self.domain(name)
+        if domain.kind != "questions":
+            return {}
+        return {"dealt": [domain.sft.examples, domain.pairs.questions, domain.dev]}
 
     @lru_cache
     def _data_hash(self, name: str) -> str:

@@ -132,11 +132,6 @@ class OwnSteps:
         self.flops = counted.get_total_flops()
         return self.flops
 
-    def close(self) -> None:
-        """Give the model back as it was, but for the steps made."""
-        if isinstance(self.optimizer, MaskedAdamW):
-            self.optimizer.close()
-
     def state_bytes(self) -> int:
         """Bytes of optimizer state, packed or dense gradient included."""
         return self.optimizer.state_bytes()

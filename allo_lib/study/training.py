@@ -13,7 +13,7 @@ from allo_lib.engine.store import MANIFEST, Artifact, write_json
 from allo_lib.engine.trainer import Diverged, Log, Schedule
 from allo_lib.errors import AlloError
 from allo_lib.machine import weights
-from allo_lib.machine.environment import device_name
+from allo_lib.machine.environment import ROOT, device_name
 from allo_lib.machine.runtime import torch_threads
 from allo_lib.method.losses import GAMMA, ON_POLICY, ON_REJECTED, ON_SOLUTIONS
 from allo_lib.method.neurons import NeuronMask
@@ -26,6 +26,7 @@ from allo_lib.profiles.methods import (
 )
 from allo_lib.seeds import derive
 from allo_lib.study import scoring
+from allo_lib.study.manifest import commit_of
 from allo_lib.study.search import Rates, Trial, best, search
 from allo_lib.study.study import Study
 
@@ -48,7 +49,7 @@ def result(study: Study, name: str, method: str) -> dict:
     (a list per stage), `dev`, `displacement`, `answers` (id, dataset, answered, right per test
     problem; absent without questions), `margins` (of the held-out pairs), `instructions` (rows of
     `scoring.reply`; absent without instructions); `device`, and `sft`: the first 12 hex digits
-    of the SHA-256 of the SFT weights that it started from.
+    of the SHA-256 of the SFT weights that it started from; `commit`: of the code.
     """
     inputs = _method_inputs(study, name, method)
     return _made(study, "result", inputs, partial(_make_result, study, name, method)).json()
@@ -173,6 +174,7 @@ def _make_result(study: Study, name: str, method: str, folder: Path) -> None:
         **records[chosen.rates],
         **({"dev": 0.0, "loss": []} if model is None else {}),
         "device": device_name(study.device),
+        "commit": commit_of(ROOT)["commit"],
         "sft": study.sft(name).json(MANIFEST)["files"][WEIGHTS][:12],
         "method": method,
         "rates": list(rates),

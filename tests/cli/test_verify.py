@@ -78,13 +78,31 @@ def test_a_new_run_is_compared_with_the_old_one(study, monkeypatch, tmp_path, ca
         "no package version, device or setting differs between the two runs",
         f"the new run is in {new}",
     ]
-    # On another processor it is judged by the spread.
+    # What was made on another processor is judged by the spread, whoever wrote the folder last.
     path = run.results / manifest.NAME
-    manifest.write_json(path, json.loads(path.read_text()) | {"processor": "another"})
+    elsewhere = {"cells": {"seed0": {"another": {"miniature": ["sft"]}}}}
+    manifest.write_json(path, json.loads(path.read_text()) | elsewhere)
     monkeypatch.setattr(verify, "outside_spread", lambda before, after: (7, []))
-    monkeypatch.setattr(verify, "compare", None)
     assert verify.rerun(verify.as_recorded(run)) == []
     assert "another processor: 7 runs judged by the spread" in capsys.readouterr().out
+
+
+def test_equal_measurements_do_not_hide_other_outcomes(study, monkeypatch, tmp_path):  # noqa: F811
+    """Every verdict comes from these."""
+    run, _ = study
+    driver.run_study(run)
+    new, table = tmp_path / "again", synthetic_results.table((0,), ("chain",), 20, pairs=4)
+    monkeypatch.setattr(verify.tempfile, "mkdtemp", lambda prefix: str(new))
+    outcomes.write(run.results / outcomes.NAME, table)
+    real = driver.run_study
+
+    def rerun(again):
+        real(again)
+        table.loc[3, "right"] = ~table.loc[3, "right"]
+        outcomes.write(again.results / outcomes.NAME, table)
+
+    monkeypatch.setattr(driver, "run_study", rerun)
+    assert verify.rerun(run)[0] == "outcomes.parquet: other outcomes"
 
 
 def test_cells_are_equal_near_different_or_absent(tmp_path):
@@ -144,5 +162,6 @@ def test_runs_outside_the_committed_spread_are_named(tmp_path, monkeypatch):
     assert lacking == ["miniature, allo: not in the new run"]
     alone = tmp_path / "alone"
     synthetic_results.write(alone, (0,), datasets=("chain",))
-    expected = "one committed run has no spread by which another processor can be judged"
-    assert verify.outside_spread(alone, alone) == (0, [expected])
+    assert verify.outside_spread(alone, alone) == (0, [])
+    told = "miniature, dpo: one committed run has no spread to judge another by"
+    assert verify.outside_spread(alone, write("other", (0,), 8)) == (0, [told])

@@ -2,6 +2,7 @@
 
 import json
 
+from refusals import refused
 from tiny_study import DOMAIN, open_study
 
 from allo_lib.evaluation import claims
@@ -19,9 +20,12 @@ def test_a_note_is_whole_and_is_read_back(tmp_path):
 
 def test_cells_are_those_of_devices_and_of_sft_models_where_these_differ():
     results = {"dpo": {"device": "CPU"}, "allo": {"device": "GPU"}, "sft": {}}
-    assert manifest.cells_of(results) == {"CPU": ["dpo"], "GPU": ["allo"], "not told": ["sft"]}
+    assert manifest.cells_of([results]) == {"CPU": ["dpo"], "GPU": ["allo"], "not told": ["sft"]}
+    later = {"dpo": {"device": "GPU"}}  # a further replicate of one of them
+    both = {"CPU": ["dpo"], "GPU": ["allo", "dpo"], "not told": ["sft"]}
+    assert manifest.cells_of([results, later]) == both
     results = {m: {"device": "GPU", "sft": m[0]} for m in ("dpo", "npo")}
-    cells = manifest.cells_of(results)
+    cells = manifest.cells_of([results])
     assert cells == {"GPU, SFT model d": ["dpo"], "GPU, SFT model n": ["npo"]}
     line = manifest.several_devices({"seed0": {place: {"toy": m} for place, m in cells.items()}})
     assert "GPU, SFT model n: seed0, toy: npo" in line
@@ -66,11 +70,37 @@ def test_what_a_stopped_run_made_counts_to_the_cost_of_the_one_that_went_on(tmp_
         manifest.write_json(tmp_path / manifest.NAME, known | {"process_seconds": before})
         assert (found := manifest.process_seconds(tmp_path)) == after
         manifest.write_json(tmp_path / manifest.NAME, known | {"process_seconds": found})
-        assert f"{minutes} minutes on 2 cores" in report._provenance(tmp_path, 1)
+        assert f"{minutes} minutes on 2 cores" in report._provenance(tmp_path)
 
 
-def test_a_study_notes_its_weights(tmp_path):
+def test_a_study_notes_its_weights_and_takes_no_others_of_that_name(tmp_path):
     study = open_study(tmp_path)
     study.sft(DOMAIN)
     assert manifest.noted(tmp_path)["weights"][0]["name"] == "micro"
     assert manifest.noted(tmp_path)["data"] == {}  # generated problems come from no file
+    note = {"name": "micro", "source": "elsewhere"}
+    manifest.leave(study.store.folder, manifest.WEIGHTS, note)
+    with refused("holds results of micro with source 'elsewhere'", "name another results folder"):
+        open_study(tmp_path, seed=1).sft(DOMAIN)
+
+
+def test_notes_of_a_piece_join_those_of_earlier_ones(tmp_path):
+    earlier = {"profile": "x", "profile_hash": "", "seeds": [], "files": {}}
+    earlier |= {"weights": [{"name": "a"}], "data": {"maths": 1}, "trained_at": {"seed0.maths": []}}
+    (tmp_path / manifest.NAME).write_text(json.dumps(earlier))
+    store = tmp_path / manifest.STORE
+    for note, value in (("weights", {"name": "b"}), ("data-questions", 2),
+                        ("commits-seed0.questions", ["c0ffee"])):  # fmt: skip
+        manifest.leave(store, note, value)
+    noted = manifest.noted(tmp_path)
+    assert noted["weights"] == [{"name": "a"}, {"name": "b"}]
+    assert noted["data"] == {"maths": 1, "questions": 2}
+    assert noted["trained_at"] == {"seed0.maths": [], "seed0.questions": ["c0ffee"]}
+
+
+def test_an_unfinished_run_has_its_folder_for_itself(tmp_path):
+    profile = open_study(tmp_path / "a").profile
+    manifest.own(tmp_path, profile)
+    manifest.check_folder(tmp_path, profile)
+    with refused("holds results of profile hash", "choose another --out"):
+        open_study(tmp_path, search__candidates=7)

@@ -10,7 +10,7 @@ from allo_lib.cli import cli, driver, verify
 from allo_lib.errors import AlloError
 from allo_lib.profiles import profile_files
 from allo_lib.profiles.profile_files import load_profile
-from allo_lib.study import manifest, results
+from allo_lib.study import manifest, results, runs
 
 
 @pytest.fixture(scope="module")
@@ -86,6 +86,22 @@ def test_a_run_of_some_domains_has_marks_and_notebooks_of_its_own(toy, project):
     driver.run_study(run)  # the whole: its notebooks look at all domains
     assert ran[3:] == ran[:3]
     assert list(manifest.read(run.results)["runs"]) == ["seed0", "seed0_b", "all"]
+
+
+def test_some_domains_are_tuned_by_themselves_and_replace_no_rates(
+    two, tmp_path, monkeypatch, capsys
+):
+    tuned, arguments = [], ["tune", str(two), "--out", str(tmp_path), "--domains", "other"]
+
+    def tune(profile, seeds, folder, data):
+        tuned.extend(profile.domains)
+        (folder / "tuned.yaml").touch()
+        return folder / "tuned.yaml"
+
+    monkeypatch.setattr(runs, "tune", tune)
+    assert cli.main(arguments) == 0 and tuned == ["other"]
+    assert cli.main(arguments) == cli.BAD_INPUT and tuned == ["other"]
+    assert "has rates already, which would be replaced" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("arguments, words", [

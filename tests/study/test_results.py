@@ -130,6 +130,29 @@ def test_a_seed_is_written_beside_others_and_comes_again_to_the_byte(study, rows
     path.unlink()
 
 
+def test_what_another_process_wrote_meanwhile_is_kept(study, monkeypatch):
+    path = study.results_dir / "measurements.csv"
+
+    def fill(requested):
+        assert list(requested)
+        outcomes.write_measurements(path, [outcomes.Measurement(7, "dpo", "a", "b", 0.5, 0.1, 4)])
+
+    monkeypatch.setattr(results, "fill", fill)
+    assert outcomes.seeds_of(results.update(study, [0])) == [0, 7]
+    path.unlink()
+
+
+def test_several_heldout_pairs_of_a_question_have_an_outcome_each(study, found, monkeypatch):
+    """As where `per_question` is above 1, as in the paper."""
+    pairs = study.pairs(DOMAIN).rows | {"heldout": [{"id": one} for one in ("q", "p", "q")]}
+    record = found["dpo"] | {"margins": [1.0, -1.0, 2.0]}
+    monkeypatch.setattr(study.pairs(DOMAIN), "rows", pairs)
+    monkeypatch.setattr(results, "results_of", lambda *_: {"dpo": record})
+    made = results.outcomes_of(study, DOMAIN)
+    made = made[made["margin"].notna()]
+    assert dict(zip(made["problem"], made["margin"], strict=True)) == {"q": 1, "p": -1, "q+1": 2}
+
+
 # --- scores and differences ----------------------------------------------------------------------
 
 

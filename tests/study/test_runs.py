@@ -2,8 +2,10 @@
 
 import csv
 import dataclasses
+import gc
 import math
 import pickle
+import weakref
 
 import pytest
 import yaml
@@ -261,6 +263,34 @@ def test_rates_tuned_on_other_models_are_where_the_search_of_every_run_begins(tu
     assert several == {"dpo": first["tried"]} and problems == study.domain(DOMAIN).dev
 
 
+def test_what_is_missing_is_found_without_making_anything_in_this_process(tmp_path, monkeypatch):
+    """Two seeds' SFT models are made side by side, in workers."""
+    shared, trained = [], []
+    monkeypatch.setattr(Study, "_make_sft", None)
+    monkeypatch.setattr(runs, "prepare_all", shared.extend)
+    monkeypatch.setattr(runs, "side_by_side", lambda work, jobs, title: trained.extend(jobs))
+    studies = [open_study(tmp_path, seed) for seed in (0, 1)]
+    runs.fill((study, DOMAIN, "dpo_paper") for study in studies)
+    assert [study.seed for study, _ in shared] == [0, 0, 1, 1]
+    assert [(study.seed, method) for study, _, method in trained] == [
+        (seed, method) for seed in (0, 1) for method in ("dpo_paper", "dpo")]  # fmt: skip
+
+
+def test_a_worker_that_opens_another_study_keeps_nothing_of_the_last_one(tmp_path):
+    """Of a study with its model in memory, which what is remembered of its tasks points to."""
+    seen = []
+
+    def work(study, name):
+        assert study.task(name) is study.task(name)
+        seen.append(weakref.ref(study))
+
+    for seed in (0, 1):
+        runs._in_worker(work, runs._opened_by(open_study(tmp_path, seed)), DOMAIN)
+    gc.collect()
+    assert [one() is None for one in seen] == [True, False]
+    runs._STUDY.clear()
+
+
 # Where the planted mean over the models is highest, in powers of two of the initial rates; npo's
 # rises for ever.
 TOPS = {"dpo": (1, -1), "allo": (1, 1), "npo": (99, 99)}
@@ -286,7 +316,8 @@ def test_tuning_finds_the_best_mean_of_its_models_and_keeps_the_evidence(tmp_pat
     monkeypatch.setattr(runs, "prepare_all", shared.extend)
     monkeypatch.setattr(training, "score_at", score_at)
     path = runs.tune(profile, (7, 8), tmp_path, None)
-    assert [(study.seed, name) for study, name in shared] == [(7, DOMAIN), (8, DOMAIN)]
+    # Nothing is measured, so that no test problem is answered.
+    assert [(one.seed, *rest) for one, *rest in shared] == [(s, DOMAIN, ("dev",)) for s in (7, 8)]
     rows = list(csv.DictReader((tmp_path / "tuning.csv").open(newline="")))
     assert {row["model"] for row in rows} == {"7", "8"}
     text, found = path.read_text(), yaml.safe_load(path.read_text())[DOMAIN]

@@ -13,6 +13,7 @@ from allo_lib.errors import AlloError
 from allo_lib.machine import weights
 from allo_lib.method import neurons
 from allo_lib.profiles.methods import stages_of
+from allo_lib.profiles.profile_files import load_profile
 from allo_lib.study.study import Study
 
 SMALL = {
@@ -34,6 +35,21 @@ def test_what_cannot_be_opened_is_refused_and_nothing_is_written(
         Study.open(name, seed, str(tmp_path / "new"), overrides)
     open_study(tmp_path / "new")  # nor before it is needed
     assert not (tmp_path / "new").exists()
+
+
+def test_artifacts_of_questions_know_how_many_each_split_is_dealt(tmp_path, monkeypatch):
+    """Files are dealt out in turn: with more development problems others are trained on."""
+    monkeypatch.setattr(Study, "_data_hash", lambda *_: "0")
+
+    def inputs(**changes):
+        profile = load_profile("smollm2", {f"domains.{k}": v for k, v in changes.items()}, "cpu")
+        return Study(profile, 0, tmp_path).inputs("questions", "sft")
+
+    known = inputs()
+    for change in ("questions.dev", "questions.pairs.questions"):
+        assert inputs(**{change: 31}) != known
+    assert inputs(**{"maths.dev": 31}) == known
+    assert "dealt" not in open_study(tmp_path).inputs(DOMAIN, "sft")
 
 
 def test_results_of_another_profile_are_left_alone(tmp_path, tiny_study):
