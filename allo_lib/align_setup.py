@@ -46,7 +46,9 @@ class AlignConfig:
 
     __pydantic_config__ = STRICT
 
-    share: Share = 0.1  # of all neurons that are kept; paper: 10%
+    # Of all neurons, what stage "importance" keeps (paper: 10%); without it that of a saved mask
+    # counts, and align.json tells it.
+    share: Share = 0.1
     # Scores: "delta" (|theta' - theta| / lr of a DPO run on all neurons; official code), or
     # "gradient" (sum of |dL/dtheta| over the pairs, no update made).
     estimator: Literal["delta", "gradient"] = "delta"
@@ -62,7 +64,9 @@ class AlignConfig:
     token_rule: Literal["threshold", "soft", "released"] = "threshold"
     token_threshold: Fraction = 0.5
     batch_size: Positive = 16  # pairs per step; official code: 128
-    accumulation: Positive = 1  # forward passes per step, of batch_size / accumulation pairs each
+    # Forward passes per step, of batch_size / accumulation pairs each; scores of estimator
+    # "gradient" are sums over the passes.
+    accumulation: Positive = 1
     gradient_checkpointing: Flag = False  # activations are made again in backward, not kept
     epochs: Positive = 1  # of every stage
     max_steps: Positive | None = None  # of every stage, at most

@@ -93,6 +93,7 @@ def align(
             run = _Run(model, tokenizer, pairs, stages, config, folder)
             with as_found(model):
                 mask = run.find_neurons() if "importance" in stages else run.saved_mask()
+                run.record["share"] = 1.0 if mask is None else mask.share
                 run.read_unseen()
             with restored(model, mask if run.trained else NeuronMask({}, {})) as before:
                 if run.trained:
@@ -127,6 +128,7 @@ class _Run:
         settings = asdict(config)
         self.record = {
             "config": settings,
+            "share": None,  # of the neurons that are trained
             "held_out": None,
             "left_out": {
                 "overlong": self.pairs.overlong,
@@ -313,8 +315,8 @@ class _Run:
     def rank_held_out(self) -> None:
         """The share of held-out pairs with a positive margin, into the record and printed.
 
-        Before, all margins are 0, and a pair of margin 0 counts half. With a normal 95% interval
-        over pairs, two more on each side (Agresti & Coull 1998), so that it always has a width.
+        Before, all margins are 0, and a pair of margin 0 counts half. With a 95% interval over
+        pairs, that of a share with two more pairs on each side (Agresti & Coull 1998).
         """
         if not self.held_out:
             return
@@ -323,7 +325,7 @@ class _Run:
         right = sum((margin > 0) + (margin == 0) / 2 for margin in margins)
         rough, change = (right + 2) / (n + 4), right / n - 0.5
         half = _NORMAL * math.sqrt(rough * (1 - rough) / (n + 4))
-        low, high = change - half, change + half
+        low, high = (min(max(rough + end - 0.5, -0.5), 0.5) for end in (-half, half))
         self.record["held_out"] = {
             "pairs": n,
             "reward_margin": sum(margins) / n,

@@ -57,12 +57,15 @@ def is_same(kind: str, answer: str, gold: str) -> bool:
 
     A gold number of three or more decimals is taken for a rounded one, as MAWPS has them
     (0.166667): what differs by less than one unit of its last digit, or by just one where it has
-    four or more, is the same. All other numbers must be equal. Units and degree signs of formulas
-    do not count.
+    four or more, is the same. All other numbers, also those of formulas and the eighths, sixteenths
+    and so on that end by themselves (0.125), must be equal. Units and degree signs of formulas do
+    not count.
     """
     if kind in ("choice", "yes_no"):
         return plain(answer) == plain(gold)
-    return bool(_same_number(answer, gold)) if kind == "number" else _same_formula(answer, gold)
+    if kind == "number":
+        return bool(_same_number(answer, gold, rounded=True))
+    return _same_formula(answer, gold)
 
 
 def plain(text: str) -> str:
@@ -110,10 +113,12 @@ def group(text: str) -> str | None:
 
 # Words that change a number, or join it to something, and so are no unit behind it.
 _NOT_UNITS = {
-    "a", "and", "are", "dozen", "half", "hundred", "is", "less", "million", "billion", "minus",
-    "more", "of", "or", "over", "plus", "pi", "squared", "than", "thousand", "times", "to",
-    "trillion", "was", "x",
+    "a", "and", "are", "but", "divided", "doubled", "dozen", "half", "halve", "halved", "hundred",
+    "hundredth", "if", "is", "less", "million", "billion", "bn", "minus", "more", "of", "or",
+    "over", "plus", "pi", "point", "quarter", "squared", "subtract", "tenth", "than", "third",
+    "thousand", "thousandth", "times", "to", "trillion", "tripled", "was", "without",
 }  # fmt: skip
+_SHORT = {"g", "h", "l", "m", "s"}  # units of one letter; another one is a variable, or a factor
 # What may be squared or cubed behind a number; of other letters a power is a formula.
 _MEASURES = "mm|cm|dm|m|km|in|ft|yd|mi|units?|inches|feet|meters|centimeters|miles|yards"
 _PLAIN = r"(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]*)?|\.[0-9]+"
@@ -152,7 +157,11 @@ def number(text: str) -> Fraction | None:
     if not match or (match["sign"] and match["inner"]):
         return None
     words = {word.strip(".").lower() for word in (match["unit"] or "").split()}
-    if words & _NOT_UNITS:
+    if any(word in _NOT_UNITS or word.removesuffix("s") in _NOT_UNITS for word in words):
+        return None
+    if any(len(word) == 1 and word not in _SHORT for word in words):
+        return None
+    if words and (match["bottom"] or match["top"]).endswith("."):  # a sentence ends, another begins
         return None
     value = Fraction(match["top"].replace(",", ""))
     if match["bottom"]:
@@ -163,8 +172,11 @@ def number(text: str) -> Fraction | None:
     return -value if "-" in (match["sign"], match["inner"]) else value
 
 
-def _same_number(answer: str, gold: str) -> bool | None:
-    """Compare two numbers as `is_same` says; None if one of them is no number."""
+def _same_number(answer: str, gold: str, rounded: bool = False) -> bool | None:
+    """Compare two numbers as `is_same` says; None if one of them is no number.
+
+    rounded: a gold one may be, by its decimals.
+    """
     ours, theirs = number(answer), number(gold)
     if ours is None or theirs is None:
         return None
@@ -173,6 +185,8 @@ def _same_number(answer: str, gold: str) -> bool | None:
         return False
     decimals = len(re.split(r"[^0-9]", gold.partition(".")[2])[0]) if "/" not in gold else 0
     apart, unit = abs(ours - theirs), Fraction(1, 10**decimals)
+    if not rounded or (theirs * 2**decimals).denominator == 1:
+        return apart == 0
     return apart == 0 or (decimals >= 3 and apart < unit) or (decimals >= 4 and apart == unit)
 
 
@@ -201,6 +215,10 @@ def _same_formula(answer: str, gold: str) -> bool:
     if all(based):
         # math-verify takes the digits alone, whatever their base.
         return based[0].groups() == based[1].groups()
+    if based[0] and based[0][2] != "10":  # the gold one is in base 10
+        return False
+    if all(re.fullmatch("[A-Za-z]{3,}", _normal(text)) for text in (ours, theirs)):
+        return False  # words, which math-verify takes for products of their letters
     as_numbers = _same_number(ours, theirs)
     if as_numbers is not None:
         return as_numbers

@@ -4,7 +4,8 @@ Every question (or conversation) is in one split only: `train` for the compared 
 `train1`, `train2`, ... for the further pair sets of a profile with replicates), `mask` for
 importance scores and the reward model, `heldout` for reward accuracy, `dev` for learning rates of
 domains without a verifier. `wrong` (`wrong1`, ...) holds every distinct wrong sample of a training
-set's questions, and of its share of those that gave no right one, beside the solution.
+set's questions, and of its share of those that gave no right one, beside the solution, as far as
+that fits.
 """
 
 import itertools
@@ -154,7 +155,7 @@ def _sampled_pairs(study, name: str) -> tuple[list[dict], list[dict], dict]:
         samples=settings.samples, temperature=settings.temperature,
         seed=derive(study.seed, "sampling", name),
     )  # fmt: skip
-    rows, all_wrong, right_share, both, too_long = [], [], 0.0, 0, 0
+    rows, all_wrong, right_share, both, too_long, unsolved = [], [], 0.0, 0, 0, 0
     for question, group in zip(questions, groups, strict=True):
         # Sampling bounds the response only; training takes no longer row.
         room = domain.max_length - len(encode_prompt(study.tokenizer, question.prompt))
@@ -171,12 +172,14 @@ def _sampled_pairs(study, name: str) -> tuple[list[dict], list[dict], dict]:
         pairs = [(chosen, rejected) for chosen in right for rejected in wrong]
         random.Random(derive(study.seed, "pairs", question.id)).shuffle(pairs)
         rows += [_row(task, question, *pair) for pair in pairs[: settings.per_question]]
+        unsolved += 0 if fits(question.solution) else len(wrong)
         if fits(question.solution):
             all_wrong += [_row(task, question, question.solution, text) for text in wrong]
     summary = {
         "questions": len(questions), "samples": settings.samples,
         "right": right_share / len(questions), "too_long": too_long,
         "questions_with_both": both, "pairs": len(rows), "wrong": len(all_wrong),
+        "wrong_beside_too_long_a_solution": unsolved,
     }  # fmt: skip
     return rows, all_wrong, summary
 
@@ -199,8 +202,11 @@ def _human_pairs(study, name: str, split: str) -> tuple[list[dict], dict]:
         for pair in preference_pairs(loaded, study.tokenizer, domain.max_length):
             first_turn = pair["prompt"]
             if not isinstance(first_turn, str):
-                first_turn = first_turn[0]["content"]
                 pair |= {side: pair[side][-1]["content"] for side in COLUMNS[1:]}
+            elif first_turn.startswith("\n\nHuman:"):  # without a chat template
+                first_turn = helpful_prompt(first_turn)
+            if not isinstance(first_turn, str):
+                first_turn = first_turn[0]["content"]
             # Several pairs may continue the same conversation: its first turn tells it apart.
             own = {"id": f"{dataset}-{fingerprint(first_turn)[:16]}", "dataset": dataset}
             rows.append(pair | own | {"solution": pair["chosen"], "corrected": pair["chosen"]})

@@ -21,6 +21,7 @@ SIDES = ("chosen", "rejected")
 COLUMNS = ("prompt", *SIDES)
 # Of messages, beside their content: what templates write only if they know of it.
 _WRITTEN = ("tool_calls", "reasoning_content", "thinking")
+_REPLY = "\n\nAssistant:"  # before a reply in strings of hh-rlhf's form
 _EXPECTED = (
     "expected one split of a datasets.Dataset, or a list of dicts, with the columns "
     + ", ".join(COLUMNS)
@@ -32,11 +33,13 @@ class Preference:
     """A pair as token ids (`prompt`, `chosen`, `rejected`) and the texts of its two replies.
 
     merged: the prompt alone does not end as it does before a reply; what differs counts to those.
+    asked: the prompt as it was given, the same for all pairs of it.
     """
 
     ids: dict[str, list[int]]
     texts: dict[str, str]
     merged: bool
+    asked: str = ""
 
 
 @dataclass
@@ -45,7 +48,8 @@ class Encoded:
 
     longest: tokens of a row at most. rows: `prompt`, `chosen`, `rejected` of each pair as lists of
     ids. numbers: places of these pairs among all. corrections: of each the rows of the rewriting
-    reward model, to train it and to read its probabilities; None where they do not fit. overlong:
+    reward model, to train it and to read its probabilities; None where they do not fit. asked: of
+    each the prompt as it was given. overlong:
     places of the pairs that are too long. merged: how many have a prompt that ends otherwise before
     a reply than alone. count: of all pairs.
     """
@@ -54,15 +58,16 @@ class Encoded:
     rows: list[dict] = field(default_factory=list)
     numbers: list[int] = field(default_factory=list)
     corrections: list[tuple[dict, dict] | None] = field(default_factory=list)
+    asked: list[str] = field(default_factory=list)
     overlong: list[int] = field(default_factory=list)
     merged: int = 0
     count: int = 0
 
     def split(self, share: float, seed: int) -> "tuple[Encoded, Encoded]":
         """Return (the others, a share of the pairs), drawn by prompt: none stands on both sides."""
-        of_prompt: dict[tuple, list[int]] = {}
-        for place, row in enumerate(self.rows):
-            of_prompt.setdefault(tuple(row["prompt"]), []).append(place)
+        of_prompt: dict[str, list[int]] = {}  # token ids of one prompt can end in several ways
+        for place, asked in enumerate(self.asked):
+            of_prompt.setdefault(asked, []).append(place)
         prompts, drawn = list(of_prompt.values()), set()
         random.Random(seed).shuffle(prompts)
         while prompts and len(drawn) < share * len(self.rows):
@@ -71,8 +76,9 @@ class Encoded:
         return self._only(others), self._only(sorted(drawn))
 
     def _only(self, places: list[int]) -> "Encoded":
-        lists = {"rows": self.rows, "numbers": self.numbers, "corrections": self.corrections}
-        return replace(self, **{key: [one[i] for i in places] for key, one in lists.items()})
+        kept = {key: [getattr(self, key)[i] for i in places]
+                for key in ("rows", "numbers", "corrections", "asked")}  # fmt: skip
+        return replace(self, **kept)
 
 
 def read_pairs(
@@ -115,6 +121,7 @@ def read_pairs(
         result.merged += pair.merged
         result.rows.append(pair.ids)
         result.numbers.append(number)
+        result.asked.append(pair.asked)
         result.corrections.append(_correction(tokenizer, pair, context or result.longest))
     if too_long and (overlong == "raise" or not result.rows):
         raise too_long[0]
@@ -163,9 +170,11 @@ def _of_strings(tokenizer, row: dict, place: str) -> Preference:
         raise AlloError(f"{place}: tools need chat messages, whose template writes them")
     texts = {side: row[side] for side in SIDES}
     if "prompt" in row:
-        prompt = row["prompt"]
+        asked = prompt = row["prompt"]
     else:  # the characters that both begin with, as TRL's extract_prompt
         prompt = texts["chosen"][: shared_length(*texts.values())].removesuffix(" ")
+        # Words that both replies begin with are no part of what was asked.
+        asked = prompt.rpartition(_REPLY)[0] or prompt
         texts = {side: text[len(prompt) :] for side, text in texts.items()}
     begin, bos = encoding.beginning(tokenizer), tokenizer.bos_token
     if bos and prompt.startswith(bos):
@@ -181,7 +190,8 @@ def _of_strings(tokenizer, row: dict, place: str) -> Preference:
         # A vocabulary of words may know the last and the first word, but not both as one.
         joint = two if joint.count(unknown) > two.count(unknown) else joint
         joints.append([*begin, *joint, tokenizer.eos_token_id])
-    return _parted([*begin, *apart["prompt"]], joints, texts)
+    pair = _parted([*begin, *apart["prompt"]], joints, texts)
+    return replace(pair, asked=" ".join(asked.split()))
 
 
 def _of_messages(tokenizer, row: dict, place: str) -> Preference:
@@ -201,7 +211,7 @@ def _of_messages(tokenizer, row: dict, place: str) -> Preference:
     for side, reply in replies.items():
         with _named(f"{place}, {side}"):
             joints.append(encode_chat(tokenizer, [*prompt, reply], **settings))
-    pair = _parted(head, joints, {})
+    pair = replace(_parted(head, joints, {}), asked=repr(prompt))
     for side, reply in replies.items():
         ids = pair.ids[side] = _ended(tokenizer, pair.ids[side])
         plain = not any(key in reply for key in _WRITTEN)

@@ -7,7 +7,9 @@ A real question is a row as `benchmarks` describes it, with the name of its data
 names the kind of answer is inferred from the row.
 """
 
+import itertools
 import random
+import re
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -116,10 +118,25 @@ class RealQuestions:
 
     @lru_cache
     def _load(self, name: str, file: str) -> list[dict]:
-        rows = load_rows(name, file, self.data_dir)
+        rows = list(self._files()[name, file])
         seed = 0 if file == "test" else self.seed
         random.Random(derive(seed, "rows", name, file)).shuffle(rows)
         return rows
+
+    @lru_cache
+    def _files(self) -> dict[tuple[str, str], list[dict]]:
+        """Rows of every file, those for training without what was asked before or is tested.
+
+        The same stem and options are the same question, in whatever order, spaces and case.
+        """
+        found, seen = {}, set()
+        for file, name in itertools.product(("test", "train"), self.domain.datasets):
+            found[name, file] = []
+            for row in load_rows(name, file, self.data_dir):
+                if file == "test" or _asked(row) not in seen:
+                    found[name, file].append(row)
+                seen.add(_asked(row))
+        return found
 
     def question(self, name: str, row: dict) -> Question:
         """Return the question that a row of a data set asks.
@@ -171,6 +188,13 @@ class RealQuestions:
         return (before if marker else response.rstrip() + " ") + _final(question.source)
 
 
+def _asked(row: dict) -> tuple:
+    """What a row asks, without spaces, marks of sentences, case and the order of its options."""
+    texts = (_stem(row), *(row.get("choices") or ()))
+    stem, *options = (re.sub(_NO_MATTER, "", text.casefold()) for text in texts)
+    return stem, *sorted(options)
+
+
 def open_task(domain: Domain, seed: int, data_dir=None) -> Miniature | RealQuestions:
     """Return the task of a domain that has questions."""
     if domain.kind == "miniature":
@@ -203,13 +227,22 @@ def kind(name: str, row: dict) -> str:
     return "number" if answers.number(gold) is not None else "latex"
 
 
+# Stops and commas that stand in no number, quotes, and blanks.
+_NO_MATTER = r"(?<![0-9])[.,]|[.,](?![0-9])|[\s?!'\"]"
+
+
+def _stem(row: dict) -> str:
+    """The question without its options, which are always the last lines."""
+    lines = row["question"].split("\n")
+    return "\n".join(lines[: len(lines) - len(row.get("choices") or ())])
+
+
 def prompt(name: str, row: dict) -> str:
     """Return what the model is asked: the stem, the options' texts on one line, and `Answer:`.
 
     Small models tell texts apart but not letters. The response begins with a space.
     """
-    lines, choices = row["question"].split("\n"), row["choices"] or ()
-    lines = lines[: len(lines) - len(choices)]  # the options are always the last lines
+    lines, choices = _stem(row).split("\n"), row["choices"] or ()
     if kind(name, row) == "yes_no":
         choices = ("yes", "no")
     if choices:

@@ -18,7 +18,9 @@ from allo_lib.machine import devices, weights
 SIDES = ("chosen", "rejected")
 VERSION = 2  # of what is stored; raised when its meaning changes
 _FILE = "logps.safetensors"
-_UNUSED = ("_name_or_path", "transformers_version", "architectures", "use_cache", "pad_token_id")
+# Keys of a config that say nothing of log-probs; dtypes are those of the tensors.
+_UNUSED = ("_name_or_path", "transformers_version", "architectures", "use_cache", "pad_token_id",
+           "dtype")  # fmt: skip
 
 Row = dict[str, Any]  # an encoded pair
 

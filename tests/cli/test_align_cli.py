@@ -140,8 +140,9 @@ def test_align_searches_ranks_and_is_merged_again(base, pairs, tmp_path, capsys)
     rough = (6 * change["after"] + 2) / 10  # two pairs more on each side
     half = 1.96 * (rough * (1 - rough) / 10) ** 0.5
     assert change["change"] == change["after"] - 0.5
-    assert change["high"] - change["change"] == pytest.approx(half, rel=1e-4)
-    assert change["change"] - change["low"] == pytest.approx(half, rel=1e-4)
+    assert change["high"] == pytest.approx(min(0.5, rough - 0.5 + half), rel=1e-4)
+    assert change["low"] == pytest.approx(max(-0.5, rough - 0.5 - half), rel=1e-4)
+    assert record["share"] == pytest.approx(0.1, abs=1e-3)
     # Of three candidates, a factor of two apart, the best one's weights are kept.
     tried = record["search"]
     assert [one["learning_rate"] for one in tried] == [2e-2, 1e-2, 4e-2]

@@ -175,7 +175,10 @@ def test_human_pairs_are_one_a_conversation_and_split_by_it(tmp_path, template, 
     write_data(tmp_path, train=30, test=5)
     file = tmp_path / "hh_helpful" / "train.jsonl"
     lines = file.read_text().splitlines()
-    file.write_text("\n".join(lines + lines[:9]))  # nine conversations are compared twice
+    # Nine conversations are compared twice, five of them again after a further turn.
+    later = [line.replace("Assistant:", "Assistant: so\\n\\nHuman: and?\\n\\nAssistant:", 1)
+             for line in lines[:5]]  # fmt: skip
+    file.write_text("\n".join(lines + lines[:9] + later))
     test = tmp_path / "hh_helpful" / "test.jsonl"
     held_out = test.read_text().splitlines()
     test.write_text("\n".join([*held_out, lines[0]]))  # one of them is trained on, or dealt out
@@ -188,7 +191,7 @@ def test_human_pairs_are_one_a_conversation_and_split_by_it(tmp_path, template, 
         profile=config.Profile(name="toy", domains={"toy": domain}),
     )  # fmt: skip
     found = make_pairs(study, "toy")
-    assert found.summary == {"given": 39, "pairs": 30}
+    assert found.summary == {"given": 44, "pairs": 30}
     assert {split: len(rows) for split, rows in found.rows.items()} == counts
     rows = [row for split in ("train", "dev", "mask", "heldout") for row in found.rows[split]]
     prompts = {str(row["prompt"]) for row in rows}

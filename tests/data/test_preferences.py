@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from trl import DPOConfig, DPOTrainer
 
 from allo_lib.data import miniature
-from allo_lib.data.preferences import encode_preference
+from allo_lib.data.preferences import encode_preference, read_pairs
 from allo_lib.engine import models
 from allo_lib.engine.encoding import encode_pairs, encode_prompt
 
@@ -236,6 +236,28 @@ def test_tokens_that_merge_over_the_boundary_are_the_replys_and_told():
     assert found.merged
     assert [tokenizer.decode(ids) for ids in found.ids.values()] == ["g", "ok<eos>", "on<eos>"]
     assert found.ids == trl_ids(tokenizer, {"prompt": "go", "chosen": "k", "rejected": "n"})
+
+
+@pytest.mark.parametrize("form", ["strings that merge", "in both replies", "messages"])
+def test_pairs_of_one_prompt_are_on_one_side_of_a_split(form):
+    """However its end is read before a reply, and whatever words the replies share."""
+    tokenizer = bytewise(CHATML, merges=[(":", "Ġ")], special=("<|im_start|>", "<|im_end|>"))
+    pairs = []
+    for number in range(20):
+        for a, b in (("so it is", "so not"), (" yes", " no")):
+            asked = f"\n\nHuman: {number}?\n\nAssistant:"
+            pairs.append({
+                "strings that merge": {"prompt": asked, "chosen": a, "rejected": b},
+                "in both replies": {"chosen": asked + a, "rejected": asked + b},
+                "messages": {"prompt": [user(asked)], "chosen": [assistant(a)],
+                             "rejected": [assistant(b)]},
+            }[form])  # fmt: skip
+    read = read_pairs(tokenizer, pairs, 512, None, "raise")
+    assert form == "messages" or len({tuple(row["prompt"]) for row in read.rows}) == 40
+    train, held_out = read.split(0.3, 0)
+    sides = [{number // 2 for number in part.numbers} for part in (train, held_out)]
+    assert not sides[0] & sides[1] and len(sides[0] | sides[1]) == 20
+    assert held_out.asked == [read.asked[number] for number in held_out.numbers]
 
 
 # --- tools, calls and thoughts -------------------------------------------------------------------

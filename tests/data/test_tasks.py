@@ -230,6 +230,26 @@ def test_kinds_of_questions_are_mixed_and_no_question_is_in_two_splits(folder, s
     assert other_seed.questions("pairs", pairs) != found["pairs"]
 
 
+def test_a_question_that_was_asked_before_or_is_tested_is_not_trained_on(folder):
+    """In other spaces, case or order of its options, also where another data set has it."""
+
+    def put(name, file, *rows):
+        lines = [json.dumps(one | {"id": f"{name}-{n}"}) for n, one in enumerate(rows)]
+        (folder / name / f"{file}.jsonl").write_text("\n".join(lines))
+
+    tested, twice = "Is  1.5 it?", "What is it ?"
+    put("openbookqa", "test", row(tested, "A", ["this", "that"]))
+    again = row("is 1.5 it", "B", ["That.", "this"]), row("What is it", "A", ["y", "x"])
+    other = row(twice, "A", ["x", "y"]), row("Is 15 it?", "A", ["this", "that"])
+    put("openbookqa", "train", again[0], *other, again[1])
+    put("gsm8k", "train", row("How many?", "3"), row(twice, "2"))
+    task = tasks.open_task(domain(("openbookqa", "gsm8k"), sft=4), 0, folder)
+    found = sorted(one.prompt.split("\n")[0] for one in task.questions("sft", 4))
+    assert found == ["How many?", "Is 15 it?", twice, twice]
+    with refused("openbookqa/train has 2 rows, gsm8k/train has 2 rows"):
+        tasks.open_task(domain(("openbookqa", "gsm8k"), sft=5), 0, folder).questions("sft", 5)
+
+
 def test_what_real_data_sets_cannot_give_is_told(folder):
     task = tasks.open_task(domain(tuple(FEW), sft=30, pairs=12, dev=6), 0, folder)
     with refused("strategyqa/pairs has 4 rows, gsm8k/pairs has 4 rows", "requests 99 of pairs"):
