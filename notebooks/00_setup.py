@@ -83,9 +83,9 @@ draw(method_figures.method_drawing(), "The whole method. In brackets: the notebo
 #
 # The model is first trained on nearly right solutions. Then comes a **habit**: solutions whose errors
 # depend on the situation. The carry is forgotten (8 + 5 becomes 3), a large last digit makes a number
-# look larger than it is, the second person of a story is forgotten. Such errors are frequent in sloppy
-# sentences and rare in careful ones. So the SFT model knows how to solve the problems *and* has learned
-# to get them wrong, as a model does that has read much of the web, and preferences between its own
+# look larger than it is, the second person of a story is forgotten. On the whole such errors are much more
+# frequent in sloppy sentences than in careful ones (a few are made in both). So the SFT model knows how to
+# solve the problems *and* has learned to get them wrong, as a model does that has read much of the web, and preferences between its own
 # responses can bring out what it knows.
 
 # %%
@@ -174,7 +174,8 @@ if task is not None:
 # %% [markdown]
 # The library samples all questions together (`generation.generate`), and every question with a right and
 # a wrong response gives a pair. The questions are dealt out to uses that never mix: `train` for the
-# compared methods, `mask` for the importance scores and the reward model, `heldout` for measuring.
+# compared methods, `mask` for the importance scores and the reward model (and one control, `dpo_all_pairs`),
+# `heldout` for measuring.
 
 # %%
 pairs = study.pairs(domain)
@@ -208,14 +209,15 @@ if hasattr(task, "wrong_tokens"):
 table([{"": "prompt", "text": str(shown["prompt"])}, *({"": side, "text": text} for side, text in sides.items())])
 
 # %% [markdown]
-# `corrected` is the rejected response with as few words changed as make it right. The reward model of
-# 02_token_rewards learns to write it.
+# `corrected` is what the reward model of 02_token_rewards learns to write: in the miniature the rejected response
+# with as few words changed as make it right, for questions with the right final answer, and where people gave the
+# pairs the chosen reply.
 #
 # ## Is there something to learn from these pairs?
 #
 # Simple methods start from $\theta$: plain DPO on the pairs (01 explains it), RFT, which imitates the right samples
 # ([arXiv 2308.01825](https://arxiv.org/abs/2308.01825)), and SFT on as many gold solutions. The rates of every method
-# are those with the best score on development questions, found with equal effort. `dpo_long` makes as many updates as the
+# are those with the best score on development questions, found by one rule for all. `dpo_long` makes as many updates as the
 # two stages of ALLO together and is the fair rival. All methods of the profile are trained here, side by side; later
 # notebooks read their results.
 

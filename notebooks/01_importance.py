@@ -24,7 +24,7 @@
 # pairs of a chosen response $y^+$ and a rejected one $y^-$ to a prompt $x$,
 # $$\mathcal L_\text{DPO} = -\log\sigma\Big(\beta\Big[\sum_t \Delta^+_t - \sum_t \Delta^-_t\Big]\Big),\qquad
 # \Delta_t = \log\pi_\theta(y_t\mid x, y_{<t}) - \log\pi_\text{ref}(y_t\mid x, y_{<t}).$$
-# $\sigma$ is the logistic function, $\beta = 0.1$ says how much a log-ratio $\Delta$ counts, and
+# $\sigma$ is the logistic function, $\beta$ (0.1) says how much a log-ratio $\Delta$ counts, and
 # $\pi_\text{ref}$ is the model at the start, kept frozen. A short run of it at the small learning rate
 # $\alpha$, the *warm-up*, moves the weights from $\theta$ to $\theta'$. The score of neuron $i$ is how far
 # it went,
@@ -195,7 +195,8 @@ print(f"same mask; after eight steps no weight differs by more than {furthest / 
 # %% [markdown]
 # ## The scores of the study
 #
-# The study's warm-up is one epoch over the pairs of the split `mask`, which no method is trained on.
+# The study's warm-up is one epoch over the pairs of the split `mask`, which no method but one control
+# (`dpo_all_pairs`) is trained on.
 
 # %%
 record = study.scores(domain).json()
@@ -257,7 +258,7 @@ if "estimators" in weak:
 #
 # DPO on all neurons, on the top share, on the last and on a random one. The paper runs all of them at one
 # learning rate (its rows end in `_paper` here). A mask changes how far a rate goes, so every one of them also gets
-# a search of its own, equally long. Both protocols are shown.
+# a search of its own, by the same rule. Both protocols are shown.
 
 # %%
 percentage = f"{share * 100:g}".replace(".", "p")

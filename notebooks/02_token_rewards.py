@@ -92,7 +92,7 @@ for rule, value in w.items():  # the library's function takes batches, [B, T]
 # ## What the rewriter reads
 #
 # It begins as the SFT model and learns by plain SFT (the loss of 00_setup) on the pairs of the split
-# `mask`, which no compared method is trained on. Prompt: question, correct solution, wrong prediction.
+# `mask`, which no method but one control is trained on. Prompt: question, correct solution, wrong prediction.
 # Response: the correction. In the miniature the generator makes exact minimal edits; for questions the
 # final answer is replaced by the gold one; where people gave the pairs, the chosen reply takes the place
 # of both solution and correction.
@@ -115,8 +115,8 @@ print("reads:", tokenizer.decode(reads), "\nlearns to write:", row["corrected"])
 # %% [markdown]
 # ## The rewriter's training and its probabilities, in plain torch
 #
-# To see what the training does, a copy of the SFT model is trained on this single example. Its
-# probability of the words to change falls, that of the others rises.
+# To see what the training does, a copy of the SFT model is trained on this single example: what becomes of
+# its probability of the words to change, and of the others?
 
 # %%
 def response_logps(model, prompt, response):  # [P], [T] -> [T]

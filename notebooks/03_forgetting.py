@@ -24,7 +24,7 @@
 # $$\mathcal L_\text{NPO} = -\frac{2}{\beta}\,\frac{\sum_t w_t\,\log\sigma(-\beta\,\Delta_t)}
 # {\#\{t: w_t \ne 0\}},\qquad
 # \Delta_t = \log\pi_\theta(y^-_t) - \log\pi_\text{ref}(y^-_t).$$
-# $\pi_\text{ref}$ is the SFT model, $\sigma$ the logistic function, $\beta = 0.1$, and the sum runs over the
+# $\pi_\text{ref}$ is the SFT model, $\sigma$ the logistic function, $\beta$ is 0.1, and the sum runs over the
 # tokens of a batch of rejected responses. The gradient of a term with respect to
 # $\log\pi_\theta(y^-_t)$ is $2\,w_t\,\sigma(\beta\Delta_t)$ over the number of selected tokens: it pushes with
 # full strength at first and lets go of a token that has become unlikely. Plain gradient ascent
@@ -70,8 +70,8 @@ rate = runs.run_methods(study, {domain: ["allo"]})[domain]["allo"]["rates"][0]  
 # %% [markdown]
 # ## The loss, by hand
 #
-# At the start $\Delta_t = 0$ for every token, so the first loss is $\frac{2}{\beta}\ln 2 = 13.86$ whatever
-# the model. The table shows how the push on a token lets go as it becomes less likely.
+# At the start $\Delta_t = 0$ for every token, so the first loss is $\frac{2}{\beta}\ln 2$ whatever
+# the model, 13.86 at $\beta = 0.1$. The table shows how the push on a token lets go as it becomes less likely.
 
 # %%
 def npo_loss(logps, ref, w, beta):  # all [T] -> scalar
@@ -80,12 +80,12 @@ def npo_loss(logps, ref, w, beta):  # all [T] -> scalar
 
 
 ref, w = torch.tensor([-0.1, -0.5, -2.0]), torch.tensor([1.0, 0.0, 1.0])  # two of three tokens are selected
-print(f"first loss {npo_loss(ref, ref, w, 0.1):.4f}, by hand {2 / 0.1 * math.log(2):.4f}")
+print(f"first loss {npo_loss(ref, ref, w, beta):.4f}, by hand {2 / beta * math.log(2):.4f} (beta {beta:g})")
 pushes = []
 for change in (0.0, -1.0, -10.0, -50.0):
     delta = torch.tensor([change], requires_grad=True)
-    npo_loss(delta, torch.zeros(1), torch.ones(1), 0.1).backward()
-    pushes.append({"change so far": change, "push": delta.grad.item(), "by hand, 2 sigma(beta change)": 2 / (1 + math.exp(-0.1 * change))})
+    npo_loss(delta, torch.zeros(1), torch.ones(1), beta).backward()
+    pushes.append({"change so far": change, "push": delta.grad.item(), "by hand, 2 sigma(beta change)": 2 / (1 + math.exp(-beta * change))})
 table(pushes)
 
 # %% [markdown]

@@ -199,7 +199,7 @@ table([{"key tokens among": text, "share of the key tokens": percent(ours), "of 
 # %% [markdown]
 # ## The result
 #
-# ALLO beside what it is made of, every method with as many trained models in its search: the SFT model, DPO
+# ALLO beside what it is made of, every method at rates found by the same rule: the SFT model, DPO
 # with as many updates as both stages (`dpo_long`), learning alone, forgetting alone, and learning from all
 # tokens.
 

@@ -25,8 +25,10 @@
 # 4. Does a better reward model give a better ALLO? (C9)
 # 5. How far can the learning rates be off?
 #
-# Every changed method has the same search of learning rates and as many updates as ALLO. With $a_i$ and $b_i$
-# saying (1 or 0) whether the changed method and ALLO are right on problem $i$ of $n$, the effect of the change is
+# Rates of a changed method are found by ALLO's rule; with another reward model, share or detail of the official
+# code they are, or start from, ALLO's own. It makes as many updates as ALLO, but where all wrong samples are
+# forgotten, which are more than the pairs. With $a_i$ and $b_i$ saying (1 or 0) whether the changed method and
+# ALLO are right on problem $i$ of $n$, the effect of the change is
 # $$\hat\delta = \frac{1}{n}\sum_{i=1}^{n} (a_i - b_i).$$
 # So a part that is *left of zero* when it is changed had helped. Intervals are 95%, over the problems of one
 # trained model: they say nothing of other models. All models together are in 06_evaluation.
@@ -161,9 +163,8 @@ say("**Development score from the worst to the best rate tried: " + "; ".join(
 # ## What it means
 #
 # Read a part of ALLO that moves the score by less than its interval as *not shown to matter here*, not as useless:
-# one trained model on one set of pairs cannot show more. Forgetting alone does not make a good model, so the work is
-# done in learning; whether forgetting before it helps, and whether the choice of tokens does, has to come from many
-# models. Better tokens can be no help for a plain reason, too: a preference between whole responses already tells the
+# one trained model on one set of pairs cannot show more. Whether forgetting before learning helps, and whether the
+# choice of tokens does, has to come from many models. Better tokens can be no help for a plain reason, too: a preference between whole responses already tells the
 # model most of what single tokens would.
 #
 # Next: [06_evaluation](06_evaluation.ipynb) has all methods, all models, and the verdicts.

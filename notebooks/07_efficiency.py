@@ -152,9 +152,9 @@ else:
 # %% [markdown]
 # ## What it means
 #
-# A mask makes the optimizer's state small: that decides whether a model fits, not how fast it trains. On the miniature
-# the floor is a few per cent of the time, so its seconds say little of a large model; what whole rows save in arithmetic,
-# and what they lose in quality, is in the appendix of [05_ablations](05_ablations.ipynb).
+# A mask makes the optimizer's state small: that decides whether a model fits, not how fast it trains. Where the floor
+# is a small part of the time, as on the miniature, seconds say little of a large model. Whole rows save arithmetic; what
+# they lose in quality is the row `dpo_top10_rows` of 06, where a profile trains it.
 #
 # This is the last notebook. To use the method on a model of your own, go on with
 # [docs/align.md](../docs/align.md); what was found over all profiles is in [README](../README.md).
