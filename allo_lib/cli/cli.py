@@ -134,6 +134,8 @@ def redraw(options: argparse.Namespace) -> int:
     manifest.note_redrawn(results, written, ROOT)
     for target in [*written, report.build(results)]:
         print(f"wrote {shown(target)}")
+    if results.parent == ROOT / "results":  # README tells of the committed ones
+        report.update_readme(ROOT / "README.md", ROOT / "results")
     return 0
 
 

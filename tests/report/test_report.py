@@ -253,8 +253,7 @@ def test_the_main_figure_is_that_of_the_first_domain(root, tmp_path):
 
 def test_readme_shows_the_committed_results():
     assert report.readme_block(ROOT / "results") in (ROOT / "README.md").read_text(), (
-        "README.md and results/ disagree: run "
-        "allo_lib.report.report.update_readme('README.md', 'results')"
+        "README.md and results/ disagree: run ./run_all.sh figures"
     )
 
 
