@@ -167,13 +167,15 @@ def _plan(options, pairs, config, stages, dtype, device: str) -> str:
 
     from allo_lib import align_setup
     from allo_lib.engine import models
+    from allo_lib.method.neurons import NeuronMask
     from allo_lib.study import footprint
 
     model_config, tokenizer = models.described(options.model, options.revision)
     align_setup.check_config(model_config, options.model)
     parts = align_setup.parts_of(pairs, tokenizer, model_config, config, stages)
-    if "importance" not in stages and not Path(options.out, "mask.safetensors").is_file():
-        config = replace(config, share=1.0)
+    if "importance" not in stages:  # as in `align`: those of an earlier call, or all
+        saved = Path(options.out, "mask.safetensors")
+        config = replace(config, share=NeuronMask.load(saved).share if saved.is_file() else 1.0)
     host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     there = torch.cuda.mem_get_info()[1] if device == "cuda" else host
     limit = 1e9 * options.device_gb if options.device_gb else there

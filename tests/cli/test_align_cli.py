@@ -12,7 +12,7 @@ from test_bad_models import words
 from tiny_models import tiny_llama
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from allo_lib import delta
+from allo_lib import delta, select_neurons
 from allo_lib.cli import align_cli
 
 PAIRS = [{"prompt": f"w{i} w2", "chosen": "w3 w4", "rejected": f"w{5 + i} w4"} for i in range(20)]
@@ -211,6 +211,27 @@ def test_a_dry_run_needs_no_weights_and_writes_nothing(base, pairs, tmp_path, ca
     _, told, _ = run(capsys, *command, "--device-gb", "1")
     assert "DOES NOT FIT" not in told and "to fit" not in told
     assert not (tmp_path / "out").exists()
+
+
+def test_a_plan_without_importance_is_that_of_the_saved_mask_or_of_all_neurons(
+    base, pairs, tmp_path, capsys
+):
+    model, out = AutoModelForCausalLM.from_pretrained(base), tmp_path / "out"
+    scores = {name: torch.ones_like(value) for name, value in model.named_parameters()}
+    command = ["align", "--model", base, "--pairs", pairs, "--out", out, "--dry-run",
+               "--dtype", "float32", "--stages", "learning"]  # fmt: skip
+
+    def plan(share):
+        status, told, error = run(capsys, *command, f"share={share}")
+        assert status == 0, error
+        return told
+
+    every = plan(1)
+    assert plan(0.1) == every
+    out.mkdir()
+    for kept in (0.1, 0.5):
+        select_neurons(scores, kept).save(out / "mask.safetensors")
+        assert plan(0.1) == plan(0.9) != every
 
 
 def test_the_first_pair_is_shown_as_it_is_read():
