@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from allo_lib import delta, select_neurons
 from allo_lib.cli import align_cli
+from allo_lib.study import footprint
 
 PAIRS = [{"prompt": f"w{i} w2", "chosen": "w3 w4", "rejected": f"w{5 + i} w4"} for i in range(20)]
 FAST = ["batch_size=4", "estimator=gradient", "rewriter_neurons=kept", "forgetting_rate=1e-3",
@@ -213,25 +214,26 @@ def test_a_dry_run_needs_no_weights_and_writes_nothing(base, pairs, tmp_path, ca
     assert not (tmp_path / "out").exists()
 
 
-def test_a_plan_without_importance_is_that_of_the_saved_mask_or_of_all_neurons(
-    base, pairs, tmp_path, capsys
+def test_a_plan_without_importance_counts_the_saved_mask_or_all_neurons(
+    base, pairs, tmp_path, capsys, monkeypatch
 ):
-    model, out = AutoModelForCausalLM.from_pretrained(base), tmp_path / "out"
+    model, out, shares = AutoModelForCausalLM.from_pretrained(base), tmp_path / "out", []
+
+    def memory(config, shape, train, settings, *more):
+        shares.append(settings.share)
+        return {"learning": 1.0}
+
+    monkeypatch.setattr(footprint, "memory", memory)
     scores = {name: torch.ones_like(value) for name, value in model.named_parameters()}
-    command = ["align", "--model", base, "--pairs", pairs, "--out", out, "--dry-run",
-               "--dtype", "float32", "--stages", "learning"]  # fmt: skip
-
-    def plan(share):
-        status, told, error = run(capsys, *command, f"share={share}")
+    for kept in (None, 0.3):
+        if kept:
+            out.mkdir()
+            select_neurons(scores, kept).save(out / "mask.safetensors")
+        status, _, error = run(capsys, "align", "--model", base, "--pairs", pairs, "--out", out,
+                               "--dry-run", "--stages", "learning", "share=0.05")  # fmt: skip
         assert status == 0, error
-        return told
-
-    every = plan(1)
-    assert plan(0.1) == every
-    out.mkdir()
-    for kept in (0.1, 0.5):
-        select_neurons(scores, kept).save(out / "mask.safetensors")
-        assert plan(0.1) == plan(0.9) != every
+        assert shares == pytest.approx([kept or 1.0] * len(shares), abs=1e-3) and shares
+        shares.clear()
 
 
 def test_the_first_pair_is_shown_as_it_is_read():
