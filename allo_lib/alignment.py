@@ -93,7 +93,7 @@ def align(
             run = _Run(model, tokenizer, pairs, stages, config, folder)
             with as_found(model):
                 mask = run.find_neurons() if "importance" in stages else run.saved_mask()
-                run.record["share"] = 1.0 if mask is None else mask.share
+                run.record["share"] = run.share_of(mask)
                 run.read_unseen()
             with restored(model, mask if run.trained else NeuronMask({}, {})) as before:
                 if run.trained:
@@ -181,6 +181,14 @@ class _Run:
         mask = NeuronMask.load(path)
         mask.check(self.model)
         return mask.part_of(self.model)
+
+    def share_of(self, mask) -> float:
+        """The share of all neurons that is trained; of several processes' parts together."""
+        if mask is None:
+            return 1.0
+        sharded = devices.is_sharded(next(self.model.parameters()))
+        kept = devices.total(torch.tensor(mask.kept)) if sharded else mask.kept
+        return int(kept) / mask.total
 
     def train(self, mask, before: dict) -> None:
         """Forgetting and learning, from the weights `before`, at the best rates.

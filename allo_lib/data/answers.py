@@ -118,7 +118,8 @@ _NOT_UNITS = {
     "over", "plus", "pi", "point", "quarter", "squared", "subtract", "tenth", "than", "third",
     "thousand", "thousandth", "times", "to", "trillion", "tripled", "was", "without",
 }  # fmt: skip
-_SHORT = {"g", "h", "l", "m", "s"}  # units of one letter; another one is a variable, or a factor
+_OFTEN_UNITS = {"points", "quarters"}  # of which a single one changes the number
+_SHORT = {*"ghlmsCFJLNVW"}  # units of one letter; another one is a variable, or a factor
 # What may be squared or cubed behind a number; of other letters a power is a formula.
 _MEASURES = "mm|cm|dm|m|km|in|ft|yd|mi|units?|inches|feet|meters|centimeters|miles|yards"
 _PLAIN = r"(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]*)?|\.[0-9]+"
@@ -156,12 +157,15 @@ def number(text: str) -> Fraction | None:
     match = _NUMBER.fullmatch(text.strip().removeprefix("+ "))
     if not match or (match["sign"] and match["inner"]):
         return None
-    words = {word.strip(".").lower() for word in (match["unit"] or "").split()}
-    if any(word in _NOT_UNITS or word.removesuffix("s") in _NOT_UNITS for word in words):
-        return None
+    words = {word.strip(".") for word in (match["unit"] or "").split()}
     if any(len(word) == 1 and word not in _SHORT for word in words):
         return None
-    if words and (match["bottom"] or match["top"]).endswith("."):  # a sentence ends, another begins
+    words = {word.lower() for word in words} - _OFTEN_UNITS
+    if any(word in _NOT_UNITS or word.removesuffix("s") in _NOT_UNITS for word in words):
+        return None
+    if match["unit"] and (match["bottom"] or match["top"]).endswith(
+        "."
+    ):  # a sentence ends, another begins
         return None
     value = Fraction(match["top"].replace(",", ""))
     if match["bottom"]:

@@ -26,6 +26,7 @@ from allo_lib.errors import AlloError, short
 from allo_lib.profiles.config import fingerprint
 from allo_lib.seeds import derive
 
+_TURNS = re.compile(r"\n\n(Human|Assistant):")  # the beginnings of hh-rlhf's
 SPLITS = ("train", "heldout", "dev", "mask")  # and `train_split`, `wrong_split`
 COLUMNS = ("prompt", "chosen", "rejected")
 
@@ -202,11 +203,10 @@ def _human_pairs(study, name: str, split: str) -> tuple[list[dict], dict]:
         for pair in preference_pairs(loaded, study.tokenizer, domain.max_length):
             first_turn = pair["prompt"]
             if not isinstance(first_turn, str):
+                first_turn = first_turn[0]["content"]
                 pair |= {side: pair[side][-1]["content"] for side in COLUMNS[1:]}
             elif first_turn.startswith("\n\nHuman:"):  # without a chat template
-                first_turn = helpful_prompt(first_turn)
-            if not isinstance(first_turn, str):
-                first_turn = first_turn[0]["content"]
+                first_turn = _TURNS.split(first_turn)[2].strip()
             # Several pairs may continue the same conversation: its first turn tells it apart.
             own = {"id": f"{dataset}-{fingerprint(first_turn)[:16]}", "dataset": dataset}
             rows.append(pair | own | {"solution": pair["chosen"], "corrected": pair["chosen"]})
@@ -267,7 +267,7 @@ def helpful_prompt(text: str) -> list[dict]:
         AlloError: a text that does not start with a human turn or not end in an open Assistant turn
             after one, or with an empty turn.
     """
-    before, *parts = re.split(r"\n\n(Human|Assistant):", text)
+    before, *parts = _TURNS.split(text)
     turns = [(who, said.strip()) for who, said in zip(parts[::2], parts[1::2], strict=True)]
     messages = []
     for who, said in itertools.groupby(turns[:-1], key=lambda turn: turn[0]):

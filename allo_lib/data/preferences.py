@@ -33,13 +33,15 @@ class Preference:
     """A pair as token ids (`prompt`, `chosen`, `rejected`) and the texts of its two replies.
 
     merged: the prompt alone does not end as it does before a reply; what differs counts to those.
-    asked: the prompt as it was given, the same for all pairs of it.
+    asked: the prompt as it was given, the same for all pairs of it; guessed: as far as both replies
+    begin alike, which may be with words of theirs.
     """
 
     ids: dict[str, list[int]]
     texts: dict[str, str]
     merged: bool
     asked: str = ""
+    guessed: bool = False
 
 
 @dataclass
@@ -99,7 +101,7 @@ def read_pairs(
     """
     if not isinstance(pairs, Iterable):
         raise AlloError(f"align: pairs is a {type(pairs).__name__}; {_EXPECTED}")
-    pairs, too_long = list(pairs), []
+    pairs, too_long, guessed = list(pairs), [], []
     if not pairs:
         raise AlloError("align: no pairs were given; expected at least one")
     result = Encoded(min(n for n in (context, max_length) if n), count=len(pairs))
@@ -121,8 +123,14 @@ def read_pairs(
         result.merged += pair.merged
         result.rows.append(pair.ids)
         result.numbers.append(number)
+        guessed += [len(result.asked)] * pair.guessed
         result.asked.append(pair.asked)
         result.corrections.append(_correction(tokenizer, pair, context or result.longest))
+    shortest = None  # of the prompts that begin alike: the others have words of their replies, too
+    for place in sorted(guessed, key=result.asked.__getitem__):
+        if shortest is None or not result.asked[place].startswith(shortest):
+            shortest = result.asked[place]
+        result.asked[place] = shortest
     if too_long and (overlong == "raise" or not result.rows):
         raise too_long[0]
     return result
@@ -170,11 +178,12 @@ def _of_strings(tokenizer, row: dict, place: str) -> Preference:
         raise AlloError(f"{place}: tools need chat messages, whose template writes them")
     texts = {side: row[side] for side in SIDES}
     if "prompt" in row:
-        asked = prompt = row["prompt"]
+        asked, prompt, guessed = row["prompt"], row["prompt"], False
     else:  # the characters that both begin with, as TRL's extract_prompt
         prompt = texts["chosen"][: shared_length(*texts.values())].removesuffix(" ")
         # Words that both replies begin with are no part of what was asked.
         asked = prompt.rpartition(_REPLY)[0] or prompt
+        guessed = asked == prompt
         texts = {side: text[len(prompt) :] for side, text in texts.items()}
     begin, bos = encoding.beginning(tokenizer), tokenizer.bos_token
     if bos and prompt.startswith(bos):
@@ -191,7 +200,7 @@ def _of_strings(tokenizer, row: dict, place: str) -> Preference:
         joint = two if joint.count(unknown) > two.count(unknown) else joint
         joints.append([*begin, *joint, tokenizer.eos_token_id])
     pair = _parted([*begin, *apart["prompt"]], joints, texts)
-    return replace(pair, asked=" ".join(asked.split()))
+    return replace(pair, asked=" ".join(asked.split()), guessed=guessed)
 
 
 def _of_messages(tokenizer, row: dict, place: str) -> Preference:

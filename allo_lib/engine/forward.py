@@ -7,6 +7,7 @@ backward makes them again where the loss has a gradient. Positions that a loss l
 """
 
 import contextlib
+import inspect
 import weakref
 from collections.abc import Iterator
 from dataclasses import replace
@@ -161,9 +162,12 @@ def _alters(config: Any) -> bool:
     return any(getattr(config, key, None) for key in _AFTER_HEAD)
 
 
-def head_decides(model: Any) -> bool:
-    """Whether the largest logit is that of the head's product with what the decoder gives."""
-    return _alters(model.config.get_text_config()) or _way(model, _trees(model)).matrix
+def takes_drafts(model: Any) -> bool:
+    """Whether a token's hidden state follows from the tokens before it that a mask shows and from
+    its position alone, and the largest logit is that of the head's product with it."""
+    layout, told = _trees(model), inspect.signature(model.forward).parameters
+    decides = _alters(model.config.get_text_config()) or _way(model, layout).matrix
+    return not layout.window and "position_ids" in told and decides
 
 
 def _own(model: Any, row: Row) -> Tensor:

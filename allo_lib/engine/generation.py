@@ -20,7 +20,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from allo_lib.engine.encoding import encode_prompt
-from allo_lib.engine.forward import argmax_tokens, head_decides
+from allo_lib.engine.forward import argmax_tokens, takes_drafts
 from allo_lib.errors import AlloError
 from allo_lib.method.losses import Batch
 from allo_lib.seeds import derive
@@ -59,13 +59,13 @@ def generate(
 
     drafts: for greedy decoding, a guess at each response as token ids, of any length; whatever they
     are, they change the cost alone. Models do without them whose cache does not keep all tokens, or
-    whose logits are more than their head's product.
+    that read more than tokens and their positions (`forward.takes_drafts`).
     """
     encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]
     order = sorted(range(len(encoded)), key=lambda i: (len(encoded[i]), i))
     if temperature is not None or samples > 1:
         drafts = None
-    if drafts is not None and not (_keeps_all(model) and head_decides(model)):
+    if drafts is not None and not (_keeps_all(model) and takes_drafts(model)):
         drafts = None
     model.eval()
     results: list[list[Response]] = [[] for _ in prompts]

@@ -385,7 +385,8 @@ def claims_figure(claims: Sequence[Claim]) -> Figure:
     axes[0, 0].plot([], [], "D", mfc="white", mec="black", ms=4.5, label="paper")
     handles = axes[0, 0].get_legend_handles_labels()
     legend = figure.legend(*handles, loc="outside upper center", ncols=5)
-    domains = {claim.id.partition(":")[2] for claim in claims} - {""}
+    own = [claim.id for claim in claims if claim.family != "costs"]  # of which C10 has a device
+    domains = {name.partition(":")[2] for name in own} - {""}
     about = "".join(f"{domain}: " for domain in sorted(domains))
     legend.set_title(
         f"{about}right of zero supports the claim; lines: 95% intervals over SFT models"
@@ -394,7 +395,9 @@ def claims_figure(claims: Sequence[Claim]) -> Figure:
 
 
 def _claim_line(claim: Claim, scale: float) -> Line:
-    name, _, part = claim.id.partition(":")[0].partition(".")
+    whole, _, place = claim.id.partition(":")
+    name, _, part = whole.partition(".")
+    name += f", {place}" if place and claim.family == "costs" else ""
     words = f"\u00b7 {published.method_label(part)}" if part else f"{SHORT.get(name, '')}  {name}"
     colour, marker = VERDICT_STYLE[claim.verdict]
     ends = [None if end is None else scale * end for end in (claim.ci_low, claim.ci_high)]

@@ -166,6 +166,8 @@ def beside(claims: Iterable[Claim], cited: Path, here: int = 1) -> list[dict[str
     ones lies s^2 (1 / k + 1 / m) around it: its range is the interval of the mean times
     sqrt(m / k + 1). A claim of several parts is there by these alone.
     """
+    if not here:
+        return []
     known = {claim.id: claim for claim in claims_module.read(cited / "claims.csv")}
     models, rows = len(fixed_seeds(cited, settings_of(cited))), []
     parts = Counter(one.whole for one in known.values()
@@ -224,12 +226,11 @@ def fixed_seeds(folder: Path, settings: dict) -> list[int]:
     return [s for s in manifest.measured_seeds(folder) if s in range(first, first + models)]
 
 
-def _provenance(folder: Path) -> str:
+def _provenance(folder: Path, settings: dict) -> str:
     """Model, seeds, replicates and cost of a run: its notebooks' seconds, or what its processes
     took on all cores at once where that is more, as of a run that was made in pieces."""
     info = manifest.read(folder) or {}
     seconds = [s for run in info.get("runs", {}).values() for s in run["seconds"].values()]
-    settings = info.get("settings", {})
     replicates, seeds, cost = settings.get("replicates", {}), fixed_seeds(folder, settings), ""
     runs = replicates.get("pair_sets", 1) * replicates.get("orders", 1)
     if seconds:
@@ -315,7 +316,7 @@ def _profile(folder: Path, settings: dict | None) -> dict:
         "anchor": _anchor(folder.name),
         "note": _NOTE.format(about=_about(folder, claims)),
         "short": _in_short(folder, claims, settings),
-        "provenance": _inline(_provenance(folder)),
+        "provenance": _inline(_provenance(folder, settings)),
         "devices": manifest.several_devices(manifest.noted(folder)["cells"]),
         "info": dict.fromkeys(_INFO) | (manifest.read(folder) or {}),
         "files": [n for n in (outcomes.NAME, "measurements.csv", "claims.csv", manifest.NAME)
@@ -394,7 +395,8 @@ def readme_block(results_root: str | Path) -> str:
 
 def _readme_answers(folder: Path, link: str) -> str:
     claims = claims_module.read(folder / "claims.csv")
-    lines = [f"**{_in_short(folder, claims, settings_of(folder))}**", "", _provenance(folder)]
+    settings = settings_of(folder)
+    lines = [f"**{_in_short(folder, claims, settings)}**", "", _provenance(folder, settings)]
     if figure := _main_figure(folder):
         lines += ["", f"![{caption_of(figure)}]({link}/figures/{figure.name})"]
         lines += ["", f"Redraw it: `./run_all.sh figures {folder.name} {figure.stem}`"]

@@ -167,7 +167,7 @@ def split(rows: Sequence[tuple[dict, list[str]]]) -> tuple[list[dict], list[list
 def how(results: StudyResults, cells: Iterable[Interval | None]) -> str:
     """How the numbers of a table, which are in `cells`, came about, for its caption."""
     known = [cell for cell in cells if cell]
-    models = sorted({seed for cell in known for seed in cell.seeds})
+    models = sorted({seed for cell in known for seed in cell.seeds}) or results.seeds
     seeds, late = (", ".join(map(str, some)) for some in (models, results.left_out))
     beyond = (
         f" Not counted, beyond the number of models fixed beforehand: seeds {late}." if late else ""

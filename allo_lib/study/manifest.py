@@ -171,7 +171,7 @@ def noted(results: Path) -> dict:
     and SHA-256 of every file) and of the device that made each cell; else what was known before.
 
     "trained_again": "seed0.maths.sft" -> the device on which these weights got other bits.
-    "trained_at": "seed0.maths" -> the commits that made the results, oldest first by the alphabet.
+    "trained_at": "seed0.maths" -> the commits whose code finished its results.
     """
     before = read(results) or {}
     kinds = WEIGHTS, DATA, CELLS, AGAIN, COMMITS

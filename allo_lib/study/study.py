@@ -21,7 +21,7 @@ from allo_lib.engine.forward import pair_logps
 from allo_lib.engine.generation import generate
 from allo_lib.engine.store import Artifact, Store, partial_of, write_json
 from allo_lib.engine.trainer import Checkpoints, Schedule
-from allo_lib.errors import AlloError, short
+from allo_lib.errors import AlloError
 from allo_lib.machine import runtime, weights
 from allo_lib.machine.environment import device_name
 from allo_lib.machine.runtime import make_deterministic
@@ -116,13 +116,13 @@ class Study(Importance):
         else:
             model, tokenizer, note = models.load(name, dtype=self.dtype, device=self.device)
         for known in manifest.noted(self.results_dir)["weights"]:
-            other = [key for key in note if known.get(key, note[key]) != note[key]]
-            if known.get("name") == name and other:
-                raise AlloError(
-                    f"{self.results_dir} holds results of {name} with {other[0]} "
-                    f"{short(known[other[0]])}, this run's is {short(note[other[0]])}; name "
-                    "another results folder"
-                )
+            for key in ("sha256", "dtype"):
+                was, now = known.get(key), note.get(key)
+                if known.get("name") == name and was and now and was != now:
+                    raise AlloError(
+                        f"{self.results_dir} holds results of {name} with {key} {was}, this run's "
+                        f"is {now}; name another results folder"
+                    )
         manifest.leave(self.store.folder, manifest.WEIGHTS, note)
         return model, tokenizer, note, weights.snapshot(model, "cpu")
 
@@ -306,6 +306,8 @@ class Study(Importance):
         inputs = self.inputs(name, *fields) | {"sft": self.sft(name).key}
         if self.domain(name).kind == "preferences":
             inputs["one_per"] = "conversation of both files"
+            if not getattr(self.tokenizer, "chat_template", None):
+                inputs["one_per"] += ", told by its first turn"
         if self.profile.replicates.pair_sets > 1:
             inputs["pair_sets"] = self.profile.replicates.pair_sets
         make = lambda folder: make_pairs(self, name).save(folder)  # noqa: E731

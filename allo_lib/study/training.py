@@ -34,6 +34,8 @@ from allo_lib.study.study import Study
 # replicate: notebooks look into them.
 KEPT = ("dpo", "dpo_long", "allo", "allo_no_learning")
 WEIGHTS = "model.safetensors"
+_HEAD = commit_of(ROOT)
+_CODE = _HEAD["commit"] and _HEAD["commit"] + "-dirty" * bool(_HEAD["dirty"])  # that runs here
 DIVERGED = -1.0  # development score of a candidate whose training reached NaN; below every real one
 Stages = tuple[Stage, ...]
 
@@ -48,8 +50,9 @@ def result(study: Study, name: str, method: str) -> dict:
     profile's), `tried` (rates, dev score, displacement, training margin of every candidate), `loss`
     (a list per stage), `dev`, `displacement`, `answers` (id, dataset, answered, right per test
     problem; absent without questions), `margins` (of the held-out pairs), `instructions` (rows of
-    `scoring.reply`; absent without instructions); `device`, and `sft`: the first 12 hex digits
-    of the SHA-256 of the SFT weights that it started from; `commit`: of the code.
+    `scoring.reply`; absent without instructions); `device`, `commit` of the code ("-dirty": as it
+    was changed), and `sft`: the first 12 hex digits of the SHA-256 of the SFT weights that it
+    started from.
     """
     inputs = _method_inputs(study, name, method)
     return _made(study, "result", inputs, partial(_make_result, study, name, method)).json()
@@ -174,7 +177,7 @@ def _make_result(study: Study, name: str, method: str, folder: Path) -> None:
         **records[chosen.rates],
         **({"dev": 0.0, "loss": []} if model is None else {}),
         "device": device_name(study.device),
-        "commit": commit_of(ROOT)["commit"],
+        "commit": _CODE,
         "sft": study.sft(name).json(MANIFEST)["files"][WEIGHTS][:12],
         "method": method,
         "rates": list(rates),

@@ -81,6 +81,9 @@ def test_a_new_run_is_compared_with_the_old_one(study, monkeypatch, tmp_path, ca
     # What was made on another processor is judged by the spread, whoever wrote the folder last.
     path = run.results / manifest.NAME
     elsewhere = {"cells": {"seed0": {"another": {"miniature": ["sft"]}}}}
+    outcomes.write(
+        run.results / outcomes.NAME, synthetic_results.table((0,), ("chain",), 9, pairs=2)
+    )
     manifest.write_json(path, json.loads(path.read_text()) | elsewhere)
     monkeypatch.setattr(verify, "outside_spread", lambda before, after: (7, []))
     assert verify.rerun(verify.as_recorded(run)) == []

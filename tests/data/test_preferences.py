@@ -238,7 +238,10 @@ def test_tokens_that_merge_over_the_boundary_are_the_replys_and_told():
     assert found.ids == trl_ids(tokenizer, {"prompt": "go", "chosen": "k", "rejected": "n"})
 
 
-@pytest.mark.parametrize("form", ["strings that merge", "in both replies", "messages"])
+FORMS = ["strings that merge", "in both replies", "in both replies, unmarked", "messages"]
+
+
+@pytest.mark.parametrize("form", FORMS)
 def test_pairs_of_one_prompt_are_on_one_side_of_a_split(form):
     """However its end is read before a reply, and whatever words the replies share."""
     tokenizer = bytewise(CHATML, merges=[(":", "Ġ")], special=("<|im_start|>", "<|im_end|>"))
@@ -249,6 +252,8 @@ def test_pairs_of_one_prompt_are_on_one_side_of_a_split(form):
             pairs.append({
                 "strings that merge": {"prompt": asked, "chosen": a, "rejected": b},
                 "in both replies": {"chosen": asked + a, "rejected": asked + b},
+                "in both replies, unmarked": {side: asked.replace("Assistant", "A") + reply
+                                              for side, reply in (("chosen", a), ("rejected", b))},
                 "messages": {"prompt": [user(asked)], "chosen": [assistant(a)],
                              "rejected": [assistant(b)]},
             }[form])  # fmt: skip

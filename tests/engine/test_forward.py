@@ -116,7 +116,7 @@ def test_logits_that_a_config_says_are_altered_are_never_a_product_of_the_head(k
     altered = make("tied")
     setattr(altered.config, key, 30.0)
     assert not forward._way(altered, layout_of(altered, 0)).matrix
-    assert forward.head_decides(model) and forward.head_decides(altered)
+    assert forward.takes_drafts(model) and forward.takes_drafts(altered)
 
 
 def test_all_trees_share_a_row_on_a_cpu_unless_activations_are_recomputed():

@@ -108,16 +108,26 @@ def test_right_drafts_cost_one_pass_and_wrong_ones_what_is_left(
         assert read == [3 + len(draft), *[1] * left]
 
 
-@pytest.mark.parametrize("told", ["layer by layer", "by a width alone"])
-def test_models_with_a_sliding_window_do_without_drafts(tokenizer, told):
-    """A draft's wrong tokens would push right ones out of the window."""
-    kind = "mistral" if told == "by a width alone" else "qwen3"
-    settings = {"use_sliding_window": True, "max_window_layers": 0} if kind == "qwen3" else {}
+@pytest.mark.parametrize(("kind", "settings"), [
+    ("qwen3", {"use_sliding_window": True, "max_window_layers": 0, "sliding_window": 8}),
+    ("mistral", {"sliding_window": 8}),  # no list of its layers' kinds
+    # A cache of all tokens, of which attention takes the last eight.
+    ("gpt_neo", {"attention_types": [[["local"], 2]], "window_size": 8, "num_layers": 2}),
+    ("mpt", {"d_model": 16, "n_heads": 2, "n_layers": 2}),  # takes no positions
+])  # fmt: skip
+def test_models_that_see_more_than_tokens_and_positions_do_without_drafts(
+    tokenizer, kind, settings
+):
+    """As in a sliding window, from which a draft's wrong tokens would push right ones."""
+    sizes = dict(
+        hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=2, head_dim=8, num_heads=2, initializer_range=0.6,
+    )  # fmt: skip
+    known = AutoConfig.for_model(kind).to_dict()
     config = AutoConfig.for_model(
-        kind, vocab_size=len(tokenizer), hidden_size=16, intermediate_size=24, num_hidden_layers=2,
-        num_attention_heads=2, num_key_value_heads=2, head_dim=8, initializer_range=0.6,
-        sliding_window=8, pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id, **settings,
+        kind, vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        **{key: size for key, size in sizes.items() if key in known} | settings,
     )  # fmt: skip
     torch.manual_seed(1)
     windowed = AutoModelForCausalLM.from_config(config).eval()

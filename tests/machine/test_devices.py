@@ -127,7 +127,9 @@ def test_processes_write_what_one_writes(estimator, processes, config, alone, tm
     rounded = {".references", "align.json", "model.safetensors", "allo_delta.safetensors"}
     for name in names - rounded:
         assert (several / name).read_bytes() == (one / name).read_bytes(), name
-    losses = [json.loads((path / "align.json").read_text())["loss"] for path in (one, several)]
+    records = [json.loads((path / "align.json").read_text()) for path in (one, several)]
+    assert records[0]["share"] == records[1]["share"] == pytest.approx(0.2, abs=0.01)
+    losses = [record["loss"] for record in records]
     for stage, values in losses[0].items():
         assert losses[1][stage] == pytest.approx(values, rel=1e-6), stage
     expected, found = (weights.read_tensors(path / "model.safetensors") for path in (one, several))

@@ -120,6 +120,30 @@ def test_the_main_figure_is_sorted_and_on_equal_scales_with_a_dot_a_seed(drawn):
     }
 
 
+def test_scores_on_fewer_models_stand_below_the_others_and_hollow():
+    few = {"ppo": seeds(0.9)} | {name: MEASURED[name] for name in ("dpo", "allo")}
+    figure = figures.main_table_figure(few, MINIATURE)
+    left, _ = figure.axes
+    assert [t.get_text() for t in left.get_yticklabels()][:3] == [
+        "+ ALLO",
+        "+ DPO",
+        "+ Vanilla PPO",
+    ]
+    fills = [line.get_fillstyle() for line in left.lines if line.get_marker() == "o"]
+    assert fills == ["full", "full", "none"]
+    assert "hollow: fewer SFT models" in texts(figure)
+
+
+def test_costs_of_several_devices_stand_in_the_first_figure_by_their_names(results, tmp_path):
+    both = [row | {"device": device} for device in ("cpu", "GPU B") for row in EFFICIENCY]
+    found = claims.compute(results, both)
+    assert [one.id for one in found if one.family == "costs"] == ["C10", "C10:GPU B"]
+    shown = texts(figures.claims_figure(found))
+    assert "GPU B: right of zero" not in shown and "C10, GPU B" in shown
+    figures.draw(results, found, both, tmp_path)
+    assert sorted(path.name for path in tmp_path.glob("claims*.png")) == ["claims.png"]
+
+
 def test_what_lies_far_outside_is_cut_with_its_number():
     rows = {f"allo_{i}": (0.01 * i, 0.01 * i - 0.01, 0.01 * i + 0.01) for i in (-1, 1, 2)}
     figure = figures.ablation_bars(rows | {"allo_no_learning": (-0.33, -0.35, -0.31)})

@@ -119,6 +119,7 @@ def test_models_stand_beside_the_range_of_as_many_more_of_the_committed_study(co
     edge = half * math.sqrt(1 / count + 1 / 4)  # both means vary
     for here, inside in ((mean + 0.99 * edge, "yes"), (mean - 1.01 * edge, "no")):
         own = [claims.Claim(name, "", here) for name in (*halves, "C9", "C3")]
+        assert report.beside(own, tmp_path, 0) == []
         found = report.beside(own, tmp_path, count)
         assert [row["id"] for row in found] == ["C4", "C2.dpo", "C2.dpo_last10"]
         for row in found:
@@ -170,9 +171,8 @@ def test_a_report_of_somebody_else_is_kept_and_broken_neighbours_are_named(root,
 
 def test_provenance_names_the_models_that_the_profile_fixes(tmp_path, monkeypatch):
     monkeypatch.setattr(manifest, "measured_seeds", lambda folder: [0, 8, 9, 10])
-    settings = {"first_seed": 8, "models": 2}
-    monkeypatch.setattr(manifest, "read", lambda folder: {"settings": settings})
-    assert "SFT models of seeds 8, 9, each" in report._provenance(tmp_path)
+    settings = {"first_seed": 8, "models": 2}  # as where there is no manifest yet
+    assert "SFT models of seeds 8, 9, each" in report._provenance(tmp_path, settings)
 
 
 def test_bad_inputs_get_one_line(tmp_path):

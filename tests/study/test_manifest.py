@@ -1,13 +1,16 @@
 """What a study notes for the manifest: data, devices, weights."""
 
+import contextlib
 import json
 
+import pytest
 from refusals import refused
+from tiny_models import tiny_llama
 from tiny_study import DOMAIN, open_study
 
 from allo_lib.evaluation import claims
 from allo_lib.report import report
-from allo_lib.study import manifest
+from allo_lib.study import manifest, study
 
 
 def test_a_note_is_whole_and_is_read_back(tmp_path):
@@ -70,18 +73,30 @@ def test_what_a_stopped_run_made_counts_to_the_cost_of_the_one_that_went_on(tmp_
         manifest.write_json(tmp_path / manifest.NAME, known | {"process_seconds": before})
         assert (found := manifest.process_seconds(tmp_path)) == after
         manifest.write_json(tmp_path / manifest.NAME, known | {"process_seconds": found})
-        assert f"{minutes} minutes on 2 cores" in report._provenance(tmp_path)
+        assert f"{minutes} minutes on 2 cores" in report._provenance(tmp_path, {})
 
 
-def test_a_study_notes_its_weights_and_takes_no_others_of_that_name(tmp_path):
-    study = open_study(tmp_path)
-    study.sft(DOMAIN)
+def test_a_study_notes_its_weights(tmp_path):
+    open_study(tmp_path).sft(DOMAIN)
     assert manifest.noted(tmp_path)["weights"][0]["name"] == "micro"
     assert manifest.noted(tmp_path)["data"] == {}  # generated problems come from no file
-    note = {"name": "micro", "source": "elsewhere"}
-    manifest.leave(study.store.folder, manifest.WEIGHTS, note)
-    with refused("holds results of micro with source 'elsewhere'", "name another results folder"):
-        open_study(tmp_path, seed=1).sft(DOMAIN)
+
+
+@pytest.mark.parametrize(("change", "words"), [
+    ({"sha256": "b"}, "holds results of org/x with sha256 a, this run's is b; name another"),
+    ({"dtype": "bfloat16"}, "holds results of org/x with dtype float32, this run's is bfloat16"),
+    ({"revision": "of a new README"}, None),
+])  # fmt: skip
+def test_other_weights_of_a_name_or_another_dtype_are_not_mixed(
+    tmp_path, monkeypatch, change, words
+):
+    note = {"name": "org/x", "sha256": "a", "dtype": "float32", "revision": "1"}
+    for told, refuses in ((note, None), (note | change, words)):
+        loaded = tiny_llama(), None, told
+        monkeypatch.setattr(study.models, "load", lambda *_, loaded=loaded, **__: loaded)
+        opened = open_study(tmp_path, model__name="org/x")
+        with refused(refuses) if refuses else contextlib.nullcontext():
+            assert opened.model is loaded[0]
 
 
 def test_notes_of_a_piece_join_those_of_earlier_ones(tmp_path):
