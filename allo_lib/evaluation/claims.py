@@ -272,7 +272,7 @@ def _rows(
     sure = [interval for _, interval in measured if interval.decides]
     if len(parts) == 1:
         ((part, interval),) = measured
-        ends = (interval.low, interval.high) if interval.defined else (None, None)
+        ends: Ends = (interval.low, interval.high) if interval.defined else (None, None)
         words, paper, held = [_tell(part, interval, unit, ends)], part.paper, []
     else:
         held, paper = [_held(interval, len(sure)) for _, interval in measured], None
@@ -291,9 +291,9 @@ def _rows(
     )]  # fmt: skip
     number, colon, name = claim.id.partition(":")
     for (part, interval), ends in zip(measured, held, strict=bool(held)):
-        own = _tell(part, interval, unit, ends), where, _how(interval, results)
+        own, (low, high) = (_tell(part, interval, unit, ends), where, _how(interval, results)), ends
         rows.append(Claim(
-            f"{number}.{part.key}{colon}{name}", part.name, interval.effect, *ends, unit,
+            f"{number}.{part.key}{colon}{name}", part.name, interval.effect, low, high, unit,
             evidence="; ".join(own), p=part.p, paper=part.paper,
         ))  # fmt: skip
     return rows
