@@ -105,7 +105,7 @@ def test_overrides_reach_into_sections_and_into_no_other(write):
 # Committed results and what users have in their stores are known by these.
 HASHES = {
     "tiny": "d5015b55d9e9360412924a031166969dfa503e892ebf7ff46e0e2b04fdfbbdf7",
-    "tiny-full": "3418074d41fdd132929029c83bb93cff4ecebfa58ed76feb8eee4b0c0a7e1a59",
+    "tiny-full": "4bfa6391d68656d71ce0062205336b51fb67274839db2560695393a287898115",
     "architectures": "60c951e8ab76e27286c1cd439d015165462559c8afdf7b12cb88fa31f6e0b4b4",
     "smollm2": "34525a69f86547c67c0bc9d9e44990139cc187768968d1b26a4b256ae4e8bfe7",
 }
