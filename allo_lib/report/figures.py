@@ -47,7 +47,7 @@ SHORT = {
 _PARTS = ("dpo_top10", "dpo_random10", "dpo_last10", "dpo")
 _PROTOCOLS = (("", "own best rate", "full"), ("_paper", "one rate for all", "none"),
               ("_long", "own best rate, as many updates as ALLO", "left"))  # fmt: skip
-_SIDES = (("#E69F00", "<"), ("#56B4E9", ">"), (GREY, "s"))  # below, above, around zero
+_SIDES = (("#E69F00", "D"), ("#56B4E9", "o"), (GREY, "s"))  # below, above, around zero
 _SAME = "paper, same data"
 _PAPER_MARKERS = dict(zip(("paper", _SAME, *published.AVERAGES.values()), "DDDs^", strict=True))
 # By the figure's name, or what stands before the domain's.
@@ -158,13 +158,13 @@ def _dots(one: Interval) -> tuple[float, ...]:
 def forest(axis, lines: Sequence[Line], digits: int = 1) -> None:
     """Draw the lines from top to bottom, their numbers at the right, around zero.
 
-    The axis ends at three times the median distance from zero, or at the paper's furthest value:
+    The axis ends at five times the median distance from zero, or at the paper's furthest value:
     few lines far outside must not flatten all others.
     """
     known = [line for line in lines if line.effect is not None]
     ends = [x for line in known for x in (line.effect, line.low, line.high) if x is not None]
     papers = [value for line in lines for _, value in line.paper]
-    reach = max(3 * np.median(np.abs(ends)) if ends else 0, *map(abs, papers), 1e-9)
+    reach = max(5 * np.median(np.abs(ends)) if ends else 0, *map(abs, papers), 1e-9)
     for place, line in enumerate(lines):
         axis.axhline(place, color="#eeeeee", lw=0.8, zorder=0)
         for label, value in line.paper:

@@ -148,7 +148,7 @@ def test_what_lies_far_outside_is_cut_with_its_number():
     rows = {f"allo_{i}": (0.01 * i, 0.01 * i - 0.01, 0.01 * i + 0.01) for i in (-1, 1, 2)}
     figure = figures.ablation_bars(rows | {"allo_no_learning": (-0.33, -0.35, -0.31)})
     (axis,) = figure.axes
-    assert -8 < axis.get_xlim()[0] < -2 and axis.get_xlim()[1] < 8
+    assert -12 < axis.get_xlim()[0] < -2 and axis.get_xlim()[1] < 8
     assert "-33.0 [-35.0, -31.0]" in texts(figure)
     arrows = {line.get_marker() for line in axis.lines if min(line.get_xdata(), default=0) < -5}
     assert arrows == {"None", "<"}  # a line of no length, and the arrow
