@@ -388,9 +388,7 @@ def claims_figure(claims: Sequence[Claim]) -> Figure:
     own = [claim.id for claim in claims if claim.family != "costs"]  # of which C10 has a device
     domains = {name.partition(":")[2] for name in own} - {""}
     about = "".join(f"{domain}: " for domain in sorted(domains))
-    legend.set_title(
-        f"{about}right of zero supports the claim; lines: 95% intervals over SFT models"
-    )
+    legend.set_title(f"{about}right of zero supports the claim; lines: 95% intervals")
     return figure
 
 
