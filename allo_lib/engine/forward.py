@@ -29,15 +29,11 @@ _AFTER_HEAD = ("final_logit_softcapping", "logit_scale", "logits_scaling", "logi
                "output_logit_soft_cap", "lm_head_multiplier", "output_multiplier")  # fmt: skip
 # Config keys of how far back attention sees, of models that do not tell it layer by layer.
 _WINDOWS = ("sliding_window", "sliding_window_size", "window_size", "attention_chunk_size")
-# How far log-probs of the same sequences may lie apart, relative to their size, by dtype.
+# How far log-probs of the same sequences may lie apart, relative to their size or, of surer tokens,
+# to a nat each, by dtype.
 _SAME = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 3e-2}
 # What a model raises for arguments or parts that it does not have.
 _LACKING = (TypeError, ValueError, RuntimeError, LookupError, AttributeError, NotImplementedError)
-_TRIAL: list[Row] = [  # ids that every vocabulary has
-    {"prompt": [1, 2, 3], "response": [4, 5, 6, 7]},
-    {"prompt": [1, 2, 3], "response": [7, 6, 4, 5, 1]},
-    {"prompt": [5, 2], "response": [3, 6, 7]},
-]
 
 
 class _Way(NamedTuple):
@@ -81,11 +77,11 @@ def layout_of(model: Any, pad_token_id: int, rows: list[Row] | None = None) -> L
     """How batches of this model are laid out: as trees if it reads those as it reads plain rows.
 
     A short trial finds the cheapest way of reading the model that gives the log-probs of its own
-    forward pass, row by row: on `rows` where given, else on a few short ones, once. Sequences do
-    not share their prefixes for attention that takes no mask for every two tokens, layers that are
-    no full attention, or rows longer than a sliding window. On a CPU all trees share one row and
-    attention is made tree by tree, but for recomputed activations, which are made again when that
-    is over.
+    forward pass, row by row: on `rows` where given, else on a few short ones that the model writes,
+    once. Sequences do not share their prefixes for attention that takes no mask for every two
+    tokens, layers that are no full attention, or rows longer than a sliding window. On a CPU all
+    trees share one row and attention is made tree by tree, but for recomputed activations, which
+    are made again when that is over.
 
     Raises:
         AlloError: no way gives the model's own log-probs; it is no causal language model.
@@ -112,7 +108,7 @@ def _way(model: Any, layout: Layout, rows: list[Row] | None = None) -> _Way:
     known = _known.setdefault(model, {})
     key = model.config.get_text_config()._attn_implementation, layout.one_row
     if rows is not None or key not in known:
-        way = _trial(model, layout, rows or _TRIAL)
+        way = _trial(model, layout, rows)
         if not way.matrix and known.get(key) != way:
             name = type(model).__name__
             print(f"{name}: its own logits are used, which are no product of its head", flush=True)
@@ -121,7 +117,7 @@ def _way(model: Any, layout: Layout, rows: list[Row] | None = None) -> _Way:
 
 
 @torch.no_grad()
-def _trial(model: Any, layout: Layout, rows: list[Row]) -> _Way:
+def _trial(model: Any, layout: Layout, rows: list[Row] | None) -> _Way:
     config = model.config.get_text_config()
     kinds = set(getattr(config, "layer_types", None) or ("full_attention",))
     shares = config._attn_implementation == "sdpa" and kinds == {"full_attention"}
@@ -131,6 +127,7 @@ def _trial(model: Any, layout: Layout, rows: list[Row]) -> _Way:
     cause: Exception | None = None
     model.eval()
     try:
+        rows = rows or _written(model)
         own = [_own(model, row) for row in rows]
         expected = torch.cat(own)
         counted = type(expected) is not Tensor or expected.is_meta  # shapes without values
@@ -144,7 +141,8 @@ def _trial(model: Any, layout: Layout, rows: list[Row]) -> _Way:
                     found = torch.cat([one[: len(e)] for one, e in zip(logps, own, strict=True)])
                     # A mean, as in 16 bits a mixture of experts may send a token elsewhere for a
                     # rounding error.
-                    distance = (found - expected).norm() / expected.norm().clamp_min(1e-12)
+                    size = max(expected.norm(), len(expected) ** 0.5)
+                    distance = (found - expected).norm() / size
                     if distance <= _SAME.get(model.dtype, 0.0):
                         return _Way(trees, matrix)
     except _LACKING as error:
@@ -156,6 +154,33 @@ def _trial(model: Any, layout: Layout, rows: list[Row]) -> _Way:
         f"{type(model).__name__} cannot be read as a causal language model: {why}; give one of "
         "transformers' ...ForCausalLM that reads from left to right"
     ) from cause
+
+
+def _written(model: Any) -> list[Row]:
+    """Three short rows as the model itself goes on, drawn at temperature 1; two share a prompt.
+
+    Of text that a model would never write its log-probs in 16 bits are moved a tenth by rounding.
+    """
+    generator = torch.Generator().manual_seed(0)
+    ids = [[1], [1], [1]]  # an id that every vocabulary has
+    for length in range(1, 8):
+        logits = model(input_ids=torch.tensor(ids, device=model.device), use_cache=False).logits
+        drawn = [0, 0, 0]
+        if type(logits) is Tensor and not logits.is_meta:  # else shapes without values
+            last = logits[:, -1].float().cpu()
+            last -= torch.empty_like(last).exponential_(generator=generator).log()
+            if length == 3:  # where the two responses begin
+                last[1, last[0].argmax()] = -torch.inf
+            drawn = last.argmax(-1).tolist()
+        if length < 3:
+            drawn[1] = drawn[0]
+        ids = [[*row, new] for row, new in zip(ids, drawn, strict=True)]
+    one, other, third = ids
+    return [
+        {"prompt": one[:3], "response": one[3:]},
+        {"prompt": other[:3], "response": other[3:7]},
+        {"prompt": third[:2], "response": third[2:5]},
+    ]
 
 
 def _alters(config: Any) -> bool:
