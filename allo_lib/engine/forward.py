@@ -29,8 +29,8 @@ _AFTER_HEAD = ("final_logit_softcapping", "logit_scale", "logits_scaling", "logi
                "output_logit_soft_cap", "lm_head_multiplier", "output_multiplier")  # fmt: skip
 # Config keys of how far back attention sees, of models that do not tell it layer by layer.
 _WINDOWS = ("sliding_window", "sliding_window_size", "window_size", "attention_chunk_size")
-# How far log-probs of the same sequences may lie apart, relative to their size or, of surer tokens,
-# to a nat each, by dtype.
+# How far log-probs of the same sequences may lie apart, relative to their size (of surer tokens to
+# a nat each), by dtype; a rounding of the largest logits is allowed as well.
 _SAME = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 3e-2}
 # What a model raises for arguments or parts that it does not have.
 _LACKING = (TypeError, ValueError, RuntimeError, LookupError, AttributeError, NotImplementedError)
@@ -128,11 +128,14 @@ def _trial(model: Any, layout: Layout, rows: list[Row] | None) -> _Way:
     model.eval()
     try:
         rows = rows or _written(model)
-        own = [_own(model, row) for row in rows]
+        own, largest = zip(*(_own(model, row) for row in rows), strict=True)
         expected = torch.cat(own)
         counted = type(expected) is not Tensor or expected.is_meta  # shapes without values
         if counted or not torch.isfinite(expected).all():  # the training tells of that
             return _Way(False, True)
+        size = max(expected.norm(), len(expected) ** 0.5)
+        rounding = torch.finfo(model.dtype).eps * torch.cat(largest).norm()
+        allowed = max(_SAME.get(model.dtype, 0.0) * size, rounding)
         for trees in (True, False) if shares else (False,):
             batch = to_device(collate(rows, replace(layout, shared=trees)), model)
             for matrix in (False,) if alters else (True, False):
@@ -141,9 +144,7 @@ def _trial(model: Any, layout: Layout, rows: list[Row] | None) -> _Way:
                     found = torch.cat([one[: len(e)] for one, e in zip(logps, own, strict=True)])
                     # A mean, as in 16 bits a mixture of experts may send a token elsewhere for a
                     # rounding error.
-                    size = max(expected.norm(), len(expected) ** 0.5)
-                    distance = (found - expected).norm() / size
-                    if distance <= _SAME.get(model.dtype, 0.0):
+                    if (found - expected).norm() <= allowed:
                         return _Way(trees, matrix)
     except _LACKING as error:
         why, cause = "its forward pass fails: " + " ".join(str(error).split())[:200], error
@@ -195,11 +196,13 @@ def takes_drafts(model: Any) -> bool:
     return not layout.window and "position_ids" in told and decides
 
 
-def _own(model: Any, row: Row) -> Tensor:
-    """Log-probs of one response by the model's plain forward pass of that row alone."""
+def _own(model: Any, row: Row) -> tuple[Tensor, Tensor]:
+    """Of one response by the model's plain forward pass of that row alone: its log-probs, and of
+    each position the log of the sum that makes them, about its largest logit."""
     ids = torch.tensor([[*row["prompt"], *row["response"]]], device=model.device)
     logits = model(input_ids=ids, use_cache=False).logits[0, len(row["prompt"]) - 1 : -1]
-    return -F.cross_entropy(logits.float(), ids[0, len(row["prompt"]) :], reduction="none")
+    logps = -F.cross_entropy(logits.float(), ids[0, len(row["prompt"]) :], reduction="none")
+    return logps, logits.float().logsumexp(-1)
 
 
 def before_responses(model: Any, batch: Batch) -> Tensor:
