@@ -57,10 +57,11 @@ def token_logps(logits: Tensor, labels: Tensor) -> Tensor:
             f"token_logps: label {int(unknown[0])} is outside the vocabulary of "
             f"{logits.shape[-1]}; use the model's own tokenizer"
         )
-    # cross_entropy fuses log-softmax and gather; an ignored target gives exactly 0: [B, T - 1].
-    logps = -F.cross_entropy(
-        logits[:, :-1].float().transpose(1, 2), targets, ignore_index=IGNORED, reduction="none"
-    )
+    # cross_entropy fuses log-softmax and gather; an ignored target gives exactly 0. The vocabulary
+    # stands last, as over another dimension all of it is added to one running sum.
+    flat = logits[:, :-1].float().flatten(0, 1)  # [B * (T - 1), V]
+    logps = -F.cross_entropy(flat, targets.flatten(), ignore_index=IGNORED, reduction="none")
+    logps = logps.view_as(targets)
     check("token_logps", logps)
     return F.pad(logps, (1, 0))
 

@@ -77,6 +77,14 @@ def test_token_logps_is_log_softmax_in_float32_and_zero_outside_the_response(dty
             assert out[b, t].item() == pytest.approx(expected, abs=1e-5)
 
 
+def test_token_logps_of_a_large_vocabulary_count_its_many_unlikely_words():
+    count, low = 50_000, -17.0  # each too small to change a running sum that begins with 1
+    logits = torch.full((1, 2, count), low)
+    logits[..., 0] = 0
+    found = token_logps(logits, torch.tensor([[-100, 0]]))[0, 1].item()
+    assert found == pytest.approx(-math.log1p((count - 1) * math.exp(low)), abs=5e-4)
+
+
 @pytest.mark.parametrize(("logits", "labels", "message"), [
     (torch.zeros(2, 3, 4), torch.zeros(2, 4, dtype=torch.long), r"expected \[B, T, V\]"),
     (torch.zeros(3, 4), torch.zeros(3, dtype=torch.long), r"expected \[B, T, V\]"),
