@@ -72,9 +72,10 @@ def pictures(*beginnings):
 #
 # One row a claim of the paper; effects are turned so that a positive one supports the claim. Claims that end in `p` are
 # of the paper's protocol (one learning rate for all masks), those that end in `s` compare with as many updates as ALLO.
+# What a step costs (C10) is measured in 07.
 
 # %%
-whole = [claim for claim in verdicts if claim.id == claim.whole]  # its parts stand in the appendix
+whole = [claim for claim in verdicts if claim.id == claim.whole and claim.family != "costs"]  # parts stand in the appendix
 answers = [(claim, *claims.effect_text(claim)) for claim in whole]
 table([{"id": claim.id, "claim": claim.claim, "effect": effect, "95% interval": interval,
         "verdict": claim.in_words} for claim, effect, interval in answers])

@@ -236,10 +236,10 @@ def _provenance(folder: Path, settings: dict) -> str:
     if seconds:
         minutes = max(sum(seconds), info.get("process_seconds", 0) / info["cores"]) / 60
         cost = f"; {minutes:.0f} minutes on {info['cores']} cores"
-    several = "s" * (len(seeds) > 1)
+    several, most = "s" * (len(seeds) > 1), "up to " * bool(replicates.get("once"))
     return (
         f"`{folder.name}`: SFT model{several} of seed{several} {', '.join(map(str, seeds))}, each "
-        f"with {runs} run{'s' * (runs > 1)} of a method{cost} "
+        f"with {most}{runs} run{'s' * (runs > 1)} of a method{cost} "
         f"({info.get('processor', 'unknown processor')})."
     )
 
