@@ -159,15 +159,8 @@ def forget(model, pairs, weights: list[list[float]], schedule: Schedule, **setti
         weights: w_t, a list for each pair, as long as its rejected response with the end token.
         settings: of `run_stage`; `mask` are the neurons that move.
     """
-    return run_stage(model, weighted(pairs, weights), "forgetting", schedule, **settings)
-
-
-def weighted(pairs: list[dict], weights: list[list[float]]) -> list[dict]:
-    """Copies of the pairs with the weights of their rejected tokens; chosen ones weigh nothing."""
-    return [
-        pair | {"rejected_weights": values, "chosen_weights": [0.0] * len(pair["chosen"])}
-        for pair, values in zip(pairs, weights, strict=True)
-    ]
+    rows = [row | {"rejected_weights": w} for row, w in zip(pairs, weights, strict=True)]
+    return run_stage(model, rows, "forgetting", schedule, **settings)
 
 
 # --- 4. learning -------------------------------------------------------------------------------

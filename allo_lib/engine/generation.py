@@ -21,7 +21,6 @@ from transformers.cache_utils import DynamicLayer
 
 from allo_lib.engine.encoding import encode_prompt
 from allo_lib.engine.forward import argmax_tokens, takes_drafts
-from allo_lib.errors import AlloError
 from allo_lib.method.losses import Batch
 from allo_lib.seeds import derive
 
@@ -246,45 +245,3 @@ def _response(tokenizer: Any, ids: list[int]) -> Response:
     if ended:
         ids = ids[: ids.index(tokenizer.eos_token_id)]
     return Response(tokenizer.decode(ids, skip_special_tokens=True), ended)
-
-
-@dataclass(frozen=True)
-class Answers:
-    """Greedy responses to questions, in their order: texts, whether read, whether right."""
-
-    texts: list[str]
-    answered: list[bool]
-    right: list[bool]
-
-    @property
-    def accuracy(self) -> float:
-        """Share of right answers; a response without an answer is wrong."""
-        return sum(self.right) / len(self.right)
-
-
-def answer(
-    model: Any,
-    tokenizer: Any,
-    task: Any,
-    questions: list[Any],
-    *,
-    max_new_tokens: int,
-    batch_size: int,
-    drafts: list[list[int]] | None = None,
-) -> Answers:
-    """Greedy decoding of every question, judged by the task; an unended response has no answer.
-
-    drafts: guesses at the responses, see `generate`. AlloError without questions, of which there is
-    no accuracy.
-    """
-    if not questions:
-        raise AlloError("no questions to answer; raise `dev` and `test` of the domain")
-    prompts = [question.prompt for question in questions]
-    sizes = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
-    responses = [one for (one,) in generate(model, tokenizer, prompts, **sizes, drafts=drafts)]
-    answers = Answers([response.text for response in responses], [], [])
-    for question, response in zip(questions, responses, strict=True):
-        answered = response.ended and task.answered(question, response.text)
-        answers.answered.append(answered)
-        answers.right.append(answered and task.right(question, response.text))
-    return answers

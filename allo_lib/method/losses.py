@@ -317,7 +317,4 @@ def _pairs(name: str, logps: Tensor, batch: Batch, beta: float, gamma: float) ->
 def _margin(chosen_ratio: Tensor, rejected_ratio: Tensor, beta: float) -> dict[str, Tensor]:
     """Implicit rewards of DPO: beta times the log-ratio of the whole response, both [B]."""
     margin = beta * (chosen_ratio - rejected_ratio).detach()
-    return {
-        "reward_margin": margin.mean(),
-        "reward_accuracy": (margin > 0).float().mean(),
-    }
+    return {"reward_margin": margin.mean(), "reward_accuracy": (margin > 0).float().mean()}

@@ -16,7 +16,7 @@ from allo_lib.data.benchmarks import data_hash, load_rows
 from allo_lib.data.tasks import counts_of_test
 from allo_lib.engine.encoding import encode_prompt
 from allo_lib.engine.forward import implicit_margins
-from allo_lib.engine.generation import Answers, answer, generate
+from allo_lib.engine.generation import generate
 from allo_lib.errors import AlloError
 from allo_lib.evaluation import outcomes
 from allo_lib.evaluation.stats import Interval, mean_and_error, mean_interval
@@ -31,7 +31,8 @@ def dev_score(study, name: str, model) -> float:
     if study.task(name) is None:
         margins = _margins(study, name, model, "dev")
         return sum(margin > 0 for margin in margins) / len(margins)
-    return answers(study, name, model, "dev").accuracy
+    right = [right for *_, right in answers(study, name, model, "dev")]
+    return sum(right) / len(right)
 
 
 def dev_count(study, name: str) -> int:
@@ -41,18 +42,27 @@ def dev_count(study, name: str) -> int:
     return study.domain(name).dev
 
 
-def answers(study, name: str, model, split: str) -> Answers:
-    """Greedy answers to the problems of a split."""
-    domain = study.domain(name)
-    return answer(
-        model,
-        study.tokenizer,
-        study.task(name),
-        study.task(name).questions(split, getattr(domain, split)),
-        max_new_tokens=domain.max_new_tokens,
-        batch_size=study.profile.compute.generation_batch,
-        drafts=study.drafts(name, split),
-    )
+def answers(study, name: str, model, split: str) -> list[tuple]:
+    """Greedy answers to a split: (question, whether it was answered, whether that is right) each.
+
+    A response that does not end has no answer. AlloError without questions, of which there is no
+    accuracy.
+    """
+    domain, task = study.domain(name), study.task(name)
+    questions = task.questions(split, getattr(domain, split))
+    if not questions:
+        raise AlloError("no questions to answer; raise `dev` and `test` of the domain")
+    sizes = {
+        "max_new_tokens": domain.max_new_tokens,
+        "batch_size": study.profile.compute.generation_batch,
+        "drafts": study.drafts(name, split),
+    }
+    found = []
+    responses = generate(model, study.tokenizer, [one.prompt for one in questions], **sizes)
+    for question, (response,) in zip(questions, responses, strict=True):
+        answered = response.ended and task.answered(question, response.text)
+        found.append((question, answered, answered and task.right(question, response.text)))
+    return found
 
 
 def _margins(study, name: str, model, split: str) -> list[float]:
@@ -82,13 +92,11 @@ def measure(study, name: str, model) -> dict:
         )
     if study.task(name) is not None:
         questions = study.task(name).questions("test", study.domain(name).test)
-        columns = [[False] * len(questions)] * 2
+        judged = [(question, False, False) for question in questions]
         if not diverged:
-            test = answers(study, name, model, "test")
-            columns = [test.answered, test.right]
+            judged = answers(study, name, model, "test")
         measured["answers"] = [
-            [question.id, question.dataset, int(answered), int(right)]
-            for question, answered, right in zip(questions, *columns, strict=True)
+            [one.id, one.dataset, int(answered), int(right)] for one, answered, right in judged
         ]
     return measured
 

@@ -17,13 +17,7 @@ from allo_lib.machine.environment import ROOT, device_name
 from allo_lib.machine.runtime import torch_threads
 from allo_lib.method.losses import GAMMA, ON_POLICY, ON_REJECTED, ON_SOLUTIONS
 from allo_lib.method.neurons import NeuronMask
-from allo_lib.profiles.methods import (
-    PAPER_PROTOCOL,
-    Stage,
-    knob_of,
-    stages_of,
-    tuned_as,
-)
+from allo_lib.profiles.methods import PAPER_PROTOCOL, Stage, knob_of, stages_of, tuned_as
 from allo_lib.seeds import derive
 from allo_lib.study import scoring
 from allo_lib.study.manifest import commit_of
@@ -102,12 +96,8 @@ def logps_by_stage(study: Study, name: str, method: str, split: str = "heldout")
 
 def _made(study: Study, kind: str, inputs: dict, make: Callable[[Path], None]) -> Artifact:
     """An artifact of the store, made on as many threads as the profile gives to a method."""
-
-    def on_its_threads(folder: Path) -> None:
-        with torch_threads(study.profile.compute.method_threads):
-            make(folder)
-
-    return study.store.get(kind, inputs, on_its_threads)
+    threads = torch_threads(study.profile.compute.method_threads)
+    return study.store.get(kind, inputs, threads(make))
 
 
 def _method_inputs(study: Study, name: str, method: str) -> dict:

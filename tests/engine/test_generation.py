@@ -8,11 +8,9 @@ from tiny_models import tiny_llama
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from allo_lib.data import miniature
-from allo_lib.data.tasks import Question
 from allo_lib.engine import generation, models
 from allo_lib.engine.encoding import encode_prompt
-from allo_lib.engine.generation import Response, answer, generate
-from allo_lib.errors import AlloError
+from allo_lib.engine.generation import Response, generate
 
 PROMPTS = ["calc 1 ?", "largest first 3 second 4 ?", "?", "story ann 1 bob 2 ask bob ?", "calc 1 ?"]
 
@@ -231,32 +229,3 @@ def test_sampling_draws_from_the_whole_softmax_at_its_temperature(tokenizer):
     share = texts.count(tokenizer.decode([5])) / 4000
     assert share == pytest.approx(1 / (1 + torch.tensor(-1.0).exp().item()), abs=0.03)
     assert set(texts) == {tokenizer.decode([5]), tokenizer.decode([6])}
-
-
-# --- answers ---
-
-
-class Echo:
-    """A task whose answer is right when the response ends in the question's solution."""
-
-    def answered(self, question, text):
-        return bool(text)
-
-    def right(self, question, text):
-        return text.endswith(question.solution)
-
-
-def test_answers_are_judged_and_cut_off_ones_are_wrong(model, tokenizer):
-    responses = greedy(model, tokenizer, PROMPTS)
-    questions = [
-        Question(str(i), "echo", prompt, (one.text.split() or [""])[-1] if i % 2 else "@", None)
-        for i, (prompt, one) in enumerate(zip(PROMPTS, responses, strict=True))
-    ]
-    found = answer(model, tokenizer, Echo(), questions, max_new_tokens=12, batch_size=4)
-    assert found.texts == [one.text for one in responses]
-    assert found.answered == [one.ended and bool(one.text) for one in responses]
-    assert found.right == [a and i % 2 == 1 for i, a in enumerate(found.answered)]
-    assert found.accuracy == sum(found.right) / len(PROMPTS)
-    assert any(not one.ended for one in responses)
-    with pytest.raises(AlloError, match="no questions"):
-        answer(model, tokenizer, Echo(), [], max_new_tokens=3, batch_size=4)

@@ -281,14 +281,31 @@ def test_sft_base_is_the_sft_model_itself(tiny_study):
     found = training.result(tiny_study, DOMAIN, "sft_base")
     model = tiny_study.load_sft(DOMAIN)
     given = scoring.answers(tiny_study, DOMAIN, model, "test")
-    questions = tiny_study.task(DOMAIN).questions("test", tiny_study.domain(DOMAIN).test)
     assert found["answers"] == [
-        [q.id, q.dataset, int(answered), int(right)]
-        for q, answered, right in zip(questions, given.answered, given.right, strict=True)
+        [q.id, q.dataset, int(answered), int(right)] for q, answered, right in given
     ]
     assert found["displacement"] == 0 and found["rates"] == [] and found["loss"] == []
     assert found["margins"] == pytest.approx([0.0] * len(found["margins"]), abs=1e-6)
     assert found["dev"] == scoring.dev_score(tiny_study, DOMAIN, tiny_study.load_sft(DOMAIN))
+
+
+def test_answers_are_judged_and_cut_off_ones_are_wrong(tiny_study, monkeypatch):
+    task, domain = tiny_study.task(DOMAIN), tiny_study.domain(DOMAIN)
+    asked = task.questions("dev", domain.dev)[:4]
+    other = next(one.solution for one in asked if not task.right(asked[1], one.solution))
+    said = [(asked[0].solution, True), (other, True), (asked[2].solution, False), ("nothing", True)]
+    responses = [[Response(*one)] for one in said]
+    monkeypatch.setattr(task, "questions", lambda split, count: asked)
+    monkeypatch.setattr(scoring, "generate", lambda *_, **__: responses)
+    found = scoring.answers(tiny_study, DOMAIN, None, "dev")
+    assert [question for question, *_ in found] == asked
+    assert [tuple(judged) for _, *judged in found] == [
+        (True, True), (True, False), (False, False), (False, False),
+    ]  # fmt: skip
+    assert scoring.dev_score(tiny_study, DOMAIN, None) == 1 / 4
+    monkeypatch.setattr(task, "questions", lambda split, count: [])
+    with pytest.raises(AlloError, match="no questions"):
+        scoring.answers(tiny_study, DOMAIN, None, "dev")
 
 
 def test_a_result_is_that_of_its_best_candidate_and_the_paper_s_rows_run_at_its_rate(begun):
