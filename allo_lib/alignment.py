@@ -16,7 +16,6 @@ import torch
 
 from allo_lib import align_setup, allo, delta
 from allo_lib.align_setup import STAGES, TRAINED, AlignConfig, as_found, entries, put, restored
-from allo_lib.data.preferences import SIDES
 from allo_lib.engine import rewriter
 from allo_lib.engine.forward import implicit_margins, layout_of, pair_logps
 from allo_lib.engine.reference import rows_hash, state_hash, with_reference
@@ -286,12 +285,9 @@ class _Run:
             "beta": config.beta,
             "max_grad_norm": config.max_grad_norm,
             "label": name,
-            "checkpoints": self._checkpoints(place),
+            # Where a stage of this very call goes on from.
+            "checkpoints": Checkpoints(self._begun / place, config.checkpoint_minutes),
         }
-
-    def _checkpoints(self, place: str) -> Checkpoints:
-        """Where a stage of this very call goes on from."""
-        return Checkpoints(self._begun / place, self.config.checkpoint_minutes)
 
     def forget_checkpoints(self) -> None:
         """All stages are saved: nothing will go on from them."""
@@ -316,9 +312,8 @@ class _Run:
 
     def _margins(self, rows: list[dict]) -> list[float]:
         """Of each pair the implicit reward of DPO, beta log pi / pi_before, chosen - rejected."""
-        before = [{side: row[f"{side}_reference"] for side in SIDES} for row in rows]
         now = pair_logps(self.model, rows, self.pad, self.config.forward_batch)
-        return implicit_margins(now, before, self.config.beta)
+        return implicit_margins(now, rows, self.config.beta)
 
     def rank_held_out(self) -> None:
         """The share of held-out pairs with a positive margin, into the record and printed.

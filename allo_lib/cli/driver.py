@@ -8,7 +8,6 @@ import contextlib
 import dataclasses
 import fcntl
 import functools
-import hashlib
 import json
 import os
 import shutil
@@ -17,7 +16,8 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from allo_lib.cli.execute import Job, execute
+from allo_lib.cli.execute import execute
+from allo_lib.engine.store import sha256
 from allo_lib.errors import AlloError
 from allo_lib.machine.environment import ROOT, machine
 from allo_lib.profiles.config import Profile, fingerprint
@@ -158,7 +158,7 @@ def stamps(results: Path) -> Path:
 def library_hash(folder: Path = Path(__file__).parent.parent) -> str:
     """Hash of all library code that a notebook can call; commands only start notebooks."""
     paths = [path for path in sorted(folder.rglob("*.py")) if path.parent != folder / "cli"]
-    return fingerprint([[p.relative_to(folder).as_posix(), _file_hash(p)] for p in paths])
+    return fingerprint([[p.relative_to(folder).as_posix(), sha256(p)] for p in paths])
 
 
 def notebook_hash(notebook: Path) -> str:
@@ -177,11 +177,7 @@ def data_hash(folder: Path | None) -> str | None:
 
 def _measured(run: Run) -> str | None:
     path = run.results / "measurements.csv"
-    return _file_hash(path) if path.is_file() else None
-
-
-def _file_hash(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    return sha256(path) if path.is_file() else None
 
 
 def read_json(path: Path) -> dict | None:
@@ -225,13 +221,8 @@ def check_folder(run: Run, fresh: bool) -> None:
         raise AlloError(f"--out {results} is a file; name a folder")
     if results == ROOT or results in ROOT.parents:
         raise AlloError(f"--out {results} holds the project itself; name another folder")
-    owner = None if fresh else manifest.read(results) or manifest.owner(results)
-    if owner and owner["profile_hash"] != run.profile.hash():
-        raise AlloError(
-            f"{results} holds results of profile hash {owner['profile_hash'][:12]}, but this run's "
-            f"is {run.profile.hash()[:12]}; name another folder with --out, or replace these "
-            "results with --fresh"
-        )
+    if not fresh:
+        manifest.check_folder(results, run.profile)
     ours = (results / manifest.NAME).exists() or (results / manifest.STORE).exists()
     if not ours and results.exists() and any(results.iterdir()):
         raise AlloError(f"{results} holds other files; name a new or empty folder with --out")
@@ -280,7 +271,7 @@ def _run_one(step: Step) -> None:
     step.stamp_path.unlink(missing_ok=True)
     if run.data is not None:
         os.environ[DATA_VARIABLE] = str(run.data)
-    execute(Job(str(step.notebook), parameters, str(step.target), str(scratch)))
+    execute(step.notebook, parameters, step.target, scratch)
     stamp = {
         "key": made_by,
         # A later run reads from the store what an earlier one made: what it took is the longest.

@@ -11,9 +11,9 @@ import os
 import re
 import sys
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
 
+from allo_lib.evaluation import outcomes
 from allo_lib.machine.environment import ROOT, child_environment
 
 # Of progress reports: what a later one has overwritten, what a bar that left nothing ends with,
@@ -21,22 +21,14 @@ from allo_lib.machine.environment import ROOT, child_environment
 _PROGRESS = re.compile(r"[^\n]*\r(?=[^\n])|^ *\r$|(?:^|(?<=\r))[^\n]*\d%\|[^\n]*\n?", re.MULTILINE)
 
 
-@dataclass(frozen=True)
-class Job:
-    """One notebook to run: where it is, its parameters, where its executed copy goes."""
-
-    notebook: str
-    parameters: dict
-    target: str  # the executed notebook, when it ran through
-    scratch: str  # the copy while it runs; same file system as `target`
-
-
 class NotebookError(Exception):
     """A notebook did not run through; the message is one line."""
 
 
-def execute(job: Job) -> None:
+def execute(notebook: Path, parameters: dict, target: Path, scratch: Path) -> None:
     """Execute a notebook with this very interpreter as its kernel.
+
+    target: the executed copy, when it ran through; scratch: the copy while it runs.
 
     Raises NotebookError when it does not run through; the copy is then kept as `.failed.ipynb`.
     """
@@ -45,7 +37,6 @@ def execute(job: Job) -> None:
 
     for library in ("asyncio", "papermill"):  # whose kernel dies when the run is stopped
         logging.getLogger(library).setLevel(logging.CRITICAL)
-    scratch, target = Path(job.scratch), Path(job.target)
     failed, reason = target.with_suffix(".failed.ipynb"), None
     for path in (scratch, target):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -53,9 +44,9 @@ def execute(job: Job) -> None:
     with _own_kernel():
         try:
             papermill.execute_notebook(
-                job.notebook,
-                job.scratch,
-                parameters=injected(job.parameters, papermill.inspect_notebook(job.notebook)),
+                str(notebook),
+                str(scratch),
+                parameters=injected(parameters, papermill.inspect_notebook(str(notebook))),
                 kernel_name="python3",
                 progress_bar=False,
                 stdout_file=sys.stdout,
@@ -67,11 +58,8 @@ def execute(job: Job) -> None:
             text = str(getattr(error, "evalue", error)).strip() or "no message"
             reason = f"{target.stem} failed: {name}: {text.splitlines()[0]}"
     if scratch.exists():
-        text = sanitised(nbformat.read(scratch, as_version=4), job.parameters["results_dir"])
-        with scratch.open("w", encoding="utf-8") as handle:
-            handle.write(text)
-            handle.flush()
-            os.fsync(handle.fileno())
+        text = sanitised(nbformat.read(scratch, as_version=4), parameters["results_dir"])
+        outcomes.replace_file(scratch, text.encode("utf-8"))
         scratch.replace(failed if reason else target)
         reason = reason and f"{reason}; see {failed}"
     if reason:

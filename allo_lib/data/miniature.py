@@ -347,11 +347,6 @@ def read_answer(response: str) -> str | None:
     return words[-1] if words[-1] in map(str, NUMBERS) else None
 
 
-def is_right(problem: Problem, response: str) -> bool:
-    """Whether the response ends in the right answer, however it got there."""
-    return read_answer(response) == problem.answer
-
-
 def correct(problem: Problem, response: str) -> str | None:
     """Return the right solution in the response's own wording; None for one of another form."""
     words = response.split()

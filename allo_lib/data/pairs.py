@@ -27,7 +27,7 @@ from allo_lib.profiles.config import fingerprint
 from allo_lib.seeds import derive
 
 _TURNS = re.compile(r"\n\n(Human|Assistant):")  # the beginnings of hh-rlhf's
-SPLITS = ("train", "heldout", "dev", "mask")  # and `train_split`, `wrong_split`
+SPLITS = ("train", "heldout", "dev", "mask")  # and `train_split`, those with "wrong" for "train"
 COLUMNS = ("prompt", "chosen", "rejected")
 
 
@@ -74,11 +74,6 @@ class Pairs:
 def train_split(pair_set: int) -> str:
     """Name the split that holds a pair set's training pairs: "train", "train1", ..."""
     return f"train{pair_set or ''}"
-
-
-def wrong_split(pair_set: int) -> str:
-    """Name the split of all wrong samples that goes with a pair set: "wrong", "wrong1", ..."""
-    return f"wrong{pair_set or ''}"
 
 
 def make_pairs(study, name: str) -> Pairs:

@@ -65,7 +65,7 @@ class Miniature:
 
     def right(self, question: Question, response: str) -> bool:
         """Whether the final answer is the gold one."""
-        return miniature.is_right(question.source, response)
+        return miniature.read_answer(response) == question.source.answer
 
     def correction(self, question: Question, response: str) -> str | None:
         """Return the response with only its wrong words changed; None when it cannot be read."""
@@ -294,11 +294,6 @@ def plan(counts: dict[str, int], sizes: dict[str, int], file: str) -> dict[str, 
         planned[split] = _spread(count, left)
         left = {name: rows - planned[split][name] for name, rows in left.items()}
     return planned
-
-
-def counts_of_test(count: int, sizes: dict[str, int]) -> dict[str, int]:
-    """Count the test instructions of each data set; AlloError if there are fewer than `count`."""
-    return plan({"test": count}, sizes, "test")["test"]
 
 
 def _spread(count: int, room: dict[str, int]) -> dict[str, int]:

@@ -22,6 +22,7 @@ from allo_lib.errors import AlloError
 from allo_lib.machine import devices
 from allo_lib.method.losses import IGNORED, Batch
 
+_SIDES = ("chosen", "rejected")
 CHUNK_BYTES = 64 * 2**20  # of float32 logits alive at once
 # Config keys of models that change their logits after the head, by too little to be seen while
 # those are small.
@@ -357,14 +358,14 @@ def _chunks(count: int, weight: Tensor) -> Iterator[slice]:
 
 
 def implicit_margins(
-    policy: list[dict[str, list[float]]], reference: list[dict[str, list[float]]], beta: float
+    policy: list[dict[str, Any]], rows: list[dict[str, Any]], beta: float
 ) -> list[float]:
     """DPO's implicit reward of chosen minus rejected, per pair: beta (Delta+ - Delta-).
 
-    policy, reference: `pair_logps` of the same pairs.
+    policy: `pair_logps` of the pairs; rows: these, with the log-probs of their references.
     """
     margins = []
-    for ours, theirs in zip(policy, reference, strict=True):
-        chosen, rejected = (sum(ours[side]) - sum(theirs[side]) for side in ("chosen", "rejected"))
+    for now, row in zip(policy, rows, strict=True):
+        chosen, rejected = (sum(now[side]) - sum(row[f"{side}_reference"]) for side in _SIDES)
         margins.append(beta * (chosen - rejected))
     return margins

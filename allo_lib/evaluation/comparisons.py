@@ -69,11 +69,6 @@ JUDGED_BY = "judged_by:"
 NOBODY = "no judge was named"
 
 
-def index_of(rows: Iterable[Measurement]) -> Index:
-    """Rows by (seed, method, dataset, metric)."""
-    return {(row.seed, row.method, row.dataset, row.metric): row for row in rows}
-
-
 class StudyResults:
     """The outcomes and measurements of a study on the SFT models that were fixed beforehand.
 
@@ -96,7 +91,11 @@ class StudyResults:
         self.whole = self.fixed  # of which `fixed` can become a part
         self.seeds = sorted(seed for seed in known if seed in self.fixed)
         self.left_out = sorted(known - {*self.seeds})
-        self.index = index_of(row for row in rows if row.seed in self.fixed)
+        self.index: Index = {
+            (row.seed, row.method, row.dataset, row.metric): row
+            for row in rows
+            if row.seed in self.fixed
+        }
         table = table[table["model"].isin(self.seeds)]
         pairs = table[table["margin"].notna()]
         losses = pairs.assign(right=np.logaddexp(0, -pairs["margin"].astype(float)))

@@ -7,7 +7,6 @@ at a time.
 """
 
 import contextlib
-import csv
 import math
 import resource
 import sys
@@ -25,6 +24,7 @@ from allo_lib.engine import reference
 from allo_lib.engine.encoding import encode_pairs
 from allo_lib.engine.store import write_json
 from allo_lib.errors import AlloError
+from allo_lib.evaluation import outcomes
 from allo_lib.machine.runtime import fork_server, give_back_freed_memory, leave_with_parent
 from allo_lib.profiles.config import Profile
 from allo_lib.study.study import Study
@@ -70,11 +70,7 @@ def measure(study: Study) -> list[dict]:
 
 def write(rows: list[dict], path: Path, columns: Sequence[str] = COLUMNS) -> None:
     """Write these columns of the rows as CSV, by default those that claims and report read."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, columns, lineterminator="\n", extrasaction="ignore")
-        writer.writeheader()
-        writer.writerows(rows)
+    outcomes.write_csv(path, columns, [[row.get(name) for name in columns] for row in rows])
 
 
 def in_own_process(work: Callable, *arguments):

@@ -2,13 +2,13 @@
 
 import contextlib
 import csv
-import hashlib
 import json
 import re
 import subprocess
 from pathlib import Path
 from typing import Any
 
+from allo_lib.engine.store import sha256
 from allo_lib.errors import AlloError
 from allo_lib.evaluation import outcomes
 from allo_lib.machine import runtime
@@ -47,10 +47,7 @@ def file_names(results: Path) -> list[str]:
 
 def file_hashes(results: Path) -> dict[str, str]:
     """SHA-256 (hex) of each of these files, by relative path."""
-    return {
-        name: hashlib.sha256((results / name).read_bytes()).hexdigest()
-        for name in file_names(results)
-    }
+    return {name: sha256(results / name) for name in file_names(results)}
 
 
 def read(results: Path) -> dict | None:
@@ -92,8 +89,8 @@ def check_folder(folder: Path, profile) -> None:
     found = read(folder) or owner(folder)
     if found and found["profile_hash"] != profile.hash():
         raise AlloError(
-            f"{folder} holds results of profile hash {found['profile_hash'][:12]}, this run is "
-            f"{profile.hash()[:12]}: choose another --out, or start over with --fresh"
+            f"{folder} holds results of profile hash {found['profile_hash'][:12]}, but this run's "
+            f"is {profile.hash()[:12]}: choose another --out, or replace these results with --fresh"
         )
 
 

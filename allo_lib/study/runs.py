@@ -12,7 +12,6 @@ another reward model, density or official detail takes ALLO's own rates (`method
 """
 
 import contextlib
-import csv
 import math
 import os
 import sys
@@ -28,6 +27,7 @@ from tqdm import tqdm
 
 from allo_lib.engine.store import NotMade
 from allo_lib.errors import AlloError
+from allo_lib.evaluation import outcomes
 from allo_lib.machine.environment import ROOT
 from allo_lib.machine.runtime import fork_server, give_back_freed_memory, leave_with_parent
 from allo_lib.method.losses import ON_POLICY
@@ -269,11 +269,9 @@ def tune(profile: Profile, seeds: tuple[int, ...], folder: Path, data: str | Non
             except StopIteration as end:
                 found[which] = end.value
                 del wanted[which]
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "tuning.csv", "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(("domain", "method", "rates", "model", "score"))
-        writer.writerows((*row, f"{score:.6f}") for *row, score in sorted(rows))
+    columns = ("domain", "method", "rates", "model", "score")
+    scored = [(*row, f"{score:.6f}") for *row, score in sorted(rows)]
+    outcomes.write_csv(folder / "tuning.csv", columns, scored)
     tuned: dict[str, dict] = {name: {} for name in profile.domains}
     for name, method in searches:
         tuned[name][method] = list(found[name, method].rates)

@@ -13,7 +13,7 @@ from itertools import islice
 import numpy as np
 
 from allo_lib.data.benchmarks import data_hash, load_rows
-from allo_lib.data.tasks import counts_of_test
+from allo_lib.data.tasks import plan
 from allo_lib.engine.encoding import encode_prompt
 from allo_lib.engine.forward import implicit_margins
 from allo_lib.engine.generation import generate
@@ -67,10 +67,7 @@ def answers(study, name: str, model, split: str) -> list[tuple]:
 
 def _margins(study, name: str, model, split: str) -> list[float]:
     rows = study.encoded(name, split)
-    reference = [
-        {side: row[f"{side}_reference"] for side in ("chosen", "rejected")} for row in rows
-    ]
-    return implicit_margins(study.logps(model, rows), reference, study.profile.method.beta)
+    return implicit_margins(study.logps(model, rows), rows, study.profile.method.beta)
 
 
 def measure(study, name: str, model) -> dict:
@@ -175,7 +172,7 @@ def chosen(study, name: str) -> dict[str, list[dict]]:
     loaded, settings = _loaded(study, name), study.domain(name).instructions
     sizes = {dataset: len(rows) for dataset, rows in loaded.items()}
     room, found = study.context - settings.max_new_tokens, {}
-    for dataset, count in counts_of_test(settings.count, sizes).items():
+    for dataset, count in plan({"test": settings.count}, sizes, "test")["test"].items():
         rows = {row["question"]: row for row in reversed(loaded[dataset])}
         rows = sorted(rows.values(), key=lambda row: row["id"])
         random.Random(derive(0, "instructions", dataset)).shuffle(rows)

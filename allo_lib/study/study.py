@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from allo_lib.allo import run_stage
-from allo_lib.data.pairs import Pairs, make_pairs, train_split, wrong_split
+from allo_lib.data.pairs import Pairs, make_pairs, train_split
 from allo_lib.data.tasks import open_task
 from allo_lib.engine import models, reference
 from allo_lib.engine.encoding import encode_demonstration, encode_pairs, encode_response
@@ -85,7 +85,8 @@ class Study(Importance):
     def _set_replicate(self, replicate: int) -> None:
         self.replicate = replicate
         self.pair_set, self.order = divmod(replicate, self.profile.replicates.orders)
-        self.train, self.wrong = train_split(self.pair_set), wrong_split(self.pair_set)
+        self.train = train_split(self.pair_set)
+        self.wrong = self.train.replace("train", "wrong")  # all wrong samples of its questions
 
     @property
     def replicates(self) -> range:
@@ -205,29 +206,23 @@ class Study(Importance):
 
     def inputs(self, name: str, *fields: str) -> dict:
         """What every artifact of a domain depends on, and the named fields of its settings."""
-        settings = self.profile.to_dict()
-        return (
-            {
-                "version": VERSION,
-                "seed": self.seed,
-                "model": settings["model"] | {"dtype": self.dtype},
-                "datasets": settings["domains"][name]["datasets"],
-                "kind": settings["domains"][name]["kind"],
-                "data": self._data_hash(name),
-                "threads": [self.profile.compute.threads, self.profile.compute.method_threads],
-                "device": self.device,
-                "max_grad_norm": self.profile.method.max_grad_norm,
-            }
-            | self._dealt(name)
-            | {field: settings["domains"][name][field] for field in fields}
-        )
-
-    def _dealt(self, name: str) -> dict:
-        """How many questions of a file each split gets, on which it depends which ones."""
-        domain = self.domain(name)
-        if domain.kind != "questions":
-            return {}
-        return {"dealt": [domain.sft.examples, domain.pairs.questions, domain.dev]}
+        settings, domain = self.profile.to_dict(), self.domain(name)
+        dealt = {}
+        if domain.kind == "questions":  # of a file each split gets so many, and so those ones
+            dealt = {"dealt": [domain.sft.examples, domain.pairs.questions, domain.dev]}
+        return {
+            "version": VERSION,
+            "seed": self.seed,
+            "model": settings["model"] | {"dtype": self.dtype},
+            "datasets": settings["domains"][name]["datasets"],
+            "kind": settings["domains"][name]["kind"],
+            "data": self._data_hash(name),
+            "threads": [self.profile.compute.threads, self.profile.compute.method_threads],
+            "device": self.device,
+            "max_grad_norm": self.profile.method.max_grad_norm,
+            **dealt,
+            **{field: settings["domains"][name][field] for field in fields},
+        }
 
     @lru_cache
     def _data_hash(self, name: str) -> str:

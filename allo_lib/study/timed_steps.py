@@ -114,7 +114,9 @@ class OwnSteps:
 
     def run(self, warm_up: int, steps: int, begun=lambda: None) -> float:
         """Seconds of `steps` steps after `warm_up` others; `begun` is called between them."""
-        self.count()
+        with counter() as counted:
+            self._step()
+        self.flops = counted.get_total_flops()
         for _ in range(warm_up - 1):
             self._step()
         wait_for(self.model.device)
@@ -124,13 +126,6 @@ class OwnSteps:
             self._step()
         wait_for(self.model.device)
         return time.perf_counter() - start
-
-    def count(self) -> int:
-        """Floating-point operations of one step, which is made."""
-        with counter() as counted:
-            self._step()
-        self.flops = counted.get_total_flops()
-        return self.flops
 
     def state_bytes(self) -> int:
         """Bytes of optimizer state, packed or dense gradient included."""

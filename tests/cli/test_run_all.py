@@ -72,14 +72,13 @@ def study(project, monkeypatch):
     """A `Run` over the stand-in notebooks, and the list of (notebook, seed) that really ran."""
     ran = []
 
-    def fake(job):
-        stem, seed = Path(job.notebook).stem, job.parameters["seed"]
-        ran.append((stem, job.parameters.get("seeds", seed)))
-        target = Path(job.target)
+    def fake(notebook, parameters, target, scratch):
+        stem, seed = notebook.stem, parameters["seed"]
+        ran.append((stem, parameters.get("seeds", seed)))
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_text(f"{stem} {seed} {len(ran)}\n")
-        if "seeds" in job.parameters:
-            seeds = job.parameters["seeds"]
+        if "seeds" in parameters:
+            seeds = parameters["seeds"]
             rows = "".join(f"{seed},sft,chain,accuracy,0.5,0.1,10\n" for seed in seeds)
             header = "seed,method,dataset,metric,value,stderr,n\n"
             target.parents[1].joinpath("measurements.csv").write_text(header + rows)
@@ -188,9 +187,9 @@ def test_measurements_of_the_last_notebook_leave_the_others_done(study, project,
     write_notebook(project / "notebooks", "07_more", "pass")
     fake = driver.execute
 
-    def append(job):
-        fake(job)
-        if "07" in job.notebook:
+    def append(notebook, *rest):
+        fake(notebook, *rest)
+        if "07" in notebook.name:
             with (run.results / "measurements.csv").open("a") as handle:
                 handle.write("0,dpo,chain,accuracy,0.5,0.1,10\n")
 
@@ -244,10 +243,10 @@ def test_two_runs_never_write_into_one_folder(study, monkeypatch, fresh):
     driver.run_study(make_run(run.notebooks.parent, only=("00",)))
     fake = driver.execute
 
-    def meddle(job):
+    def meddle(*job):
         with pytest.raises(cli.AlloError, match="another run is writing"):
             driver.run_study(run)
-        fake(job)
+        fake(*job)
 
     monkeypatch.setattr(driver, "execute", meddle)
     driver.run_study(run, fresh=fresh)

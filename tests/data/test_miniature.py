@@ -70,12 +70,16 @@ def test_solutions_are_right_or_wrong_from_a_known_token_on(family, seed):
     right = mini.solution(problem, random.Random(seed), 0.0)
     plain = {mini.solution(problem, random.Random(i), plain=True) for i in range(3)}
     for text in (right, *plain):
-        assert mini.is_right(problem, text) and not any(mini.wrong_tokens(problem, text))
+        assert mini.read_answer(text) == problem.answer and not any(
+            mini.wrong_tokens(problem, text)
+        )
         assert mini.correct(problem, text) == text
     assert len(plain) == 1
     response = mini.solution(problem, random.Random(seed), 1.0)
     corrected = mini.correct(problem, response)
-    assert mini.is_right(problem, corrected) and not any(mini.wrong_tokens(problem, corrected))
+    assert mini.read_answer(corrected) == problem.answer and not any(
+        mini.wrong_tokens(problem, corrected)
+    )
     flags = mini.wrong_tokens(problem, response)
     changed = [a != b for a, b in zip(response.split(), corrected.split(), strict=True)]
     assert any(changed) == any(flags)
@@ -100,7 +104,8 @@ def test_the_habit_makes_a_good_part_wrong_and_every_word_is_one_token(family):
     rng, tokenizer, some = random.Random(0), mini.tokenizer(), mini.problems(family, "sft", 400, 1)
     for scale, low, high in ((0.0, 1.0, 1.0), (0.15, 0.65, 0.95), (1.0, 0.2, 0.65)):
         solutions = [mini.solution(problem, rng, scale) for problem in some]
-        assert low <= sum(map(mini.is_right, some, solutions)) / len(some) <= high
+        right = [mini.read_answer(s) == p.answer for p, s in zip(some, solutions, strict=True)]
+        assert low <= sum(right) / len(some) <= high
         lines = [f"{p.prompt} {text}" for p, text in zip(some, solutions, strict=True)]
         ids = tokenizer(lines)["input_ids"]
         # Prompts have one length, and so have solutions.

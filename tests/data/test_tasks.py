@@ -187,10 +187,10 @@ def test_splits_are_dealt_out_in_turn():
     assert found["dev"] == dict.fromkeys(SIZES, 125)
     assert found["pairs"] == dict.fromkeys(SIZES, 625)
     assert found["sft"] == {"gsm8k": 1678, "math": 1678, "mawps": 394, "tabmwp": 250}
-    assert tasks.counts_of_test(10, {"a": 2, "b": 20}) == {"a": 2, "b": 8}
+    assert tasks.plan({"test": 10}, {"a": 2, "b": 20}, "test")["test"] == {"a": 2, "b": 8}
     room = {"a": 5, "b": 10, "c": 7}
     for count in range(23):
-        found = tasks.counts_of_test(count, room)
+        found = tasks.plan({"test": count}, room, "test")["test"]
         assert sum(found.values()) == count and all(found[name] <= room[name] for name in room)
         # Water finds its level: who has rows to spare gives the most, but for rounding.
         spare = [found[name] for name in room if found[name] < room[name]]

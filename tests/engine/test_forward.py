@@ -183,8 +183,8 @@ def test_both_sides_of_pairs_stay_with_their_pair_and_margins_are_theirs():
             row = {"prompt": pair["prompt"], "response": pair[side]}
             assert values[side] == pytest.approx(plainly(model, row).tolist(), abs=1e-5)
     policy = [{"chosen": [-1.0, -2.0], "rejected": [-5.0]}]
-    reference = [{"chosen": [-2.0, -2.5], "rejected": [-4.0]}]
-    assert implicit_margins(policy, reference, 0.1) == [pytest.approx(0.1 * (1.5 + 1.0))]
+    rows = [{"chosen_reference": [-2.0, -2.5], "rejected_reference": [-4.0]}]
+    assert implicit_margins(policy, rows, 0.1) == [pytest.approx(0.1 * (1.5 + 1.0))]
 
 
 # --- the head on chunks of positions ---

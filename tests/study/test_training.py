@@ -322,8 +322,7 @@ def test_a_result_is_that_of_its_best_candidate_and_the_paper_s_rows_run_at_its_
     assert [record["stages"][0]["neurons"] for record in left] == ["all"]
     model, artifact = training.trained_model(study, DOMAIN, "dpo")
     rows = study.encoded(DOMAIN, "heldout")
-    reference = [{s: row[f"{s}_reference"] for s in ("chosen", "rejected")} for row in rows]
-    margins = implicit_margins(study.logps(model, rows), reference, study.profile.method.beta)
+    margins = implicit_margins(study.logps(model, rows), rows, study.profile.method.beta)
     assert dpo["margins"] == margins and any(margins)
     assert artifact.json()["dev"] == dpo["dev"]
     for method in methods[2:]:
