@@ -191,6 +191,8 @@ masked_adam.close()
 furthest = max((p - q).abs().max().item() for p, q in zip(plain.parameters(), library.parameters(), strict=True))
 assert furthest < 0.1 * lr, furthest
 print(f"same mask; after eight steps no weight differs by more than {furthest / lr:.1e} learning rates")
+# Some twenty copies of the weights: of a real model gigabytes that the rest of the notebook can use.
+del sft, model, loss, trained, plain, library, before, after, optimizer, adam, masked_adam, flat, chances, masks, dense, library_scores
 
 # %% [markdown]
 # ## The scores of the study
