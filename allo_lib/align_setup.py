@@ -110,12 +110,16 @@ def chosen_stages(stages) -> tuple[str, ...]:
     return tuple(stage for stage in STAGES if stage in stages)
 
 
-def checked_folder(output_dir) -> Path:
-    """The folder to write to; AlloError for anything but the path of one that is or can be."""
+def checked_folder(output_dir, model) -> Path:
+    """The folder to write to; AlloError for anything but the path of one that is or can be, and for
+    that of the model itself (or its name), which `delta` must find as it was."""
     if not isinstance(output_dir, (str, os.PathLike)) or not str(output_dir):
         raise AlloError(f"align: output_dir is {output_dir!r}; name the folder to write to")
     if Path(output_dir).exists() and not Path(output_dir).is_dir():
         raise AlloError(f"align: output_dir {output_dir} is a file; name a folder")
+    name = model if isinstance(model, str) else getattr(model, "name_or_path", "")
+    if name and Path(output_dir).exists() and Path(output_dir).resolve() == Path(name).resolve():
+        raise AlloError(f"align: output_dir {output_dir} is the model's own folder; name another")
     return Path(output_dir)
 
 
@@ -173,6 +177,9 @@ def lines_about(train: Encoded, held_out: Encoded, development: Encoded, stages)
         (unread and "forgetting" in stages,
          f"{unread} pairs take no part in 'forgetting', as the reward model's row (prompt, both "
          "responses, and one of them again) does not fit"),
+        (train.plain,
+         f"{train.plain} pairs are strings, which are read as they stand, without the tokenizer's "
+         "chat template; give lists of messages to align a chat model"),
         (train.merged,
          f"in {train.merged} pairs the prompt's end is read otherwise before a reply than alone "
          "(tokens merge, or the template says so); the response begins there"),

@@ -5,7 +5,6 @@ needs besides: checks (`align_setup`), checkpoints, a search of rates, held-out 
 """
 
 import contextlib
-import math
 import shutil
 import sys
 import tempfile
@@ -33,7 +32,6 @@ from allo_lib.study.search import search
 _SEARCH_FACTOR = 2.0  # ratio of neighbouring rates, as in the study's profiles
 # Share of a stage's steps in which its rate rises; official code.
 _WARMUP = {"importance": 0.1, "sft": 0.1, "forgetting": 0.03, "learning": 0.1}
-_NORMAL = 1.959964  # standard errors on either side of a normal 95% interval
 
 
 @dataclass
@@ -83,7 +81,7 @@ def align(
             token, a loss that is not finite, or stages that changed no weight.
     """
     with devices.quiet():
-        folder, config = align_setup.checked_folder(output_dir), align_setup.checked(config)
+        folder, config = align_setup.checked_folder(output_dir, model), align_setup.checked(config)
         stages = align_setup.chosen_stages(stages)
         align_setup.check_model(model, tokenizer)
         if model.device.type == "cpu":
@@ -122,6 +120,7 @@ class _Run:
         parts = align_setup.parts_of(pairs, tokenizer, model.config, config, stages)
         self.pairs, held_out, development = parts
         self.held_out, self.development = held_out.rows, development.rows
+        self._asked = held_out.asked  # of each held-out pair
         for line in [*align_setup.other_gpus(model), *align_setup.lines_about(*parts, stages)]:
             print(line, flush=True)
         settings = asdict(config)
@@ -141,6 +140,13 @@ class _Run:
         begins = [state_hash(model), rows_hash(self.pairs.rows), same]
         devices.agree(begins, "pairs or settings")
         self._begun = output_dir / ".checkpoints" / fingerprint(begins)[:24]
+        if set(self._begun.parent.glob("*")) - {self._begun}:
+            print(
+                f"align: {self._begun.parent} has what a stopped call with other pairs, settings "
+                "or weights left; this one does not go on from it (a chat template that writes the "
+                "date reads the same pairs otherwise on another day)",
+                flush=True,
+            )
         output_dir.mkdir(parents=True, exist_ok=True)
 
     def _find_way_to_read(self) -> None:
@@ -316,28 +322,27 @@ class _Run:
         return implicit_margins(now, rows, self.config.beta)
 
     def rank_held_out(self) -> None:
-        """The share of held-out pairs with a positive margin, into the record and printed.
+        """The share of held-out pairs with a positive margin, into the record and printed, with a
+        95% interval (`stats.share_interval`, by prompt).
 
-        Before, all margins are 0, and a pair of margin 0 counts half. With a 95% interval over
-        pairs, that of a share with two more pairs on each side (Agresti & Coull 1998).
+        Before, all margins are 0, and a pair of margin 0 counts half.
         """
         if not self.held_out:
             return
         margins = self._margins(self.held_out)
-        n = len(margins)
-        right = sum((margin > 0) + (margin == 0) / 2 for margin in margins)
-        rough, change = (right + 2) / (n + 4), right / n - 0.5
-        half = _NORMAL * math.sqrt(rough * (1 - rough) / (n + 4))
-        low, high = (min(max(rough + end - 0.5, -0.5), 0.5) for end in (-half, half))
+        right = [(margin > 0) + (margin == 0) / 2 for margin in margins]
+        n, share = len(right), sum(right) / len(right)
+        change = share - 0.5
+        low, high = (end - 0.5 for end in stats.share_interval(right, self._asked))
         self.record["held_out"] = {
             "pairs": n,
             "reward_margin": sum(margins) / n,
             "reward_accuracy": {
-                "before": 0.5, "after": right / n, "change": change, "low": low, "high": high,
+                "before": 0.5, "after": share, "change": change, "low": low, "high": high,
             },
         }  # fmt: skip
         print(
-            f"align: reward_accuracy on {n} held-out pairs: 50.0% before, {right / n:.1%} after; "
+            f"align: reward_accuracy on {n} held-out pairs: 50.0% before, {share:.1%} after; "
             f"change {change:+.1%}, 95% interval {low:+.1%} to {high:+.1%}",
             flush=True,
         )

@@ -32,7 +32,8 @@
 #    criterion: is the final answer right?
 # 3. **preference pairs** $(x, y^+, y^-)$: a right sample and a wrong one of the same question.
 #
-# Everything after this notebook only reads these three.
+# Everything after this notebook only reads these three. Tables and figures name the model that all methods start from
+# `sft_base`, "SFT LLM" as in the paper; the method `sft` ("+ SFT") trains it further on gold solutions.
 
 # %% tags=["parameters"]
 profile = "tiny"  # name, or path of a YAML file
@@ -263,8 +264,8 @@ if study.domain(domain).kind == "miniature" and "dpo_long" in found:
 # %% [markdown]
 # ## What it means
 #
-# The responses of the SFT model hold more than its greedy answers show, and even the simplest methods
-# bring much of it out. A method has to be compared with them, not with the SFT model. The pairs are noisy
+# The responses of the SFT model can hold more than its greedy answers show, and the simplest methods, imitation and more
+# SFT among them, may bring it out. A method has to be compared with them, not with the SFT model. The pairs are noisy
 # in a particular way: right and wrong are known for whole responses, while the errors sit in a few words.
 #
 # Next: [01_importance](01_importance.ipynb) asks which *weights* the preferences move.

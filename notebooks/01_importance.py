@@ -53,6 +53,7 @@ import torch
 import torch.nn.functional as F
 
 from allo_lib.evaluation import stats
+from allo_lib.evaluation.outcomes import CHANCE_IN_TENSORS
 from allo_lib.machine import weights
 from allo_lib.method import neurons
 from allo_lib.method.losses import dpo_loss
@@ -243,8 +244,11 @@ meant = {"delta": "the warm-up's |delta|", "order": "the same with the pairs in 
          "half_b": "on the second half", "gradient": "accumulated |gradient|", "magnitude": "|weight|"}
 draw(method_figures.overlap_matrix(list(masks), [[a.overlap(b) for b in masks.values()] for a in masks.values()], chance, title=domain),
      "Masks of one model by several scores: " + "; ".join(f"{key}: {meant.get(key, '')}" for key in masks) + ".")
-compared = {row.method: row.value for row in results.overlap_rows(study, domain) if row.metric == "mask_overlap"}
+rows = results.overlap_rows(study, domain)
+compared, within = ({row.method: row.value for row in rows if row.metric == metric} for metric in ("mask_overlap", CHANCE_IN_TENSORS))
 say("**Overlap, chance being " + f"{chance:.3f}: " + ", ".join(f"{key} {value:.3f}" for key, value in compared.items()) + ".**")
+say("Claim C8 asks for agreement *within* the tensors, so its chance is that of random masks which are as dense in each tensor as "
+    "these: " + ", ".join(f"{key} {value:.3f}" for key, value in within.items()) + ".")
 weak = [key for key, value in compared.items() if value < stats.NEAR_CHANCE * chance]
 noisy = [text for key, text in (("orders", "two orders"), ("halves", "two halves")) if key in weak]
 say(f"Between {' and between '.join(noisy)} of the pairs the masks agree hardly better than random ones: the scores are mostly noise here, and "
@@ -260,7 +264,8 @@ if "estimators" in weak:
 #
 # DPO on all neurons, on the top share, on the last and on a random one. The paper runs all of them at one
 # learning rate (its rows end in `_paper` here). A mask changes how far a rate goes, so every one of them also gets
-# a search of its own, by the same rule. Both protocols are shown.
+# a search of its own, of the rate and, in some profiles, of $\beta$, by the same rule. Where a profile runs both protocols, both are
+# shown.
 
 # %%
 percentage = f"{share * 100:g}".replace(".", "p")
@@ -275,7 +280,7 @@ draw(method_figures.empirical_panels(curves, fair, paper, f"{scoring.unit(found[
      f"DPO on parts of the neurons, the same colours on both sides; {domain}, seed {seed}. Whiskers: 95% over the problems "
      "of one trained model.")
 start, _ = scoring.score_of(training.result(study, domain, "sft_base"))
-say(f"**From {percent(start)}, each at its own best rate: "
+say(f"**From {percent(start)}, each tuned by itself: "
     + ", ".join(f"{a} {percent(value)}" for a, (value, _) in fair.items()) + ".**")
 
 # %% [markdown]
@@ -283,8 +288,8 @@ say(f"**From {percent(start)}, each at its own best rate: "
 #
 # All models that were trained to find the rates. Where they were searched on this seed, they are also drawn by how far
 # the weights moved and how far the preference was learned: masks whose curves lie on each other there differ in the
-# rate they need and not in what they can learn. Where a profile takes rates that were tuned on other SFT models, each
-# point is the mean over these.
+# rate they need and not in what they can learn. Where a profile takes rates that were tuned before, each point is the mean
+# over the models that they were tuned on.
 
 # %%
 tried, problems = runs.tried(study, domain, {a: found[a] for a in studied})
@@ -300,7 +305,7 @@ say("Best development scores: " + ", ".join(f"{a} {percent(max(one['dev'] for on
 # ## What it means
 #
 # A score says how steadily the preferences pull at a neuron. Whether the top ones are special, or any
-# tenth would do at a larger rate, is what the row `dpo_random` is for. One seed cannot decide it: the
+# tenth would do at a larger rate, is what the row `dpo_random10` is for. One seed cannot decide it: the
 # intervals over all seeds and the verdicts C1 to C3 and C8 are in [06_evaluation](06_evaluation.ipynb).
 #
 # Next: [02_token_rewards](02_token_rewards.ipynb) asks the same of tokens.

@@ -155,7 +155,7 @@ examples = study.pairs(domain).corrections("heldout")[number : number + 4]
 library = rewriter.keep_probabilities(trained, tokenizer, examples, 4, study.plain)  # a list a response
 torch.testing.assert_close(torch.tensor(library[0]), p.cpu(), atol=1e-4, rtol=1e-3)
 record = study.reward_model(domain).json()
-say(f"Equal to 1e-4. The study's rewriter learned from {record['examples']} corrections; its loss went from "
+say(f"Equal to a thousandth. The study's rewriter learned from {record['examples']} corrections; its loss went from "
     f"{record['loss'][0]:.2f} to {record['loss'][-1]:.2f}.")
 
 # %% [markdown]
@@ -176,7 +176,7 @@ draw(method_figures.token_panel(tokens, strips), "A held-out rejected response, 
 # %% [markdown]
 # ## Does it find the wrong decisions?
 #
-# In the miniature the rewriter can be graded, and so can worse ones: untrained, stopped early, and trained
+# In the miniature the rewriter can be graded, and so can worse ones: untrained, trained on a quarter of the examples (`early`), and trained
 # on corrections that belong to other questions. Elsewhere only the distribution of $p_t$ can be shown.
 
 # %%
@@ -193,6 +193,9 @@ if study.domain(domain).kind == "miniature":
           "share of all tokens below the threshold; found: share of the wrong decisions among them.")
     say(f"**The rewriter selects {percent(grades[0]['selected'])} of the rejected tokens and finds "
         f"{percent(grades[0]['found'])} of the wrong decisions (AUC {grades[0]['auc']:.2f}).**")
+    say("It selects far more tokens than are wrong: those that merely follow from an error, and those for which it would have "
+        "used another word of the same meaning. A rewriter of *shuffled* corrections can rank well, too: it has learned how "
+        "solutions are written, and a word that is unlikely in any solution is often a wrong one.")
 else:
     selected = [p < threshold for one in study.keep_probabilities(domain, "train") for p in one]
     say(f"**The threshold rule selects {percent(sum(selected) / len(selected))} of the rejected tokens.**")

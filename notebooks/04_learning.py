@@ -153,10 +153,10 @@ print(f"the changes of all tokens agree to {(change - ours).abs().max():.0e} nat
 # ## One rejected response through all stages
 #
 # Now the study's own ALLO, both stages over all training pairs. The response is held out: no stage has read
-# it. Read the panel from top to bottom: what the rewriter thinks of each word, which words forgetting would
+# it. Read the panel from top to bottom: in the miniature the wrong decisions, what the rewriter thinks of each word, which words forgetting would
 # select, how the log-probability changed in forgetting, which tokens were the key tokens at the end of
 # learning, and how it changed in learning. In the miniature, look whether the blue cells sit on the wrong
-# word or on those that betray the sloppy manner (`got`, `gives`, `guess`): a preference between responses
+# word or on those that betray the sloppy manner (`got`, `grabs`, `kept`, `guess`): a preference between responses
 # cannot tell the two apart.
 
 # %%

@@ -126,7 +126,7 @@ against_allo(["allo_all_tokens_forgetting", "allo_all_tokens_learning", "allo_ra
 # %% [markdown]
 # ## 4. Does a better reward model give a better ALLO? (C9)
 #
-# The same ALLO whose tokens were chosen by worse rewriters (untrained, trained on few corrections, trained on
+# The same ALLO whose tokens were chosen by worse rewriters (untrained, trained on a quarter of the corrections, trained on
 # corrections of other questions) and by the oracle, the generator itself. How good a rewriter is, is measured on
 # held-out pairs: the chance that a wrong decision gets a lower $p_t$ than another token (the area under the ROC
 # curve; 0.5 is guessing). If the choice of tokens carried the method, the points would rise to the right.
@@ -149,7 +149,7 @@ else:
 # ## 5. How far can the learning rates be off?
 #
 # All models that were trained to find the rates of ALLO and DPO, scored on development questions; where a profile takes
-# rates that were tuned on other SFT models, the means over these. A method whose curve is flat forgives a wrong rate.
+# rates that were tuned before, the means over the models that they were tuned on. A method whose curve is flat forgives a wrong rate.
 # ALLO's axis is the rate of forgetting; that of learning moves with it.
 
 # %%

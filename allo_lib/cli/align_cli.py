@@ -85,6 +85,7 @@ def align(arguments: list[str]) -> None:
     config = align_setup.checked(settings)
     stages = options.stages.split(",") if options.stages else align_setup.STAGES
     stages = align_setup.chosen_stages(stages)
+    align_setup.checked_folder(options.out, options.model)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = models.dtype_on(device, options.dtype)
     if dtype not in models.DTYPES:
@@ -127,7 +128,7 @@ def read(source: str) -> list[dict]:
 
             return parquet.read_table(path).to_pylist()
         if name.endswith(".csv"):
-            with open(path, newline="", encoding="utf-8") as file:
+            with open(path, newline="", encoding="utf-8-sig") as file:
                 return list(csv.DictReader(file, strict=True))
         if name.endswith(".json"):
             return json.loads(text_of(path))

@@ -3,7 +3,8 @@
 The forms: strings or chat messages; the prompt in a column of its own or as what both replies begin
 with. Prompt and reply are encoded together and parted after what the prompt alone has in common
 with that, as TRL 1.16 does, so that both are read as at inference. A response ends as the chat
-template ends a turn; the blank that a template puts behind its end token is no part of it.
+template ends a turn; the blank that a template puts behind its end token is no part of it. Keys of
+messages and tools whose value is None are left out, as Arrow's columns fill in what a row lacks.
 """
 
 import contextlib
@@ -53,7 +54,8 @@ class Encoded:
     reward model, to train it and to read its probabilities; None where they do not fit. asked: of
     each the prompt as it was given. overlong:
     places of the pairs that are too long. merged: how many have a prompt that ends otherwise before
-    a reply than alone. count: of all pairs.
+    a reply than alone. plain: how many are strings, though the tokenizer has a chat template.
+    count: of all pairs.
     """
 
     longest: int
@@ -63,6 +65,7 @@ class Encoded:
     asked: list[str] = field(default_factory=list)
     overlong: list[int] = field(default_factory=list)
     merged: int = 0
+    plain: int = 0
     count: int = 0
 
     def split(self, share: float, seed: int) -> "tuple[Encoded, Encoded]":
@@ -121,6 +124,8 @@ def read_pairs(
             result.overlong.append(number)
             continue
         result.merged += pair.merged
+        strings = all(isinstance(row[side], str) for side in SIDES)
+        result.plain += bool(strings and getattr(tokenizer, "chat_template", None))
         result.rows.append(pair.ids)
         result.numbers.append(number)
         guessed += [len(result.asked)] * pair.guessed
@@ -188,9 +193,19 @@ def _of_strings(tokenizer, row: dict, place: str) -> Preference:
     begin, bos = encoding.beginning(tokenizer), tokenizer.bos_token
     if bos and prompt.startswith(bos):
         begin, prompt = begin or [tokenizer.bos_token_id], prompt.removeprefix(bos)
+    if not prompt:
+        raise AlloError(
+            f"{place}: no prompt, and the replies begin with none; expected a column `prompt`, or "
+            "chosen and rejected that both begin with it"
+        )
     apart = {}
     for key, text in {"prompt": prompt, **texts}.items():
         _refuse_special(tokenizer, text, f"{place}: the {key} string")
+        if text.startswith("[{") and '"role"' in text:
+            raise AlloError(
+                f"{place}: the {key} string is a list of chat messages as JSON; give the list "
+                "itself, in a .jsonl or .parquet file"
+            )
         with _named(f"{place}, {key}"):
             apart[key] = encode_text(tokenizer, text)
     joints, unknown = [], tokenizer.unk_token_id
@@ -211,18 +226,31 @@ def _of_messages(tokenizer, row: dict, place: str) -> Preference:
             tools = json.loads(tools) if isinstance(tools, str) else tools
             if not isinstance(tools, list):
                 raise AlloError("expected a list of JSON schemas, or its JSON")
-        settings["tools"] = tools
+        settings["tools"] = _without_none(tools)
     with _named(f"{place}, prompt"):
         head = encode_chat(tokenizer, prompt, add_generation_prompt=True, **settings)
+        stated = shared_length(head, encode_chat(tokenizer, prompt, **settings))
     with _named(place):
         _refuse_left_out(tokenizer, prompt, [*replies.values()], settings)
     joints = []
     for side, reply in replies.items():
         with _named(f"{place}, {side}"):
             joints.append(encode_chat(tokenizer, [*prompt, reply], **settings))
-    pair = replace(_parted(head, joints, {}), asked=repr(prompt))
+    asked = repr([(one["role"], " ".join(one["content"].split())) for one in prompt])
+    pair = replace(_parted(head, joints, {}), asked=asked)
+    if len(pair.ids["prompt"]) < stated:
+        raise AlloError(
+            f"{place}: the chat template writes the prompt's messages otherwise before a reply "
+            "than alone (some write a system message into the last turn only): take it into the "
+            "user's message, or set tokenizer.chat_template"
+        )
     for side, reply in replies.items():
-        ids = pair.ids[side] = _ended(tokenizer, pair.ids[side])
+        other = reply | {
+            "content": reply["content"] + "xy"[reply["content"].rstrip().endswith("x")]
+        }
+        behind = encode_chat(tokenizer, [*prompt, other], **settings)[::-1]
+        behind = shared_length(pair.ids[side][::-1], behind)  # tokens of the template itself
+        ids = pair.ids[side] = _ended(tokenizer, pair.ids[side], behind)
         plain = not any(key in reply for key in _WRITTEN)
         pair.texts[side] = (
             reply["content"] if plain else tokenizer.decode(ids, skip_special_tokens=True)
@@ -236,12 +264,16 @@ def _parted(head: list[int], joints: list[list[int]], texts: dict[str, str]) -> 
     return Preference({"prompt": head[:cut]} | replies, texts, cut < len(head))
 
 
-def _ended(tokenizer, ids: list[int]) -> list[int]:
-    """Cut a response after the template's own last token; add the end token if it writes none."""
+def _ended(tokenizer, ids: list[int], behind: int) -> list[int]:
+    """Cut a response after the last of the added tokens that the template writes behind what was
+    said, `behind` tokens in all; add the end token if there is none.
+
+    Some tokenizers have blanks among their added tokens: these end nothing.
+    """
     own = encoding.added_tokens(tokenizer)
-    past = max((place + 1 for place, token in enumerate(ids) if token in own), default=0)
-    if past and not tokenizer.decode(ids[past:]).strip():
-        return ids[:past]
+    for past in range(len(ids), len(ids) - behind, -1):
+        if tokenizer.decode(ids[past - 1 : past]).strip():
+            return ids[:past] if ids[past - 1] in own else [*ids, tokenizer.eos_token_id]
     return [*ids, tokenizer.eos_token_id]
 
 
@@ -291,7 +323,14 @@ def _filled(message: dict) -> dict:
     kept = {key: value for key, value in message.items() if value or key not in _WRITTEN}
     if "tool_calls" in kept:
         kept["content"] = kept.get("content") or ""
-    return {k: v for k, v in kept.items() if v is not None or k == "content"}
+    return _without_none(kept)
+
+
+def _without_none(value):
+    """Without the keys, at any depth, whose value is None."""
+    if isinstance(value, Mapping):
+        return {key: _without_none(one) for key, one in value.items() if one is not None}
+    return [_without_none(one) for one in value] if isinstance(value, (list, tuple)) else value
 
 
 def _refuse_special(tokenizer, text: str, what: str) -> None:
@@ -322,6 +361,11 @@ def _refuse_left_out(tokenizer, prompt: list[dict], replies: list[dict], setting
                 for left in (None, key)
             )
             compared.append((key, (one, settings), (less, settings)))
+    for reply in replies:
+        if "</think>" in (said := reply["content"]):  # where some templates cut
+            texts = [[{"role": "user", "content": "x"}, reply | {"content": one}]
+                     for one in (said, said.replace("</think>", "x</think>"))]  # fmt: skip
+            compared.append(("thoughts in a reply", *((one, settings) for one in texts)))
     for what, *both in compared:
         written, without = (encode_chat(tokenizer, texts, **more) for texts, more in both)
         if written == without:

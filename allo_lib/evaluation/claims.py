@@ -12,7 +12,7 @@ the lowest of their lower ends (the least decided part's) and ends at the lowest
 ends, these held together (Bonferroni), so that it is on one side of zero where the p-values of
 `verdicts.jointly` are below 5%.
 
-C1-C3 give each method its own best learning rate; C1p-C3p use the paper's protocol, one rate for
+C1-C3 tune each method by itself; C1p-C3p use the paper's protocol, one rate for
 all. C2s and C3s ask what C2 and C3 do of methods with as many updates as ALLO makes in both stages;
 they are secondary, corrected in a family of their own. C4s is primary. The first domain that was
 measured has the plain ids; others add theirs, as in `C4:helpfulness`.
@@ -67,7 +67,7 @@ _LOSS = (
 )
 _TOP = "DPO on the top 10% of neurons is more accurate than on all neurons and than on the last 10%"
 _LAST = f"DPO on the last 10% of neurons is no worse than on all (margin {MARGIN:g})"
-_OWN, _ONE = "each method at its own best learning rate", "the paper's protocol, one rate for all"
+_OWN, _ONE = "each method tuned by itself", "the paper's protocol, one rate for all"
 # Id, claim, kind ("above", "no worse", "lower loss" or "overlap"), pairs of methods to compare.
 DECLARED: tuple[tuple[str, str, str, tuple[Pair, ...]], ...] = (
     ("C1", f"{_LOSS} ({_OWN})", "lower loss", (("dpo_top10", "dpo"),)),
@@ -92,7 +92,8 @@ DECLARED: tuple[tuple[str, str, str, tuple[Pair, ...]], ...] = (
      "above", (("allo", "allo_no_forgetting"),)),
     ("C7", "choosing tokens by rewards helps in each stage (ALLO against all tokens)", "above",
      (("allo", "allo_all_tokens_forgetting"), ("allo", "allo_all_tokens_learning"))),
-    ("C8", "the masks of key neurons are stable (orders, halves, estimators)", "overlap", ()),
+    ("C8", "the masks of key neurons overlap above chance (orders, halves, estimators)",
+     "overlap", ()),
     ("C9", "a better rewriting reward model gives a better aligned model", "above", ()),
 )  # fmt: skip
 _UNITS = {
@@ -371,7 +372,7 @@ def protocol_disagreements(claims: Sequence[Claim]) -> list[str]:
             continue
         if other.verdict != fair.verdict:
             sentences.append(
-                f"{name} is {fair.verdict} when each method has its own best learning rate, "
+                f"{name} is {fair.verdict} when each method is tuned by itself, "
                 f"but {other.verdict} under the paper's single rate."
             )
     return sentences

@@ -50,7 +50,7 @@ NAMES = {
     "allo_reversed": "learning, then forgetting",
     "allo_scores_gradient": "scores: sum of |gradient|",
     "allo_scores_magnitude": "scores: magnitude",
-    "allo_rm_early": "reward model stopped early",
+    "allo_rm_early": "reward model of 1/4 of the examples",
     "allo_rm_shuffled": "shuffled reward model",
     "allo_rm_untrained": "untrained reward model",
     "allo_rm_oracle": "oracle token rewards",

@@ -126,6 +126,25 @@ def mean_interval(
     return Interval(mean, mean - half, mean + half, kind, seeds, n, by_seed, errors, scales)
 
 
+def share_interval(right: Sequence[float], groups: Sequence[str]) -> tuple[float, float]:
+    """The 95% interval of a share of items (each right, 1, wrong, 0, or between) that come in
+    groups, as pairs of one prompt do.
+
+    That of a share with two more items on each side (Agresti & Coull 1998), of as many items as
+    would vary as much if they were independent: their number over Kish's design effect.
+    """
+    n, share = len(right), sum(right) / len(right)
+    beyond = dict.fromkeys(groups, 0.0)
+    for group, one in zip(groups, right, strict=True):
+        beyond[group] += one - share
+    own = n * share * (1 - share)  # what independent items vary by
+    effect = sum(value**2 for value in beyond.values()) / own if own else n / len(beyond)
+    count = n / max(1.0, effect)
+    rough = (share * count + 2) / (count + 4)
+    half = _half([(math.inf, math.sqrt(rough * (1 - rough) / (count + 4)))], LEVEL)
+    return max(rough - half, 0.0), min(rough + half, 1.0)
+
+
 def _half(scales: Sequence[tuple[float, float]], level: float) -> float:
     """The widest half-width of t intervals of these (degrees of freedom, standard error)."""
     halves = (float(stdtrit(df, (1 + level) / 2)) * error for df, error in scales)

@@ -24,20 +24,24 @@ INSIDE, OUTSIDE = (f"published effect {side} the interval" for side in ("inside"
 POINTS = ("accuracy", "held-out reward accuracy", "win rate")  # units that are shown in points
 _RULE = f"""
 Rule, fixed before the runs. Each independent SFT model gives one effect, the mean over its
-replicates; intervals are Student's t over these effects. One model decides nothing; the number of
-models is fixed beforehand: fewer decide nothing yet, and more are not counted. **supported**: the
-95% interval lies above zero (C3: above minus {100 * MARGIN:g} points); **contradicted**: below it;
-**no difference**: the 90% interval lies within ±{100 * SMALL:g} point (accuracies and win rates
-only; C9 also needs that the planted difference of its check is seen); else **undecided**. Verdicts
-are corrected for many comparisons by Holm's method, at 5% in each family, over all domains: C1 to
-C9 with each method at its own best rate (of C4 and C4s only C4s, a DPO of as many updates; C4 is
-secondary and pays as if it were one more); C1p to C3p, the paper's one rate for all; C2s and C3s,
-secondary, of methods with as many updates as ALLO; and the costs (C10). So a verdict can be
-undecided beside an interval that leaves out zero. A claim of several parts is about the smallest of
-their effects: all must be above zero to support it, any below contradicts it. Its parts follow it,
-their intervals held together (Bonferroni) and their verdicts corrected over all parts. Tags:
-**negligible size**, where the sign is sure but the 90% interval lies within ±{100 * SMALL:g} point;
-**published effect inside** or **outside the interval**.
+replicates; intervals are Student's t over these effects (of C10 over processes), or the normal one
+of their problems where that is wider. One model decides nothing; the number of models is fixed
+beforehand: fewer decide nothing yet, and more are not counted. **supported**: the 95% interval lies
+above zero (C3: above minus {100 * MARGIN:g} points); **contradicted**: below it; **no difference**:
+the 90% interval lies within ±{100 * SMALL:g} point (accuracies and win rates only); else
+**undecided**. Three claims need more: C3, to be supported or of no difference, that DPO on all
+neurons beats the SFT model; C9, for no difference, that forgetting the very tokens which the reward
+model would keep is seen to be worse; C10, to be supported, less optimizer state and at least 5%
+less peak memory. Verdicts are corrected for many comparisons by Holm's method, at 5% in each
+family, over all domains: C1 to C9 with each method tuned by itself (of C4 and C4s only C4s, a DPO
+of as many updates; C4 is tested as one more hypothesis beside them); C1p to C3p, the paper's one
+rate for all; C2s and C3s, secondary, of methods with as many updates as ALLO; and the costs (C10).
+So a verdict can be undecided beside an interval that leaves out zero. A claim of several parts is
+about the smallest of their effects, and so is its interval: all must be above zero to support it,
+any below contradicts it. Its parts follow it, their intervals held together (Bonferroni) and their
+verdicts corrected over all parts. Tags: **negligible size**, where the sign is sure but the 90%
+interval lies within ±{100 * SMALL:g} point; **published effect inside** or **outside the
+interval**.
 """
 RULE = " ".join(_RULE.split())
 

@@ -41,7 +41,6 @@ SHORT = {
     "C7": "choosing tokens helps",
     "C8": "masks overlap above chance",
     "C9": "better rewards help",
-    "C10": "ALLO is faster",
 }
 # The parts of the neurons that DPO trains, and the protocols: ending of the method, words, marker.
 _PARTS = ("dpo_top10", "dpo_random10", "dpo_last10", "dpo")
@@ -52,13 +51,13 @@ _SAME = "paper, same data"
 _PAPER_MARKERS = dict(zip(("paper", _SAME, *published.AVERAGES.values()), "DDDs^", strict=True))
 # By the figure's name, or what stands before the domain's.
 CAPTIONS = {
-    "claims": "Every claim and, below it, its parts with 95% intervals over SFT models, those of "
+    "claims": "Claims and, below each, its parts with 95% intervals over SFT models, those of "
     "one claim's parts held together; right of zero supports it. Diamonds: the paper's effects.",
     "relative_change": "ALLO relative to DPO on every data set: score of ALLO over that of DPO, "
     "minus 1, with its 95% interval over SFT models (of one model, over its problems), beside the "
-    "paper's own change. The paper publishes no intervals.",
+    "paper's own change. The paper publishes no intervals. DPO makes half the updates of ALLO.",
     "main": "All methods: measured, with 95% intervals, and the paper's own numbers on its models "
-    "and data; a point is equally long on both scales.",
+    "and data; a point is equally long on both scales. DPO is one epoch, half the updates of ALLO.",
     "empirical": "DPO on a tenth of the neurons and on all, with 95% intervals, beside the paper, "
     "which trained all at one rate and publishes no intervals.",
     "ablations": "ALLO with one thing changed: paired differences to ALLO on the same problems, "
@@ -79,8 +78,8 @@ def draw(
     by_domain: dict[str, list[Claim]] = {}
     for claim in claims:  # those of the first domain have plain ids
         name = claim.id.partition(":")[2]
-        name = "" if claim.family == "costs" else name  # of C10 a device
-        by_domain.setdefault(f"claims_{name}" if name else "claims", []).append(claim)
+        if claim.family != "costs":  # which have a figure of their own
+            by_domain.setdefault(f"claims_{name}" if name else "claims", []).append(claim)
     found = {name: claims_figure(group) for name, group in by_domain.items()}
     shown: dict[str, Iterable[Interval | None]] = {}  # by figures of methods
     said = {}
@@ -385,17 +384,14 @@ def claims_figure(claims: Sequence[Claim]) -> Figure:
     axes[0, 0].plot([], [], "D", mfc="white", mec="black", ms=4.5, label="paper")
     handles = axes[0, 0].get_legend_handles_labels()
     legend = figure.legend(*handles, loc="outside upper center", ncols=5)
-    own = [claim.id for claim in claims if claim.family != "costs"]  # of which C10 has a device
-    domains = {name.partition(":")[2] for name in own} - {""}
+    domains = {claim.id.partition(":")[2] for claim in claims} - {""}
     about = "".join(f"{domain}: " for domain in sorted(domains))
     legend.set_title(f"{about}right of zero supports the claim; lines: 95% intervals")
     return figure
 
 
 def _claim_line(claim: Claim, scale: float) -> Line:
-    whole, _, place = claim.id.partition(":")
-    name, _, part = whole.partition(".")
-    name += f", {place}" if place and claim.family == "costs" else ""
+    name, _, part = claim.id.partition(":")[0].partition(".")
     words = f"\u00b7 {published.method_label(part)}" if part else f"{SHORT.get(name, '')}  {name}"
     colour, marker = VERDICT_STYLE[claim.verdict]
     ends = [None if end is None else scale * end for end in (claim.ci_low, claim.ci_high)]

@@ -16,7 +16,7 @@ from markupsafe import Markup
 
 from allo_lib.errors import AlloError
 from allo_lib.evaluation import claims as claims_module
-from allo_lib.evaluation import outcomes
+from allo_lib.evaluation import outcomes, published
 from allo_lib.evaluation.claims import Claim
 from allo_lib.evaluation.comparisons import DOMAINS, INSTRUCTIONS, StudyResults
 from allo_lib.evaluation.stats import held_together
@@ -33,10 +33,11 @@ PROFILES = ("tiny-full", "smollm2", "architectures", "tiny")
 QUESTIONS = {
     "C4s": "Is ALLO better than a DPO of as many updates?",
     "C4": "... than a DPO of half as many, as the paper ran it?",
-    "C5": "... than every other baseline (the strongest one)?",
+    "C5": "... than every other baseline (the smallest effect)?",
     "C2.dpo": "Is DPO on the top 10% of the neurons better than on all?",
     "C2.dpo_last10": "... than on the last 10%?",
     "C3": "Is DPO on the last 10% less than 2 points worse than on all?",
+    "C1": "Does DPO on the top 10% of the neurons reach a lower held-out loss than on all?",
     "C6": "Does forgetting before learning help?",
     "C7.allo_all_tokens_forgetting": "Does choosing tokens help in forgetting?",
     "C7.allo_all_tokens_learning": "... in learning?",
@@ -68,7 +69,8 @@ _EFFICIENCY = {"variant", "device", "seconds_per_pair", "peak_bytes_above_model"
 # Below the answers.
 _NOTE = (
     "Differences{about} are in points of accuracy. Intervals of questions about a part of a claim "
-    "(C2, C5 and C7 have several) hold together with those of its other parts."
+    "(C2, C7) hold together with those of its other parts; those of C5 and C8 are of the smallest "
+    "effect, whichever it is. C10 also needs at least 5% less peak memory."
 )
 _GENERATOR = '<meta name="generator" content="allo_lib">'
 
@@ -141,21 +143,24 @@ def _text(path: Path) -> str:
 
 
 def answers(folder: Path, claims: Iterable[Claim]) -> list[list[str]]:
-    """Question, effect, interval, the paper's effect, answer: a row a measured claim of QUESTIONS.
-
-    The paper's effects are those of `tables/verdicts.csv`.
+    """Id, question, effect, interval, the paper's effect, answer: a row a measured claim of
+    QUESTIONS. The paper's effects are those of `tables/verdicts.csv`; a "no" to a question about
+    the smallest of several effects names those that are below.
     """
     path, known = folder / "tables" / "verdicts.csv", {claim.id: claim for claim in claims}
     paper = csv.DictReader(_text(path).splitlines() if path.exists() else ())
-    published = {r["id"]: f"{100 * float(r['published']):+.2f}" for r in paper if r["published"]}
+    effects = {r["id"]: f"{100 * float(r['published']):+.2f}" for r in paper if r["published"]}
     rows = []
     for name, question in QUESTIONS.items():
         claim = known.get(name)
         if claim is not None and claim.effect is not None:
             effect, interval = claims_module.effect_text(claim)
             effect += "" if claim.unit in POINTS else f" {claim.unit}"
+            below = [published.method_label(one.id.partition(".")[2]) for one in known.values()
+                     if one.whole == name != one.id and one.verdict == claim.verdict]  # fmt: skip
             answer = ANSWERS[claim.verdict]
-            rows.append([question, effect, interval, published.get(name, ""), answer])
+            answer += f": {', '.join(below)}" if below and answer == "no" else ""
+            rows.append([name, question, effect, interval, effects.get(name, ""), answer])
     return rows
 
 
@@ -176,7 +181,7 @@ def beside(claims: Iterable[Claim], cited: Path, here: int = 1) -> list[dict[str
         other = known.get(claim.id)
         if other is None or None in (claim.effect, other.effect, other.ci_low, other.ci_high):
             continue
-        if claim.id in parts:
+        if claim.id in parts or claim.family == "costs":  # whose interval is over processes
             continue
         wide = math.sqrt(models / here + 1) / held_together(parts.get(claim.whole, 1), models)
         low, high = (
@@ -207,8 +212,8 @@ def _in_short(folder: Path, claims: Sequence[Claim], settings: dict) -> str:
     counts = [f"{len(ids)} {words} ({', '.join(ids)})" for words, ids in found.items() if ids]
     there = len(fixed_seeds(folder, settings))
     return (
-        f"Of the paper's claims C1 to C9{_about(folder, claims)}, each method at its own best "
-        f"rates, on {models if there == models else f'{there} of {models}'} independent SFT "
+        f"Of the paper's claims C1 to C9{_about(folder, claims)}, each method tuned by "
+        f"itself, on {models if there == models else f'{there} of {models}'} independent SFT "
         f"models: {', '.join(counts)}."
     )
 
@@ -400,8 +405,8 @@ def _readme_answers(folder: Path, link: str) -> str:
     if figure := _main_figure(folder):
         lines += ["", f"![{caption_of(figure)}]({link}/figures/{figure.name})"]
         lines += ["", f"Redraw it: `./run_all.sh figures {folder.name} {figure.stem}`"]
-    lines += ["", "| question | measured | 95% interval | the paper | answer |"]
-    lines += ["| --- | --- | --- | --- | --- |"]
+    lines += ["", "| claim | question | measured | 95% interval | the paper | answer |"]
+    lines += ["| --- | --- | --- | --- | --- | --- |"]
     for row in answers(folder, claims):
         lines.append(f"| {' | '.join(cell.replace('|', '/') for cell in row)} |")
     note = _NOTE.format(about=_about(folder, claims))

@@ -283,7 +283,7 @@ def empirical_table(results: StudyResults, domain: Domain) -> Table:
     return Table(
         f"empirical_{domain.name}",
         f"Which neurons DPO may change, {domain.name}: {domain.unit}, %",
-        f"{how(results, cells.values())} Each method at its own best learning rate; 'long' and 'as "
+        f"{how(results, cells.values())} Each method is tuned by itself; 'long' and 'as "
         "long as both stages': with as many updates as ALLO; 'one rate': the paper's protocol. "
         "Training loss: mean of the last quarter of the steps, at each row's own beta, so that "
         "losses compare among the rows of one rate alone.",
@@ -311,7 +311,7 @@ def ablation_table(results: StudyResults, domain: Domain) -> Table:
         f"ablations_{domain.name}",
         f"ALLO with one thing changed, {domain.name}: {domain.unit}, %",
         f"{how(results, cells.values())} Change: paired difference to ALLO on the same problems, "
-        "in points, with its interval over SFT models (of one model, over its problems).",
+        "in the runs that both have, in points; interval: over SFT models (of one, its problems).",
         ["variant", f"{name} (measured)", "change to ALLO", "95% interval"],
         *split(rows),
     )
@@ -331,10 +331,10 @@ def comparison_table(results: StudyResults, domain: Domain) -> Table:
     return Table(
         f"comparisons_{domain.name}",
         f"Paired differences, {domain.name}: {domain.unit}, points",
-        f"{how(results, every)} Differences on the same problems, with t intervals over SFT models "
-        "(of one model, over its problems); no verdicts, as they are not corrected for many "
-        "comparisons (the table `comparisons` has ALLO against the rows of the main tables, "
-        "corrected).",
+        f"{how(results, every)} Differences on the same problems, in the runs that "
+        "both have, with t intervals over SFT models (of one, over its problems); no verdicts, as "
+        "they are not corrected for many comparisons (the table `comparisons` has ALLO against the "
+        "rows of the main tables, corrected).",
         ["method", "baseline", "difference", "95% interval"],
         *split(rows),
     )

@@ -243,6 +243,22 @@ def test_the_same_call_after_a_stop_is_the_unstopped_one(
     assert same(unstopped, model) and not (tmp_path / ".checkpoints").exists()
 
 
+def test_what_a_stopped_call_with_other_pairs_left_is_told(tmp_path, capsys):
+    left = tmp_path / ".checkpoints" / "0123"
+    left.mkdir(parents=True)
+    config = QUICK | {"learning_rate": 1e-2}
+    align(tiny_llama(), words(), PAIRS, stages=["learning"], config=config, output_dir=tmp_path)
+    assert f"{left.parent} has what a stopped call with other pairs" in capsys.readouterr().out
+    assert left.exists()
+
+
+def test_the_folder_that_the_model_is_of_is_not_written_to(tmp_path):
+    tiny_llama().save_pretrained(tmp_path)
+    model, here = AutoModelForCausalLM.from_pretrained(tmp_path), tmp_path.parent / tmp_path.name
+    with refused("is the model's own folder; name another"):
+        align(model, words(), PAIRS, config=QUICK, output_dir=here)
+
+
 # --- dropout and states --------------------------------------------------------------------------
 
 SIZES = dict(

@@ -44,7 +44,7 @@ def test_every_kind_of_file_gives_the_same_pairs(tmp_path, pairs):
     text = pairs.read_text()
     (tmp_path / "p.jsonl.gz").write_bytes(gzip.compress(text.encode()))
     (tmp_path / "p.json").write_text(json.dumps(PAIRS))
-    with open(tmp_path / "p.csv", "w", newline="") as file:
+    with open(tmp_path / "p.csv", "w", newline="", encoding="utf-8-sig") as file:  # as Excel does
         writer = csv.DictWriter(file, PAIRS[0])
         writer.writeheader()
         writer.writerows(PAIRS)
@@ -93,6 +93,7 @@ OF_ALIGN = ["align", "--model", "M", "--pairs", "P", "--out", "O"]
         ([*OF_ALIGN, "held_out=1"], "held_out: got 1"),
         ([*OF_ALIGN, "--stages", "x"], "stages ['x']"),
         ([*OF_ALIGN, "--dtype", "int4"], "--dtype"),
+        ([*OF_ALIGN, "--out", "M"], "is the model's own folder; name another"),
         ([*OF_ALIGN, "--model", "GONE"], "cannot be loaded"),
         ([*OF_ALIGN, "--model", "GONE", "--dry-run"], "cannot be loaded"),
         ([*OF_ALIGN, "held_out=0.9", "search=2", "development=0.9"], "none of the 20 pairs"),

@@ -52,6 +52,13 @@ INST = (
     "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]"
     "{% else %} {{ m.content }}{{ eos_token }}{% endif %}{% endfor %}"
 )
+LAST = (  # a system message stands in the last turn, if that is the user's
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}[INST] "
+    "{% if loop.last and messages[0].role == 'system' %}{{ messages[0].content }}\n\n{% endif %}"
+    "{{ m.content }}[/INST]{% elif m.role == 'assistant' %} {{ m.content }}{{ eos_token }}"
+    "{% endif %}{% endfor %}"
+)
+CUT = INST.replace("{% else %} {{ m.content }}", "{% else %} {{ m.content.split('</think>')[-1] }}")
 OPEN = (  # a template that ends no turn by a token
     "{% for m in messages %}### {{ m.role }}:\n{{ m.content }}\n\n{% endfor %}"
     "{% if add_generation_prompt %}### assistant:\n{% endif %}"
@@ -111,6 +118,11 @@ KINDS = {
     "turn's end not special": (bytewise(CHATML, added=IM), CHATML_PROMPT, "{}<|im_end|>"),
     "inst": (bytewise(INST, "<s>", "</s>"), "<s>[INST] Hi [/INST]", " {}</s>"),
     "no end": (bytewise(OPEN), "### user:\nHi\n\n### assistant:\n", "{}\n\n<eos>"),
+    "no end, blanks among the tokens": (
+        bytewise(OPEN, added=("\n\n", "\n")), "### user:\nHi\n\n### assistant:\n", "{}\n\n<eos>"),
+    "a blank token behind the end": (
+        bytewise(GEMMA, "<bos>", special=("<start_of_turn>", "<end_of_turn>"), added=("\n",)),
+        "<bos><start_of_turn>user\nHi<end_of_turn>\n<start_of_turn>model\n", "{}<end_of_turn>"),
 }  # fmt: skip
 
 
@@ -148,7 +160,22 @@ def test_a_response_ends_as_the_template_ends_a_turn(tokenizer, prompt, reply):
     assert texts(tokenizer, PAIR) == (prompt, reply.format("yes"), reply.format("no"))
 
 
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "no end"])
+def test_an_added_token_that_a_reply_ends_with_does_not_end_it():
+    row = PAIR | {"chosen": [assistant("<t>x</t>")]}
+    for template, end in ((OPEN, "\n\n<eos>"), (CHATML.replace("<|im_end|>", "<eos>"), "<eos>")):
+        tokenizer = bytewise(template, added=("<t>", "</t>"))
+        assert texts(tokenizer, row)[1:] == (f"<t>x</t>{end}", f"no{end}")
+
+
+def test_a_prompt_that_is_written_otherwise_before_a_reply_is_refused():
+    """Else its last words would be trained as the reply's, and the system message lost."""
+    tokenizer, system = bytewise(LAST, "<s>"), {"role": "system", "content": "Be kind."}
+    assert texts(tokenizer, PAIR) == ("<s>[INST] Hi[/INST]", " yes<eos>", " no<eos>")
+    with refused("pair 1: the chat template writes the prompt's messages otherwise before"):
+        encode_preference(tokenizer, PAIR | {"prompt": [system, user("Hi")]}, "pair 1")
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if "no end" not in kind])
 def test_ids_of_messages_are_trls_up_to_the_blank_behind_the_end(kind):
     tokenizer = KINDS[kind][0]
     longer = PAIR | {"prompt": [user("a"), assistant("b"), user("c")]}
@@ -222,6 +249,24 @@ def test_strings_explicit_or_implicit_get_the_ids_that_trl_gives():
     assert tokenizer.convert_ids_to_tokens(ids["rejected"]) == ["No", "</s>"]
 
 
+@pytest.mark.parametrize("change", [{"prompt": ""}, {}, {"\ufeffprompt": "Q"}])
+def test_pairs_without_any_prompt_are_refused_whatever_the_tokenizer_adds(change):
+    row = {"chosen": "Yes", "rejected": "No"} | change
+    for tokenizer in (bytewise(), bytewise(bos="<s>", adds_bos=True)):
+        with refused("pair 0: no prompt, and the replies begin with none"):
+            encode_preference(tokenizer, row, "pair 0")
+
+
+def test_strings_are_told_where_the_model_has_a_chat_template_and_messages_as_text_refused():
+    tokenizer = KINDS["chatml"][0]
+    counts = [read_pairs(tokenizer, [row], 512, None, "raise").plain for row in (STRINGS, PAIR)]
+    assert counts == [1, 0]
+    assert read_pairs(bytewise(), [STRINGS], 512, None, "raise").plain == 0
+    cells = {key: json.dumps(value) for key, value in PAIR.items()}  # as in a .csv
+    with refused("pair 0: the prompt string is a list of chat messages as JSON"):
+        encode_preference(tokenizer, cells, "pair 0")
+
+
 def test_a_written_bos_is_the_one_at_the_beginning():
     for tokenizer in (bytewise(bos="<s>", adds_bos=True), bytewise(bos="<s>")):
         written = encode_preference(tokenizer, STRINGS | {"prompt": "<s>Q"}, "").ids
@@ -263,6 +308,14 @@ def test_pairs_of_one_prompt_are_on_one_side_of_a_split(form):
     sides = [{number // 2 for number in part.numbers} for part in (train, held_out)]
     assert not sides[0] & sides[1] and len(sides[0] | sides[1]) == 20
     assert held_out.asked == [read.asked[number] for number in held_out.numbers]
+
+
+def test_messages_that_say_the_same_are_one_prompt():
+    """Whatever the order of their keys, keys that no template reads, and blanks at the ends."""
+    forms = [user("Hi"), {"content": "Hi", "role": "user"}, user("Hi ") | {"turn_id": 3}]
+    pairs = [PAIR | {"prompt": [form]} for form in forms] + [PAIR | {"prompt": [user("Ho")]}]
+    read = read_pairs(KINDS["gemma"][0], pairs, 512, None, "raise")
+    assert [read.asked.count(asked) for asked in read.asked] == [3, 3, 3, 1]
 
 
 # --- tools, calls and thoughts -------------------------------------------------------------------
@@ -308,6 +361,27 @@ def test_tools_calls_and_thoughts_are_what_the_template_writes(tools):
 def test_what_the_template_leaves_out_is_refused_by_name(change, told):
     with refused("pair 3", told):
         encode_preference(KINDS["phi3"][0], CALLED | change, "pair 3")
+
+
+def test_thoughts_that_a_template_cuts_off_a_reply_are_refused():
+    row = PAIR | {"rejected": [assistant("<think>hm</think>no")]}
+    with refused("pair 3", "leaves out thoughts in a reply"):
+        encode_preference(bytewise(CUT, "<s>"), row, "pair 3")
+    assert texts(bytewise(INST, "<s>"), row)[2] == " <think>hm</think>no<eos>"
+
+
+def test_what_arrow_fills_in_is_not_there():
+    """Its columns give each row the keys of all rows, at any depth."""
+
+    def filled(one: dict) -> dict:
+        return one | {"unit": None, "function": one["function"] | {"strict": None}}
+
+    call = filled(CALL)
+    call["function"]["arguments"] = {"a": 1, "b": None}
+    arrow = CALLED | {"tools": [filled(TOOL)],
+                      "chosen": [{"role": "assistant", "tool_calls": [call]}]}  # fmt: skip
+    plain = CALLED | {"tools": [TOOL]}
+    assert texts(KINDS["qwen3"][0], arrow) == texts(KINDS["qwen3"][0], plain)
 
 
 def test_arguments_for_the_template_and_empty_columns_are_taken_as_trl_does():

@@ -152,6 +152,27 @@ def test_what_is_rejected_is_what_the_closed_test_rejects(family):
         assert adjusted == pytest.approx(closed)
 
 
+def test_a_share_of_pairs_has_the_interval_of_agresti_and_coull():
+    low, high = stats.share_interval([1] * 6 + [0] * 4, list("abcdefghij"))
+    half = scipy_stats.norm.ppf(0.975) * (8 / 14 * 6 / 14 / 14) ** 0.5
+    assert (low, high) == pytest.approx((8 / 14 - half, 8 / 14 + half))
+    # Pairs of one prompt that are all alike are one: as many as there are prompts.
+    for right in ([1, 1, 1, 0, 0, 0], [1] * 6):
+        of_prompts = stats.share_interval(right[::3], ["a", "b"])
+        assert stats.share_interval(right, list("aaabbb")) == pytest.approx(of_prompts)
+
+
+@pytest.mark.parametrize("each", [1, 4])
+def test_the_interval_of_a_share_covers_it_however_many_pairs_a_prompt_has(each):
+    draws, covered = np.random.default_rng(0), 0
+    for _ in range(1000):
+        chances = np.repeat(draws.beta(1.2, 0.8, 50), each)  # of mean .6
+        right = (draws.random(50 * each) < chances).astype(float)
+        low, high = stats.share_interval(right, np.repeat(np.arange(50), each))
+        covered += low <= 0.6 <= high
+    assert 0.92 < covered / 1000 < 0.975
+
+
 def test_holm_by_the_textbook_and_impossible_p_values():
     # R 4.3: p.adjust(c(0.01, 0.04, 0.03, 0.005), "holm")
     assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])

@@ -108,7 +108,7 @@ def test_models_stand_beside_the_range_of_as_many_more_of_the_committed_study(co
     effects = np.array([0.010, 0.025, 0.003, 0.019])
     mean, half = effects.mean(), stats.t.ppf(0.975, 3) * effects.std(ddof=1)
     both = half * stats.t.ppf(1 - 0.025 / 2, 3) / stats.t.ppf(0.975, 3)  # of two parts, together
-    halves = {"C4": half, "C2": half, "C2.dpo": both, "C2.dpo_last10": both}
+    halves = {"C4": half, "C2": half, "C2.dpo": both, "C2.dpo_last10": both, "C10": half}
     cited = [claims.Claim(name, "", mean, mean - one / 2, mean + one / 2)
              for name, one in halves.items()]  # / 2: of a mean of four  # fmt: skip
     claims.write(tmp_path / "claims.csv", [*cited, claims.Claim("C9", "")])
@@ -121,11 +121,20 @@ def test_models_stand_beside_the_range_of_as_many_more_of_the_committed_study(co
         own = [claims.Claim(name, "", here) for name in (*halves, "C9", "C3")]
         assert report.beside(own, tmp_path, 0) == []
         found = report.beside(own, tmp_path, count)
+        # Costs are of processes on one machine, and not of SFT models.
         assert [row["id"] for row in found] == ["C4", "C2.dpo", "C2.dpo_last10"]
         for row in found:
             assert row["inside"] == inside
             ends = [float(end) for end in row["as many more models"].strip("[]").split(", ")]
             assert ends == pytest.approx([100 * (mean - edge), 100 * (mean + edge)], abs=0.06)
+
+
+def test_a_no_to_the_smallest_of_several_effects_names_those_that_are_below(tmp_path):
+    parts = [claims.Claim("C5.sft", "", -0.05, -0.14, 0.05),
+             claims.Claim("C5.a2c", "", -0.04, -0.08, -0.01, verdict="contradicted")]  # fmt: skip
+    whole = claims.Claim("C5", "", -0.05, -0.11, -0.01, verdict="contradicted")
+    (row,) = report.answers(tmp_path, [whole, *parts])
+    assert row[0] == "C5" and row[-1] == "no: PPO A2C"
 
 
 def test_the_headline_is_about_the_first_domain_and_counts_the_models_that_are_there(tmp_path):
@@ -218,7 +227,7 @@ def test_readmes_block_has_the_answers_and_the_rest_is_kept(root, tmp_path):
     assert found.keys() > {"C10"} and found["C10"].effect is None
     for name, question in report.QUESTIONS.items():
         effect, interval = claims.effect_text(found[name])
-        shown = [line for line in text.splitlines() if line.startswith(f"| {question} |")]
+        shown = [line for line in text.splitlines() if line.startswith(f"| {name} | {question} |")]
         assert len(shown) == (found[name].effect is not None)
         assert all(f"| {effect}" in line and f"| {interval} |" in line for line in shown)
     (row,) = [line for line in text.splitlines() if "... than on the last 10%?" in line]
