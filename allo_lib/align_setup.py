@@ -266,8 +266,9 @@ def as_found(model):
 
     DPO compares the policy with its reference: both must be the same function, so that the first
     loss is ln 2 (as TRL disables dropout). Parts read their rates from their own attributes or from
-    their config. Kept besides: train or eval mode, `requires_grad`, and `use_cache`, which
-    transformers' Trainer switches off.
+    their config. Nor is any row of the embedding left without its gradient, as torch leaves that of
+    `padding_idx`, which is the end token's where a model pads with it. Kept besides: train or eval
+    mode, `requires_grad`, and `use_cache`, which transformers' Trainer switches off.
     """
     modes = {part: part.training for part in model.modules()}
     trained = {value: value.requires_grad for value in model.parameters()}
@@ -280,13 +281,17 @@ def as_found(model):
         if "drop" in key or "jitter" in key or key == "p"  # that of nn.Dropout
         if isinstance(value, float) and value > 0
     ]
+    read = model.get_input_embeddings()
+    padding = getattr(read, "padding_idx", None)
     try:
         for owner, key, _ in rates:
             setattr(owner, key, 0.0)
+        read.padding_idx = None
         yield
     finally:
         for owner, key, value in rates:
             setattr(owner, key, value)
+        read.padding_idx = padding
         if use_cache is not None:
             model.config.use_cache = use_cache
         for part, mode in modes.items():

@@ -81,6 +81,7 @@ def gradient_scores(model, pairs, schedule: Schedule, *, beta, pad_token_id):
     model's device holds no sum. Of the schedule: every forward pass is a batch (`batch_size` over
     `accumulation` pairs), and as many pairs are read as in `max_steps` steps at most.
     """
+    model.zero_grad()  # whatever gradients it carries
     sums = {n: torch.zeros(devices.local(p).shape) for n, p in model.named_parameters()}
     names = {parameter: name for name, parameter in model.named_parameters()}
 

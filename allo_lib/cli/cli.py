@@ -23,13 +23,14 @@ from allo_lib.profiles.profile_files import load_profile, parse_yaml, part_of
 from allo_lib.study import manifest
 
 BAD_INPUT, TIME_UP = 2, 3
+_YAML = (".yaml", ".yml")
 # Of --minutes, at most: to stop a notebook, write the manifest and tell what is missing.
 ENDING_SECONDS = 40
 USAGE = """\
 ./run_all.sh [PROFILE] [--seeds 0,1,2] [--domains A,B] [--only 01,05] [--data DIR] [--out DIR]
              [--minutes M] [-p NAME VALUE]... [--fresh]
 ./run_all.sh test [PYTEST ARGS]
-./run_all.sh status [PROFILE] [--domains A,B] [--out DIR] [--data DIR]
+./run_all.sh status [PROFILE] [--seeds 0,1,2] [--domains A,B] [--out DIR] [--data DIR]
 ./run_all.sh verify [PROFILE] [--out DIR] [--rerun] [--data DIR]
 ./run_all.sh figures [PROFILE] [NAME] [--out DIR]
 ./run_all.sh tune [PROFILE] [--seeds 100,101] [--domains A,B] [--out DIR] [--data DIR]
@@ -49,7 +50,7 @@ def main(arguments: list[str] | None = None) -> int:
     except AlloError as error:
         print(f"run_all: {' '.join(str(error).split())}", file=sys.stderr)
         return BAD_INPUT
-    except NotebookError as error:
+    except (NotebookError, OSError) as error:
         print(f"run_all: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt as stopped:
@@ -114,7 +115,10 @@ def check(options: argparse.Namespace) -> int:
 
 def redraw(options: argparse.Namespace) -> int:
     """Make claims, tables, figures and report again from a folder's own files, without torch."""
-    results = options.out or ROOT / "results" / Path(options.profile).stem
+    name = options.profile
+    if Path(name).suffix in _YAML:
+        name = load_profile(name, device="cpu").name
+    results = options.out or ROOT / "results" / name
     if not (results / "measurements.csv").is_file():
         raise AlloError(f"{shown(results)} holds no measurements.csv: run the profile first")
     from allo_lib.report import report  # loads matplotlib
@@ -148,16 +152,19 @@ def tune(options: argparse.Namespace) -> int:
     driver.check_folder(study, fresh=False)
     from allo_lib.study import runs  # loads torch
 
-    if study.domains and (study.results / "tuned.yaml").exists():
+    seeds, reported = options.seeds or (100, 101, 102, 103), study.profile.first_seed
+    if told := set(seeds) & set(range(reported, reported + study.profile.models)):
+        raise AlloError(f"--seeds {min(told)}: a model that is reported; tune on others")
+    if (study.results / "tuned.yaml").exists():
         raise AlloError(
-            f"--domains: {study.results} has rates already, which would be replaced; name another "
-            "folder with --out"
+            f"{study.results} has rates already, which would be replaced; name another folder with "
+            "--out"
         )
-    manifest.own(study.results, study.profile)
     profile = part_of(study.profile, study.domains) if study.domains else study.profile
-    seeds = options.seeds or (100, 101, 102, 103)
     data = None if study.data is None else str(study.data)
-    print(f"wrote {shown(runs.tune(profile, seeds, study.results, data))}")
+    with driver.signals(), driver.sole_run(study.results):
+        manifest.own(study.results, study.profile)
+        print(f"wrote {shown(runs.tune(profile, seeds, study.results, data))}")
     return 0
 
 
@@ -208,7 +215,7 @@ def _data(text: str) -> Path:
 
 
 def _numbers(text: str) -> tuple[str, ...]:
-    return tuple(f"{int(part):02}" for part in text.split(","))
+    return tuple(dict.fromkeys(f"{int(part):02}" for part in text.split(",")))
 
 
 def parse_domains(text: str, profile: Profile) -> tuple[str, ...]:
@@ -266,7 +273,7 @@ COMMANDS = {"status": status, "verify": check, "figures": redraw, "tune": tune}
 _OF_A_PROFILE = ("profile", "--out", "--domains", "-p")
 OPTIONS_OF = {
     run: (*_OF_A_PROFILE, "--seeds", "--only", "--data", "--minutes", "--fresh"),
-    status: (*_OF_A_PROFILE, "--data"),
+    status: (*_OF_A_PROFILE, "--seeds", "--data"),
     check: ("profile", "--out", "-p", "--data", "--rerun"),
     redraw: ("profile", "name", "--out"),
     tune: (*_OF_A_PROFILE, "--seeds", "--data"),
@@ -296,7 +303,7 @@ def _run_of(options: argparse.Namespace) -> driver.Run:
     _check_methods(profile)
     path, first = Path(options.profile), profile.first_seed
     study = driver.Run(
-        profile_name=str(path.resolve()) if path.suffix in (".yaml", ".yml") else options.profile,
+        profile_name=str(path.resolve()) if path.suffix in _YAML else options.profile,
         profile=profile,
         results=options.out or ROOT / "results" / profile.name,
         overrides=overrides,
@@ -323,7 +330,7 @@ def _check_methods(profile: Profile) -> None:
     for name in requested:
         # Names with a share, such as dpo_last10, follow `method.share`; runs of some notebooks
         # may have set that and need none of them.
-        if not any(letter.isdigit() for letter in name):
+        if not re.search(r"_(top|last|random)\d", name):
             stages_of(name, profile)
 
 

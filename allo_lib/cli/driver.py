@@ -19,12 +19,14 @@ from pathlib import Path
 from allo_lib.cli.execute import execute
 from allo_lib.engine.store import sha256
 from allo_lib.errors import AlloError
+from allo_lib.evaluation import outcomes
 from allo_lib.machine.environment import ROOT, machine
 from allo_lib.profiles.config import Profile, fingerprint
 from allo_lib.profiles.profile_files import KEY
 from allo_lib.study import manifest
 
 DATA_VARIABLE = "ALLO_DATA"
+_OLD = 7 * 24 * 3600  # seconds
 # Everything that --fresh takes away from a results folder, besides the store.
 OUTPUTS = (
     "notebooks", "figures", "tables", "instructions", "outcomes.parquet", "measurements.csv",
@@ -103,17 +105,22 @@ class Step:
         """Whether the notebook ran through with the same code, settings, seed and data.
 
         Its executed copy must still be there. Notebooks over all seeds also run again when
-        `measurements.csv` is no longer the one that they left. Without a data folder given,
-        whatever data was used before is accepted.
+        `measurements.csv` is no longer the one that they left, or other files of theirs are gone.
+        Without a data folder given, whatever data was used before is accepted.
         """
-        stamp, data = self.stamp(), data_hash(self.run.data)
+        stamp, data = self.stamp(), data_hash(self.run)
         return (
             stamp is not None
             and stamp["key"] == self.key()
-            and (data is None or stamp["data"] in (None, data))
+            and data in (None, stamp["data"])
             and (self.seed is not None or stamp["measurements"] == _measured(self.run))
-            and self.target.is_file()
+            and all(path.is_file() for path in self._left())
         )
+
+    def _left(self) -> list[Path]:
+        """Files that there must be after the notebook."""
+        made = (outcomes.NAME, "claims.csv") if self.notebook.stem.startswith("06") else ()
+        return [self.target, *(self.run.results / name for name in made)]
 
     def key(self) -> str:
         """SHA-256 of what decides the notebook's outcome, besides the data."""
@@ -167,12 +174,15 @@ def notebook_hash(notebook: Path) -> str:
     return fingerprint([[cell["cell_type"], "".join(cell["source"])] for cell in cells])
 
 
-def data_hash(folder: Path | None) -> str | None:
-    """Names and sizes of the data files; their contents are hashed where they are read."""
-    if folder is None:
+def data_hash(run: Run) -> str | None:
+    """Hash of the run's data sets in its data folder; None without such a folder, or without data
+    sets, as of the miniature."""
+    domains = [one for one in run.profile.domains.values() if one.kind != "miniature"]
+    names = {name for one in domains for name in (*one.datasets, *one.instructions.datasets)}
+    if run.data is None or not names:
         return None
-    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
-    return fingerprint([[p.relative_to(folder).as_posix(), p.stat().st_size] for p in files])
+    files = [path for name in sorted(names) for path in sorted((run.data / name).glob("*.jsonl*"))]
+    return fingerprint([[path.relative_to(run.data).as_posix(), sha256(path)] for path in files])
 
 
 def _measured(run: Run) -> str | None:
@@ -197,7 +207,7 @@ def run_study(run: Run, fresh: bool = False) -> list[Step]:
     signal, and AlloError when the results folder belongs to something else or cannot be written.
     """
     check_folder(run, fresh)
-    with _signals(), _sole_run(run.results):
+    with signals(), sole_run(run.results):
         if fresh:
             _clear(run.results)
         manifest.own(run.results, run.profile)
@@ -208,9 +218,9 @@ def run_study(run: Run, fresh: bool = False) -> list[Step]:
         except Stopped as stopped:
             if stopped.number != signal.SIGALRM:
                 raise
-        if behind.exists():
+        if behind.exists() or not (run.results / manifest.NAME).exists():
             write_manifest(run, {step.group for step in ran})
-            behind.unlink()
+            behind.unlink(missing_ok=True)
         return ran
 
 
@@ -223,8 +233,8 @@ def check_folder(run: Run, fresh: bool) -> None:
         raise AlloError(f"--out {results} holds the project itself; name another folder")
     if not fresh:
         manifest.check_folder(results, run.profile)
-    ours = (results / manifest.NAME).exists() or (results / manifest.STORE).exists()
-    if not ours and results.exists() and any(results.iterdir()):
+    ours = (results / manifest.NAME).exists() or manifest.owner(results) is not None
+    if not ours and any(path.name != manifest.STORE for path in results.glob("*")):
         raise AlloError(f"{results} holds other files; name a new or empty folder with --out")
 
 
@@ -276,7 +286,7 @@ def _run_one(step: Step) -> None:
         "key": made_by,
         # A later run reads from the store what an earlier one made: what it took is the longest.
         "seconds": max(before, round(time.monotonic() - start, 1)),
-        "data": data_hash(run.data),
+        "data": data_hash(run),
         "measurements": None if seed is not None else _measured(run),
     }
     manifest.write_json(step.stamp_path, stamp)
@@ -302,13 +312,16 @@ def write_manifest(run: Run, ran: set[str]) -> None:
 
 
 @contextlib.contextmanager
-def _sole_run(results: Path):
+def sole_run(results: Path):
     """Hold the results folder's lock, so that two runs never write into one folder at once; an
     error of the disk becomes an AlloError."""
     try:
         stamps(results).mkdir(parents=True, exist_ok=True)
         with (results / manifest.STORE / "lock").open("a") as handle:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            for left in (results / manifest.STORE).glob("*/.*"):  # by killed runs, long ago
+                if not left.match("*.partial") and time.time() - left.stat().st_mtime > _OLD:
+                    shutil.rmtree(left, ignore_errors=True)
             yield
     except BlockingIOError:
         raise AlloError(
@@ -322,7 +335,7 @@ def _sole_run(results: Path):
 
 
 @contextlib.contextmanager
-def _signals():
+def signals():
     """Turn SIGINT, SIGTERM and SIGALRM into Stopped."""
 
     def stop(number, frame):

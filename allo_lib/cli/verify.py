@@ -26,6 +26,7 @@ TOLERANCE = 1e-9  # absolute, on values and standard errors
 # learning rate (tests/study/test_repeat.py). Whole studies draw and decode by such numbers: a near
 # tie that falls to the other side is another response, and training makes more of it. So a run on
 # another type of CPU is another draw, which is held to the spread of the committed runs.
+_ONLY = "only in the"  # of a row that one of two runs lacks
 ROW_KEY = ["seed", "method", "dataset", "metric"]
 CELLS = ["value", "stderr", "n"]
 # Settings of two runs that may explain different numbers.
@@ -43,10 +44,11 @@ def describe(run: Run) -> str:
 
     profile = run.profile
     lines = [f"{profile.name}, profile hash {profile.hash()[:12]}, {run.results}"]
-    recorded = manifest.read(run.results) or {"profile_hash": profile.hash(), "runs": {}}
-    if recorded["profile_hash"] != profile.hash():
-        lines.append(f"its manifest is of another profile hash, {recorded['profile_hash'][:12]}")
-    seconds = {group: one.get("seconds", {}) for group, one in recorded["runs"].items()}
+    recorded = manifest.read(run.results) or manifest.owner(run.results) or {}
+    if recorded.get("profile_hash", profile.hash()) != profile.hash():
+        lines.append(f"it holds results of another profile hash, {recorded['profile_hash'][:12]}")
+    runs_of = recorded.get("runs", {})
+    seconds = {group: one.get("seconds", {}) for group, one in runs_of.items()}
     lines.append("")
     for step in driver.steps(run):
         known = seconds.get(step.group, {}).get(step.notebook.stem)
@@ -141,7 +143,9 @@ def rerun(run: Run) -> list[str]:
     if told and not before.drop(columns="margin").equals(after.drop(columns="margin")):
         problems.append(f"{outcomes.NAME}: other outcomes")
     if told and problems and made_on(old) != made_on(new):
+        lacking = [line for line in problems if _ONLY in line]
         judged, problems = outside_spread(run.results, folder)
+        problems = lacking + problems
         print(f"another processor: {judged} runs judged by the spread of the committed ones")
     if not problems:
         shutil.rmtree(folder)
@@ -159,36 +163,49 @@ def made_on(recorded: dict) -> set[str]:
 def outside_spread(before: Path, after: Path) -> tuple[int, list[str]]:
     """Runs of `after` judged by those of `before`: how many, and a line for each that is outside.
 
-    Of every method and domain with n committed runs (one a model and replicate) of mean m and
-    standard deviation s, a run is to lie within m +- t s sqrt(1 + 1/n), Student's prediction
-    interval for one more run; t is such that of all runs judged not even one lies outside by chance
-    in 95% of reruns (Bonferroni). One committed run has no spread: another score is a problem, too.
+    Of every method and domain with n committed runs (one a model and replicate), and of every
+    overlap of masks with one a model, of mean m and standard deviation s, a run is to lie within m
+    +- t s sqrt(1 + 1/n), Student's prediction interval for one more run; t is such that of all runs
+    judged not even one lies outside by chance in 95% of reruns (Bonferroni). One committed run has
+    no spread: another score is a problem, too.
     """
     old, new = (StudyResults.load(folder, models=2**32) for folder in (before, after))
     pairs = [
-        (domain, method, old.runs(method, domain), new.runs(method, domain))
+        (f"{domain.name}, {method}: {domain.metric}", old.runs(method, domain),
+         new.runs(method, domain))
         for domain in old.domains
         for method in sorted(old.methods)
-    ]
-    judged, problems = sum(len(later) for *_, earlier, later in pairs if len(earlier) > 1), []
-    for domain, method, earlier, later in pairs:
-        if len(earlier) and not len(later):
-            problems.append(f"{domain.name}, {method}: not in the new run")
+    ]  # fmt: skip
+    masks, others = (_overlaps(folder) for folder in (before, after))
+    pairs += [(what, masks[what], others.get(what, [])) for what in masks]
+    judged, problems = sum(len(later) for _, earlier, later in pairs if len(earlier) > 1), []
+    for what, earlier, later in pairs:
+        if len(later) < len(earlier):
+            problems.append(f"{what} of {len(later)} runs, and not of {len(earlier)} as before")
         if (n := len(earlier)) < 2:
-            differ = len(later) and abs(earlier[0] - later[0]) > TOLERANCE if n else False
-            told = f"{domain.name}, {method}: one committed run has no spread to judge another by"
+            differ = n and len(later) and abs(earlier[0] - later[0]) > TOLERANCE
+            told = f"{what}: one committed run has no spread to judge another by"
             problems += [told] if differ else []
             continue
         mean, spread = float(np.mean(earlier)), float(np.std(earlier, ddof=1))
         t = float(stdtrit(n - 1, 1 - (1 - LEVEL) / 2 / judged))
         half = t * spread * (1 + 1 / n) ** 0.5 + TOLERANCE
         problems += [
-            f"{domain.name}, {method}: {domain.metric} {score:.4f} lies outside "
+            f"{what} {score:.4f} lies outside "
             f"[{mean - half:.4f}, {mean + half:.4f}], where one more of {n} runs is expected"
             for score in later
             if abs(score - mean) > half
         ]
     return judged, problems
+
+
+def _overlaps(folder: Path) -> dict[str, list[float]]:
+    """Overlaps of masks, one a SFT model, by domain and comparison."""
+    found: dict[str, list[float]] = {}
+    for row in outcomes.read_measurements(folder / "measurements.csv"):
+        if row.metric == "mask_overlap":
+            found.setdefault(f"{row.dataset}, {row.method}: {row.metric}", []).append(row.value)
+    return found
 
 
 def compare(before: Path, after: Path) -> tuple[dict[str, int], list[str]]:
@@ -205,7 +222,7 @@ def compare(before: Path, after: Path) -> tuple[dict[str, int], list[str]]:
         if row["_merge"] != "both":
             counts["different"] += len(CELLS)
             side = "earlier" if row["_merge"] == "left_only" else "new"
-            problems.append(f"{name}: only in the {side} run")
+            problems.append(f"{name}: {_ONLY} {side} run")
             continue
         for column in CELLS:
             was, now = row[f"{column} was"], row[f"{column} is"]

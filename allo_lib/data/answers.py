@@ -52,19 +52,23 @@ def read(kind: str, response: str, choices: list[str] | None = None) -> str | No
     return text if is_one else None
 
 
-def is_same(kind: str, answer: str, gold: str) -> bool:
+def is_same(kind: str, answer: str, gold: str, question: str = "") -> bool:
     """Whether two answers, as `read` returns them, are the same.
 
     A gold number of three or more decimals is taken for a rounded one, as MAWPS has them
     (0.166667): what differs by less than one unit of its last digit, or by just one where it has
     four or more, is the same. All other numbers, also those of formulas and the eighths, sixteenths
     and so on that end by themselves (0.125), must be equal. Units and degree signs of formulas do
-    not count.
+    not count. For a number a formula gives its value and no sum, power or equation that comes to
+    it, and no formula repeats one of the question's, unless the gold one does.
     """
     if kind in ("choice", "yes_no"):
         return plain(answer) == plain(gold)
     if kind == "number":
         return bool(_same_number(answer, gold, rounded=True))
+    asked = [_normal(_unwrapped(text)) for text in re.findall(r"\$([^$]+)\$", question)]
+    if _normal(_unwrapped(answer)) in asked and _normal(_unwrapped(gold)) not in asked:
+        return False
     return _same_formula(answer, gold)
 
 
@@ -208,12 +212,21 @@ def _is_formula(text: str) -> bool:
     return not re.search(r"[.?!]\s+[A-Z]", text) and len(re.findall(r"[A-Za-z]{2,}", bare)) <= 3
 
 
+# What an answer may be called: x, \theta, a_1, f(2), \angle ABC; in `_normal` form.
+_NAMED = re.compile(r"(?:^|(?<=,))(?:\\[a-z]+)?[A-Za-z]*'?(?:_(?:\w|\{[^{}]*\}))?(?:\([^=()]*\))?=")
+# Of a formula in the same form, without what is left out of it, that is more than one number.
+_NO_LETTERS = rf"\\[dt]?frac|\\%|{_TEXT}"
+_WORKED_OUT = re.compile(r"[A-Za-z\\*^!]|[0-9.})][-+(]")
+
+
 @functools.lru_cache(maxsize=4096)
 def _same_formula(answer: str, gold: str) -> bool:
     ours, theirs = _unwrapped(answer), _unwrapped(gold)
     if not ours or not theirs:
         return False
     if _normal(ours) == _normal(theirs):
+        return True
+    if re.fullmatch(_TEXT, theirs) and _normal(ours).casefold() == _normal(theirs).casefold():
         return True
     based = [_BASED.fullmatch(_normal(text)) for text in (ours, theirs)]
     if all(based):
@@ -223,9 +236,16 @@ def _same_formula(answer: str, gold: str) -> bool:
         return False
     if all(re.fullmatch("[A-Za-z]{3,}", _normal(text)) for text in (ours, theirs)):
         return False  # words, which math-verify takes for products of their letters
-    as_numbers = _same_number(ours, theirs)
+    value = ours
+    if "=" not in theirs:
+        if "=" in _NAMED.sub("", _normal(ours)):
+            return False
+        value = ours if ours.count("=") > 1 else ours.partition("=")[2] or ours
+    as_numbers = _same_number(value, theirs)
     if as_numbers is not None:
         return as_numbers
+    if number(theirs) is not None and _WORKED_OUT.search(_normal(re.sub(_NO_LETTERS, "", value))):
+        return False
     return _is_tame(ours) and _is_tame(theirs) and _verified(ours, theirs)
 
 
@@ -234,7 +254,8 @@ def _normal(text: str) -> str:
     if re.fullmatch(rf"{_TEXT}|[A-Za-z ]{{3,}}", text):
         text = text.casefold()
     text = re.sub(r"\\[dt]frac", r"\\frac", re.sub(_TEXT, r"\1", text))
-    text = re.sub(rf"\\(?:left|right)(?![a-z])|{_DEGREES}", "", text)
+    text = re.sub(rf"\\(?:left|right)(?![a-z])|{_DEGREES}|°", "", text)
+    text = re.sub(r"(?<![A-Za-z\\])pi(?![A-Za-z])", r"\\pi", text)
     return re.sub(r"\\[!,;: ]|\s|~|\\\$", "", text)
 
 

@@ -174,7 +174,7 @@ class RealQuestions:
         """Whether it ends in the gold answer."""
         answer, row = self._read(question, response), question.source
         what = kind(question.dataset, row)
-        return answer is not None and answers.is_same(what, answer, row["answer"])
+        return answer is not None and answers.is_same(what, answer, row["answer"], row["question"])
 
     def correction(self, question: Question, response: str) -> str:
         """Return the response with as little changed as makes its final answer right.

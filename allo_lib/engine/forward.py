@@ -23,6 +23,7 @@ from allo_lib.machine import devices
 from allo_lib.method.losses import IGNORED, Batch
 
 _SIDES = ("chosen", "rejected")
+ROUNDINGS = 16  # of a sum in 16 bits, at most
 CHUNK_BYTES = 64 * 2**20  # of float32 logits alive at once
 # Config keys of models that change their logits after the head, by too little to be seen while
 # those are small.
@@ -319,6 +320,8 @@ class _TargetLogps(torch.autograd.Function):
         to_hidden = torch.zeros_like(hidden) if needs_hidden else None
         to_weight: Tensor | None = None
         to_bias = torch.zeros_like(bias, dtype=torch.float32) if needs_bias else None
+        # A sum of many chunks would be rounded to 16 bits as often.
+        few = len(gradient) <= ROUNDINGS * rows_at_once(len(weight))
         # To count those that are used, a host would have to wait for its GPU.
         everywhere = torch.arange(len(gradient), device=gradient.device)
         used = everywhere if gradient.is_cuda else gradient.nonzero()[:, 0]
@@ -332,12 +335,18 @@ class _TargetLogps(torch.autograd.Function):
             by_logits = by_logits.to(weight.dtype)
             if to_hidden is not None:
                 to_hidden[rows] = by_logits @ weight
-            if to_weight is not None:
+            if to_weight is not None and few:
                 to_weight.addmm_(by_logits.T, hidden[rows])
             elif needs_weight:
-                to_weight = by_logits.T @ hidden[rows]
+                product = by_logits.T @ hidden[rows]
+                if to_weight is None:
+                    to_weight = product if few else product.float()
+                else:
+                    to_weight.add_(product)
         if needs_weight and to_weight is None:
             to_weight = torch.zeros_like(weight)
+        if to_weight is not None:
+            to_weight = to_weight.to(weight.dtype)
         return to_hidden, to_weight, None if to_bias is None else to_bias.to(bias.dtype), None
 
 
@@ -352,8 +361,13 @@ def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return torch.nn.functional.linear(hidden, weight, bias).float()
 
 
+def rows_at_once(vocabulary: int) -> int:
+    """Positions whose logits are alive together."""
+    return max(1, CHUNK_BYTES // (4 * vocabulary))
+
+
 def _chunks(count: int, weight: Tensor) -> Iterator[slice]:
-    rows = max(1, CHUNK_BYTES // (4 * weight.shape[0]))
+    rows = rows_at_once(len(weight))
     return (slice(start, min(start + rows, count)) for start in range(0, count, rows))
 
 

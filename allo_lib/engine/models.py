@@ -145,6 +145,9 @@ def load(
     """
     model, tokenizer = pretrained(name, dtype, revision)
     model.config.pad_token_id = tokenizer.pad_token_id
+    embeddings = model.get_input_embeddings()
+    if hasattr(embeddings, "padding_idx"):  # torch gives that row of it no gradient, and it was the
+        embeddings.padding_idx = None  # end token's, which stands in texts
     model.generation_config = GenerationConfig(
         pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id
     )

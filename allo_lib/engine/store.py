@@ -75,7 +75,7 @@ class Store:
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
         self._checked: dict[Path, Artifact] = {}
-        self._only_reading = False
+        self.reading = False  # nothing is made or noted
 
     def get(
         self,
@@ -103,7 +103,7 @@ class Store:
             return self._checked[path]
 
         def make_here() -> None:
-            if self._only_reading:
+            if self.reading:
                 raise NotMade(
                     f"{kind}/{path.name} is not in {self.folder}; run the notebook that makes it"
                 )
@@ -117,11 +117,11 @@ class Store:
     @contextlib.contextmanager
     def only_reading(self) -> Iterator[None]:
         """Inside it nothing is made, neither what is requested nor what its key depends on."""
-        before, self._only_reading = self._only_reading, True
+        before, self.reading = self.reading, True
         try:
             yield
         finally:
-            self._only_reading = before
+            self.reading = before
 
     def has(self, kind: str, inputs: dict[str, Any]) -> bool:
         """Whether `get` would find the artifact without making it; its tensors may be lost."""

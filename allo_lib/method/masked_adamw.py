@@ -62,6 +62,8 @@ class MaskedAdamW(torch.optim.AdamW):
     `step` also clears the packed gradients, as Trainer only clears the model's.
     """
 
+    grad_scale: Tensor | None  # there while a GradScaler calls `step`
+
     def __init__(
         self,
         model: nn.Module,
@@ -90,6 +92,7 @@ class MaskedAdamW(torch.optim.AdamW):
         # in the model's own dtype, by every so many of them: bf16 rounds small updates away.
         self.watch = False
         self.moved: Tensor | None = None  # float64 scalar on the device
+        self._began = False
         linears = _linears_by_weight(model)
         self._packed = [
             _Packed(
@@ -124,9 +127,16 @@ class MaskedAdamW(torch.optim.AdamW):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if not self._began:
+            self._follow_model()
+        self._began = True
         devices.average_gradients([p.master for p in self._packed if devices.is_copy(p.parameter)])
         masters = [packed.master for packed in self._packed]
         gradients = [master.grad for master in masters if master.grad is not None]
+        scale = getattr(self, "grad_scale", None)
+        if scale is not None:  # a GradScaler's, which the fused update would undo after the cut
+            torch._foreach_div_(gradients, scale)
+            self.grad_scale = None
         norm = nn.utils.get_total_norm(gradients) if gradients else None
         if norm is not None and self._is_sharded:
             norm = devices.total(norm.square()).sqrt()
@@ -197,8 +207,16 @@ class MaskedAdamW(torch.optim.AdamW):
             held += packed.master.numel() * 4  # the packed gradient, alive from backward to step
         return held
 
+    @torch.no_grad()
+    def _follow_model(self) -> None:
+        """Take the values of weights that somebody wrote since the masters were made, as a trainer
+        does that loads a checkpoint's weights alone."""
+        for packed in self._packed:
+            packed.follow()
+
     def state_dict(self) -> dict[str, Any]:
         """Torch's state, the masters (bf16 weights do not determine them), the mask's hash."""
+        self._follow_model()
         masters = [packed.master.detach() for packed in self._packed]
         return super().state_dict() | {"masters": masters, "mask": self._mask_hash}
 
@@ -318,6 +336,13 @@ class _Packed:
             weight.copy_(rounded)
         else:
             weight.index_copy_(0, self.index.long(), rounded)
+
+    def follow(self) -> None:
+        """Where the model holds another value than the master's rounded one, take that."""
+        if self.owns_master:
+            now = self._gather(devices.local(self.parameter.data))
+            other = now != self.master.detach().to(now.dtype)
+            self.master.copy_(torch.where(other, now.float(), self.master.detach()))
 
     def sample(self, stride: int) -> Tensor:
         """Every `stride`-th master, or kept row, as the model holds it; float32."""

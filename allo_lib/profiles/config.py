@@ -55,6 +55,7 @@ Number = Annotated[Finite, Field(ge=0)]
 Rate = Annotated[Finite, Field(gt=0)]
 Share = Annotated[Finite, Field(gt=0, le=1)]
 Fraction = Annotated[Finite, Field(ge=0, le=1)]
+AboveOne = Annotated[Finite, Field(gt=1)]
 BelowOne = Annotated[Finite, Field(ge=0, lt=1)]
 Text = Annotated[str, Field(strict=True), AfterValidator(_text)]
 Name = Annotated[Text, AfterValidator(_name)]
@@ -246,8 +247,8 @@ class Method:
 class Search:
     """The learning-rate search that every method gets, always on the development split."""
 
-    candidates: Count = 5  # trained models per method and domain
-    factor: Number = 2.0  # ratio of neighbouring rates
+    candidates: Positive = 5  # trained models per method and domain
+    factor: AboveOne = 2.0  # ratio of neighbouring rates
     per_run: bool = False  # every run searches, if rates were tuned on other models around those
 
 
@@ -332,13 +333,12 @@ class Profile:
                 f"timing.domain: got {short(self.timing.domain)}, expected one of "
                 f"{', '.join(self.domains)}"
             )
-        requested = [
-            data for domain in self.domains.values() for data in domain.instructions.datasets
-        ]
-        if len(set(requested)) < len(requested):
+        requested = [name for one in self.domains.values() for name in one.instructions.datasets]
+        every = requested + [name for one in self.domains.values() for name in one.datasets]
+        if twice := [name for name in every if every.count(name) > 1]:
             raise ValueError(
-                "domains: two have instructions of one data set; name it in one, as measurements "
-                "have one row for it"
+                f"domains: {twice[0]} is in two; name each data set in one, as measurements have "
+                "one row for it"
             )
         if self.judge.kind and not requested:
             raise ValueError("judge.kind: nothing to judge; give a domain `instructions`")

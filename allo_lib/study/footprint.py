@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from allo_lib.align_setup import TRAINED, AlignConfig
 from allo_lib.data.preferences import SIDES, Encoded
 from allo_lib.engine.batching import Layout, pair_batch, shared_length
-from allo_lib.engine.forward import CHUNK_BYTES, response_logps, to_device
+from allo_lib.engine.forward import ROUNDINGS, response_logps, rows_at_once, to_device
 from allo_lib.engine.trainer import Schedule
 from allo_lib.errors import AlloError
 from allo_lib.method.neurons import NeuronMask
@@ -95,12 +95,14 @@ def _parts(shape: Shape, share: float, judged: int, activations: int, dtype) -> 
     width, kept = dtype.itemsize, share * shape.parameters
     # A tensor kept whole needs no index, and in float32 its own storage is the master.
     state = 16 if share < 1 else 8 if dtype == torch.float32 else 12
-    positions = min(judged, max(1, CHUNK_BYTES // (4 * shape.vocabulary)))
+    positions = min(judged, rows_at_once(shape.vocabulary))
     # As the head's product gives them, and in float32.
     logits = positions * shape.vocabulary * (4 if width == 4 else 4 + width)
     # Most is in use where backward begins, with all activations, or where it ends, with all
     # gradients of kept entries; that of the embeddings is the last.
-    begins = shape.largest * width, activations, logits
+    # The head's gradient is a sum of float32 where it has many parts.
+    summed = 4 + width if width < 4 and judged > ROUNDINGS * positions else width
+    begins = shape.largest * summed, activations, logits
     ends = 4 * kept + shape.largest * width
     if shape.tied:
         # The head's has waited for it, and their sum is a third before its entries are taken.

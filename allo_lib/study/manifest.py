@@ -8,7 +8,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-from allo_lib.engine.store import sha256
+from allo_lib.engine.store import Store, sha256
 from allo_lib.errors import AlloError
 from allo_lib.evaluation import outcomes
 from allo_lib.machine import runtime
@@ -17,12 +17,9 @@ NAME = "manifest.json"
 STORE = ".store"  # artifacts and marks of finished notebooks; local, never committed
 SEED_FOLDER = "seed"  # with the seed's number behind it
 ALL_SEEDS = "all"  # the group of the notebooks that run once over all seeds
-# The manifest itself, copies of notebooks that failed, and what a run that was killed while it
-# wrote a file may leave beside it.
-_NOT_LISTED = re.compile(
-    r"manifest\.json|.*\.failed\.ipynb|(.*/)?"
-    r"\.(manifest\.json|measurements\.csv|outcomes\.parquet)\.\d+(\.tmp)?"
-)
+# The manifest itself, copies of notebooks that failed, and hidden files: what a killed run leaves
+# beside a file that it wrote, and what Jupyter and desktops leave.
+_NOT_LISTED = re.compile(r"manifest\.json|.*\.failed\.ipynb|(.*/)?\..*")
 # Notes that a study leaves in its store: weights, data, the device of each cell, and where lost
 # weights were trained again with other bits.
 FOLDER = "notes"
@@ -207,10 +204,28 @@ def commit_of(root: Path) -> dict:
     return {"commit": git("rev-parse", "--verify", "HEAD"), "dirty": bool(changed)}
 
 
-def leave(store: Path, name: str, value: Any) -> None:
-    """Write a note, whole or not at all: other processes read it while this one writes."""
-    (store / FOLDER).mkdir(parents=True, exist_ok=True)
-    write_json(store / FOLDER / f"{name}.json", value)
+def leave(store: Store, name: str, value: Any) -> None:
+    """Write a note, whole or not at all: other processes read it while this one writes. None where
+    the store is only read."""
+    if not store.reading:
+        (store.folder / FOLDER).mkdir(parents=True, exist_ok=True)
+        write_json(store.folder / FOLDER / f"{name}.json", value)
+
+
+def leave_data(store: Store, results: Path, name: str, summary: dict[str, dict]) -> None:
+    """Note the data of a domain: "ecqa/test" -> rows and SHA-256.
+
+    AlloError where `results` holds results of other data of these names.
+    """
+    known = noted(results)["data"].get(name, {})
+    for source, one in summary.items():
+        was, now = (each.get("sha256") for each in (known.get(source, {}), one))
+        if was and was != now:
+            raise AlloError(
+                f"{results} holds results of other data: {source} had SHA-256 {was[:12]}, and has "
+                f"{now[:12]} now; name another results folder, or start over with --fresh"
+            )
+    leave(store, f"{DATA}{name}", summary)
 
 
 def collect(store: Path, prefix: str) -> dict[str, Any]:

@@ -85,7 +85,7 @@ def seed_rows(study: Study) -> list[Measurement]:
         made_by = {one.get("commit") or manifest.UNKNOWN for run in runs for one in run.values()}
         notes = {manifest.CELLS: manifest.cells_of(runs), manifest.COMMITS: sorted(made_by)}
         for kind, note in notes.items():
-            manifest.leave(study.store.folder, f"{kind}seed{study.seed}.{name}", note)
+            manifest.leave(study.store, f"{kind}seed{study.seed}.{name}", note)
     return rows
 
 

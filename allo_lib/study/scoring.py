@@ -199,7 +199,7 @@ def _loaded(study, name: str) -> dict[str, list[dict]]:
         f"{dataset}/test": {"rows": len(rows), "sha256": data_hash(rows)}
         for dataset, rows in loaded.items()
     }
-    manifest.leave(study.store.folder, f"{manifest.DATA}{name}.instructions", summary)
+    manifest.leave_data(study.store, study.results_dir, f"{name}.instructions", summary)
     return loaded
 
 

@@ -124,7 +124,7 @@ class Study(Importance):
                         f"{self.results_dir} holds results of {name} with {key} {was}, this run's "
                         f"is {now}; name another results folder"
                     )
-        manifest.leave(self.store.folder, manifest.WEIGHTS, note)
+        manifest.leave(self.store, manifest.WEIGHTS, note)
         return model, tokenizer, note, weights.snapshot(model, "cpu")
 
     def _new_model(self):
@@ -180,7 +180,7 @@ class Study(Importance):
         def changed() -> None:
             if name:
                 note = f"{manifest.AGAIN}seed{self.seed}.{name}.{kind}"
-                manifest.leave(self.store.folder, note, device_name(self.device))
+                manifest.leave(self.store, note, device_name(self.device))
 
         return self.store.get(kind, inputs, make_and_restore, changed)
 
@@ -210,10 +210,12 @@ class Study(Importance):
         dealt = {}
         if domain.kind == "questions":  # of a file each split gets so many, and so those ones
             dealt = {"dealt": [domain.sft.examples, domain.pairs.questions, domain.dev]}
+        # Later versions of what is done with loaded models and with their answers.
+        read = {} if self.plain else {"version": 2}
         return {
             "version": VERSION,
             "seed": self.seed,
-            "model": settings["model"] | {"dtype": self.dtype},
+            "model": settings["model"] | {"dtype": self.dtype} | read,
             "datasets": settings["domains"][name]["datasets"],
             "kind": settings["domains"][name]["kind"],
             "data": self._data_hash(name),
@@ -233,7 +235,7 @@ class Study(Importance):
 
         parts = {(d, s): load_rows(d, s, self.data_dir) for d in domain.datasets
                  for s in ("train", "test")}  # fmt: skip
-        manifest.leave(self.store.folder, f"{manifest.DATA}{name}", {
+        manifest.leave_data(self.store, self.results_dir, name, {
             f"{dataset}/{split}": {"rows": len(rows), "sha256": data_hash(rows)}
             for (dataset, split), rows in parts.items()
         })  # fmt: skip

@@ -139,32 +139,46 @@ def test_runs_outside_the_committed_spread_are_named(tmp_path, monkeypatch):
     """Eight committed runs, of two models: .700 to .707 and, of one method, all alike."""
     monkeypatch.setattr(synthetic_results, "ACCURACY", {"dpo": 0.7, "allo": 0.8})
 
-    def write(name, models, shift):
+    def write(name, models, shift, masks=(0.300, 0.301)):
         table = synthetic_results.table(models, ("chain",), replicates=4, pairs=4)
         dpo = (table["method"] == "dpo") & (table["dataset"] == "chain")
         for (model, replicate), rows in table[dpo].groupby(["model", "replicate"]):
             wrong = rows.index[~rows["right"]]
             table.loc[wrong[: shift + 4 * model + replicate], "right"] = True
         (tmp_path / name).mkdir()
-        outcomes.write_measurements(tmp_path / name / "measurements.csv", [])
+        overlaps = [
+            outcomes.Measurement(model, "orders", "miniature", "mask_overlap", value, 0.0, 9)
+            for model, value in zip(models, masks, strict=False)
+        ]
+        outcomes.write_measurements(tmp_path / name / "measurements.csv", overlaps)
         outcomes.write(tmp_path / name / outcomes.NAME, table)
         return tmp_path / name
 
     before = write("before", (0, 1), 0)
-    assert verify.outside_spread(before, write("same", (0, 1), 0)) == (16, [])
-    assert verify.outside_spread(before, write("near", (0,), 8)) == (8, [])
-    judged, problems = verify.outside_spread(before, write("far", (0,), 60))
-    assert judged == 8 and len(problems) == 4
-    # Mean .7035, SD .00245 of 8 runs; t of 7 degrees of freedom at 1 - .025 / 8.
-    half = 3.81 * 0.00245 * (1 + 1 / 8) ** 0.5
+    assert verify.outside_spread(before, write("same", (0, 1), 0)) == (18, [])
+    assert verify.outside_spread(before, write("near", (0, 1), 8)) == (18, [])
+    # Mean .3005, SD .000707 of 2 models; t of 1 degree of freedom at 1 - .025 / 18: 229.
+    assert verify.outside_spread(before, write("masks", (0, 1), 0, (0.3, 0.9)))[1] == [
+        "miniature, orders: mask_overlap 0.9000 lies outside [0.1020, 0.4990], where one more of 2 "
+        "runs is expected"
+    ]
+    judged, problems = verify.outside_spread(before, write("far", (0, 1), 60))
+    assert judged == 18 and len(problems) == 8
+    # Mean .7035, SD .00245 of 8 runs; t of 7 degrees of freedom at 1 - .025 / 18.
+    half = 4.506 * 0.00245 * (1 + 1 / 8) ** 0.5
     low, high = map(float, problems[0].split("[")[1].split("]")[0].split(", "))
     assert (low, high) == pytest.approx((0.7035 - half, 0.7035 + half), abs=2e-4)
     assert problems[0].startswith("miniature, dpo: accuracy 0.7600 lies outside [0.69")
     monkeypatch.setattr(synthetic_results, "ACCURACY", {"dpo": 0.7})
     lacking = verify.outside_spread(before, write("lacking", (0,), 0))[1]
-    assert lacking == ["miniature, allo: not in the new run"]
+    assert lacking == [
+        "miniature, allo: accuracy of 0 runs, and not of 8 as before",
+        "miniature, dpo: accuracy of 4 runs, and not of 8 as before",
+        "miniature, orders: mask_overlap of 1 runs, and not of 2 as before",
+    ]
     alone = tmp_path / "alone"
     synthetic_results.write(alone, (0,), datasets=("chain",))
     assert verify.outside_spread(alone, alone) == (0, [])
-    told = "miniature, dpo: one committed run has no spread to judge another by"
-    assert verify.outside_spread(alone, write("other", (0,), 8)) == (0, [told])
+    told = "miniature, dpo: accuracy: one committed run has no spread to judge another by"
+    judged, problems = verify.outside_spread(alone, write("other", (0,), 8))
+    assert judged == 0 and [line for line in problems if "mask_overlap" not in line] == [told]

@@ -72,7 +72,9 @@ SAME_FORMULAS = [
     (r"\begin{pmatrix}1\\2\end{pmatrix}", r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}"),
     ("43_{5}", "43_5"), ("43", "43_5"), (r"\frac{1}{2^{98}}", "2^{-98}"),
     (r"\frac{2}{2^{99}}", r"\frac{1}{2^{98}}"), (r"\frac{x}{2^{98}}", r"x \cdot 2^{-98}"),
-    (r"\sqrt{2}\sqrt{3}", r"\sqrt{6}"), (r"\binom{7}{3}", "35"), ("5!", "120"), ("43_{10}", "43"),
+    (r"\sqrt{2}\sqrt{3}", r"\sqrt{6}"), ("43_{10}", "43"), ("12pi", r"12\pi"),
+    ("A,C", r"\text{A,C}"), (r"f(2) = 5\text{ cm}", r"5 \text{ cm}"),
+    ("x=2,x=3", "2,3"), (r"\angle ABC = 40^\circ", "40"), (r"\frac{-3}{2}", r"-\frac{3}{2}"),
     ("LQSX", r"\text{LQSX}"), ("ba", "ab"), (".0000672", "0.0000672"),
 ]  # fmt: skip
 OTHER_FORMULAS = [
@@ -82,6 +84,9 @@ OTHER_FORMULAS = [
     (".0000673", ".0000672"), ("2 i", "2"),
     ("2^{100}", "2^{101}"), ("(-\\infty,3)", "(-\\infty,3]"),
     (r"\begin{pmatrix}1\\3\end{pmatrix}", r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}"),
+    # What comes to the number is not the number.
+    (r"\binom{7}{3}", "35"), ("5!", "120"), ("2x-3=7", "7"), ("x^2=5", "5"), ("2=3", "3"),
+    ("102^2-98^2", "800"), (r"\log_2 4 = 2", "2"), (r"3 \cdot 4", "12"), ("5(3)", "15"),
     # Small ones are not the same for being small.
     (r"\frac{1}{2^{98}}", "2^{99}"), (r"\frac{1}{2^{98}}", r"\frac{1}{2^{99}}"),
     ("10^{-20}", "10^{-30}"), ("10^{-30}", "10^{-20}"),
@@ -89,6 +94,13 @@ OTHER_FORMULAS = [
 ]  # fmt: skip
 COMPARED = [("number", True, SAME_NUMBERS), ("number", False, OTHER_NUMBERS),
             ("latex", True, SAME_FORMULAS), ("latex", False, OTHER_FORMULAS)]  # fmt: skip
+
+
+def test_a_formula_of_the_question_is_no_answer_unless_the_gold_one_is_it_too():
+    question = r"Write $58_9 - 18_9.$ in base $9$."
+    assert not answers.is_same("latex", "$58_9-18_9$", "40_9", question)
+    assert answers.is_same("latex", "40_9", "40_9", question)
+    assert answers.is_same("latex", "9", "9", question)
 
 
 @pytest.mark.parametrize(

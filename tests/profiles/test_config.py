@@ -244,11 +244,17 @@ VALUES = [
     ("method.share", 10, "share: got 10, expected less than or equal to 1"),
     ("methods", "dpo", "methods: got 'dpo', expected a valid list"),
     ("methods", ["dpo", "sft", "dpo"], "methods: 'dpo' is named twice; name each"),
-    ("size", "tpu", "size: got 'tpu', expected 'cpu' or 'gpu'"),
     ("name", "", "name: '' cannot name a folder"),
     ("domains.toy", None, "domains.toy: got None, expected a section with keys"),
     ("search", [3, 2.0], "search: got [3, 2.0], expected a section with keys"),
+    ("search.candidates", 0, "search.candidates: got 0, expected greater than or equal to 1"),
+    ("search.factor", 1, "search.factor: got 1, expected greater than 1"),
     # Values that do not fit together.
+    (
+        "domains.a",
+        TEXT_DOMAIN | {"datasets": ["scan"]},
+        "scan is in two; name each data set in one",
+    ),
     ("domains.toy.sft.mix", [1], "sft.mix: got [1.0], expected a share for each of"),
     ("domains.toy.datasets", [], "domains.toy: datasets: empty; name at least"),
     ("timing.domain", "moon", "timing.domain: got 'moon', expected one of toy"),
@@ -259,13 +265,18 @@ VALUES = [
     ("domains.a", TEXT_DOMAIN | {"instructions": REPLIES | {"datasets": ["ecqa"]}}, "got 'ecqa'"),
     ("domains.a", TEXT_DOMAIN | {"instructions": REPLIES | {"count": 1}}, "at least one for each"),
     ("domains.a", TEXT_DOMAIN | {"instructions": {"count": 8}}, "count: got 8, expected at least"),
-    ("domains", {"a": TEXT_DOMAIN, "b": TEXT_DOMAIN}, "two have instructions of one data set"),
+    ("domains", {"a": TEXT_DOMAIN, "b": TEXT_DOMAIN}, "is in two; name each data set in one"),
     # Keys.
     ("method.bta", 1, "method: unknown key 'bta'; expected one of beta, forgetting_w"),
     ("Method.beta", 1, "own.yaml: unknown key 'Method'; expected one of abl"),
     ("method.", 1, "method: unknown key ''; expected one of"),
     ("domains.a b.dev", 1, "'a b' cannot name a folder; use letters, dig"),
 ]
+
+
+def test_the_size_is_the_devices_and_no_setting(write):
+    with refused("size: the device decides it"):
+        load_profile(write(SMALL), {"size": "gpu"})
 
 
 @pytest.mark.parametrize(("key", "value", "problem"), VALUES, ids=range(len(VALUES)))

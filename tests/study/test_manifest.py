@@ -8,13 +8,14 @@ from refusals import refused
 from tiny_models import tiny_llama
 from tiny_study import DOMAIN, open_study
 
+from allo_lib.engine.store import Store
 from allo_lib.evaluation import claims
 from allo_lib.report import report
 from allo_lib.study import manifest, study
 
 
 def test_a_note_is_whole_and_is_read_back(tmp_path):
-    manifest.leave(tmp_path, "data-toy", {"toy/train": {"rows": 3}})
+    manifest.leave(Store(tmp_path), "data-toy", {"toy/train": {"rows": 3}})
     (tmp_path / manifest.FOLDER / "data-broken.json").write_text("{")
     assert manifest.collect(tmp_path, manifest.DATA) == {"toy": {"toy/train": {"rows": 3}}}
     assert {p.name for p in (tmp_path / manifest.FOLDER).iterdir()} == {
@@ -47,7 +48,7 @@ def test_cells_of_earlier_runs_stay_in_the_manifest_and_are_marked_in_the_report
     known = {"seed0": {"GPU <1>": {"toy": ["dpo", "allo"]}}}
     earlier = {"profile": "x", "profile_hash": "", "seeds": [], "files": {}, "cells": known}
     (tmp_path / manifest.NAME).write_text(json.dumps(earlier))
-    manifest.leave(tmp_path / manifest.STORE, "cells-seed1.toy", {"CPU": ["dpo"]})
+    manifest.leave(Store(tmp_path / manifest.STORE), "cells-seed1.toy", {"CPU": ["dpo"]})
     cells = manifest.noted(tmp_path)["cells"]
     assert cells == known | {"seed1": {"CPU": {"toy": ["dpo"]}}}
     # Only several devices are worth a line.
@@ -103,7 +104,7 @@ def test_notes_of_a_piece_join_those_of_earlier_ones(tmp_path):
     earlier = {"profile": "x", "profile_hash": "", "seeds": [], "files": {}}
     earlier |= {"weights": [{"name": "a"}], "data": {"maths": 1}, "trained_at": {"seed0.maths": []}}
     (tmp_path / manifest.NAME).write_text(json.dumps(earlier))
-    store = tmp_path / manifest.STORE
+    store = Store(tmp_path / manifest.STORE)
     for note, value in (("weights", {"name": "b"}), ("data-questions", 2),
                         ("commits-seed0.questions", ["c0ffee"])):  # fmt: skip
         manifest.leave(store, note, value)
