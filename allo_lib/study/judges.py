@@ -119,9 +119,10 @@ def _lines(values) -> str:
 
 
 def read_verdicts(
-    dataset: str, folder: Path, rows: Sequence[dict], texts: Sequence[str], method: str
+    dataset: str, folder: Path, rows: Sequence[dict], texts: Texts, method: str
 ) -> tuple[dict[str, list[float]], str]:
-    """A benchmark's verdicts on a method's replies; (verdicts by row id, judge's name).
+    """A benchmark's verdicts on a method's replies, beside the first one's of `texts`; (verdicts by
+    row id, judge's name).
 
     A verdict is 1 where ours won. AlpacaEval gives one, Arena-Hard 2 to 6: it asks in both orders
     and counts A>>B three times. Rows without them are left out.
@@ -137,15 +138,16 @@ def read_verdicts(
             "judged by the benchmark's program, as docs/run.md says"
         )
     (path,) = found
-    by_id = {row["id"]: text for row, text in zip(rows, texts, strict=True)}
+    first = next(iter(texts.values()))
+    both = {row["id"]: pair for row, *pair in zip(rows, texts[method], first, strict=True)}
     try:
         content = path.read_bytes().decode("utf-8")
         if alpaca:
             ids = {row["question"]: row["id"] for row in rows}
-            verdicts = _alpaca_verdicts(json.loads(content), ids, by_id)
+            verdicts = _alpaca_verdicts(json.loads(content), ids, both)
         else:
             entries = [json.loads(line) for line in content.split("\n") if line.strip()]
-            verdicts = _arena_verdicts(entries, by_id)
+            verdicts = _arena_verdicts(entries, both)
     except Exception as error:  # a file of another program: whatever is wrong with it
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise AlloError(
@@ -154,14 +156,15 @@ def read_verdicts(
     return verdicts, path.parent.name
 
 
-def _alpaca_verdicts(entries: list, ids: dict[str, str], by_id: dict[str, str]) -> dict:
+def _alpaca_verdicts(entries: list, ids: dict[str, str], both: dict[str, list[str]]) -> dict:
     verdicts = {}
     for entry in entries:
         key, preference = ids.get(entry["instruction"]), entry["preference"]
         if key is None or preference is None:
             continue
-        if entry.get("output_2", by_id[key]) != by_id[key]:
-            raise ValueError(f"another reply to {key}")
+        for output, reply in zip(("output_2", "output_1"), both[key], strict=True):
+            if entry.get(output, reply) != reply:
+                raise ValueError(f"another reply to {key}, as {output}")
         preference = 1.5 if preference == 0 else preference  # 0 is a draw
         if not 1 <= preference <= 2:
             raise ValueError(f"preference {preference}, expected 1 to 2")
@@ -169,12 +172,12 @@ def _alpaca_verdicts(entries: list, ids: dict[str, str], by_id: dict[str, str]) 
     return verdicts
 
 
-def _arena_verdicts(entries: list, by_id: dict[str, str]) -> dict:
+def _arena_verdicts(entries: list, both: dict[str, list[str]]) -> dict:
     verdicts = {}
     for entry in entries:
         key, games = entry["uid"], [game or {} for game in entry["games"]]
         for message in (games[0].get("prompt") or [])[-1:]:
-            if key in by_id and by_id[key] not in message["content"]:
+            if any(reply not in message["content"] for reply in both.get(key, ())):
                 raise ValueError(f"another reply to {key}")
         first, second = (_WON_BY_A.get(game.get("score")) for game in games)
         if first and second:  # ours is B in the first game and A in the second
@@ -342,7 +345,7 @@ def _verdicts(study, folder: Path, dataset: str, rows, texts: Texts) -> tuple[di
     """
     settings, methods = study.profile.judge, [method for method in texts if method != REFERENCE]
     if settings.kind == "programs":
-        read = {m: read_verdicts(dataset, folder, rows, texts[m], m) for m in methods}
+        read = {m: read_verdicts(dataset, folder, rows, texts, m) for m in methods}
         judges = {judge for _, judge in read.values()}
         if len(judges) > 1:
             raise AlloError(f"{folder} holds verdicts of {sorted(judges)}; have one judge all")

@@ -143,7 +143,7 @@ def _method_rows(study: Study, name: str, found: dict) -> list[Measurement]:
         losses = found["loss"][-1]
         rows.append(row(name, "train_loss", *_mean(losses[-max(2, len(losses) // 4) :])))
     margins = found["margins"]
-    if any(margins):  # else the reference itself: every pair is a tie, nothing is ranked
+    if margins and found["method"] != scoring.REFERENCE:  # which ranks nothing: every pair is a tie
         place = study.domain(name).datasets[0] if study.task(name) is None else name
         rows.append(share(place, "reward_accuracy", [margin > 0 for margin in margins]))
         rows.append(row(place, "reward_margin", *_mean(margins)))

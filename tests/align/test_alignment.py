@@ -308,6 +308,15 @@ def test_nothing_drops_out_and_all_rates_and_modes_are_given_back(tmp_path, kind
         assert drops and all(after[key] == settings[key] for key in drops)
 
 
+def test_the_row_of_an_end_token_that_pads_gets_its_gradient():
+    model = made("llama", tie_word_embeddings=False)
+    read = model.get_input_embeddings()
+    read.padding_idx = 1  # torch gives this row none
+    with align_setup.as_found(model):
+        model(torch.tensor([[3, 1, 4]])).logits[0, -1, 0].backward()
+    assert read.weight.grad[[1, 3]].any(dim=1).all() and read.padding_idx == 1
+
+
 # --- lengths -------------------------------------------------------------------------------------
 
 LONG = {"prompt": "w1 " * 70, "chosen": "w3", "rejected": "w4"}

@@ -24,6 +24,7 @@ def schedule(lr=1e-3, seed=4, **settings):
 def test_gradient_scores_are_summed_absolute_gradients(tied, steps, accumulation):
     model = tiny_llama(tied=tied)
     rows, before = pairs(model), weights_of(model)
+    sum(value.square().sum() for value in model.parameters()).backward()  # of something before
     plan = schedule(max_steps=steps, accumulation=accumulation)
     scores = gradient_scores(model, rows, plan, **COMMON)
     assert all(p.grad is None for p in model.parameters())

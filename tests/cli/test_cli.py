@@ -118,6 +118,8 @@ REFUSED = [
     # Names of keys, and of methods.
     ("-p hat 3", "unknown key 'hat'; expected one of ablations, "),
     ("-p a\nb 1", "unknown key 'a\\nb'"),
+    ("-p size gpu", "size: the device decides it"),
+    ("-p methods [alo2]", "method 'alo2' is not known"),
     ("-p methods [dpoo]", "method 'dpoo' is not known; expected one of sft_base, dpo"),
     ("-p domains.toy.ablations [SFT]", "method 'SFT' is not known"),
     ("-p name ../evil", "name: '../evil' cannot name a folder"),
@@ -146,6 +148,11 @@ def test_a_bad_command_line_is_refused(typed, arguments, problem, tmp_path, caps
         (["status", "toy.yaml", "--out="], f"--out {EMPTY}"),
         (["verify", "toy.yaml", "--out", "empty"], "has no manifest.json"),
         (["figures", "toy.yaml", "--out", "empty"], "holds no measurements.csv"),
+        (["figures", "toy.yaml"], "results/toy holds no measurements.csv"),
+        (
+            ["tune", "toy.yaml", "--seeds", "0", "--out", "new"],
+            "--seeds 0: a model that is reported",
+        ),
         (["Status"], "no profile 'Status': expected one of architectures, llama2-7b, "),
         (["a\nb"], "no profile 'a\\nb'"),
         (["\udcff.yaml"], "no profile '\\udcff.yaml'"),
@@ -157,3 +164,14 @@ def test_other_commands_and_profiles_are_refused(typed, arguments, problem, tmp_
     assert cli.main(arguments) == cli.BAD_INPUT
     assert problem in one_line(capsys.readouterr())
     assert tree(tmp_path) == before
+
+
+def test_tuning_is_alone_in_its_folder_and_replaces_no_rates(typed, tmp_path, capsys):
+    command = ["tune", "toy.yaml", "--out", str(tmp_path / "rates")]
+    with cli.driver.sole_run(tmp_path / "rates"):
+        assert cli.main(command) == cli.BAD_INPUT
+    assert "another run is writing" in one_line(capsys.readouterr())
+    cli.manifest.own(tmp_path / "rates", cli.load_profile("toy.yaml"))
+    (tmp_path / "rates" / "tuned.yaml").write_text("toy: {dpo: [1.0e-4]}")
+    assert cli.main([*command, "--seeds", "105"]) == cli.BAD_INPUT
+    assert "has rates already, which would be replaced" in one_line(capsys.readouterr())

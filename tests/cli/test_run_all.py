@@ -9,6 +9,7 @@ import nbformat
 import papermill
 import pytest
 from conftest import ROOT, run_all, write_notebook
+from refusals import refused
 
 from allo_lib.cli import cli, driver, execute, verify
 from allo_lib.study import manifest
@@ -116,7 +117,7 @@ def test_notebooks_run_once_for_the_first_seed_and_all_seeds_are_measured(study,
 
 
 def _change_data(project, run, monkeypatch):
-    (project / "data" / "rows.jsonl").write_text("{}\n{}\n")
+    (project / "data" / "ecqa" / "test.jsonl").write_text('{"answer": "B"}\n')  # as long as before
 
 
 def _change_library(project, run, monkeypatch):
@@ -149,17 +150,59 @@ CHANGES = {
 @pytest.mark.parametrize("what", CHANGES)
 def test_what_a_change_concerns_runs_again_and_nothing_else(what, study, project, monkeypatch):
     _, ran = study
-    data = project / "data"
-    data.mkdir()
-    (data / "rows.jsonl").write_text("{}\n")
-    run = make_run(project, data=data)
+    data, reads = project / "data", {"domains.a": {"kind": "questions", "datasets": ["ecqa"]}}
+    (data / "ecqa").mkdir(parents=True)
+    (data / "ecqa" / "test.jsonl").write_text('{"answer": "A"}\n')
+    run = make_run(project, data=data, overrides=reads)
     driver.run_study(run)
-    driver.run_study(make_run(project))  # data that is not named is not asked for
+    driver.run_study(make_run(project, overrides=reads))  # data that is not named is not asked for
+    (data / "README").write_text("read by nobody")
+    driver.run_study(run)
     assert ran == ALL
     change, again = CHANGES[what]
     change(project, run, monkeypatch)
-    driver.run_study(make_run(project, data=data))
+    driver.run_study(make_run(project, data=data, overrides=reads))
     assert ran[3:] == again
+
+
+def test_data_that_is_named_later_is_looked_at(study, project):
+    _, ran = study
+    (project / "data" / "ecqa").mkdir(parents=True)
+    (project / "data" / "ecqa" / "test.jsonl").write_text("{}\n")
+    reads = {"domains.a": {"kind": "questions", "datasets": ["ecqa"]}}
+    for data in (None, project / "data", project / "data"):
+        driver.run_study(make_run(project, data=data, overrides=reads))
+    assert ran == [*ALL, *ALL]
+    # The miniature reads none.
+    mine = project / "results" / "mine"
+    for data in (None, project / "data"):
+        driver.run_study(make_run(project, data=data, results=mine))
+    assert ran == [*ALL, *ALL, *ALL]
+
+
+def test_a_lost_manifest_or_lost_claims_are_made_again(study, project):
+    run, ran = study
+    driver.run_study(run)
+    (run.results / manifest.NAME).unlink()
+    driver.run_study(run)
+    assert ran == ALL and manifest.read(run.results)["seeds"] == [0]
+    (run.results / "claims.csv").write_text("")
+    write_notebook(project / "notebooks", "01_second", "x = 1")
+    driver.run_study(run)  # takes the file into the manifest
+    (run.results / "claims.csv").unlink()
+    driver.run_study(run)
+    assert ran == [*ALL, ALL[1], ALL[2]]
+
+
+def test_a_folder_of_other_files_stays_so_whatever_is_asked_of_it(study, project):
+    run, _ = study
+    (run.results / "notebooks").mkdir(parents=True)
+    (run.results / "notebooks" / "thesis.ipynb").write_text("mine")
+    (run.results / manifest.STORE / "notes").mkdir(parents=True)
+    for fresh in (False, True):
+        with refused("holds other files; name a new or empty folder"):
+            driver.run_study(run, fresh=fresh)
+    assert (run.results / "notebooks" / "thesis.ipynb").exists()
 
 
 def test_a_rerun_that_reads_what_was_made_keeps_the_time_that_it_took(study, project, monkeypatch):

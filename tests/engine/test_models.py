@@ -77,6 +77,8 @@ def test_load_of_a_folder_gives_the_saved_weights_and_a_note(saved, dtype):
     settings = {"repetition_penalty": 9.0, "do_sample": True, "temperature": 2.0, "top_k": 3}
     (saved / "generation_config.json").write_text(json.dumps(settings))
     words(pad_token="<eos>").save_pretrained(saved)
+    config = json.loads((saved / "config.json").read_text())
+    (saved / "config.json").write_text(json.dumps(config | {"pad_token_id": 1}))
     model, tokenizer, note = models.load(str(saved), dtype=dtype)
     expected = tiny_llama().to(models.DTYPES[dtype])
     assert same_weights(model, expected) and not model.training
@@ -86,6 +88,9 @@ def test_load_of_a_folder_gives_the_saved_weights_and_a_note(saved, dtype):
     assert tokenizer("w0 w1").input_ids == [3, 4]
     assert (tokenizer.pad_token, tokenizer.eos_token) == ("<pad>", "<eos>")  # one of its own
     assert model.config.pad_token_id == 0
+    read = model.get_input_embeddings()  # torch leaves the row of `padding_idx` without gradient
+    read(torch.tensor([tokenizer.eos_token_id])).sum().backward()
+    assert read.weight.grad[tokenizer.eos_token_id].all()
     generation = model.generation_config
     assert generation.repetition_penalty in (None, 1.0) and not generation.do_sample
     assert (generation.pad_token_id, generation.eos_token_id) == (0, 1)

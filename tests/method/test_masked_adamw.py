@@ -321,6 +321,40 @@ def test_a_resumed_run_is_the_uninterrupted_run(dtype, kind):
     assert_equal(resumed.master_weights(), optimizer.master_weights())
 
 
+@pytest.mark.parametrize("kind", ["all", "scalar", "row"])
+@pytest.mark.parametrize("asked", [False, True])
+def test_weights_that_are_loaded_later_are_trained_and_not_written_over(kind, asked):
+    """As a trainer does that resumes from a checkpoint of weights alone."""
+    first, model = tiny_llama(dtype=torch.bfloat16), tiny_llama(dtype=torch.bfloat16)
+    with torch.no_grad():
+        for value in first.parameters():
+            value.add_(1.0)
+    mask = None if kind == "all" else random_mask(model, granularity=kind)
+    optimizer = MaskedAdamW(model, mask, lr=0.003)
+    model.load_state_dict(first.state_dict())
+    if asked:  # as accelerate's wrapper does
+        optimizer.load_state_dict(optimizer.state_dict())
+    expected = train(first, MaskedAdamW(first, mask, lr=0.003), 2)
+    assert_equal(train(model, optimizer, 2), expected)
+
+
+@pytest.mark.parametrize("clip", [None, 0.5])
+def test_a_loss_that_is_scaled_for_16_bits_trains_as_one_that_is_not(clip):
+    after = {}
+    for scale in (1.0, 65536.0):
+        model = tiny_llama()
+        optimizer = MaskedAdamW(model, random_mask(model), lr=0.003, max_grad_norm=clip, eps=1e-3)
+        scaler = torch.amp.GradScaler("cpu", init_scale=scale, enabled=scale > 1)
+        for step in range(3):
+            ids, labels = token_batch(step, 4)
+            scaler.scale(model(input_ids=ids, labels=labels).loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+        after[scale] = weights_of(model)
+        assert 0.1 < optimizer.grad_norm < 50  # before clipping, of the loss itself
+    assert_close(after[1.0], after[65536.0], 1e-5)
+
+
 def test_state_of_another_mask_is_refused():
     model = tiny_llama()
     # The first two keep as many entries of every tensor, at other places.

@@ -30,6 +30,7 @@ ROWS = [
     {"id": "q-2", "question": "Write\ntwo lines", "cluster": "Lines"},
 ]
 TEXTS = ["<script>alert(1)</script>\u2028", 'A "quote"\r\nand \U0001f600']
+BOTH = {"sft_base": ["of sft_base", "of sft_base"], "allo": TEXTS}
 # Written by hand after results/alpaca-7b/model_outputs.json of tatsu-lab/alpaca_eval.
 ALPACA = r"""[
   {
@@ -94,22 +95,28 @@ def alpaca(folder, *entries, judge="gpt"):
     path = folder / "allo" / judge / "annotations.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(entries))
-    return lambda: read_verdicts("alpaca_eval", folder, ROWS, TEXTS, "allo")
+    return lambda: read_verdicts("alpaca_eval", folder, ROWS, BOTH, "allo")
 
 
 def test_alpaca_eval_preferences_become_verdicts(tmp_path):
-    first = {"instruction": ROWS[0]["question"], "preference": 1.75, "output_2": TEXTS[0]}
+    first = {
+        "instruction": ROWS[0]["question"],
+        "preference": 1.75,
+        "output_2": TEXTS[0],
+        "output_1": "of sft_base",
+    }
     other = {"instruction": "of another set", "preference": 2}
     none = {"instruction": ROWS[1]["question"], "preference": None}
     with refused("0 files", str(tmp_path / "allo" / "*"), "as docs/run.md says"):
-        read_verdicts("alpaca_eval", tmp_path, ROWS, TEXTS, "allo")
+        read_verdicts("alpaca_eval", tmp_path, ROWS, BOTH, "allo")
     assert alpaca(tmp_path, first, other, none)() == ({"q-1": [0.75]}, "gpt")
     for draw in (0, 1.5):
         assert alpaca(tmp_path, first | {"preference": draw})()[0] == {"q-1": [0.5]}
     for wrong, told in (
         (first | {"preference": 3}, "preference 3, expected 1 to 2"),
         (first | {"preference": "2"}, "TypeError"),
-        (first | {"output_2": "older"}, "another reply to q-1"),
+        (first | {"output_2": "older"}, "another reply to q-1, as output_2"),
+        (first | {"output_1": "of GPT-4"}, "another reply to q-1, as output_1"),
         ({"instruction": ROWS[0]["question"]}, "preference"),
         ([], "TypeError"),
     ):
@@ -123,7 +130,7 @@ def arena(folder, *rows):
     path = folder / "model_judgment" / "gpt-4" / "allo.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return lambda: read_verdicts("arena_hard", folder, ROWS, TEXTS, "allo")
+    return lambda: read_verdicts("arena_hard", folder, ROWS, BOTH, "allo")
 
 
 # In the first game ours is B, in the second A; a double sign counts three times.
@@ -133,12 +140,22 @@ def arena(folder, *rows):
     ("A=B", None, None), ("A=B", "A>A", None), ("A>>>B", "A=B", None), ("A=B", "", None),
 ])  # fmt: skip
 def test_arena_hard_scores_become_verdicts(tmp_path, first, second, verdicts):
-    games = [{"score": first, "prompt": [{"content": f"x {TEXTS[0]}"}]}, {"score": second}]
+    games = [
+        {"score": first, "prompt": [{"content": f"of sft_base {TEXTS[0]}"}]},
+        {"score": second},
+    ]
     expected = {} if verdicts is None else {"q-1": verdicts}
     missing = {"uid": "q-2", "games": [None, {"score": "A=B"}]}
     assert arena(tmp_path, {"uid": "q-1", "games": games}, missing)() == (expected, "gpt-4")
-    older = [{"score": "A=B", "prompt": [{"content": "older"}]}, {"score": "A=B"}]
-    for row in ({"uid": "q-1", "games": older}, {"uid": "q-1"}, [], {"uid": "q", "games": ["x"]}):
+    older, alone = ([{"score": "A=B", "prompt": [{"content": text}]}, {"score": "A=B"}]
+                    for text in ("of sft_base, older", f"of GPT-4 {TEXTS[0]}"))  # fmt: skip
+    for row in (
+        {"uid": "q-1", "games": older},
+        {"uid": "q-1", "games": alone},
+        {"uid": "q-1"},
+        [],
+        {"uid": "q", "games": ["x"]},
+    ):
         with refused("allo.jsonl holds no verdicts on these replies"):
             arena(tmp_path, row)()
 

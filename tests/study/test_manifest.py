@@ -22,6 +22,26 @@ def test_a_note_is_whole_and_is_read_back(tmp_path):
         "data-toy.json", "data-broken.json"}  # fmt: skip
 
 
+def test_data_of_another_content_are_not_joined_to_results(tmp_path):
+    store = Store(tmp_path / manifest.STORE)
+    first, other = ({"ecqa/test": {"rows": 3, "sha256": sha}} for sha in ("a" * 64, "b" * 64))
+    manifest.leave_data(store, tmp_path, "questions", first)
+    manifest.leave_data(store, tmp_path, "questions", first)
+    with store.only_reading():
+        manifest.leave_data(store, tmp_path, "maths", other)  # nothing is noted
+    with refused("holds results of other data: ecqa/test had SHA-256 aaaaaaaaaaaa, and has bbbb"):
+        manifest.leave_data(store, tmp_path, "questions", other)
+    assert manifest.noted(tmp_path)["data"] == {"questions": first}
+
+
+def test_hidden_files_are_no_results(tmp_path):
+    for name in ("claims.csv", ".DS_Store", "notebooks/.ipynb_checkpoints/06-checkpoint.ipynb",
+                 "figures/.claims.png.3.tmp", "figures/claims.png"):  # fmt: skip
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("")
+    assert manifest.file_names(tmp_path) == ["claims.csv", "figures/claims.png"]
+
+
 def test_cells_are_those_of_devices_and_of_sft_models_where_these_differ():
     results = {"dpo": {"device": "CPU"}, "allo": {"device": "GPU"}, "sft": {}}
     assert manifest.cells_of([results]) == {"CPU": ["dpo"], "GPU": ["allo"], "not told": ["sft"]}
