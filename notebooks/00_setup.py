@@ -112,6 +112,8 @@ else:
 
 # %%
 model = study.load_sft(domain)  # trained now, or read from the store of the results folder
+if left_out := study.sft(domain).json().get("sft", {}).get("left_out"):
+    say(f"{left_out} solutions were left out of SFT, as they are longer than {study.domain(domain).max_length} tokens.")
 pair = study.pairs(domain).rows["train"][0]
 prompt = torch.tensor(encode_prompt(tokenizer, pair["prompt"]), device=model.device)  # [P] int64
 response = torch.tensor(encode_response(tokenizer, pair["chosen"]), device=model.device)  # [T] int64

@@ -194,8 +194,8 @@ if study.domain(domain).kind == "miniature":
     say(f"**The rewriter selects {percent(grades[0]['selected'])} of the rejected tokens and finds "
         f"{percent(grades[0]['found'])} of the wrong decisions (AUC {grades[0]['auc']:.2f}).**")
     say("It selects far more tokens than are wrong: those that merely follow from an error, and those for which it would have "
-        "used another word of the same meaning. A rewriter of *shuffled* corrections can rank well, too: it has learned how "
-        "solutions are written, and a word that is unlikely in any solution is often a wrong one.")
+        "used another word of the same meaning. A rewriter of *shuffled* corrections cannot know what is right; where it ranks "
+        "well, too, a high AUC does not show that the question was read.")
 else:
     selected = [p < threshold for one in study.keep_probabilities(domain, "train") for p in one]
     say(f"**The threshold rule selects {percent(sum(selected) / len(selected))} of the rejected tokens.**")

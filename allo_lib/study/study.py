@@ -270,8 +270,9 @@ class Study(Importance):
             rows = [encode_demonstration(self.tokenizer, *text) for text in texts]
             label, begun = f"{name}, {phase}", self.checkpoints(folder, phase)
             log = self._supervise(rows, settings, label, domain.max_length, begun)
+            long = sum(sum(map(len, row.values())) > domain.max_length for row in rows)
             record[phase] = {"loss": log.loss, "seconds": log.seconds, "tokens": log.tokens,
-                             "watch": log.metrics}  # fmt: skip
+                             "watch": log.metrics, "left_out": long}  # fmt: skip
         weights.save(self.model, folder / "model.safetensors")
         write_json(folder / "record.json", record)
 
