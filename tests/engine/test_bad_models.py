@@ -94,7 +94,7 @@ REFUSED = {  # argument of `align` -> (value, what is told); models and tokenize
         ("pairs.jsonl", "align: pair 0 is a str, not a dict; expected one split"),
         ({"train": PAIRS}, "align: pair 0 is a str, not a dict; expected one split"),
         ([PAIRS[0], {"prompt": "w1", "rejected": "w2"}], "column 'chosen' (pair 1)"),
-        ([PAIRS[0] | {"prompt": ""}], "pair 0: the prompt has no tokens"),
+        ([PAIRS[0] | {"prompt": ""}], "pair 0: no prompt, and the replies begin with none"),
         ([PAIRS[0] | {"rejected": "\ud83d"}], "pair 0, rejected: half of a surrogate pair"),
         ([PAIRS[0] | {"chosen": "w4"}], "pair 0: chosen equals rejected"),
     ],

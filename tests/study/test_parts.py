@@ -60,7 +60,9 @@ def test_pieces_add_up_to_the_measurements_of_one_run(two, tmp_path):
 def test_averages_of_several_domains_have_names_of_their_own(two):
     study = open_study("unused")
     assert results.average_name(study, "miniature") == "average"
-    several = load_profile(str(two), {"domains.other.datasets": ["story", "scan"]})
+    several = load_profile(
+        str(two), {"domains.other.kind": "questions", "domains.other.datasets": ["ecqa", "qasc"]}
+    )
     for profile in (several, profile_files.part_of(several, "other")):
         study = results.Study(profile, 0, "unused")
         assert results.average_name(study, "other") == "average:other"
