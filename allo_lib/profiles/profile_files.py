@@ -41,8 +41,8 @@ def load_profile(name: str, overrides: dict | None = None, device: str | None = 
         raise AlloError(f"overrides: expected a dict of keys and values, got {short(overrides)}")
     overrides = dict(overrides or {})
     only = overrides.pop(KEY, None)
-    if "size" in overrides:
-        raise AlloError("size: the device decides it (`sizes` of the profile); leave it out")
+    if "size" in overrides and "size" in settings:  # else it would name those of the other device
+        raise AlloError(f"{path.name}: size: the device chooses among its `sizes`; leave it out")
     for key, value in overrides.items():
         for section in reversed(str(key).split(".")):
             value = {section: value}

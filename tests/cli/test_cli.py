@@ -118,7 +118,6 @@ REFUSED = [
     # Names of keys, and of methods.
     ("-p hat 3", "unknown key 'hat'; expected one of ablations, "),
     ("-p a\nb 1", "unknown key 'a\\nb'"),
-    ("-p size gpu", "size: the device decides it"),
     ("-p methods [alo2]", "method 'alo2' is not known"),
     ("-p methods [dpoo]", "method 'dpoo' is not known; expected one of sft_base, dpo"),
     ("-p domains.toy.ablations [SFT]", "method 'SFT' is not known"),

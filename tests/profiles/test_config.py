@@ -244,6 +244,7 @@ VALUES = [
     ("method.share", 10, "share: got 10, expected less than or equal to 1"),
     ("methods", "dpo", "methods: got 'dpo', expected a valid list"),
     ("methods", ["dpo", "sft", "dpo"], "methods: 'dpo' is named twice; name each"),
+    ("size", "tpu", "size: got 'tpu', expected 'cpu' or 'gpu'"),
     ("name", "", "name: '' cannot name a folder"),
     ("domains.toy", None, "domains.toy: got None, expected a section with keys"),
     ("search", [3, 2.0], "search: got [3, 2.0], expected a section with keys"),
@@ -274,9 +275,10 @@ VALUES = [
 ]
 
 
-def test_the_size_is_the_devices_and_no_setting(write):
-    with refused("size: the device decides it"):
-        load_profile(write(SMALL), {"size": "gpu"})
+def test_the_size_is_the_devices_where_a_profile_has_sizes(write):
+    assert load_profile(write(SMALL), {"size": "gpu"}).size == "gpu"
+    with refused("smollm2.yaml: size: the device chooses among its `sizes`"):
+        load_profile("smollm2", {"size": "cpu"}, device="cuda")
 
 
 @pytest.mark.parametrize(("key", "value", "problem"), VALUES, ids=range(len(VALUES)))
