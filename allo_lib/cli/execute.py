@@ -124,6 +124,7 @@ def sanitised(notebook, results_dir: str) -> str:
         sys.prefix if sys.prefix != sys.base_prefix else "": ".venv",
     }
     text = nbformat.writes(notebook)
+    names.pop("/", None)  # a container's home may be
     for path in sorted(filter(None, names), key=len, reverse=True):
         # In a picture's base64 text a short path can stand by accident, among letters.
         text = re.sub(rf"(?<![\w+]){re.escape(path)}(?![\w+-])", names[path], text)

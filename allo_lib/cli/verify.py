@@ -188,7 +188,7 @@ def outside_spread(before: Path, after: Path) -> tuple[int, list[str]]:
             problems += [told] if differ else []
             continue
         mean, spread = float(np.mean(earlier)), float(np.std(earlier, ddof=1))
-        t = float(stdtrit(n - 1, 1 - (1 - LEVEL) / 2 / judged))
+        t = float(stdtrit(n - 1, 1 - (1 - LEVEL) / 2 / max(judged, 1)))
         half = t * spread * (1 + 1 / n) ** 0.5 + TOLERANCE
         problems += [
             f"{what} {score:.4f} lies outside "

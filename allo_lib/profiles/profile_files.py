@@ -190,7 +190,7 @@ def part_of(profile: Profile, domains: str | Sequence[str]) -> Profile:
     Raises:
         AlloError: no domain, one that the profile does not have, or one named twice.
     """
-    names = [domains] if isinstance(domains, str) else [str(name) for name in domains]
+    names = [str(name) for name in (domains if isinstance(domains, list | tuple) else [domains])]
     if not names or len(set(names)) < len(names) or not set(names) <= set(profile.domains):
         raise AlloError(
             f"domains {short(', '.join(names) or 'none')}: expected one or more of "

@@ -363,6 +363,14 @@ def test_executed_notebooks_tell_nothing_of_the_machine():
     assert cell.outputs[1].data == shown
 
 
+def test_slashes_stay_where_the_home_is_the_root(monkeypatch):
+    monkeypatch.setenv("HOME", "/")
+    source = "kept / total  # <br />"
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source)])
+    text = execute.sanitised(notebook, f"{ROOT}/results/tiny")
+    assert nbformat.reads(text, as_version=4).cells[0].source == source
+
+
 def test_bars_leave_their_last_line_or_nothing():
     texts = ["\rtraining: 1/9", "\rtraining: 5/9", "\r             \r", "\rmethods: 0/2"]
     texts += ["\rmethods: 2/2", "\rmethods: 2/2\n", "and more\n"]

@@ -176,7 +176,11 @@ def test_runs_outside_the_committed_spread_are_named(tmp_path, monkeypatch):
         "miniature, dpo: accuracy of 4 runs, and not of 8 as before",
         "miniature, orders: mask_overlap of 1 runs, and not of 2 as before",
     ]
+    monkeypatch.setattr(synthetic_results, "ACCURACY", {"ipo": 0.7})
+    judged, problems = verify.outside_spread(before, write("none", (0,), 0, ()))
+    assert judged == 0 and [line for line in problems if " of 0 runs, " not in line] == []
     alone = tmp_path / "alone"
+    monkeypatch.setattr(synthetic_results, "ACCURACY", {"dpo": 0.7})
     synthetic_results.write(alone, (0,), datasets=("chain",))
     assert verify.outside_spread(alone, alone) == (0, [])
     told = "miniature, dpo: accuracy: one committed run has no spread to judge another by"

@@ -34,7 +34,7 @@ def test_a_part_has_the_settings_and_the_hash_of_the_whole(two):
     assert profile_files.part_of(whole, list(reversed(whole.domains))) is whole
 
 
-@pytest.mark.parametrize("names", [[], "maths", ["other", "other"], ["other", "maths"], [1]])
+@pytest.mark.parametrize("names", [[], "maths", ["other", "other"], ["other", "maths"], [1], 3])
 def test_domains_that_there_are_not_are_refused(two, names):
     with pytest.raises(AlloError, match="expected one or more of other, miniature, each once"):
         load_profile(str(two), {profile_files.KEY: names})
