@@ -54,11 +54,9 @@ def delta_of_dpo(model, pairs, schedule: Schedule, **settings):
     """
     parameters, lr = dict(model.named_parameters()), schedule.learning_rate
     before = {name: devices.local(p).float().clone() for name, p in parameters.items()}
-    after: dict[str, torch.Tensor] = {}
-    log = run_stage(
-        model, pairs, "dpo", schedule,
-        after=lambda optimizer: after.update(optimizer.master_weights()), **settings,
-    )  # fmt: skip
+    masters: dict = {}
+    log = run_stage(model, pairs, "dpo", schedule, masters=masters, **settings)
+    after = {name: values.view_as(before[name]) for name, (_, values) in masters.items()}
     scores = neurons.delta_scores(before, after, lr)
     record = {"loss": log.loss, "lr": lr} | _moved(before, after)
     return {name: devices.like(score, parameters[name]) for name, score in scores.items()}, record
@@ -215,7 +213,6 @@ def run_stage(
     max_grad_norm: float | None = 1.0,
     label: str = "training",
     masters: dict | None = None,
-    after=None,
     checkpoints=None,
 ) -> Log:
     """Train the neurons of `mask` (None: all) in place by the loss `name` and return the log.
@@ -225,7 +222,6 @@ def run_stage(
             `chosen_reference` and `rejected_reference`, and what the loss reads besides.
         masters: float32 values where the weights hold them rounded, see MaskedAdamW: the stage
             starts from those in the dict and leaves its own there, for the next one.
-        after: called with the optimizer before it is closed, for those who want its masters.
         checkpoints: see `trainer.train`.
 
     Several processes (`devices`) train it together, each on its share of every batch.
@@ -247,9 +243,6 @@ def run_stage(
         max_grad_norm=max_grad_norm,
         masters=masters,
     )
-    if masters is not None:
-        for trained in optimizer.trained:
-            masters.pop(trained, None)  # copied: not held twice while the stage runs
     try:
         make, loss_of, terms = devices.split(
             collator_of(name, layout_of(model, pad_token_id)),
@@ -257,8 +250,6 @@ def run_stage(
             terms_of(name),
         )
         log = train(model, rows, make, loss_of, optimizer, schedule, label, checkpoints, terms)
-        if after is not None:
-            after(optimizer)
         if masters is not None:
             masters |= optimizer.packed_masters()
         return log

@@ -217,7 +217,7 @@ ratios = training.log_ratios(study, domain, "dpo_long", "heldout")
 curve, lowest = stats.concentration([value for one in ratios for value in one]), 0.1  # of the tokens
 negative = [sorted(min(value, 0.0) for value in one) for one in ratios]
 within = sum(sum(one[: max(1, round(lowest * len(one)))]) for one in negative) / sum(map(sum, negative))
-draw(method_figures.concentration_curve({domain: curve}, mark=lowest),
+draw(method_figures.concentration_curve(domain, *curve, lowest),
      "Share of the negative log-ratio of held-out rejected responses that the lowest tokens hold, after plain DPO.")
 say(f"**After plain DPO the lowest {percent(lowest, 0)} of the rejected tokens hold {percent(np.interp(lowest, *curve))} "
     f"of the negative log-ratio** (counted within each response: {percent(within)}).")

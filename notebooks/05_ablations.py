@@ -50,9 +50,9 @@ sys.path[:0] = [str(p) for p in (Path.cwd(), *Path.cwd().parents) if (p / "allo_
 from allo_lib.evaluation import claims
 from allo_lib.evaluation.published import method_label
 from allo_lib.profiles.methods import share_name
-from allo_lib.report import ablation_figures, figures, method_figures
+from allo_lib.report import figures, method_figures
 from allo_lib.report.notebook import draw, percent, say, table
-from allo_lib.study import runs, scoring
+from allo_lib.study import importance, runs, scoring
 from allo_lib.study.study import Study
 
 study = Study.open(profile, seed, results_dir, overrides)
@@ -70,15 +70,14 @@ say(f"{len(found)} methods of {here}. **ALLO {percent(scores['allo'][0])}, {meth
 # %%
 def against_allo(methods: list[str], caption: str) -> None:
     """Those of the methods that this profile trains, minus ALLO on the same problems."""
-    rows = {method: method_label(method) for method in methods if method in found}
-    if not rows:
+    effects = {method: scoring.difference(found[method], found["allo"]) for method in methods if method in found}
+    if not effects:
         say(f"Profile {study.profile.name} trains none of these on {domain}: {', '.join(methods)}.")
         return
-    effects = ablation_figures.effects(found, rows, "allo")  # label -> (effect, low, high)
-    draw(figures.ablation_bars(effects, "ALLO", here, unit), caption)
-    worse = [label for label, (_, _, high) in effects.items() if high < 0]
-    better = [label for label, (_, low, _) in effects.items() if low > 0]
-    alike = [label for label in effects if label not in (*worse, *better)]
+    draw(figures.ablation_bars(effects, unit, here), caption)
+    worse = [method_label(method) for method, one in effects.items() if one.high < 0]
+    better = [method_label(method) for method, one in effects.items() if one.low > 0]
+    alike = [method_label(method) for method, one in effects.items() if not (one.high < 0 or one.low > 0)]
     say(f"**On these problems below ALLO: {', '.join(worse) or 'none'}; above it: {', '.join(better) or 'none'}; "
         f"not told apart from it: {', '.join(alike) or 'none'}.**")
 
@@ -94,7 +93,7 @@ shares = [share for share in sorted(study.profile.method.shares) if share_name(s
 curve = [scores[share_name(share)] for share in shares]
 start = scores.get("sft_base")
 if len(shares) > 1:
-    drawn = ablation_figures.share_sweep(dict(zip(shares, curve, strict=True)), start and ("SFT model", start[0]),
+    drawn = method_figures.share_sweep(dict(zip(shares, curve, strict=True)), start and ("SFT model", start[0]),
                                          title=here, ylabel=f"{unit} (%)")
     draw(drawn, "DPO by the share of neurons that it trains; bars are 95% intervals.")
     within = [share for share, (value, error) in zip(shares, curve, strict=True) if value + 2 * error >= max(curve)[0]]
@@ -132,13 +131,13 @@ against_allo(["allo_all_tokens_forgetting", "allo_all_tokens_learning", "allo_ra
 # curve; 0.5 is guessing). If the choice of tokens carried the method, the points would rise to the right.
 
 # %%
-points = ablation_figures.reward_points(study, domain, found)  # none where nobody knows the wrong tokens
+points = importance.reward_points(study, domain, found)  # none where nobody knows the wrong tokens
 if len(points) > 1:
     controls = {"allo_all_tokens_forgetting": "forgetting all tokens", "allo_no_forgetting": "learning alone"}
     levels = {text: scores[method][0] for method, text in controls.items() if method in found}
-    drawn = ablation_figures.reward_quality(points, levels, here, ylabel=f"{unit} (%)")
+    drawn = method_figures.reward_quality(points, levels, here, ylabel=f"{unit} (%)")
     draw(drawn, "ALLO by how well its reward model finds wrong tokens; bars are 95% intervals.")
-    slope, low, high = ablation_figures.slope_of(points)
+    slope, low, high = method_figures.slope_of(points)
     say(f"**A reward model better by 0.1 of the area changes ALLO by {slope / 10:+.1f} points [{low / 10:+.1f}, {high / 10:+.1f}]** "
         "(line through the points, as if their errors were independent).")
 else:
@@ -175,9 +174,9 @@ say("**Development score from the worst to the best rate tried: " + "; ".join(
 # profile trains its methods (`-p ablations`; `allo_lib/profiles/methods.py` lists them).
 
 # %%
-changes = ablation_figures.effects(found, {m: m for m in found if m.startswith("allo_") or m == dpo}, "allo")
-table([{"method": method, "": method_label(method), f"{unit} (%)": 100 * scores[method][0], "minus ALLO, points": 100 * effect,
-        "low": 100 * low, "high": 100 * high} for method, (effect, low, high) in changes.items()])
+changes = {m: scoring.difference(found[m], found["allo"]) for m in found if m.startswith("allo_") or m == dpo}
+table([{"method": method, "": method_label(method), f"{unit} (%)": 100 * scores[method][0], "minus ALLO, points": 100 * one.effect,
+        "low": 100 * one.low, "high": 100 * one.high} for method, one in changes.items()])
 
 # %% [markdown]
 # **Other neurons.** Random ones, the last ones, all of them, whole rows, and the top share of each tensor by itself.

@@ -43,7 +43,7 @@ sys.path[:0] = [str(p) for p in (Path.cwd(), *Path.cwd().parents) if (p / "allo_
 
 from IPython.display import Image, Markdown, display
 
-from allo_lib.evaluation import claims, outcomes
+from allo_lib.evaluation import claims
 from allo_lib.evaluation.verdicts import RULE
 from allo_lib.report import report
 from allo_lib.report.notebook import say, table
@@ -54,7 +54,7 @@ study = Study.open(profile, seed, results_dir, overrides)
 measured = results.update(study, [seed] if seeds is None else seeds)  # trains and measures what is missing
 written = report.rebuild(study.results_dir, study.profile.to_dict())  # claims, tables, figures from files
 verdicts = [claim for claim in claims.read(study.results_dir / "claims.csv") if claim.family != "costs"]
-seen = outcomes.seeds_of(measured)
+seen = sorted({row.seed for row in measured})
 say(f"{len(measured)} measurements; seeds (each an SFT model of its own): {', '.join(map(str, seen))}. "
     + ("One model decides nothing." if len(seen) < 2 else f"Verdicts rest on {study.profile.models} models."))
 

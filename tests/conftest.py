@@ -1,5 +1,6 @@
 """Fixtures that several test files share."""
 
+import html.parser
 import importlib.util
 import os
 import shutil
@@ -66,6 +67,26 @@ def run_all(project: Path, *arguments: str) -> subprocess.CompletedProcess:
     return subprocess.CompletedProcess(arguments, process.returncode, out, err)
 
 
+class Page(html.parser.HTMLParser):
+    """Tags, attributes (name, value) and text of a page of HTML."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.tags, self.attributes, self.words = [], [], ""
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        self.attributes += attributes
+
+    def handle_data(self, data):
+        self.words += data
+
+    def values(self, *names: str) -> list[str]:
+        """Values of the attributes of these names."""
+        return [value or "" for name, value in self.attributes if name in names]
+
+
 def chromium() -> str | None:
     """The Chromium of this machine, for tests marked `browser`."""
     return next(filter(None, map(shutil.which, ("chromium", "chromium-browser"))), None)
@@ -125,6 +146,26 @@ def tiny_study(tmp_path_factory):
     study.encoded("miniature", "train")
     shutil.copytree(study.results_dir, study.results_dir.with_name("tiny_study_begun"))
     return study
+
+
+@pytest.fixture
+def theta(tiny_study):
+    """The SFT model's weights."""
+    from tiny_study import DOMAIN
+
+    from allo_lib.machine import weights
+
+    return weights.read_tensors(tiny_study.sft(DOMAIN).file("model.safetensors"))
+
+
+@pytest.fixture(scope="session")
+def profile():
+    """That of `tiny_study`."""
+    from tiny_study import PROFILE
+
+    from allo_lib.profiles.profile_files import load_profile
+
+    return load_profile(str(PROFILE))
 
 
 @pytest.fixture

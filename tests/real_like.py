@@ -4,11 +4,7 @@ import json
 import random
 from pathlib import Path
 
-from tokenizers import Tokenizer, pre_tokenizers
-from tokenizers import models as tokenizer_models
-from transformers import PreTrainedTokenizerFast
-
-from allo_lib.engine import models
+import tiny_models
 
 THINGS = ("tea", "milk", "soup", "snow")
 TEMPLATE = (
@@ -64,14 +60,6 @@ def write_model(folder: Path, data: Path) -> None:
     words |= dict.fromkeys(f"{thing}," for thing in THINGS)
     # Numbers tell questions apart for people; the model reads them as unknown and learns sooner.
     words = [word for word in words if not any(letter.isdigit() for letter in word)]
-    ids = {word: i for i, word in enumerate(words)}
-    core = Tokenizer(tokenizer_models.WordLevel(ids, unk_token="<unk>"))
-    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    special = dict(pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, chat_template=TEMPLATE, **special)
-    model = models.micro_llama(
-        len(ids), width=32, layers=2, heads=2, feed_forward=48, context=128, initializer_range=0.05,
-        seed=0, pad_token_id=0, eos_token_id=1,
-    )  # fmt: skip
-    model.save_pretrained(folder)
+    tokenizer = tiny_models.words(words, TEMPLATE)
+    tiny_models.micro(tokenizer, width=32, feed_forward=48, seed=0).save_pretrained(folder)
     tokenizer.save_pretrained(folder)

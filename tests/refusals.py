@@ -39,3 +39,9 @@ def tree(folder) -> dict:
         path.relative_to(folder): path.read_bytes() if path.is_file() else None
         for path in sorted(folder.rglob("*"))
     }
+
+
+def stamps(folder) -> dict[str, tuple[bytes, int]]:
+    """Bytes and modification time of every file: to see that none was even written again."""
+    paths = [p for p in folder.rglob("*") if p.is_file()]
+    return {str(p.relative_to(folder)): (p.read_bytes(), p.stat().st_mtime_ns) for p in paths}

@@ -1,6 +1,5 @@
 """What readers open: links lead somewhere, the site builds, one version everywhere."""
 
-import html.parser
 import importlib
 import os
 import re
@@ -14,7 +13,7 @@ from urllib.parse import unquote, urlsplit
 import jupytext
 import pytest
 import yaml
-from conftest import ROOT
+from conftest import ROOT, Page
 from markdown_it import MarkdownIt
 
 import allo_lib
@@ -25,48 +24,31 @@ PAGES = sorted(
     for path in ROOT.glob(pattern)
     if "/." not in path.relative_to(ROOT).as_posix()  # a store
 )
-LONGEST_README = 90  # lines beside the generated block
-
-
-class Links(html.parser.HTMLParser):
-    """Targets of links and pictures, and the anchors, of one HTML page."""
-
-    def __init__(self, text: str):
-        super().__init__()
-        self.targets: list[str] = []
-        self.anchors: set[str] = set()
-        self.feed(text)
-
-    def handle_starttag(self, tag, attributes):
-        for key, value in attributes:
-            if key in ("href", "src"):
-                self.targets.append(value or "")
-            elif key == "id":
-                self.anchors.add(value or "")
 
 
 @cache
-def links_of(path: Path) -> Links:
+def page_of(path: Path) -> Page:
     """Of a Markdown file or a notebook by way of HTML, with the anchors that GitHub makes."""
     if path.suffix == ".html":
-        return Links(path.read_text(encoding="utf-8"))
+        return Page(path.read_text(encoding="utf-8"))
     text = path.read_text(encoding="utf-8")
     if path.suffix == ".py":
         cells = jupytext.reads(text, fmt="py:percent").cells
         text = "\n\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
     markdown = MarkdownIt().enable("table")
-    found, tokens = Links(markdown.render(text)), markdown.parse(text)
+    found, tokens = Page(markdown.render(text)), markdown.parse(text)
     for opening, inline in zip(tokens, tokens[1:], strict=False):
         if opening.type == "heading_open":
             words = "".join(part.content for part in inline.children)
-            found.anchors.add(re.sub(r"[^\w\- ]", "", words.lower()).replace(" ", "-"))
+            anchor = re.sub(r"[^\w\- ]", "", words.lower()).replace(" ", "-")
+            found.attributes.append(("id", anchor))
     return found
 
 
 def broken(path: Path) -> list[str]:
     """One line for every link of the page that leads nowhere; no network is used."""
     problems = []
-    for target in links_of(path).targets:
+    for target in page_of(path).values("href", "src"):
         url = urlsplit(target)
         where = (path.parent / unquote(url.path)).resolve() if url.path else path
         if url.scheme == "data":
@@ -76,7 +58,7 @@ def broken(path: Path) -> list[str]:
                 problems.append(f"{target}: no well-formed address")
         elif not where.exists() or not where.is_relative_to(ROOT):
             problems.append(f"{target}: no such file")
-        elif url.fragment and url.fragment not in links_of(where).anchors:
+        elif url.fragment and url.fragment not in page_of(where).values("id"):
             problems.append(f"{target}: no such heading")
     return problems
 
@@ -84,12 +66,6 @@ def broken(path: Path) -> list[str]:
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_links_lead_somewhere(path):
     assert broken(path) == []
-
-
-def test_readme_is_short():
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    own = re.sub(r"<!-- results:begin -->.*<!-- results:end -->", "", text, flags=re.DOTALL)
-    assert len(own.splitlines()) <= LONGEST_README
 
 
 def test_one_version_everywhere_and_a_citation_with_what_its_format_asks_for():
@@ -124,6 +100,6 @@ def test_the_site_builds_without_warnings(tmp_path):
     assert ended.returncode == 0, ended.stderr
     for page in ("", "docs/method/", "notebooks/03_forgetting/", "results/", "CONTRIBUTING/"):
         assert "<h1" in (tmp_path / page / "index.html").read_text(encoding="utf-8")
-    api = links_of(tmp_path / "docs" / "api" / "index.html").anchors
+    api = page_of(tmp_path / "docs" / "api" / "index.html").values("id")
     shown = {anchor.rpartition(".")[2] for anchor in api}
     assert set(allo_lib.__all__) <= shown, "docs/api.md lacks a name that allo_lib exports"

@@ -1,6 +1,5 @@
 """Files are data and never code, responses are text, and a study keeps to its own folders."""
 
-import html.parser
 import io
 import json
 import os
@@ -14,12 +13,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, Page
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from real_like import write_data, write_model
 from refusals import read_or_refused, refused
-from tiny_models import tiny_llama, word_tokenizer
+from tiny_models import tiny_llama, words
 
 from allo_lib.data.benchmarks import load_rows
 from allo_lib.engine import models, reference, trainer
@@ -120,7 +119,7 @@ def test_pickles_in_the_place_of_a_model_are_refused(tmp_path, ran, name):
     """transformers loads adapters that lie in a model's folder."""
     folder = tmp_path / "model"
     tiny_llama().save_pretrained(folder)
-    word_tokenizer().save_pretrained(folder)
+    words().save_pretrained(folder)
     if name == "adapter_model.bin":
         told = {"peft_type": "LORA", "base_model_name_or_path": str(folder)}
         told |= {"task_type": "CAUSAL_LM", "target_modules": ["q_proj"]}
@@ -282,28 +281,14 @@ IMAGE = '<img src=x onerror="document.title=1">'
 BREAKING_OUT = f'"><script>{SCRIPT}</script><p x="'
 
 
-class Page(html.parser.HTMLParser):
-    """Tags, attributes and text of a page."""
-
-    def __init__(self, text: str):
-        super().__init__()
-        self.tags, self.attributes, self.words = [], set(), ""
-        self.feed(text)
-
-    def handle_starttag(self, tag, attributes):
-        self.tags.append(tag)
-        self.attributes |= {name for name, _ in attributes}
-
-    def handle_data(self, data):
-        self.words += data
-
-
 def test_tables_hold_no_tag_of_a_response(monkeypatch):
     shown = []
     monkeypatch.setattr(notebook, "display", shown.append)
-    notebook.table([{SCRIPT: IMAGE, "response": SCRIPT + BREAKING_OUT}])
+    row = {SCRIPT: IMAGE, "response": SCRIPT + BREAKING_OUT, "share": 0.123456}
+    notebook.table([row], "A caption.")
     page = Page(shown[0].data)
     assert not {"script", "img"} & set(page.tags) and page.words.count(SCRIPT) == 3
+    assert "0.1235" in page.words and shown[1].data == "*A caption.*"
 
 
 def test_the_report_holds_no_tag_of_its_files(tmp_path):
@@ -316,4 +301,4 @@ def test_the_report_holds_no_tag_of_its_files(tmp_path):
     (folder / "tables" / "x.md").write_text(f"{table}<u>{SCRIPT}</u> {BREAKING_OUT}\n")
     page = Page(report.build(folder).read_text(encoding="utf-8"))
     assert page.tags.count("script") == 1 and "img" not in page.tags  # its own
-    assert "onerror" not in page.attributes and page.words.count(SCRIPT) >= 5
+    assert not page.values("onerror") and page.words.count(SCRIPT) >= 5

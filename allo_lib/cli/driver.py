@@ -38,9 +38,7 @@ OUTPUTS = (
 class Run:
     """One invocation: which profile, with which settings, into which folder."""
 
-    profile_name: (
-        str  # the profile as the notebooks get it: a name, or the absolute path of a YAML file
-    )
+    profile_name: str  # as the notebooks get it: a name, or the absolute path of a YAML file
     profile: Profile
     results: Path
     overrides: dict = field(default_factory=dict)
@@ -50,10 +48,6 @@ class Run:
     data: Path | None = None
     notebooks: Path = ROOT / "notebooks"
     deadline: float | None = None  # when notebooks are stopped, on the clock of time.monotonic()
-
-    def chosen(self) -> dict:
-        """The overrides as notebooks get them, with the domains to work on."""
-        return self.overrides | ({KEY: list(self.domains)} if self.domains else {})
 
 
 class Stopped(KeyboardInterrupt):
@@ -99,7 +93,7 @@ class Step:
 
     def stamp(self) -> dict | None:
         """What the notebook left: key, seconds, data, measurements; None without it."""
-        return read_json(self.stamp_path)
+        return manifest.read_json(self.stamp_path)
 
     def is_done(self) -> bool:
         """Whether the notebook ran through with the same code, settings, seed and data.
@@ -167,7 +161,9 @@ def stamps(results: Path) -> Path:
 @functools.cache
 def library_hash(folder: Path = Path(__file__).parent.parent) -> str:
     """Hash of all library code that a notebook can call; commands only start notebooks."""
-    paths = [path for path in sorted(folder.rglob("*.py")) if path.parent != folder / "cli"]
+    kinds = ".py", ".j2", ".js"
+    paths = [path for path in sorted(folder.rglob("*"))
+             if path.suffix in kinds and path.parent != folder / "cli"]  # fmt: skip
     return fingerprint([[p.relative_to(folder).as_posix(), sha256(p)] for p in paths])
 
 
@@ -191,13 +187,6 @@ def data_hash(run: Run) -> str | None:
 def _measured(run: Run) -> str | None:
     path = run.results / "measurements.csv"
     return sha256(path) if path.is_file() else None
-
-
-def read_json(path: Path) -> dict | None:
-    """The content of a JSON file; None where there is none, or half of one."""
-    with contextlib.suppress(OSError, ValueError):
-        return json.loads(path.read_text(encoding="utf-8"))
-    return None
 
 
 # --- a run -------------------------------------------------------------------------------------
@@ -276,7 +265,7 @@ def _run_one(step: Step) -> None:
         "profile": run.profile_name,
         "seed": run.seeds[0] if seed is None else seed,
         "results_dir": str(run.results),
-        "overrides": run.chosen(),
+        "overrides": run.overrides | ({KEY: list(run.domains)} if run.domains else {}),
     } | ({"seeds": list(run.seeds)} if seed is None else {})
     scratch = run.results / manifest.STORE / "running" / step.notebook.name
     made_by, start = step.key(), time.monotonic()
@@ -305,7 +294,7 @@ def write_manifest(run: Run, ran: set[str]) -> None:
     runs = dict((manifest.read(run.results) or {}).get("runs", {}))
     for folder in sorted(path for path in stamps(run.results).glob("*") if path.is_dir()):
         known = runs.get(folder.name, {})
-        left = {path.stem: read_json(path) for path in sorted(folder.glob("*.json"))}
+        left = {path.stem: manifest.read_json(path) for path in sorted(folder.glob("*.json"))}
         seconds = {stem: stamp["seconds"] for stem, stamp in left.items() if stamp}
         if seconds:
             origin = here if folder.name in ran or not known else known

@@ -21,11 +21,6 @@ from allo_lib.profiles.profile_files import load_profile, part_of
 from allo_lib.study import manifest
 
 TOLERANCE = 1e-9  # absolute, on values and standard errors
-# Another number of threads, or another processor, adds up in another order: per-token log-probs of
-# the same weights differ by up to 2.9e-6, weights after 12 steps of DPO by up to 1.2e-4 of the
-# learning rate (tests/study/test_repeat.py). Whole studies draw and decode by such numbers: a near
-# tie that falls to the other side is another response, and training makes more of it. So a run on
-# another type of CPU is another draw, which is held to the spread of the committed runs.
 _ONLY = "only in the"  # of a row that one of two runs lacks
 ROW_KEY = ["seed", "method", "dataset", "metric"]
 CELLS = ["value", "stderr", "n"]
@@ -65,7 +60,7 @@ def describe(run: Run) -> str:
             lines += ["", *runs.missing(Study(profile, seed, run.results, data))]
     except (AlloError, OSError) as error:  # such as no data
         lines += ["", f"missing methods: unknown ({error})"]
-    records = [driver.read_json(p) for p in (run.results / manifest.STORE).rglob(manifest.NAME)]
+    records = [manifest.read_json(p) for p in (run.results / manifest.STORE).rglob(manifest.NAME)]
     if artifacts := [record for record in records if record and "kind" in record]:
         table = pd.DataFrame(artifacts).assign(artifacts=1, MB=lambda t: t["bytes"] / 1e6)
         costs = table.groupby("kind")[["artifacts", "seconds", "MB"]].sum().reset_index()

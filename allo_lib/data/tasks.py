@@ -195,13 +195,6 @@ def _asked(row: dict) -> tuple:
     return stem, *sorted(options)
 
 
-def open_task(domain: Domain, seed: int, data_dir=None) -> Miniature | RealQuestions:
-    """Return the task of a domain that has questions."""
-    if domain.kind == "miniature":
-        return Miniature(domain, seed)
-    return RealQuestions(domain, seed, data_dir)
-
-
 def _interleaved(groups: list[list[Question]]) -> list[Question]:
     """Spread each group evenly over the whole, so that any part has the same mix."""
     placed = [

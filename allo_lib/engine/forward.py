@@ -1,7 +1,7 @@
 """Log-probabilities of responses under a model, with logits only where a response token stands.
 
 A vocabulary of 49,152 in float32 makes 0.2 MB of logits a token, and autograd keeps several copies.
-In `target_logps` logits live for one chunk of positions at a time: forward keeps none of them, and
+In `_TargetLogps` logits live for one chunk of positions at a time: forward keeps none of them, and
 backward makes them again where the loss has a gradient. Positions that a loss leaves out
 (tokens that are no key tokens, weights of 0) cost nothing in backward.
 """
@@ -22,7 +22,7 @@ from allo_lib.errors import AlloError
 from allo_lib.machine import devices
 from allo_lib.method.losses import IGNORED, Batch
 
-_SIDES = ("chosen", "rejected")
+SIDES = ("chosen", "rejected")
 ROUNDINGS = 16  # of a sum in 16 bits, at most
 CHUNK_BYTES = 64 * 2**20  # of float32 logits alive at once
 # Config keys of models that change their logits after the head, by too little to be seen while
@@ -72,7 +72,7 @@ def _by_matrix(model: Any, batch: Batch) -> Tensor:
     hidden = _read(model, model.get_decoder(), batch).last_hidden_state.flatten(0, 1)
     hidden = hidden[batch["before"]]  # [R * L, H] -> [N, H]
     head = model.get_output_embeddings()
-    return target_logps(hidden, head.weight, getattr(head, "bias", None), batch["targets"])
+    return _TargetLogps.apply(hidden, head.weight, getattr(head, "bias", None), batch["targets"])
 
 
 def layout_of(model: Any, pad_token_id: int, rows: list[Row] | None = None) -> Layout:
@@ -255,8 +255,7 @@ def logps_of_rows(
     result: list[list[float]] = [[] for _ in rows]
     chunks = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
     for chunk in devices.turns(chunks):
-        picked = [{key: rows[i][key] for key in ("prompt", "response")} for i in chunk]
-        logps = response_logps(model, to_device(collate(picked, layout), model))
+        logps = response_logps(model, to_device(collate([rows[i] for i in chunk], layout), model))
         for i, values in zip(chunk, logps, strict=True):
             result[i] = values[: lengths[i]].tolist()
     return devices.merged(result)
@@ -266,25 +265,9 @@ def pair_logps(
     model: Any, pairs: list[Row], pad_token_id: int, batch_size: int
 ) -> list[dict[str, list[float]]]:
     """Per-token log-probs of both responses of encoded pairs: `chosen` and `rejected` lists."""
-    rows = [
-        {"prompt": p["prompt"], "response": p[s]} for p in pairs for s in ("chosen", "rejected")
-    ]
+    rows = [{"prompt": pair["prompt"], "response": pair[s]} for pair in pairs for s in SIDES]
     values = iter(logps_of_rows(model, rows, pad_token_id, batch_size))
     return [{"chosen": next(values), "rejected": next(values)} for _ in pairs]
-
-
-def target_logps(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
-    """log softmax(hidden @ weight.T + bias)[targets], float32 [N].
-
-    Args:
-        hidden: [N, H] last hidden states, in the dtype of the weights.
-        weight, bias: [V, H] and [V] (or None) of the head.
-        targets: int64 [N], ids below V.
-
-    The product is made in the dtype of the weights, everything after it in float32. Gradients go to
-    hidden, weight and bias, equal to those of `log_softmax` and `gather` up to rounding.
-    """
-    return _TargetLogps.apply(hidden, weight, bias, targets)
 
 
 @torch.no_grad()
@@ -301,6 +284,14 @@ def argmax_tokens(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor
 
 
 class _TargetLogps(torch.autograd.Function):
+    """log softmax(hidden @ weight.T + bias)[targets], float32 [N].
+
+    Shapes: hidden [N, H], the last hidden states, in the dtype of the weights; weight [V, H] and
+    bias [V] (or None) of the head; targets int64 [N], ids below V. The product is made in the dtype
+    of the weights, everything after it in float32. Gradients go to hidden, weight and bias, equal
+    to those of `log_softmax` and `gather` up to rounding.
+    """
+
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor
@@ -327,9 +318,10 @@ class _TargetLogps(torch.autograd.Function):
         used = everywhere if gradient.is_cuda else gradient.nonzero()[:, 0]
         for part in _chunks(len(used), weight):
             rows = used[part]
-            by_logits = _gradient_of_logits(
-                _logits(hidden[rows], weight, bias), targets[rows], gradient[rows]
-            )
+            by_logits, weights = _logits(hidden[rows], weight, bias), gradient[rows, None]
+            # d/dlogits of sum_i g_i log softmax(logits[i])[y_i] = g (1[y] - softmax)
+            torch.softmax(by_logits, dim=-1, out=by_logits)
+            by_logits.mul_(-weights).scatter_add_(1, targets[rows, None], weights)
             if to_bias is not None:
                 to_bias += by_logits.sum(dim=0)
             by_logits = by_logits.to(weight.dtype)
@@ -348,13 +340,6 @@ class _TargetLogps(torch.autograd.Function):
         if to_weight is not None:
             to_weight = to_weight.to(weight.dtype)
         return to_hidden, to_weight, None if to_bias is None else to_bias.to(bias.dtype), None
-
-
-def _gradient_of_logits(logits: Tensor, targets: Tensor, gradient: Tensor) -> Tensor:
-    """d/dlogits of sum_i g_i log softmax(logits[i])[y_i] = g (1[y] - softmax)."""
-    softmax = torch.softmax(logits, dim=-1, out=logits)
-    softmax.mul_(-gradient[:, None])
-    return softmax.scatter_add_(1, targets[:, None], gradient[:, None])
 
 
 def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -380,6 +365,6 @@ def implicit_margins(
     """
     margins = []
     for now, row in zip(policy, rows, strict=True):
-        chosen, rejected = (sum(now[side]) - sum(row[f"{side}_reference"]) for side in _SIDES)
+        chosen, rejected = (sum(now[side]) - sum(row[f"{side}_reference"]) for side in SIDES)
         margins.append(beta * (chosen - rejected))
     return margins

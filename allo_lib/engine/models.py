@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from filelock import FileLock
 from tokenizers import pre_tokenizers
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from allo_lib.engine.encoding import check_tokenizer, choose_pad
 from allo_lib.engine.store import sha256
@@ -118,11 +118,7 @@ def dtype_on(device: str | torch.device, wanted: str = "auto") -> str:
 
 
 def load(
-    name: str,
-    *,
-    dtype: str = "float32",
-    device: str | torch.device = "cpu",
-    revision: str | None = None,
+    name: str, *, dtype: str = "float32", device: str | torch.device = "cpu"
 ) -> tuple[Any, Any, dict[str, Any]]:
     """A pretrained causal language model, its tokenizer, and a note of what was loaded.
 
@@ -131,26 +127,20 @@ def load(
             first use, see `smollm2_folder`), else a hub id or a local folder.
         dtype: of the weights in memory: "float32", "bfloat16" or "float16".
         device: a torch device.
-        revision: of a hub model: branch, tag or commit.
 
     Returns:
-        (model in eval mode, tokenizer, note). The tokenizer's pad and end tokens differ. The
-        model's generation settings hold its special tokens only, so that greedy means greedy
-        whatever the publisher set. The note has name, source, revision, sha256, sha256_of, dtype,
-        parameters.
+        (model in eval mode, tokenizer, note). The tokenizer's pad and end tokens differ. The note
+        has name, source, revision, sha256, sha256_of, dtype, parameters.
 
     Raises:
         AlloError: unknown dtype, nothing loadable under that name, incomplete weights or some that
             are not finite in that dtype, no pad or end token.
     """
-    model, tokenizer = pretrained(name, dtype, revision)
+    model, tokenizer = pretrained(name, dtype)
     model.config.pad_token_id = tokenizer.pad_token_id
     embeddings = model.get_input_embeddings()
     if hasattr(embeddings, "padding_idx"):  # torch gives that row of it no gradient, and it was the
         embeddings.padding_idx = None  # end token's, which stands in texts
-    model.generation_config = GenerationConfig(
-        pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id
-    )
     packaged = name == NAME
     note = {
         "name": str(name),

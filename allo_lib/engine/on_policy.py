@@ -91,7 +91,7 @@ def run_on_policy(
 
     The log's metrics, per step: `reward` and `kl` of the rollout (means a response; nats a token),
     `explained` (share of the returns' variance that the critic foresaw), `clipped` (PPO's share of
-    tokens whose ratio is beyond the clip), `grad_norm`, `moved`.
+    tokens whose ratio is beyond the clip), `grad_norm`.
 
     Raises:
         AlloError: no prompts.
@@ -111,8 +111,7 @@ def run_on_policy(
     scheduler = schedule.rates(optimizer, len(steps))
     loss_of = objective(name, beta=1.0)  # of methods on pairs
     passes = settings.passes if name == "ppo" else 1
-    pad = model.config.pad_token_id
-    with contextlib.closing(optimizer), Numbers(optimizer, log, label, pad) as numbers:
+    with contextlib.closing(optimizer), Numbers(optimizer, log, label) as numbers:
         for step, chosen in enumerate(steps):
             if step % passes == 0:
                 batch, rollout = rollouts.sample(chosen, step)
@@ -120,7 +119,7 @@ def run_on_policy(
             logps = response_logps(model, batch)
             with values_unread():
                 loss, metrics = loss_of(logps, batch)
-            numbers.forward(step, batch, logps, loss, rollout | metrics)
+            numbers.forward(logps, loss, rollout | metrics)
             loss.backward()
             optimizer.step()
             scheduler.step()
@@ -216,13 +215,10 @@ def penalised_rewards(
 
     right: [B], 1 or 0. policy, reference: log-probs of the sampled tokens. Their difference is in
     expectation the KL divergence, so that the sum over a response is what RLHF maximises
-    (arXiv 2203.02155, eq. 2). AlloError for a response without tokens.
+    (arXiv 2203.02155, eq. 2).
     """
-    lengths = mask.sum(dim=1)
-    if (lengths < 1).any():
-        raise AlloError("penalised_rewards: a response has no tokens; give it its end token")
     rewards = -kl * (policy - reference) * mask
-    rewards[torch.arange(len(rewards), device=rewards.device), lengths - 1] += right
+    rewards[torch.arange(len(rewards), device=rewards.device), mask.sum(dim=1) - 1] += right
     return rewards
 
 

@@ -10,19 +10,17 @@ from typing import Any
 
 import torch
 
-from allo_lib.engine.forward import pair_logps
+from allo_lib.engine.batching import Row
+from allo_lib.engine.forward import SIDES, pair_logps
 from allo_lib.engine.store import Store, write_json
 from allo_lib.errors import AlloError
 from allo_lib.machine import devices, weights
 
-SIDES = ("chosen", "rejected")
 VERSION = 2  # of what is stored; raised when its meaning changes
 _FILE = "logps.safetensors"
 # Keys of a config that say nothing of log-probs; dtypes are those of the tensors.
 _UNUSED = ("_name_or_path", "transformers_version", "architectures", "use_cache", "pad_token_id",
            "dtype")  # fmt: skip
-
-Row = dict[str, Any]  # an encoded pair
 
 
 def with_reference(

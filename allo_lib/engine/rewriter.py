@@ -13,8 +13,6 @@ from typing import Any
 from allo_lib.engine.encoding import encode_prompt, encode_response, encode_text
 from allo_lib.engine.forward import logps_of_rows
 
-QUALITIES = ("trained", "early", "shuffled", "untrained")
-
 
 @dataclass(frozen=True)
 class Correction:

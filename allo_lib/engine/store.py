@@ -107,7 +107,23 @@ class Store:
                 raise NotMade(
                     f"{kind}/{path.name} is not in {self.folder}; run the notebook that makes it"
                 )
-            self._make(path, inputs, make, changed)
+            temporary, start = _beside(path), time.perf_counter()
+            try:
+                temporary.mkdir(parents=True)
+                make(temporary)
+                seconds = round(time.perf_counter() - start, 3)
+                about = {"kind": kind, "key": path.name, "seconds": seconds, "inputs": inputs}
+                seal(temporary, about)
+                with _locked(path.parent):
+                    _publish(temporary, path, changed)
+                shutil.rmtree(partial_of(temporary), ignore_errors=True)
+            except (OSError, SafetensorError) as error:
+                raise AlloError(
+                    f"cannot make {kind} in {self.folder} ({' '.join(str(error).split())}): mend "
+                    "that, free space or permit writing, then run again; what is done is kept"
+                ) from error
+            finally:
+                shutil.rmtree(temporary, ignore_errors=True)
 
         if not _is_sound(path):
             make_here()
@@ -134,30 +150,6 @@ class Store:
 
     def _place(self, kind: str, inputs: dict[str, Any]) -> Path:
         return self.folder / kind / fingerprint({"kind": kind, "inputs": inputs})[:_KEY_LENGTH]
-
-    def _make(
-        self,
-        path: Path,
-        inputs: dict[str, Any],
-        make: Callable[[Path], None],
-        changed: Callable[[], None],
-    ) -> None:
-        kind, temporary, start = path.parent.name, _beside(path), time.perf_counter()
-        try:
-            temporary.mkdir(parents=True)
-            make(temporary)
-            seconds = round(time.perf_counter() - start, 3)
-            seal(temporary, {"kind": kind, "key": path.name, "seconds": seconds, "inputs": inputs})
-            with _locked(path.parent):
-                _publish(temporary, path, changed)
-            shutil.rmtree(partial_of(temporary), ignore_errors=True)
-        except (OSError, SafetensorError) as error:
-            raise AlloError(
-                f"cannot make {kind} in {self.folder} ({' '.join(str(error).split())}): mend that, "
-                "free space or permit writing, then run again; what is done is kept"
-            ) from error
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _publish(made: Path, path: Path, changed: Callable[[], None]) -> None:
@@ -188,7 +180,7 @@ def _is_sound(path: Path) -> bool:
     if read_manifest(path) is not None:
         return True
     if path.is_dir():
-        print(f"{path.parent.name}/{path.name} is damaged; made again", file=sys.stderr)
+        print(f"{path.parent.name}/{path.name} is damaged: to be made again", file=sys.stderr)
     return False
 
 

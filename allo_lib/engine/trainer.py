@@ -48,7 +48,7 @@ class Schedule:
     epochs: int
     batch_size: int  # rows (pairs) per optimizer step
     seed: int  # of the order of the rows
-    warmup: float = 0.1  # share of all steps with a linearly rising rate; from 1 on their number
+    warmup: float = 0.1  # share of all steps with a linearly rising rate
     accumulation: int = 1  # forward passes per step; batch_size is their sum
     max_steps: int | None = None  # optimizer steps at most
 
@@ -62,10 +62,8 @@ class Schedule:
 
         That of transformers, whose import takes longer than that of all the rest.
         """
-        share = self.warmup < 1
-        warmup = math.ceil(steps * self.warmup) if share else int(self.warmup)
-        if steps == 1:  # the first step of a rate that rises has rate 0
-            warmup = 0
+        # The first step of a rate that rises has rate 0.
+        warmup = math.ceil(steps * self.warmup) if steps > 1 else 0
 
         def factor(step: int) -> float:
             if step < warmup:
@@ -94,13 +92,11 @@ class Log:
     """One entry per optimizer step (or forward pass, under accumulation), in order.
 
     metrics: those of the objective (`reward_margin`, `reward_accuracy`), and per optimizer step
-    `grad_norm`, over the kept entries before clipping, and `moved`, the share of kept entries whose
-    value in the model's dtype the step changed.
+    `grad_norm`, over the kept entries before clipping.
     """
 
     loss: list[float] = field(default_factory=list)
     metrics: dict[str, list[float]] = field(default_factory=dict)
-    tokens: int = 0  # read by the model, without padding, prompts included; shared ones count once
     seconds: float = 0.0
 
 
@@ -150,10 +146,7 @@ def train(
         print(f"{label}: goes on from its checkpoint at step {done}", flush=True)
     model.zero_grad()
     model.train()
-    with (
-        Numbers(optimizer, log, label, model.config.pad_token_id) as numbers,
-        _bar(label, done, steps) as bar,
-    ):
+    with Numbers(optimizer, log, label) as numbers, _bar(label, done, steps) as bar:
         for step, passes in enumerate(islice(schedule.batches(rows), done, steps), start=done):
             batches = [to_device(collator(part), model) for part in passes]
             if len(batches) > 1:
@@ -162,7 +155,7 @@ def train(
                 logps = response_logps(model, batch)
                 with values_unread():
                     loss, metrics = objective(logps, batch)
-                numbers.forward(step, batch, logps, loss, metrics)
+                numbers.forward(logps, loss, metrics)
                 if len(batches) > 1:  # of unequal passes each counts by its terms
                     loss = loss * (terms(batch) / count)
                 loss.backward()
@@ -194,34 +187,29 @@ class Numbers:
     then on (`MaskedAdamW.guard`): the weights are those before it.
     """
 
-    def __init__(self, optimizer: MaskedAdamW, log: Log, label: str, pad_token_id: int):
+    def __init__(self, optimizer: MaskedAdamW, log: Log, label: str):
         self.optimizer, self.log, self.label = optimizer, log, label
-        self.pad_token_id = pad_token_id
         self._of_step: list[dict[str, Tensor]] = []  # of its forward passes
 
     def __enter__(self) -> "Numbers":
-        self.optimizer.watch = True
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.optimizer.watch, self.optimizer.refused = False, None
+        self.optimizer.refused = None
         vars(self.optimizer).pop("found_inf", None)
 
-    def forward(
-        self, step: int, batch: Batch, logps: Tensor, loss: Tensor, metrics: dict[str, Tensor]
-    ) -> None:
-        """Take what a forward pass gave; `step` is the number of steps before this one."""
-        read = (batch["input_ids"] != self.pad_token_id).sum() * batch.get("counts", 1)
-        numbers = {"log-probs": logps.detach().sum(), "loss": loss.detach(), "tokens": read}
-        numbers = devices.pooled(numbers | metrics, sums=("log-probs", "tokens"))
+    def forward(self, logps: Tensor, loss: Tensor, metrics: dict[str, Tensor]) -> None:
+        """Take what a forward pass gave."""
+        numbers = {"log-probs": logps.detach().sum(), "loss": loss.detach()}
+        numbers = devices.means(numbers | metrics)
         for key in ("log-probs", "loss"):
             self.optimizer.guard(numbers[key])
         self._of_step.append(numbers)
 
     def step(self, step: int) -> None:
         """Log the optimizer's step `step` and its passes; Diverged for a number not finite."""
-        last = {"grad_norm": self.optimizer.grad_norm, "moved": self.optimizer.moved}
-        self._of_step.append({key: value for key, value in last.items() if value is not None})
+        if self.optimizer.grad_norm is not None:
+            self._of_step.append({"grad_norm": self.optimizer.grad_norm})
         named = [(key, value) for numbers in self._of_step for key, value in numbers.items()]
         self._of_step = []
         values = torch.stack([value.double() for _, value in named]).tolist()
@@ -231,9 +219,7 @@ class Numbers:
                     f"{self.label}: the {_FINITE[key]} became {value} at step {step}; lower the "
                     "learning rate"
                 )
-            if key == "tokens":
-                self.log.tokens += int(value)
-            elif key == "loss":
+            if key == "loss":
                 self.log.loss.append(value)
             elif key != "log-probs":
                 self.log.metrics.setdefault(key, []).append(value)
@@ -337,4 +323,5 @@ def _load(folder: Path, model: Any, optimizer: MaskedAdamW, scheduler: Any) -> L
     torch.set_rng_state(tensors["random.cpu"])
     if "random.cuda" in tensors and torch.cuda.is_available():
         torch.cuda.set_rng_state(tensors["random.cuda"])
-    return Log(**record["log"])
+    log = record["log"]
+    return Log(log["loss"], log["metrics"], log["seconds"])

@@ -26,7 +26,7 @@ from pathlib import Path
 
 from allo_lib.errors import AlloError
 from allo_lib.evaluation.comparisons import Domain, StudyResults, paper_effect
-from allo_lib.evaluation.outcomes import CHANCE_IN_TENSORS, REWARD, read_csv, write_csv
+from allo_lib.evaluation.outcomes import CHANCE_IN_TENSORS, REWARD, plain, read_csv, write_csv
 from allo_lib.evaluation.stats import LEVEL, Interval, mean_interval
 from allo_lib.evaluation.verdicts import (
     CONTRADICTED,
@@ -131,7 +131,7 @@ def compute(results: StudyResults, efficiency: Sequence[Mapping[str, str]] = ())
             parts, notes = _parts(number, kind, pairs, here, domain)
             empty = Claim(number + suffix, text, unit=_UNITS.get(kind, domain.unit))
             claims += _rows(empty, domain, parts, notes, here)
-    return corrected(claims + efficiency_claims(efficiency))
+    return corrected([*claims, efficiency_claim(efficiency)])
 
 
 def by_architecture(results: StudyResults, names: Sequence[str]) -> dict[str, list[Claim]]:
@@ -166,8 +166,9 @@ def _parts(
         if kind == "no worse" and p is not None:
             learned, notes = _sensitive(results, second.removesuffix("_paper"), domain)
             p = replace(p, above=max(p.above, learned), over=max(p.over, learned))
-        if number == "C5" and interval is not None:
-            notes = (_improvement(results, first, second, domain),)
+        if number == "C5" and (better := results.improvement(first, second, domain)):
+            ends = f" [{better.low:.2f}, {better.high:.2f}]" if better.decides else ""
+            notes = (f"probability of improvement over {second} {better.effect:.2f}{ends}",)
         paper = paper_effect(first, second, domain)
         parts.append(Part(second, f"{first} {word} {second}", interval, p, paper, notes))
     if number == "C5" and (known := _measured(parts)):
@@ -234,14 +235,6 @@ def _sensitive(
         return p.above, ()
     gap = "" if learned is None else f" ({size(learned.effect, domain.unit)} points)"
     return p.above, (f"{reference} itself is not shown to beat the starting model{gap}",)
-
-
-def _improvement(results: StudyResults, first: str, second: str, domain: Domain) -> str:
-    found = results.improvement(first, second, domain)
-    if found is None:
-        return ""
-    ends = f" [{found.low:.2f}, {found.high:.2f}]" if found.decides else ""
-    return f"probability of improvement over {second} {found.effect:.2f}{ends}"
 
 
 def _overlap_part(results: StudyResults, name: str, domain: Domain) -> Part:
@@ -380,9 +373,7 @@ def protocol_disagreements(claims: Sequence[Claim]) -> list[str]:
 
 def write(path: str | Path, claims: Iterable[Claim]) -> None:
     """Write `claims.csv`: six decimals, empty cells where nothing was measured, LF ends."""
-    rows = ([getattr(claim, column) for column in COLUMNS] for claim in claims)
-    write_csv(path, COLUMNS, ([f"{cell:z.6f}" if isinstance(cell, float) else cell for cell in row]
-                              for row in rows))  # fmt: skip
+    write_csv(path, COLUMNS, ([plain(getattr(one, name)) for name in COLUMNS] for one in claims))
 
 
 def read(path: str | Path) -> list[Claim]:
@@ -395,8 +386,8 @@ def read(path: str | Path) -> list[Claim]:
 _NOISE = (0.05, 0.0)  # of the ratio of two peaks, and of two states
 
 
-def efficiency_claims(table: Sequence[Mapping[str, str]]) -> list[Claim]:
-    """C10 for every device of `tables/efficiency.csv`: `allo_scalar` against `dense_masked`.
+def efficiency_claim(table: Sequence[Mapping[str, str]]) -> Claim:
+    """C10 of `tables/efficiency.csv`, which is of one device: `allo_scalar` against `dense_masked`.
 
     The effect is ln(dense time / ALLO time) for a pair, above zero when ALLO is faster. Its
     interval is Student's t over the processes, which ran in turns, so that the first of one is
@@ -404,22 +395,20 @@ def efficiency_claims(table: Sequence[Mapping[str, str]]) -> list[Claim]:
     To support the claim ALLO must also take less optimizer state and less peak memory, that by at
     least 5%: the peak of a process on a CPU differs by a few per cent from one to the next.
     """
-    devices = dict.fromkeys(row["device"] for row in table)
-    rows = {(row["device"], row["variant"]): row for row in table}
-    claims: list[Claim] = []
-    for device in devices:
-        pair = [rows.get((device, variant), {}) for variant in ("dense_masked", "allo_scalar")]
-        if all(pair):
-            try:
-                claims.append(_cost(f"C10:{device}" if claims else "C10", device, *pair))
-            except (ValueError, ArithmeticError) as error:
-                raise AlloError(f"efficiency table, {device}: {error}; measure it again") from None
-    text = "not measured: allo_scalar and dense_masked on one device"
-    return claims or [Claim("C10", _C10, unit=_C10_UNIT, evidence=text)]
+    rows = {row["variant"]: row for row in table}
+    pair = [rows.get(variant, {}) for variant in ("dense_masked", "allo_scalar")]
+    if not all(pair):
+        text = "not measured: allo_scalar and dense_masked on one device"
+        return Claim("C10", _C10, unit=_C10_UNIT, evidence=text)
+    try:
+        return _cost(*pair)
+    except (ValueError, ArithmeticError) as error:
+        device = pair[0]["device"]
+        raise AlloError(f"efficiency table, {device}: {error}; measure it again") from None
 
 
-def _cost(name: str, device: str, dense: Mapping[str, str], ours: Mapping[str, str]) -> Claim:
-    """C10 on one device; ValueError or ArithmeticError for what cannot be a measurement."""
+def _cost(dense: Mapping[str, str], ours: Mapping[str, str]) -> Claim:
+    """C10; ValueError or ArithmeticError for what cannot be a measurement."""
     columns = ("seconds_per_pair", "seconds_per_pair_each", "peak_bytes_above_model",
                "state_bytes_per_parameter")  # fmt: skip
     once, each, *lasting = (
@@ -427,13 +416,13 @@ def _cost(name: str, device: str, dense: Mapping[str, str], ours: Mapping[str, s
         for column in columns
     )
     (seconds,), (own,) = once
-    words = [f"on {device}: time of allo_scalar over dense_masked {own / seconds:.3f}"]
+    words = [f"on {ours['device']}: time of allo_scalar over dense_masked {own / seconds:.3f}"]
     less = []  # whether ALLO takes less; None where that is not known
     for pair, what, noise in zip(lasting, ("peak memory", "optimizer state"), _NOISE, strict=True):
-        known = [other[0] / one[0] for one, other in [pair] if one and other]
+        known = [other[0] / one[0] for one, other in [pair] if one and other and one[0]]
         words.append(f"{what} {known[0]:.3f}" if known else f"{what} not measured")
         less.append(known[0] < 1 if known and abs(known[0] - 1) >= noise else None)
-    claim = Claim(name, _C10, math.log(seconds / own), unit=_C10_UNIT)
+    claim = Claim("C10", _C10, math.log(seconds / own), unit=_C10_UNIT)
     if len(each[0]) == len(each[1]) > 1:
         ratios = [math.log(first / second) for first, second in zip(*each, strict=True)]
         found = mean_interval(dict(enumerate(ratios)))

@@ -9,7 +9,7 @@ import copy
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 
 import numpy as np
@@ -97,6 +97,7 @@ class StudyResults:
             if row.seed in self.fixed
         }
         table = table[table["model"].isin(self.seeds)]
+        self.methods = {*table["method"].unique()} | {name for _, name, *_ in self.index}
         pairs = table[table["margin"].notna()]
         losses = pairs.assign(right=np.logaddexp(0, -pairs["margin"].astype(float)))
         # Prefix -> (domain, data set, model) -> method -> outcomes [problems, replicates].
@@ -105,8 +106,6 @@ class StudyResults:
             REWARD: _by_place(pairs),
             _LOSS: _by_place(losses),
         }
-        self._compared: dict[tuple[Domain, str, str, bool], Interval | None] = {}
-        self._on: dict[Domain, StudyResults] = {}
 
     @classmethod
     def load(
@@ -126,17 +125,13 @@ class StudyResults:
         part, chosen = copy.copy(self), {*seeds}
         part.fixed = [seed for seed in self.fixed if seed in chosen]
         part.seeds, part.models = [s for s in self.seeds if s in chosen], len(chosen)
-        part._compared, part._on = {}, {}
         return part
 
+    @cache
     def on(self, domain: Domain) -> "StudyResults":
         """These results, as to the SFT models that the domain has."""
-        count = self.by_domain.get(domain.name, 0)
-        if not count:
-            return self
-        if domain not in self._on:
-            self._on[domain] = self.of_models({*self.whole[:count]} & {*self.fixed})
-        return self._on[domain]
+        count = self.by_domain.get(domain.name)
+        return self.of_models({*self.whole[:count]} & {*self.fixed}) if count else self
 
     @cached_property
     def domains(self) -> list[Domain]:
@@ -156,24 +151,15 @@ class StudyResults:
             found.append(replace(INSTRUCTIONS, datasets=replied))
         return found
 
-    @cached_property
-    def methods(self) -> set[str]:
-        """Every method of which anything was measured."""
-        places = [place for places in self._outcomes.values() for place in places.values()]
-        return {name for place in places for name in place} | {name for _, name, *_ in self.index}
-
     def datasets_of(self, method: str, domain: Domain) -> list[str]:
         """The domain's data sets on which any model has a score of the method."""
-        had = self._wins if domain.prefix == WIN else self._sides
-        return [
-            name for name in domain.datasets
-            if any(had(model, domain.only(name), method) for model in self.seeds)
-        ]  # fmt: skip
+        return [name for name in domain.datasets if self.score(method, domain.only(name))]
 
     def score(self, method: str, domain: Domain) -> Interval | None:
         """A method's own score, a fraction; None where no model has it on all data sets."""
         return self._interval(lambda model: self._score(model, domain, method), 0.0, 1.0)
 
+    @cache  # claims, tables and figures ask for the same pairs
     def compare(
         self, first: str, second: str, domain: Domain, *, relative: bool = False
     ) -> Interval | None:
@@ -183,13 +169,10 @@ class StudyResults:
         mean over them, as the paper does; models on which that is 0 are left out. Win rates are
         compared as if they were independent.
         """
-        key = domain, first, second, relative
-        if key not in self._compared:  # claims, tables and figures ask for the same pairs
-            gap = self._win_gap if domain.prefix == WIN else self._gap
-            # Scores differ by 1 at most, and fall by all at most.
-            most = math.inf if relative else 1.0
-            self._compared[key] = self._interval(lambda model: gap(model, *key), -1.0, most)
-        return self._compared[key]
+        gap = self._win_gap if domain.prefix == WIN else self._gap
+        # Scores differ by 1 at most, and fall by all at most.
+        most = math.inf if relative else 1.0
+        return self._interval(lambda model: gap(model, domain, first, second, relative), -1.0, most)
 
     def loss_reduction(self, first: str, second: str, domain: Domain) -> Interval | None:
         """Held-out DPO loss of the second method minus that of the first, pair by pair."""

@@ -17,8 +17,8 @@ import io
 import math
 import os
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import astuple, dataclass, fields
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import astuple, dataclass, fields, replace
 from itertools import pairwise
 from operator import attrgetter
 from pathlib import Path
@@ -140,36 +140,11 @@ def proportion(
 def average(rows: Sequence[Measurement], name: str = AVERAGE) -> Measurement:
     """The unweighted mean over data sets of one seed, method and metric, as data set `name`.
 
-    The standard error takes the data sets as independent; n is their sum. Raises AlloError when
-    the rows are none, of several seeds, methods or metrics, or name a data set twice.
+    The standard error takes the data sets as independent; n is their sum.
     """
-    keys = {(row.seed, row.method, row.metric) for row in rows}
-    if len(keys) != 1 or len({row.dataset for row in rows}) != len(rows):
-        raise AlloError(
-            f"average was given {len(rows)} rows of {len(keys)} (seed, method, metric): "
-            "expected one of these and each data set once"
-        )
-    (seed, method, metric), count = keys.pop(), len(rows)
-    stderr = math.sqrt(sum(row.stderr**2 for row in rows)) / count
-    mean = sum(row.value for row in rows) / count
-    return Measurement(seed, method, name, metric, mean, stderr, sum(row.n for row in rows))
-
-
-def merge_measurements(
-    old: Iterable[Measurement], new: Iterable[Measurement], datasets: Collection[str] | None = None
-) -> list[Measurement]:
-    """`new` together with the rows of `old` that it does not replace, sorted.
-
-    It replaces those of its seeds: all of them, or those on `datasets`.
-    """
-    new = list(new)
-    fresh = {row.seed for row in new}
-    kept = [
-        row
-        for row in old
-        if row.seed not in fresh or (datasets is not None and row.dataset not in datasets)
-    ]
-    return sorted(kept + new, key=_key)
+    stderr = math.sqrt(sum(row.stderr**2 for row in rows)) / len(rows)
+    mean, n = sum(row.value for row in rows) / len(rows), sum(row.n for row in rows)
+    return replace(rows[0], dataset=name, value=mean, stderr=stderr, n=n)
 
 
 def write_measurements(path: str | Path, rows: Iterable[Measurement]) -> None:
@@ -190,11 +165,6 @@ def read_measurements(path: str | Path) -> list[Measurement]:
     """The rows of a `measurements.csv`, sorted; AlloError names the file and the first mistake."""
     rows = read_csv(path, MEASURED, "run the notebooks 00 to 06 first")
     return _checked((Measurement(*cells) for cells in rows), path)
-
-
-def seeds_of(rows: Iterable[Measurement]) -> list[int]:
-    """The seeds that have rows, ascending."""
-    return sorted({row.seed for row in rows})
 
 
 def _checked(rows: Iterable[Measurement], path: str | Path) -> list[Measurement]:
@@ -251,6 +221,13 @@ def write_csv(path: str | Path, columns: Iterable[str], rows: Iterable[Sequence[
     writer.writerow(columns)
     writer.writerows(rows)
     replace_file(Path(path), buffer.getvalue().encode("utf-8"))
+
+
+def plain(cell: object) -> object:
+    """Numbers with six decimals; nothing and NaN as an empty cell."""
+    if cell is None or (isinstance(cell, float) and math.isnan(cell)):
+        return ""
+    return f"{cell:z.6f}" if isinstance(cell, float) else cell
 
 
 def replace_file(path: Path, content: bytes) -> None:

@@ -103,11 +103,9 @@ def mean_interval(
     alone would make them vary, if that is wider: no set of models agrees better than each of them
     is known. In simulation it covers 95% where models differ by more than their problems explain,
     and where they do not 97% (8 models) to 99% (2). One model: a normal interval over its problems,
-    on which no verdict rests. Without any error: none. AlloError without values.
+    on which no verdict rests. Without any error: none.
     """
     seeds = tuple(sorted(values))
-    if not seeds:
-        raise AlloError("no values were given: expected one a seed")
     by_seed, count = tuple(float(values[seed]) for seed in seeds), len(seeds)
     errors = tuple(stderrs.get(seed, 0.0) for seed in seeds) if stderrs else ()
     mean, kind = float(np.mean(by_seed)), f"t interval over {count} SFT models"
@@ -153,8 +151,6 @@ def _half(scales: Sequence[tuple[float, float]], level: float) -> float:
 
 def held_together(parts: int, models: int) -> float:
     """Half width of t intervals that hold together (Bonferroni), over that of one alone."""
-    if models < 2:
-        return 1.0
     each = [(models - 1, 1.0)]
     return _half(each, 1 - (1 - LEVEL) / parts) / _half(each, LEVEL)
 

@@ -167,13 +167,12 @@ def total(values: Tensor, how=dist.ReduceOp.SUM) -> Tensor:
     return values.copy_(there) if there is not values else values
 
 
-def pooled(numbers: dict[str, Tensor], sums: tuple[str, ...]) -> dict[str, Tensor]:
-    """Scalars of all processes as one of each: the sums of those named, the means of others."""
+def means(numbers: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The means of scalars over all processes."""
     if count() == 1:
         return numbers
-    values = total(torch.stack([value.double() for value in numbers.values()]))
-    named = zip(numbers, values, strict=True)
-    return {key: value if key in sums else value / count() for key, value in named}
+    values = total(torch.stack([value.double() for value in numbers.values()])) / count()
+    return dict(zip(numbers, values, strict=True))
 
 
 def average_gradients(parameters: list[Tensor]) -> None:

@@ -17,8 +17,6 @@ from allo_lib.machine import devices
 from allo_lib.machine.runtime import plain_writes
 from allo_lib.method.neurons import NeuronMask
 
-_WATCHED = 2**20  # kept entries, about, that `moved` looks at
-
 Masters = dict[str, tuple[Tensor | None, Tensor]]  # name -> (flat places or None for all, values)
 
 
@@ -48,7 +46,8 @@ class MaskedAdamW(torch.optim.AdamW):
             set its own `max_grad_norm` to 0: the dense gradients it would clip are gone.
         masters: `packed_masters` of an earlier optimizer of this model, of any mask. Training goes
             on from these values where the weights, rounded to bf16, have lost most of a small
-            update; kept entries that the earlier mask did not keep start from the weights.
+            update; kept entries that the earlier mask did not keep start from the weights. What is
+            taken leaves the dict, so that it is not held twice.
 
     Raises:
         AlloError: a mask of another model, a mask that keeps nothing or entries of a frozen
@@ -78,7 +77,9 @@ class MaskedAdamW(torch.optim.AdamW):
         kept = None
         if mask is not None:
             mask.check(model)
-            kept = _kept_anywhere(mask)
+            counts = torch.tensor([index.numel() for index in mask.indices.values()])
+            found = devices.total(counts).tolist()  # the same names in all processes
+            kept = {name for name, number in zip(mask.indices, found, strict=True) if number}
             if not kept:
                 raise AlloError("MaskedAdamW: the mask keeps no entry; select a larger share")
         if max_grad_norm is not None and not max_grad_norm > 0:
@@ -88,10 +89,6 @@ class MaskedAdamW(torch.optim.AdamW):
         # Bool scalar on the device once `guard` was called: whether a number was not finite. From
         # then on steps change nothing, so that the host may learn of it late.
         self.refused: Tensor | None = None
-        # Set `watch` to have every step leave in `moved` which share of the kept entries it changed
-        # in the model's own dtype, by every so many of them: bf16 rounds small updates away.
-        self.watch = False
-        self.moved: Tensor | None = None  # float64 scalar on the device
         self._began = False
         linears = _linears_by_weight(model)
         self._packed = [
@@ -99,7 +96,7 @@ class MaskedAdamW(torch.optim.AdamW):
                 name,
                 parameter,
                 None if mask is None else mask.indices.get(name),
-                (masters or {}).get(name),
+                (masters or {}).pop(name, None),
                 linears.get(parameter),
             )
             for name, parameter in model.named_parameters()
@@ -138,13 +135,12 @@ class MaskedAdamW(torch.optim.AdamW):
             torch._foreach_div_(gradients, scale)
             self.grad_scale = None
         norm = nn.utils.get_total_norm(gradients) if gradients else None
-        if norm is not None and self._is_sharded:
+        if norm is not None and devices.is_sharded(self._packed[0].parameter):
             norm = devices.total(norm.square()).sqrt()
         self.grad_norm = norm
         if norm is not None and self.refused is not None:
             self.guard(norm)
             self.found_inf = self.refused.float()  # torch's fused update reads this
-        before = self._sample() if self.watch else None
         if norm is not None and self.max_grad_norm is not None:
             nn.utils.clip_grads_with_norm_(masters, self.max_grad_norm, norm)
         super().step()
@@ -152,18 +148,7 @@ class MaskedAdamW(torch.optim.AdamW):
             for packed in self._packed:
                 packed.write_back()
                 packed.master.grad = None
-        if before is not None:
-            changed: Tensor = (before != self._sample()).sum()
-            looked_at: int | Tensor = before.numel()
-            if self._is_sharded:
-                looked_at = devices.total(changed.new_tensor(looked_at))
-                changed = devices.total(changed)
-            self.moved = changed.double() / looked_at
         return loss
-
-    @property
-    def _is_sharded(self) -> bool:
-        return devices.is_sharded(self._packed[0].parameter)
 
     def guard(self, number: Tensor) -> None:
         """Let this step, and every later one, change nothing if `number` is not finite.
@@ -173,20 +158,6 @@ class MaskedAdamW(torch.optim.AdamW):
         """
         refused = ~torch.isfinite(number.detach())
         self.refused = refused if self.refused is None else self.refused | refused
-
-    def _sample(self) -> Tensor:
-        """Evenly chosen kept values as the model holds them, all if few; float32 copies."""
-        stride = max(1, sum(packed.master.numel() for packed in self._packed) // _WATCHED)
-        return torch.cat([packed.sample(stride) for packed in self._packed])
-
-    @property
-    def trained(self) -> tuple[str, ...]:
-        """Names of the parameters that keep entries."""
-        return tuple(packed.name for packed in self._packed)
-
-    def master_weights(self) -> dict[str, Tensor]:
-        """name -> float32 copy of each trained parameter, unkept entries taken from the model."""
-        return {packed.name: packed.full() for packed in self._packed}
 
     def packed_masters(self) -> Masters:
         """name -> (int32 places in the flattened tensor, float32 values), of kept entries only.
@@ -344,15 +315,6 @@ class _Packed:
             other = now != self.master.detach().to(now.dtype)
             self.master.copy_(torch.where(other, now.float(), self.master.detach()))
 
-    def sample(self, stride: int) -> Tensor:
-        """Every `stride`-th master, or kept row, as the model holds it; float32."""
-        masters = self.master.detach().view(self.shape)[::stride].flatten()
-        return masters.to(self.parameter.dtype).float()
-
-    def full(self) -> Tensor:
-        """The parameter in float32, with the masters where there are some."""
-        return _refined(devices.local(self.parameter), self.places(), self.master.detach())
-
 
 def row_forward(module: nn.Linear, rows: Tensor, masters: Tensor, x: Tensor) -> Tensor:
     """The output for x [..., in] of a linear layer of which only some output rows are trained.
@@ -417,10 +379,3 @@ def _refined(parameter: Tensor, index: Tensor | None, values: Tensor) -> Tensor:
     else:
         dense.view(-1).index_copy_(0, index.long(), values)
     return dense
-
-
-def _kept_anywhere(mask: NeuronMask) -> set[str]:
-    """Names of the tensors of which a process keeps entries: the same ones in all processes."""
-    counts = [index.numel() for index in mask.indices.values()]
-    found = devices.total(torch.tensor(counts, dtype=torch.int64)).tolist()
-    return {name for name, number in zip(mask.indices, found, strict=True) if number}

@@ -72,9 +72,7 @@ def key_tokens(ratio: Tensor, response_mask: Tensor, share: float) -> Tensor:
     order = ratio.detach().float().argsort(dim=1, stable=True)  # [B, T]: positions, lowest first
     # All of the response comes before all else, even where a ratio is infinite.
     order = order.gather(1, (~mask).gather(1, order).long().argsort(dim=1, stable=True))
-    rank = torch.empty_like(order).scatter_(  # the inverse permutation of each row
-        1, order, torch.arange(order.shape[1], device=order.device).expand_as(order)
-    )
+    rank = order.argsort(dim=1)  # the inverse permutation of each row
     return mask & (rank < counts.unsqueeze(1))
 
 

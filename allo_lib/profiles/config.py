@@ -333,6 +333,8 @@ class Profile:
                 f"timing.domain: got {short(self.timing.domain)}, expected one of "
                 f"{', '.join(self.domains)}"
             )
+        if "instructions" in self.domains:
+            raise ValueError("domains: 'instructions' names replies in the results; choose another")
         requested = [name for one in self.domains.values() for name in one.instructions.datasets]
         every = requested + [name for one in self.domains.values() for name in one.datasets]
         if twice := [name for name in every if every.count(name) > 1]:

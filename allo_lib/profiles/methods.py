@@ -14,7 +14,7 @@ PAPER_PROTOCOL = "_paper"  # suffix of rows that run at the one rate that is bes
 ROWS = "_rows"  # suffix of rows whose neurons are whole rows of the weight matrices
 # Importance scores that ALLO is also trained with, by their variant (`score_variants`).
 ESTIMATORS = ("gradient", "magnitude")
-# Reward models that ALLO is also trained with (`rewriter.QUALITIES`).
+# Reward models that ALLO is also trained with (`rewriter.training_rows`).
 REWARD_MODELS = ("early", "shuffled", "untrained")
 
 

@@ -4,7 +4,7 @@ Error bars and intervals are 95% unless a label says otherwise. What lies far ou
 an arrow and its number at the right. A small dot is one SFT model, a diamond the paper's value.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,6 +42,15 @@ SHORT = {
     "C8": "masks overlap above chance",
     "C9": "better rewards help",
 }
+# What is compared between architectures.
+BY_ARCHITECTURE = {
+    "C2.dpo": "DPO: top 10% above all neurons",
+    "C2.dpo_last10": "DPO: top 10% above last 10%",
+    "C4s": "ALLO above DPO, equal steps",
+    "C8.orders": "masks of two orders",
+    "C8.halves": "masks of two halves",
+    "C8.estimators": "masks of two estimators",
+}
 # The parts of the neurons that DPO trains, and the protocols: ending of the method, words, marker.
 _PARTS = ("dpo_top10", "dpo_random10", "dpo_last10", "dpo")
 _PROTOCOLS = (("", "own best rate", "full"), ("_paper", "one rate for all", "none"),
@@ -62,6 +71,10 @@ CAPTIONS = {
     "which trained all at one rate and publishes no intervals.",
     "ablations": "ALLO with one thing changed: paired differences to ALLO on the same problems, "
     "with 95% intervals; left: removing this part hurts.",
+    "architectures": "The same claims on models of several architectures, as large and trained "
+    "alike: effects with 95% intervals over the SFT models of each, those of a claim's parts held "
+    "together, not corrected for the number of architectures; overlaps of masks (intersection over "
+    "union) are those above chance within each tensor.",
     "efficiency": "Cost of one pair: time (line: the floor of its operations), peak memory above "
     "the loaded model, optimizer state.",
 }
@@ -72,6 +85,7 @@ def draw(
     results: StudyResults,
     claims: Sequence[Claim],
     efficiency: Sequence[Mapping[str, str]],
+    groups: Mapping[str, Sequence[Claim]],
     folder: Path,
 ) -> list[Path]:
     """Write every figure that the results allow; returns the PNGs and PDFs."""
@@ -81,37 +95,34 @@ def draw(
         if claim.family != "costs":  # which have a figure of their own
             by_domain.setdefault(f"claims_{name}" if name else "claims", []).append(claim)
     found = {name: claims_figure(group) for name, group in by_domain.items()}
-    shown: dict[str, Iterable[Interval | None]] = {}  # by figures of methods
     said = {}
     for name, group in by_domain.items():
         missing = [claim.id for claim in group if claim.effect is None and claim.whole == claim.id]
         said[name] = f" Not measured: {', '.join(missing)}." if missing else ""
     if changes := relative_change(results):
         found["relative_change"] = changes
-        both = (results.on(one).compare("allo", "dpo", one) for one in results.domains)
-        shown["relative_change"] = [*both]
     for domain in results.domains:
         here = results.on(domain)
         own = {method: here.score(method, domain) for method in published.LABELS}
         if any(own.values()):
             found[f"main_{domain.name}"] = main_table_figure(own, domain)
-            shown[f"main_{domain.name}"] = own.values()
             said[f"main_{domain.name}"] = judged_by(results.index, domain)
         parts = [part + end for part in _PARTS for end, *_ in _PROTOCOLS]
         study = {part: one for part in parts if (one := here.score(part, domain))}
         if len(study) > 1:
             found[f"empirical_{domain.name}"] = empirical_dots(study, domain.unit)
-            shown[f"empirical_{domain.name}"] = study.values()
         names = ["dpo", "dpo_long", *sorted(m for m in here.methods if m.startswith("allo_"))]
         if gaps := {n: gap for n in names if (gap := here.compare(n, "allo", domain))}:
-            found[f"ablations_{domain.name}"] = ablation_bars(gaps, unit=domain.unit)
-            shown[f"ablations_{domain.name}"] = gaps.values()
+            found[f"ablations_{domain.name}"] = ablation_bars(gaps, domain.unit)
     if efficiency:
         found["efficiency"] = efficiency_bars(efficiency)
+    if groups:
+        found["architectures"] = architectures_figure(groups)
     paths = []
     for name, figure in found.items():
         caption = CAPTIONS.get(name) or CAPTIONS[name.partition("_")[0]]
-        if any(_dots(one) for one in shown.get(name, ()) if one):
+        lines = [line for axis in figure.axes for line in axis.lines if line.get_marker() == "."]
+        if any(len(line.get_xdata()) for line in lines):
             caption += " Small dots: SFT models."
         paths.append(save(figure, folder, name, caption + said.get(name, "")))
     return [path.with_suffix(suffix) for path in paths for suffix in (".png", ".pdf")]
@@ -141,17 +152,12 @@ class Line:
     why: str = "not run"
 
 
-def _line(label: str, one: Interval | None, scale: float = 100, **options) -> Line:
+def _line(label: str, one: Interval | None, **options) -> Line:
     if one is None:
         return Line(label, None, **options)
-    ends = (scale * one.low, scale * one.high) if one.defined else (None, None)
-    dots = tuple(scale * x for x in _dots(one))
-    return Line(label, scale * one.effect, *ends, dots=dots, **options)
-
-
-def _dots(one: Interval) -> tuple[float, ...]:
-    """The SFT models that are drawn."""
-    return one.by_seed if 1 < len(one.by_seed) <= _MOST_DOTS else ()
+    ends = (100 * one.low, 100 * one.high) if one.defined else (None, None)
+    dots = one.by_seed if 1 < len(one.by_seed) <= _MOST_DOTS else ()
+    return Line(label, 100 * one.effect, *ends, dots=tuple(100 * x for x in dots), **options)
 
 
 def forest(axis, lines: Sequence[Line], digits: int = 1) -> None:
@@ -287,25 +293,15 @@ def empirical_dots(measured: Mapping[str, Interval], unit: str) -> Figure:
     return figure
 
 
-def ablation_bars(
-    effects: Mapping[str, Interval | tuple[float, float, float]],
-    reference: str = "allo",
-    title: str = "",
-    unit: str = "accuracy",
-) -> Figure:
-    """Change against `reference`, a fraction: an interval or (effect, low, high) a method."""
+def ablation_bars(effects: Mapping[str, Interval], unit: str, title: str = "") -> Figure:
+    """What each method is above ALLO, a fraction."""
     lines = []
     for name, one in effects.items():
-        if not isinstance(one, Interval):
-            one = Interval(*one, kind="", seeds=(), n=0)
         colour, marker = _SIDES[0 if one.high < 0 else 1 if one.low > 0 else 2]
         lines.append(_line(published.method_label(name), one, colour=colour, marker=marker))
     figure, axis = subplots(size=(8.0, 1.3 + 0.34 * len(lines)))
     forest(axis, lines)
-    axis.set_xlabel(
-        f"{unit}, points above {published.method_label(reference)}\n"
-        "(95% interval; grey: includes 0)"
-    )
+    axis.set_xlabel(f"{unit}, points above ALLO\n(95% interval; grey: includes 0)")
     axis.set_title(title)
     return figure
 
@@ -368,16 +364,12 @@ def claims_figure(claims: Sequence[Claim]) -> Figure:
         len(heights), 1, (8.4, 1.0 + 0.3 * sum(heights)), height_ratios=heights, squeeze=False
     )
     for axis, (unit, group) in zip(axes[:, 0], groups.items(), strict=False):
-        points = unit in POINTS
-        forest(
-            axis,
-            [_claim_line(claim, 100 if points else 1) for claim in group],
-            1 + 2 * (not points),
-        )
+        scale, digits = (100, 1) if unit in POINTS else (1, 3)
+        forest(axis, [_claim_line(claim, scale) for claim in group], digits)
         for place, claim in enumerate(group):
             if claim.id.startswith("C3"):
                 axis.plot(-100 * MARGIN, place, "|", color="black", ms=14)
-        axis.set_xlabel(f"{unit}, points" if points else unit)
+        axis.set_xlabel(f"{unit}, points" if unit in POINTS else unit)
         axis.locator_params(axis="x", nbins=7)  # more of them, in small units, run into each other
     for verdict, (colour, marker) in VERDICT_STYLE.items():
         axes[0, 0].plot([], [], marker, color=colour, label=verdict)
@@ -387,6 +379,24 @@ def claims_figure(claims: Sequence[Claim]) -> Figure:
     domains = {claim.id.partition(":")[2] for claim in claims} - {""}
     about = "".join(f"{domain}: " for domain in sorted(domains))
     legend.set_title(f"{about}right of zero supports the claim; lines: 95% intervals")
+    return figure
+
+
+def architectures_figure(groups: Mapping[str, Sequence[Claim]]) -> Figure:
+    """A panel each of BY_ARCHITECTURE, in it a line an architecture."""
+    size = 9.0, 1.6 + 0.75 * len(groups)
+    figure, axes = subplots(2, 3, size, sharey=True)
+    by_id = {name: {claim.id: claim for claim in claims} for name, claims in groups.items()}
+    for axis, (key, title) in zip(axes.flat, BY_ARCHITECTURE.items(), strict=True):
+        lines = []
+        for name, claims in by_id.items():
+            claim = claims.get(key, Claim(key, ""))
+            ends, scale = (claim.ci_low, claim.ci_high), 1 if key.startswith("C8") else 100
+            values = [None if end is None else scale * end for end in (claim.effect, *ends)]
+            lines.append(Line(name, *values, colour=method_colour("allo")))
+        forest(axis, lines, 2 if key.startswith("C8") else 1)
+        axis.set_title(title)
+        axis.set_xlabel("overlap above chance" if key.startswith("C8") else "accuracy, points")
     return figure
 
 
@@ -410,8 +420,7 @@ def efficiency_bars(rows: Sequence[Mapping[str, str]], title: str = "") -> Figur
         ("state_bytes_per_parameter", "optimizer state\n(bytes a model parameter)", 1.0),
     )
     figure, axes = subplots(1, 3, (9.6, 1.6 + 0.42 * len(rows)), sharey=True)
-    several = len({row["device"] for row in rows}) > 1
-    names = [row["variant"] + f" ({row['device']})" * several for row in rows]
+    names = [row["variant"] for row in rows]
     ours = ["allo" if row["variant"].startswith("allo") else "dpo" for row in rows]
     for axis, (column, label, scale) in zip(axes, panels, strict=True):
         values = [float(row[column]) / scale if row.get(column) else np.nan for row in rows]

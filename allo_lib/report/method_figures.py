@@ -198,20 +198,16 @@ def _dots(axis, found: Scores, rows: Sequence[str], shift: float = 0.0, **style)
 # --- curves ---------------------------------------------------------------------------------------
 
 
-def concentration_curve(
-    curves: Mapping[str, tuple[Sequence[float], Sequence[float]]], mark: float = 0.1
-) -> Figure:
+def concentration_curve(label: str, shares: np.ndarray, held: np.ndarray, mark: float) -> Figure:
     """Share of negative log-ratio held by the lowest share of tokens; see `stats.concentration`.
 
-    The legend tells each curve's value at the share `mark`.
+    The legend tells the curve's value at the share `mark`.
     """
     figure, axis = subplots(size=(5.6, 3.8))
-    for number, (label, (shares, held)) in enumerate(curves.items()):
-        colour = PALETTE[number % len(PALETTE)]
-        at_mark = float(np.interp(mark, shares, held))
-        text = f"{label}: {100 * at_mark:.0f}% in the lowest {100 * mark:g}%"
-        axis.plot(100 * np.asarray(shares), 100 * np.asarray(held), color=colour, label=text)
-        axis.plot([100 * mark], [100 * at_mark], "o", color=colour)
+    at_mark = float(np.interp(mark, shares, held))
+    text = f"{label}: {100 * at_mark:.0f}% in the lowest {100 * mark:g}%"
+    axis.plot(100 * shares, 100 * held, color=BLUE, label=text)
+    axis.plot([100 * mark], [100 * at_mark], "o", color=BLUE)
     axis.plot([0, 100], [0, 100], color=GREY, ls=":", label="spread evenly")
     axis.set(xlabel="rejected tokens, lowest log-ratio first (%)", xlim=(0, 100), ylim=(0, 102))
     axis.set_ylabel("share of negative log-ratio (%)")
@@ -219,9 +215,7 @@ def concentration_curve(
     return figure
 
 
-def sweep_panels(
-    tried: Mapping[str, Sequence[dict]], start: float | None = None, count: int | None = None
-) -> Figure:
+def sweep_panels(tried: Mapping[str, Sequence[dict]], start: float | None, count: int) -> Figure:
     """Every model behind the rates (`runs.tried`) by rate, by displacement and by margin.
 
     The last two need models of this study. A ring marks a best rate at the edge of its search: a
@@ -240,7 +234,7 @@ def sweep_panels(
     for axis, (label, read) in zip(axes, columns, strict=True):
         for number, (method, records) in enumerate(tried.items()):
             where, values = np.array(sorted((read(one), one["dev"]) for one in records)).T
-            error = 100 * Z95 * np.sqrt(values * (1 - values) / count) if count else None
+            error = 100 * Z95 * np.sqrt(values * (1 - values) / count)
             axis.errorbar(where, 100 * values, error, color=method_colour(method),
                           label=method_label(method), marker="osD^"[number % 4], elinewidth=0.7,
                           lw=1.4)  # fmt: skip
@@ -255,8 +249,7 @@ def sweep_panels(
             axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             axis.xaxis.set_major_formatter("{x:g}")
             axis.xaxis.set_minor_formatter("")
-    interval = ", 95% interval" if count else ""
-    axes[0].set_ylabel(f"development score (%){interval}")
+    axes[0].set_ylabel("development score (%), 95% interval")
     axes[0].plot([], [], "o", mfc="none", mec="black", ms=12, label="best at the edge: unsettled")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=5)
     return figure
@@ -271,6 +264,65 @@ def change_curve(steps: Sequence[int], changes: Mapping[str, Sequence[float]]) -
     axis.set(xlabel="optimizer step", ylabel="change of log-probability\n(nats a token)")
     axis.legend(loc="upper left", bbox_to_anchor=(0, -0.2))
     return figure
+
+
+def share_sweep(
+    points: Mapping[float, tuple[float, float]],
+    reference: tuple[str, float] | None = None,
+    title: str = "",
+    ylabel: str = "accuracy (%)",
+) -> Figure:
+    """(Score, standard error) by the share kept; `reference` = (label, score) draws a level."""
+    figure, axis = subplots(size=(6.0, 3.6))
+    shares = np.array(sorted(points))
+    values, errors = np.array([points[share] for share in shares]).T
+    style = {"color": PALETTE[0], "marker": "o", "lw": 1.5}
+    axis.errorbar(100 * shares, 100 * values, 100 * Z95 * errors, capsize=4, **style)
+    axis.set_xscale("log")
+    axis.set_xticks(100 * shares, [f"{100 * share:g}" for share in shares])
+    axis.minorticks_off()
+    axis.set(xlabel="share of neurons kept (%)", ylabel=f"{ylabel}, 95% interval", title=title)
+    if reference:
+        axis.axhline(100 * reference[1], color=GREY, ls="--", label=reference[0])
+        axis.legend()
+    return figure
+
+
+def reward_quality(
+    points: Sequence[tuple[str, float, float, float]],
+    levels: Mapping[str, float] | None = None,
+    title: str = "",
+    ylabel: str = "accuracy (%)",
+) -> Figure:
+    """Final score by how well the reward model finds wrong tokens.
+
+    points: those of `reward_points`; levels: label -> score of rows without a reward model.
+    """
+    figure, axis = subplots(size=(7.2, 3.8))
+    for number, (label, area, value, error) in enumerate(sorted(points, key=lambda p: p[1])):
+        style = {"color": PALETTE[number % len(PALETTE)], "marker": "osD^vPX*"[number % 8]}
+        axis.errorbar(area, 100 * value, 100 * Z95 * error, ls="", capsize=4, ms=7,
+                      label=f"{label} ({area:.2f})", **style)  # fmt: skip
+    for number, (label, value) in enumerate((levels or {}).items()):
+        axis.axhline(100 * value, color=GREY, ls=("--", ":")[number % 2], label=label)
+    axis.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    axis.set(xlabel="how well it finds wrong tokens (area under the ROC curve, held-out pairs)",
+             ylabel=f"{ylabel}, 95% interval", title=title)  # fmt: skip
+    return figure
+
+
+def slope_of(points: Sequence[tuple]) -> tuple[float, float, float]:
+    """Points of score per unit of area of `reward_points`, with its 95% interval.
+
+    Least squares weighted by the errors of the scores; NaN where all areas are equal.
+    """
+    areas, scores, errors = np.array([point[1:] for point in points], dtype=float).T
+    if np.ptp(areas) == 0:
+        return (np.nan,) * 3
+    weights = 1 / np.maximum(errors, 1e-9)
+    (slope, _), covariance = np.polyfit(areas, scores, 1, w=weights, cov="unscaled")
+    half = Z95 * covariance[0, 0] ** 0.5
+    return 100 * slope, 100 * (slope - half), 100 * (slope + half)
 
 
 # --- histograms -----------------------------------------------------------------------------------

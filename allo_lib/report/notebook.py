@@ -1,6 +1,5 @@
 """What every notebook does beside the science: computed prose, tables, figures with captions."""
 
-import matplotlib.pyplot as plt
 from IPython.display import HTML, Markdown, display
 from transformers.utils import logging
 
@@ -26,7 +25,6 @@ def draw(figure, caption: str) -> None:
     """Show a figure with its caption."""
     display(figure)
     say(f"*{caption}*")
-    plt.close(figure)
 
 
 def percent(value: float, digits: int = 1) -> str:

@@ -21,7 +21,7 @@ from allo_lib.evaluation.claims import Claim
 from allo_lib.evaluation.comparisons import DOMAINS, INSTRUCTIONS, StudyResults
 from allo_lib.evaluation.stats import held_together
 from allo_lib.evaluation.verdicts import POINTS, RULE
-from allo_lib.report import architectures, figures, tables
+from allo_lib.report import figures, tables
 from allo_lib.report.figure_style import caption_of
 from allo_lib.study import manifest
 
@@ -46,7 +46,7 @@ QUESTIONS = {
     "C10": "Does ALLO cost less than a dense mask?",
 }
 ANSWERS = {"supported": "yes", "contradicted": "no"} | {
-    verdict: verdict for verdict in ("no difference", "undecided")
+    v: v for v in ("no difference", "undecided")
 }
 # The report's figures by what they answer: words, beginnings of their names.
 _GROUPS = (
@@ -107,10 +107,9 @@ def remake(results_dir: str | Path, settings: dict | None = None) -> list[Path]:
     names = settings.get("model", {}).get("architectures", [])
     groups = claims_module.by_architecture(results, names)
     made = [*tables.build(results), tables.claims_table(claims)]
-    made += [architectures.architectures_table(groups)] if groups else []
+    made += [tables.architectures_table(groups)] if groups else []
     paths = tables.write(made, folder / "tables")
-    paths += figures.draw(results, claims, efficiency, folder / "figures")
-    paths += architectures.draw(groups, folder / "figures") if groups else []
+    paths += figures.draw(results, claims, efficiency, groups, folder / "figures")
     return [folder / "claims.csv", *paths]
 
 
@@ -318,7 +317,6 @@ def _profile(folder: Path, settings: dict | None) -> dict:
             groups[words].append(_picture(path))
     return {
         "name": folder.name,
-        "anchor": _anchor(folder.name),
         "note": _NOTE.format(about=_about(folder, claims)),
         "short": _in_short(folder, claims, settings),
         "provenance": _inline(_provenance(folder, settings)),

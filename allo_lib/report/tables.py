@@ -7,12 +7,13 @@ far as the results themselves can tell.
 
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 
 from allo_lib.evaluation import published
+from allo_lib.evaluation.claims import effect_text
 from allo_lib.evaluation.comparisons import (
     NOBODY,
     WIN,
@@ -22,7 +23,7 @@ from allo_lib.evaluation.comparisons import (
     paper_effect,
     was_judged,
 )
-from allo_lib.evaluation.outcomes import AVERAGE, REWARD, replace_file, write_csv
+from allo_lib.evaluation.outcomes import AVERAGE, REWARD, plain, replace_file, write_csv
 from allo_lib.evaluation.published import LABELS, method_label
 from allo_lib.evaluation.stats import Interval
 from allo_lib.evaluation.verdicts import RULE, Claim, corrected_together, p_values
@@ -92,16 +93,7 @@ def rank(column: Sequence[str]) -> list[str]:
     numbers = [float(number[0]) if number else None for number in found]
     best = sorted({number for number in numbers if number is not None}, reverse=True)[:2]
     forms = dict(zip(best, ("**{}**", "<u>{}</u>"), strict=False))
-    return [
-        forms.get(number, "{}").format(cell) for number, cell in zip(numbers, column, strict=True)
-    ]
-
-
-def plain(cell: object) -> object:
-    """Numbers with six decimals; nothing and NaN as an empty cell."""
-    if cell is None or (isinstance(cell, float) and math.isnan(cell)):
-        return ""
-    return f"{cell:z.6f}" if isinstance(cell, float) else cell
+    return [forms.get(n, "{}").format(cell) for n, cell in zip(numbers, column, strict=True)]
 
 
 def change_text(change: Interval | None) -> list[str]:
@@ -129,9 +121,7 @@ def _most(cells: Iterable[Interval | None]) -> int:
 
 def _p_text(p: float | None) -> str:
     """A p-value with three decimals; those below a thousandth as such."""
-    if p is None:
-        return ""
-    return "< 0.001" if p < 0.001 else f"{p:.3f}"
+    return "" if p is None else "< 0.001" if p < 0.001 else f"{p:.3f}"
 
 
 def _ends(cell: Interval | None, *names: str) -> dict[str, object]:
@@ -169,21 +159,21 @@ def how(results: StudyResults, cells: Iterable[Interval | None]) -> str:
     known = [cell for cell in cells if cell]
     models = sorted({seed for cell in known for seed in cell.seeds}) or results.seeds
     seeds, late = (", ".join(map(str, some)) for some in (models, results.left_out))
-    beyond = (
+    more = (
         f" Not counted, beyond the number of models fixed beforehand: seeds {late}." if late else ""
     )
     if few := sorted({cell.seeds for cell in known if len(cell.seeds) < _most(known)}):
         alone = "; ".join(", ".join(map(str, some)) for some in few)
-        beyond += f" {FEWER}: of seeds {alone} alone, so that it compares with no other row."
+        more += f" {FEWER}: of seeds {alone} alone, so that it compares with no other row."
     if len(models) > 1:
         return (
             f"Means over the SFT models of seeds {seeds} (of each over its replicates) ± standard "
             "error over them, or of their problems where that is larger; intervals: Student's t "
-            f"over SFT models, cut at 0 and 100%.{beyond}"
+            f"over SFT models, cut at 0 and 100%.{more}"
         )
     return (
         f"One SFT model (seed {seeds}), which decides nothing: ± standard error over problems; "
-        f"normal intervals.{beyond}"
+        f"normal intervals.{more}"
     )
 
 
@@ -200,6 +190,8 @@ def main_table(results: StudyResults, domain: Domain) -> Table:
     cells = {(method, name): results.score(method, domain.only(name))
              for method, name in product(LABELS, domain.columns)}  # fmt: skip
     records, letters, most = [], {}, _most(cells.values())
+    maths = {*published.MATHS, "math_avg"}  # of which the paper prints one decimal
+    maths |= {AVERAGE} if set(domain.datasets) == set(published.MATHS) else set()
     columns: dict[str, list[str]] = {"method": list(LABELS.values())}
     for method, name in product(LABELS, (*domain.columns, *alone)):
         cell, why = cells.get((method, name)), ""
@@ -211,7 +203,7 @@ def main_table(results: StudyResults, domain: Domain) -> Table:
             if name == last:
                 columns.setdefault(f"{name}: 95% interval", []).append(ends)
         if name in beside:
-            digits = 1 if _of_maths(name, domain) else 2
+            digits = 1 if name in maths else 2
             heading = published.AVERAGES[name] if name in alone else f"{name} (paper)"
             columns.setdefault(heading, []).append(f"{100 * beside[name][method]:.{digits}f}")
         paper = {"published": beside.get(name, {}).get(method), "reason": why}
@@ -233,22 +225,14 @@ def main_table(results: StudyResults, domain: Domain) -> Table:
     )
 
 
-def _of_maths(name: str, domain: Domain) -> bool:
-    """Whether the paper prints one decimal of it and not two."""
-    if name == AVERAGE:
-        return set(domain.datasets) == set(published.MATHS)
-    return name in (*published.MATHS, "math_avg")
-
-
 def reason(results: StudyResults, method: str, dataset: str, domain: Domain) -> str:
     """Why `method` has no score on a data set of the domain (or on `average`), in words."""
     if domain.prefix == REWARD and method in _PAIRS:
         return _PAIRS[method]
     here = results.datasets_of(method, domain)
-    if domain.prefix == WIN and not was_judged(results.index, domain):
-        if any(key[1] == method and key[2] in domain.datasets for key in results.index):
-            return NOBODY
-        here = []
+    replied = any(key[1] == method and key[2] in domain.datasets for key in results.index)
+    if domain.prefix == WIN and replied and not was_judged(results.index, domain):
+        return NOBODY
     if not here:
         elsewhere = method in results.methods
         return "run on other domains only" if elsewhere else "not among the methods of this run"
@@ -362,33 +346,30 @@ class Comparison:
 
 def compare_rows(results: StudyResults) -> list[Comparison]:
     """Every comparison of METHOD with a row of the main tables, each family corrected by Holm."""
-    found = [
-        _compared(results, domain, dataset, baseline)
-        for domain in results.domains
-        for dataset, baseline in product(domain.columns, LABELS)
-        if baseline != METHOD
-    ]
+    found, others = [], [name for name in LABELS if name != METHOD]
+    for domain in results.domains:
+        here = results.on(domain)
+        for dataset, baseline in product(domain.columns, others):
+            part, missing = domain.only(dataset), ""
+            interval = here.compare(METHOD, baseline, part)
+            if interval is None:
+                whole = here.datasets_of(METHOD, part) == list(part.datasets)
+                lacking = baseline if whole else METHOD
+                missing = f"{lacking}: {reason(here, lacking, dataset, domain)}"
+            family = AVERAGES if dataset == domain.columns[-1] else SINGLE
+            claim = Claim(
+                f"{domain.name} {dataset} {baseline}", "", unit=domain.unit,
+                **_ends(interval, "effect", "ci_low", "ci_high"),
+                p=p_values(interval, domain.unit, models=here.models),
+                paper=paper_effect(METHOD, baseline, part),
+            )  # fmt: skip
+            own = domain.name, dataset, baseline, family, interval, claim, missing
+            found.append(Comparison(*own))
     decided = {}
     for family in (AVERAGES, SINGLE):
         claims = corrected_together([one.claim for one in found if one.family == family])
         decided |= {claim.id: claim for claim in claims}
     return [replace(one, claim=decided[one.claim.id]) for one in found]
-
-
-def _compared(results: StudyResults, domain: Domain, dataset: str, baseline: str) -> Comparison:
-    part, missing, results = domain.only(dataset), "", results.on(domain)
-    interval = results.compare(METHOD, baseline, part)
-    if interval is None:
-        whole = results.datasets_of(METHOD, part) == list(part.datasets)
-        lacking = baseline if whole else METHOD
-        missing = f"{lacking}: {reason(results, lacking, dataset, domain)}"
-    family = AVERAGES if dataset == domain.columns[-1] else SINGLE
-    claim = Claim(
-        f"{domain.name} {dataset} {baseline}", "", **_ends(interval, "effect", "ci_low", "ci_high"),
-        p=p_values(interval, domain.unit, models=results.models),
-        paper=paper_effect(METHOD, baseline, part), unit=domain.unit,
-    )  # fmt: skip
-    return Comparison(domain.name, dataset, baseline, family, interval, claim, missing)
 
 
 def row_comparisons(results: StudyResults) -> Table:
@@ -445,5 +426,24 @@ def claims_table(claims: Sequence[Claim]) -> Table:
         "measured, or on fewer SFT models than were fixed beforehand, are left out, and so are "
         "verdicts that rest on no p.",
         ["id", "family", "p", "p, Holm", "p size", "p size, Holm", "verdict"],
+        *split(rows),
+    )
+
+
+def architectures_table(groups: Mapping[str, Sequence[Claim]]) -> Table:
+    """`architectures.csv` and `.md`: the effects on the models of each (`by_architecture`)."""
+    rows = []
+    for name, claims in groups.items():
+        for claim in claims:
+            ends = {"ci_low": claim.ci_low, "ci_high": claim.ci_high}
+            record = {"architecture": name, "id": claim.id, "effect": claim.effect, **ends}
+            texts = [name, claim.id, claim.claim, *effect_text(claim)]
+            rows.append((record, texts if claim.ci_low is not None else []))
+    return Table(
+        "architectures",
+        "The claims on each architecture",
+        "Effects with 95% intervals over the SFT models of an architecture, those of one claim's "
+        "parts held together; not corrected for their number, so that they have no verdicts.",
+        ["architecture", "id", "claim", "effect", "95% interval"],
         *split(rows),
     )

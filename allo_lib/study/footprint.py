@@ -275,7 +275,7 @@ def passes_of(parts: Sequence[Encoded], config: AlignConfig, stages, shape: Shap
     both = zip(parts[0].rows, parts[0].corrections, strict=True)
     fitting = [(row["prompt"] + row["rejected"], *rows) for row, rows in both if rows]
     rejected = [len(row) for row, _, _ in fitting]
-    learnt, read = ([_length(rows[i]) for rows in fitting] for i in (1, 2))
+    learnt, read = ([sum(map(len, rows[i].values())) for rows in fitting] for i in (1, 2))
     epochs, tried, trained = config.epochs, config.search, set(TRAINED) & set(stages)
     forgets, unseen = "forgetting" in stages, held_out + development
     # name, tokens of each row, epochs (0: without gradients), how often, whether it is made
@@ -303,10 +303,6 @@ def passes_of(parts: Sequence[Encoded], config: AlignConfig, stages, shape: Shap
         label = name if times == 1 else f"{name} x {times}"
         passes.append(Pass(label, len(rows), steps * times, tokens, flops))
     return passes
-
-
-def _length(row: dict) -> int:
-    return len(row["prompt"]) + len(row["response"])
 
 
 def _pair_length(row: dict) -> int:

@@ -6,7 +6,7 @@ order of the data; "half_a" and "half_b" see the first and the second half of th
 estimators: "gradient" (sum of |dL/dtheta| over batches, no update made) and "magnitude" (|theta|).
 """
 
-from functools import lru_cache
+from functools import lru_cache, partial
 from math import prod
 from pathlib import Path
 
@@ -20,10 +20,12 @@ from allo_lib.engine import rewriter
 from allo_lib.engine.store import Artifact, write_json
 from allo_lib.engine.trainer import Schedule
 from allo_lib.errors import AlloError
+from allo_lib.evaluation.claims import REWARD_MODELS
 from allo_lib.machine import weights
 from allo_lib.method.neurons import NeuronMask
 from allo_lib.profiles.methods import Stage
 from allo_lib.seeds import derive
+from allo_lib.study import scoring
 
 VARIANTS = ("delta", "order", "half_a", "half_b", "gradient", "magnitude")
 
@@ -48,8 +50,7 @@ class Importance:
             "variant": variant,
             "method": [self.profile.method.beta, self.profile.method.warmup_rate_factor],
         }
-        make = lambda folder: self._make_scores(name, variant, folder)  # noqa: E731
-        return self._kept("scores", inputs, make, name)
+        return self._kept("scores", inputs, partial(self._make_scores, name, variant), name)
 
     def _make_scores(self, name: str, variant: str, folder: Path) -> None:
         rows = self.encoded(name, "mask")
@@ -116,7 +117,7 @@ class Importance:
             "pairs": self.pairs(name).key,
             "quality": quality,
         }
-        make = lambda folder: self._make_reward_model(name, quality, folder)  # noqa: E731
+        make = partial(self._make_reward_model, name, quality)
         return self._kept("reward_model", inputs, make, name)
 
     def _make_reward_model(self, name: str, quality: str, folder: Path) -> None:
@@ -129,8 +130,7 @@ class Importance:
         begun = self.checkpoints(folder, "rewriter")
         log = self._supervise(rows, settings, label, self.context, begun)
         weights.save(self.model, folder / "model.safetensors")
-        record = {"loss": log.loss, "examples": len(rows), "tokens": log.tokens}
-        write_json(folder / "record.json", record)
+        write_json(folder / "record.json", {"loss": log.loss, "examples": len(rows)})
 
     @lru_cache
     def keep_probabilities(
@@ -242,3 +242,19 @@ def separation(study, name: str, quality: str, split: str = "heldout") -> dict[s
         "selected": float(selected.mean()),
         "found": float(selected[wrong].mean()),
     }
+
+
+def reward_points(study, name: str, found: dict[str, dict]) -> list[tuple]:
+    """(label, area under the ROC curve, score, standard error) of those of REWARD_MODELS.
+
+    Empty where no generator knows the wrong tokens. The oracle's area is 1 by construction.
+    """
+    if not hasattr(study.task(name), "wrong_tokens"):
+        return []
+    points = []
+    for row, (quality, label) in REWARD_MODELS.items():
+        if row in found:
+            oracle = quality == "oracle"
+            area = 1.0 if oracle else separation(study, name, quality)["auc"]
+            points.append((label, area, *scoring.score_of(found[row])))
+    return points

@@ -72,7 +72,7 @@ def win_rate(
 # --- the benchmarks' own files -------------------------------------------------------------------
 
 
-def write_outputs(dataset: str, folder: Path, rows: Sequence[dict], texts: Texts) -> list[Path]:
+def write_outputs(dataset: str, folder: Path, rows: Sequence[dict], texts: Texts) -> None:
     """Write the replies to "alpaca_eval" or "arena_hard" in that benchmark's own format.
 
     AlpacaEval: `<method>.json` (a `model_outputs.json`). Arena-Hard: `question.jsonl` and
@@ -111,7 +111,6 @@ def write_outputs(dataset: str, folder: Path, rows: Sequence[dict], texts: Texts
         made[f"model_answer/{ARENA_BASELINE}.jsonl"] = made[f"model_answer/{first}.jsonl"]
     for name, text in made.items():
         replace_file(folder / name, text.encode("ascii"))
-    return [folder / name for name in made]
 
 
 def _lines(values) -> str:
@@ -292,16 +291,10 @@ def folder_of(study, name: str) -> Path:
     return study.results_dir / "instructions" / f"seed{study.seed}" / name
 
 
-def write_replies(study, name: str, results: dict[str, dict]) -> None:
-    """Write all replies in the formats of AlpacaEval and Arena-Hard (`write_outputs`), each data
-    set's into a folder in `folder_of`."""
-    for dataset, by_method in replies(study, name, results).items():
-        folder, rows = folder_of(study, name) / dataset, scoring.chosen(study, name)[dataset]
-        write_outputs(dataset, folder, rows, _texts(by_method))
-
-
 def reply_rows(study, name: str, results: dict[str, dict]) -> list[Measurement]:
     """All rows of `measurements.csv` that the replies of a domain's methods give.
+
+    Before, the replies are written into `folder_of`, in a folder for each data set.
 
     Of every method and of the SFT model, on each data set: `response_characters` (their mean) and
     `response_cut` (the share that had not ended). With a judge also `win_rate` against the SFT
@@ -313,6 +306,8 @@ def reply_rows(study, name: str, results: dict[str, dict]) -> list[Measurement]:
     found, seed = [], study.seed
     by_dataset = replies(study, name, results)
     for dataset, by_method in by_dataset.items():
+        asked = scoring.chosen(study, name)[dataset]
+        write_outputs(dataset, folder_of(study, name) / dataset, asked, _texts(by_method))
         for method, rows in by_method.items():
             lengths, n = [len(row[2].strip()) for row in rows], len(rows)
             mean, error = float(np.mean(lengths)), float(np.std(lengths)) / n**0.5

@@ -68,16 +68,13 @@ def read(results: Path) -> dict | None:
 
 def owner(folder: Path) -> dict | None:
     """`profile` and `profile_hash` of an unfinished run, which has no manifest yet; or None."""
-    with contextlib.suppress(ValueError, OSError):
-        return json.loads((folder / STORE / OWNER).read_text(encoding="utf-8"))
-    return None
+    return read_json(folder / STORE / OWNER)
 
 
 def own(folder: Path, profile) -> None:
     """Leave in the folder's store whose it is."""
     mine = {"profile": profile.name, "profile_hash": profile.hash()}
     if owner(folder) != mine:
-        (folder / STORE / OWNER).parent.mkdir(parents=True, exist_ok=True)
         write_json(folder / STORE / OWNER, mine)
 
 
@@ -89,6 +86,13 @@ def check_folder(folder: Path, profile) -> None:
             f"{folder} holds results of profile hash {found['profile_hash'][:12]}, but this run's "
             f"is {profile.hash()[:12]}: choose another --out, or replace these results with --fresh"
         )
+
+
+def read_json(path: Path) -> dict | None:
+    """The content of a JSON file; None where there is none, or half of one."""
+    with contextlib.suppress(OSError, ValueError):
+        return json.loads(path.read_text(encoding="utf-8"))
+    return None
 
 
 def write_json(path: Path, value) -> None:
@@ -129,10 +133,9 @@ def process_seconds(results: Path) -> int:
     where that is more. Seconds of notebooks miss what an earlier run made that was stopped."""
     seconds = 0.0
     for path in (results / STORE).glob(f"*/[!.]*/{NAME}"):
-        with contextlib.suppress(ValueError, OSError, KeyError):  # one that is being written
-            made = json.loads(path.read_text(encoding="utf-8"))
-            # A candidate is made within a result, whose seconds hold its own.
-            seconds += made["seconds"] if made["kind"] != "candidate" else 0
+        made = read_json(path) or {}  # of one that is being written
+        # A candidate is made within a result, whose seconds hold its own.
+        seconds += made.get("seconds", 0) if made.get("kind") != "candidate" else 0
     return max(round(seconds), (read(results) or {}).get("process_seconds", 0))
 
 
@@ -170,21 +173,16 @@ def noted(results: Path) -> dict:
     before = read(results) or {}
     kinds = WEIGHTS, DATA, CELLS, AGAIN, COMMITS
     notes = {kind: collect(results / STORE, kind) for kind in kinds}
-    again, commits = (
-        before.get(key, {}) | notes[kind]
-        for key, kind in (("trained_again", AGAIN), ("trained_at", COMMITS))
-    )
     every = *before.get("weights", []), *notes[WEIGHTS].values()
     models = {one.get("name"): one for one in every}
-    return (
-        {
-            "weights": list(models.values()),
-            "data": before.get("data", {}) | notes[DATA],
-            "cells": with_cells(before.get("cells", {}), notes[CELLS]),
-        }
-        | ({"trained_again": again} if again else {})
-        | ({"trained_at": commits} if commits else {})
-    )
+    found = {
+        "weights": list(models.values()),
+        "data": before.get("data", {}) | notes[DATA],
+        "cells": with_cells(before.get("cells", {}), notes[CELLS]),
+        "trained_again": before.get("trained_again", {}) | notes[AGAIN],
+        "trained_at": before.get("trained_at", {}) | notes[COMMITS],
+    }
+    return {key: value for key, value in found.items() if value or not key.startswith("trained")}
 
 
 def commit_of(root: Path) -> dict:
@@ -208,7 +206,6 @@ def leave(store: Store, name: str, value: Any) -> None:
     """Write a note, whole or not at all: other processes read it while this one writes. None where
     the store is only read."""
     if not store.reading:
-        (store.folder / FOLDER).mkdir(parents=True, exist_ok=True)
         write_json(store.folder / FOLDER / f"{name}.json", value)
 
 
@@ -230,11 +227,9 @@ def leave_data(store: Store, results: Path, name: str, summary: dict[str, dict])
 
 def collect(store: Path, prefix: str) -> dict[str, Any]:
     """Notes whose names start with `prefix`, by the rest of their names; unreadable ones not."""
-    notes: dict[str, Any] = {}
-    for path in sorted((store / FOLDER).glob(f"{prefix}*.json")):
-        with contextlib.suppress(ValueError, OSError):
-            notes[path.stem.removeprefix(prefix)] = json.loads(path.read_text(encoding="utf-8"))
-    return notes
+    paths = sorted((store / FOLDER).glob(f"{prefix}*.json"))
+    notes = {path.stem.removeprefix(prefix): read_json(path) for path in paths}
+    return {name: note for name, note in notes.items() if note is not None}
 
 
 def cells_of(runs: list[dict[str, dict[str, Any]]]) -> dict[str, list[str]]:

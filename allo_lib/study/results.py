@@ -42,11 +42,16 @@ def update(study: Study, seeds: list[int]) -> list[Measurement]:
     # Only now: another process may have written while this one trained.
     rows = outcomes.read_measurements(path) if path.is_file() else []
     answers = outcomes.read(target)
+    ours = datasets_of(study)
     for of_seed in studies:
-        rows = outcomes.merge_measurements(rows, seed_rows(of_seed), datasets_of(study))
+        rows = [
+            row
+            for row in rows
+            if row.seed != of_seed.seed or (ours is not None and row.dataset not in ours)
+        ]
+        rows += seed_rows(of_seed)
         for name in domains_of(of_seed):
             answers = outcomes.merge(answers, outcomes_of(of_seed, name))
-    path.parent.mkdir(parents=True, exist_ok=True)
     if len(answers):
         outcomes.write(target, answers)
     outcomes.write_measurements(path, rows)
@@ -79,7 +84,6 @@ def seed_rows(study: Study) -> list[Measurement]:
                 for run in runs
             ]
         )
-        judges.write_replies(study, name, runs[0])
         rows += judges.reply_rows(study, name, runs[0])
         rows += overlap_rows(study, name)
         made_by = {one.get("commit") or manifest.UNKNOWN for run in runs for one in run.values()}

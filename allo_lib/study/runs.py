@@ -11,11 +11,10 @@ rates, which a profile takes by `tuned: NAME` in a domain from `profiles/rates/N
 another reward model, density or official detail takes ALLO's own rates (`methods.tuned_as`).
 """
 
-import contextlib
 import math
 import os
 import sys
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from graphlib import TopologicalSorter
 from pathlib import Path
@@ -25,16 +24,15 @@ import pandas as pd
 import yaml
 from tqdm import tqdm
 
-from allo_lib.engine.store import NotMade
 from allo_lib.errors import AlloError
 from allo_lib.evaluation import outcomes
 from allo_lib.machine.environment import ROOT
 from allo_lib.machine.runtime import fork_server, give_back_freed_memory, leave_with_parent
 from allo_lib.method.losses import ON_POLICY
 from allo_lib.profiles.config import Profile
-from allo_lib.profiles.methods import knob_of, stages_of, tuned_as
+from allo_lib.profiles.methods import stages_of, tuned_as
 from allo_lib.study import scoring, training
-from allo_lib.study.search import Found, Rates, proposals
+from allo_lib.study.search import proposals
 from allo_lib.study.study import Study
 
 Run = tuple[Study, str, str]  # a seed's study, at one of its replicates; domain, method
@@ -90,17 +88,12 @@ def missing(study: Study) -> list[str]:
         lacking = [
             method
             for method in methods_of(study, name)
-            if not all(_is_there(study.at(r), name, method) for r in study.replicates_of(method))
+            if not all(
+                training.is_done(study.at(r), name, method) for r in study.replicates_of(method)
+            )
         ]
         lines.append(f"seed {study.seed}, {name}: methods {', '.join(lacking) or 'none'}")
     return lines
-
-
-def _is_there(study: Study, name: str, method: str) -> bool:
-    """Whether the store has a result; of a domain without an SFT model it has none."""
-    with study.store.only_reading(), contextlib.suppress(NotMade):
-        return training.is_done(study, name, method)
-    return False
 
 
 # --- side by side --------------------------------------------------------------------------------
@@ -123,9 +116,9 @@ def fill(requested: Iterable[Run]) -> None:
     before: dict[Run, list[Run]] = {}
 
     def add(run: Run) -> None:
-        if run not in before and not _is_there(*run):
+        if run not in before and not training.is_done(*run):
             other = training.run_before(*run)
-            before[run] = [other] if other and not _is_there(*other) else []
+            before[run] = [other] if other and not training.is_done(*other) else []
             for needed in before[run]:
                 add(needed)
 
@@ -191,10 +184,10 @@ def side_by_side(
         order.prepare()
         try:
             while order.is_active():
-                running |= {
-                    pool.submit(_in_worker, work, _opened_by(study), *rest): (study, *rest)
-                    for study, *rest in order.get_ready()
-                }
+                for study, *rest in order.get_ready():
+                    opened_by = study.profile, study.seed, study.results_dir, study.data_dir
+                    future = pool.submit(_in_worker, work, opened_by, study.replicate, *rest)
+                    running[future] = (study, *rest)
                 for future in wait(running, return_when=FIRST_COMPLETED).done:
                     job = running.pop(future)
                     done(job, future.result())
@@ -204,17 +197,11 @@ def side_by_side(
     return found
 
 
-def _opened_by(study: Study) -> tuple:
-    """What a worker opens the same study by."""
-    opened_by = study.profile, study.seed, str(study.results_dir), study.data_dir
-    return opened_by, study.replicate
-
-
 _STUDY: dict[tuple, Study] = {}  # in a worker: the study that it opened last
 
 
-def _in_worker(work: Callable, opened_by: tuple, *arguments):
-    (profile, *rest), replicate = opened_by
+def _in_worker(work: Callable, opened_by: tuple, replicate: int, *arguments):
+    profile, *rest = opened_by
     key = (profile.hash(), *rest)
     if key not in _STUDY:
         _STUDY.clear()
@@ -238,12 +225,13 @@ def tune(profile: Profile, seeds: tuple[int, ...], folder: Path, data: str | Non
     # The first seed has every method, whatever later ones lack.
     first = Study(profile, profile.first_seed, folder, data)
     prepare_all((study, name, ("dev",)) for study in studies for name in profile.domains)
-    searches = {
-        (name, method): _search_of(studies[0], name, method)
-        for name in profile.domains
-        for method in methods_of(first, name)
-        if stages_of(method, profile) and method == tuned_as(method)
-    }
+    searches = {}
+    for name in profile.domains:
+        for method in methods_of(first, name):
+            if (stages := stages_of(method, profile)) and method == tuned_as(method):
+                start = training.initial_rates(studies[0], name, stages, knob=True)
+                budget = profile.search.factor, profile.search.candidates
+                searches[name, method] = proposals(start, *budget, len(start) > len(stages))
     wanted = {which: next(going) for which, going in searches.items()}
     found, rows = {}, []
     while wanted:
@@ -313,10 +301,3 @@ def tried(study: Study, name: str, found: Mapping[str, dict]) -> tuple[dict[str,
         best.setdefault(method, []).append(record)
     own = {method: best[tuned_as(method)] for method in found if tuned_as(method) in best}
     return own, count * table["model"].nunique()
-
-
-def _search_of(study: Study, name: str, method: str) -> Generator[list[Rates], dict, Found]:
-    """The search of a method's rates, and of its second knob if it has one (`proposals`)."""
-    stages, settings = stages_of(method, study.profile), study.profile.search
-    start = training.initial_rates(study, name, stages, knob=True)
-    return proposals(start, settings.factor, settings.candidates, knob_of(stages) is not None)

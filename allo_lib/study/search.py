@@ -54,12 +54,7 @@ def search(
     """Train and score exactly `candidates` models (one without rates); returns them in order.
 
     The arguments are those of `proposals`.
-
-    Raises:
-        AlloError: fewer than one candidate, or a factor not above 1.
     """
-    if candidates < 1:
-        raise AlloError(f"search.candidates is {candidates}, expected 1 or more")
     if not initial:
         return [Trial((), evaluate(()))]
     tried: list[Trial] = []

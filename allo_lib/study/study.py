@@ -13,8 +13,10 @@ from pathlib import Path
 import torch
 
 from allo_lib.allo import run_stage
+from allo_lib.data import miniature
+from allo_lib.data.benchmarks import data_hash, load_rows
 from allo_lib.data.pairs import Pairs, make_pairs, train_split
-from allo_lib.data.tasks import open_task
+from allo_lib.data.tasks import Miniature, RealQuestions
 from allo_lib.engine import models, reference
 from allo_lib.engine.encoding import encode_demonstration, encode_pairs, encode_response
 from allo_lib.engine.forward import pair_logps
@@ -129,8 +131,6 @@ class Study(Importance):
 
     def _new_model(self):
         """The miniature's model, untrained, and its tokenizer."""
-        from allo_lib.data import miniature
-
         settings, tokenizer = self.profile.model, miniature.tokenizer()
         sizes = ("width", "layers", "heads", "feed_forward", "context", "initializer_range")
         model = models.micro_llama(
@@ -197,7 +197,9 @@ class Study(Importance):
         domain = self.domain(name)
         if domain.kind == "preferences":
             return None
-        return open_task(domain, self.seed, self.data_dir)
+        if domain.kind == "miniature":
+            return Miniature(domain, self.seed)
+        return RealQuestions(domain, self.seed, self.data_dir)
 
     @property
     def plain(self) -> bool:
@@ -231,8 +233,6 @@ class Study(Importance):
         domain = self.domain(name)
         if domain.kind == "miniature":
             return "generated"
-        from allo_lib.data.benchmarks import data_hash, load_rows
-
         parts = {(d, s): load_rows(d, s, self.data_dir) for d in domain.datasets
                  for s in ("train", "test")}  # fmt: skip
         manifest.leave_data(self.store, self.results_dir, name, {
@@ -271,8 +271,7 @@ class Study(Importance):
             label, begun = f"{name}, {phase}", self.checkpoints(folder, phase)
             log = self._supervise(rows, settings, label, domain.max_length, begun)
             long = sum(sum(map(len, row.values())) > domain.max_length for row in rows)
-            record[phase] = {"loss": log.loss, "seconds": log.seconds, "tokens": log.tokens,
-                             "watch": log.metrics, "left_out": long}  # fmt: skip
+            record[phase] = {"loss": log.loss, "seconds": log.seconds, "left_out": long}
         weights.save(self.model, folder / "model.safetensors")
         write_json(folder / "record.json", record)
 

@@ -111,6 +111,7 @@ class OwnSteps:
         self.loss = objective("dpo", beta=beta)
         kind = DenseMaskedAdamW if variant == "dense_masked" else MaskedAdamW
         self.optimizer = kind(model, mask, lr=lr)
+        self.state_bytes = self.optimizer.state_bytes
 
     def run(self, warm_up: int, steps: int, begun=lambda: None) -> float:
         """Seconds of `steps` steps after `warm_up` others; `begun` is called between them."""
@@ -126,10 +127,6 @@ class OwnSteps:
             self._step()
         wait_for(self.model.device)
         return time.perf_counter() - start
-
-    def state_bytes(self) -> int:
-        """Bytes of optimizer state, packed or dense gradient included."""
-        return self.optimizer.state_bytes()
 
     def _step(self) -> None:
         batch = to_device(pair_batch(self.rows, self.layout), self.model)

@@ -1,5 +1,6 @@
 """Training and measuring the methods: every candidate of a search, and the result of a method."""
 
+import contextlib
 import itertools
 from collections.abc import Callable
 from dataclasses import asdict
@@ -9,7 +10,7 @@ from pathlib import Path
 from allo_lib import allo
 from allo_lib.engine import on_policy
 from allo_lib.engine.encoding import encode_demonstration
-from allo_lib.engine.store import MANIFEST, Artifact, write_json
+from allo_lib.engine.store import MANIFEST, Artifact, NotMade, write_json
 from allo_lib.engine.trainer import Diverged, Log, Schedule
 from allo_lib.errors import AlloError
 from allo_lib.machine import weights
@@ -53,8 +54,10 @@ def result(study: Study, name: str, method: str) -> dict:
 
 
 def is_done(study: Study, name: str, method: str) -> bool:
-    """Whether `result` can be read from the store."""
-    return study.store.has("result", _method_inputs(study, name, method))
+    """Whether the store has this `result`; of a domain without an SFT model it has none."""
+    with study.store.only_reading(), contextlib.suppress(NotMade):
+        return study.store.has("result", _method_inputs(study, name, method))
+    return False
 
 
 def trained_model(study: Study, name: str, method: str):
@@ -290,7 +293,6 @@ def _make_candidate(study: Study, name: str, stages: Stages, rates: Rates, folde
         "stages": [stage.settings() for stage in stages],
         "loss": [log.loss for log in logs],
         "watch": [log.metrics for log in logs],
-        "tokens": [log.tokens for log in logs],
         "train_margin": sum(last) / len(last) if last else None,  # of the last quarter
         "displacement": weights.displacement(model, start),
         "dev": scoring.dev_score(study, name, model),
@@ -344,7 +346,11 @@ def _train_stage(study, name, stages, number: int, rate, knob, masters: dict, fo
         token_weights = study.forgetting_weights(name, stage)
         return allo.forget(study.model, rows, token_weights, schedule, **settings)
     if stage.objective == "learning":
-        keys = _fixed_keys(study, name, stage)
+        keys = None  # from the policy at every step; the others are chosen once, before training
+        if stage.key == "oracle":
+            keys = study.oracle_tokens(name, study.train)
+        elif stage.key == "random":
+            keys = study.random_keys(name, stage.key_share)
         return allo.learn(study.model, rows, schedule, keys, **settings)
     return allo.run_stage(study.model, rows, stage.objective, schedule, **settings)
 
@@ -353,13 +359,7 @@ def _train_on_policy(
     study: Study, name: str, objective: str, schedule: Schedule, **settings
 ) -> Log:
     """The same for stages that sample their responses: to the questions of the training pairs."""
-    task = study.task(name)
-    if task is None:
-        raise AlloError(
-            f"{name}, {objective}: no verifier, and it is rewarded for right answers; leave the "
-            "method out of this domain"
-        )
-    known = study.pair_questions(name)
+    task, known = study.task(name), study.pair_questions(name)
     questions = [known[row["id"]] for row in study.pairs(name).rows[study.train]]
 
     def reward(number: int, response) -> float:
@@ -415,12 +415,3 @@ def _solution_rows(study: Study, name: str, objective: str) -> list[dict]:
     rows = (encode_demonstration(study.tokenizer, prompt, text) for prompt, text in texts)
     fit = (r for r in rows if len(r["prompt"]) + len(r["response"]) <= domain.max_length)
     return list(itertools.islice(fit, len(pairs)))
-
-
-def _fixed_keys(study: Study, name: str, stage: Stage) -> list[list[float]] | None:
-    """Key tokens chosen once, before training; None: from the policy at every step."""
-    if stage.key == "policy":
-        return None
-    if stage.key == "oracle":
-        return study.oracle_tokens(name, study.train)
-    return study.random_keys(name, stage.key_share)

@@ -7,21 +7,11 @@ import torch
 from refusals import refused
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from test_bad_models import PAIRS, QUICK, words
-from tiny_models import VOCABULARY, tiny_llama
-from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
+from test_bad_models import PAIRS, QUICK
+from tiny_models import ROUTED, made, tiny_llama, words
+from transformers import AutoModelForCausalLM
 
 from allo_lib import align, delta, load_aligned, merge
-
-
-def mixtral():
-    torch.manual_seed(0)
-    config = MixtralConfig(
-        vocab_size=VOCABULARY, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
-        num_attention_heads=2, num_key_value_heads=2, max_position_embeddings=64,
-        num_local_experts=4, pad_token_id=0, eos_token_id=1, bos_token_id=2,
-    )  # fmt: skip
-    return MixtralForCausalLM(config).bfloat16()
 
 
 @torch.no_grad()
@@ -42,9 +32,10 @@ def write(folder, model, change=every_tenth):
     return base, result, folder / delta.NAME
 
 
-@pytest.mark.parametrize(
-    "make", [lambda: tiny_llama(tied=True, dtype=torch.float16), tiny_llama, mixtral]
-)
+@pytest.mark.parametrize("make", [
+    lambda: tiny_llama(tied=True, dtype=torch.float16), tiny_llama,
+    lambda: made("mixtral", **ROUTED).bfloat16(),
+])  # fmt: skip
 def test_applied_to_its_base_it_gives_the_same_bytes(make, tmp_path):
     base, result, path = write(tmp_path, make())
     # Of experts, too, tensors have the names of their checkpoint.

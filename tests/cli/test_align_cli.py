@@ -8,8 +8,7 @@ import datasets
 import pytest
 import torch
 from refusals import assert_one_line, refused
-from test_bad_models import words
-from tiny_models import tiny_llama
+from tiny_models import tiny_llama, words
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from allo_lib import delta, select_neurons

@@ -52,24 +52,6 @@ def test_what_is_typed_becomes_a_run(typed, tmp_path, monkeypatch):
     assert typed("tiny")[1].data == tmp_path / "data"
 
 
-@pytest.mark.parametrize(
-    ("text", "value"),
-    [
-        ("3", 3),
-        ("-0.5", -0.5),
-        ("true", True),
-        ("top", "top"),
-        ("null", None),
-        ("[0.1, b]", [0.1, "b"]),
-        ("$(touch ran)", "$(touch ran)"),
-        ("__import__('os').system('false')", "__import__('os').system('false')"),
-    ],
-)
-def test_values_are_plain_data(text, value):
-    read = cli.parse_value("name", text)
-    assert read == value and type(read) is type(value)
-
-
 @pytest.mark.parametrize(("typed", "passed"), [([], ["-m", "not slow"]), (["-x"], ["-x"])])
 def test_the_quick_tests_are_run_unless_others_are_named(typed, passed, monkeypatch):
     ran = []
@@ -108,13 +90,10 @@ REFUSED = [
     ("-p method.beta=1", "-p expected 2 arguments"),
     ("--rerun", "unrecognized arguments: --rerun"),
     ("--fresh --only 00", "leave out --only and --domains"),
-    # Values that look like code, or like structure.
+    # Values that look like code.
     ("-p method.beta $(ran)", "beta: got '$(ran)', expected a valid number"),
     ("-p method.beta `ran`", "-p 'method.beta' '`ran`': no value ("),
     ("-p method.beta !!python/name:os.system", "could not determine a constructor for the tag"),
-    ("-p methods " + "[" * 3000, "it is nested too deeply; expected a few levels"),
-    ("-p description \x1b[31m", "special characters are not allowed"),
-    ("-p description 2026-02-30", "no value (day is out of range"),
     # Names of keys, and of methods.
     ("-p hat 3", "unknown key 'hat'; expected one of ablations, "),
     ("-p a\nb 1", "unknown key 'a\\nb'"),
@@ -146,7 +125,7 @@ def test_a_bad_command_line_is_refused(typed, arguments, problem, tmp_path, caps
         (["status", "toy.yaml", "--minutes", "9"], "unrecognized arguments: --minutes 9"),
         (["status", "toy.yaml", "--out="], f"--out {EMPTY}"),
         (["verify", "toy.yaml", "--out", "empty"], "has no manifest.json"),
-        (["figures", "toy.yaml", "--out", "empty"], "holds no measurements.csv"),
+        (["figures", "--out", "empty"], "empty holds no measurements.csv: run the profile first"),
         (["figures", "toy.yaml"], "results/toy holds no measurements.csv"),
         (
             ["tune", "toy.yaml", "--seeds", "0", "--out", "new"],

@@ -15,12 +15,13 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 from real_like import write_data, write_model
+from refusals import stamps
 from tiny_study import DOMAIN, PROFILE, open_study
 
 from allo_lib.evaluation import claims, outcomes, published
 from allo_lib.profiles.methods import stages_of
-from allo_lib.report import ablation_figures, notebook
-from allo_lib.study import runs, scoring
+from allo_lib.report import notebook
+from allo_lib.study import importance, runs, scoring
 
 ROOT = conftest.ROOT
 NOTEBOOKS = sorted(path.with_suffix("") for path in (ROOT / "notebooks").glob("*.py"))
@@ -140,7 +141,7 @@ def test_05_draws_what_was_trained_and_tells_what_was_not(asked, tmp_path, monke
     points = [("early", 0.7, 0.7, 0.05), ("trained", 0.9, 0.8, 0.05)]
     for place, name, value in (
         (runs, "run_methods", {DOMAIN: found}),
-        (ablation_figures, "reward_points", points if asked == "all" else []),
+        (importance, "reward_points", points if asked == "all" else []),
         (scoring, "dev_count", 40),
     ):
         monkeypatch.setattr(place, name, lambda *_, value=value: value)
@@ -165,16 +166,6 @@ def command(*arguments, cwd=ROOT) -> subprocess.CompletedProcess:
 
 def driver(*arguments):
     return command("-m", "allo_lib.cli.cli", *arguments)
-
-
-def contents(folder: Path) -> dict[str, tuple[str, int]]:
-    return {
-        str(path.relative_to(folder)): (
-            hashlib.sha256(path.read_bytes()).hexdigest(), path.stat().st_mtime_ns
-        )
-        for path in folder.rglob("*")
-        if path.is_file()
-    }  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -224,18 +215,19 @@ def test_everything_that_was_promised_is_there_and_of_this_run(whole):
 
     manifest = json.loads((folder / "manifest.json").read_text())
     assert manifest["profile_hash"] == study.profile.hash()
-    expected = {name: digest for name, (digest, _) in contents(folder).items()
-                if not name.startswith(".store") and name != "manifest.json"}  # fmt: skip
+    shown = {name: data for name, (data, _) in stamps(folder).items()
+             if not name.startswith(".store") and name != "manifest.json"}  # fmt: skip
+    expected = {name: hashlib.sha256(data).hexdigest() for name, data in shown.items()}
     assert manifest["files"] == expected
 
 
 @pytest.mark.slow
 def test_a_second_run_changes_no_byte(whole):
     folder, _ = whole
-    before = contents(folder)
+    before = stamps(folder)
     done = driver(PROFILE, "--out", folder)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert "nothing to do" in done.stdout and contents(folder) == before
+    assert "nothing to do" in done.stdout and stamps(folder) == before
 
 
 @pytest.mark.slow

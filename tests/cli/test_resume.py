@@ -24,8 +24,7 @@ from tiny_study import DOMAIN, open_study
 
 from allo_lib import allo
 from allo_lib.cli import cli, driver, verify
-from allo_lib.engine.store import MANIFEST, NotMade, Store, sha256, write_json
-from allo_lib.errors import AlloError
+from allo_lib.engine.store import MANIFEST, sha256, write_json
 from allo_lib.machine import weights
 from allo_lib.machine.runtime import fork_server
 from allo_lib.study import manifest, results, runs, scoring, training
@@ -162,49 +161,6 @@ def test_a_run_that_is_cut_off_is_whole_and_goes_on(toy, project, monkeypatch): 
     driver.run_study(run)
     assert ran == ALL
     assert all(step.is_done() for step in driver.steps(late))
-
-
-# --- an artifact without its tensors -------------------------------------------------------------
-
-
-def make(value: float = 1.0, text: str = "first"):
-    """A maker of a file of tensors in a subfolder, and of a record."""
-
-    def write(folder):
-        (folder / "deep").mkdir()
-        weights.save_tensors({"b": torch.tensor([value])}, folder / "deep" / "b.safetensors")
-        write_json(folder / "record.json", {"text": text})
-
-    return write
-
-
-def _value(artifact) -> float:
-    return weights.read_tensors(artifact.file("deep/b.safetensors"))["b"].item()
-
-
-def test_lost_tensors_are_made_again_when_they_are_read_and_other_bits_are_told(tmp_path, capsys):
-    made, told = Store(tmp_path).get("stage", {"seed": 0}, make()), []
-
-    def again(maker):
-        shutil.rmtree(made.path / "deep", ignore_errors=True)
-        found = Store(tmp_path).get("stage", {"seed": 0}, maker, lambda: told.append(made.json()))
-        assert found.key == made.key and not (made.path / "deep").exists()  # known without them
-        return _value(found), found.json()["text"]
-
-    assert Store(tmp_path).has("stage", {"seed": 0})
-    # Of equal tensors the record, which may hold wall seconds, stays as it was.
-    assert again(make(text="second")) == (1.0, "first") and told == []
-    assert capsys.readouterr().err == ""
-    assert again(make(2.0, "second")) == (2.0, "second")
-    assert told == [{"text": "first"}]  # heard before anything was replaced
-    assert capsys.readouterr().err == f"stage/{made.key}: made again with other bits\n"
-    files = made.json(MANIFEST)["files"]
-    assert files == {name: sha256(made.path / name) for name in files}
-    with pytest.raises(AlloError, match="made again and has no deep/b.safetensors now: run again"):
-        again(lambda folder: write_json(folder / "record.json", {}))
-    store = Store(tmp_path)
-    with store.only_reading(), pytest.raises(NotMade):
-        store.get("stage", {"seed": 0}, make()).file("deep/b.safetensors")
 
 
 # --- a study without its weights -----------------------------------------------------------------

@@ -221,8 +221,10 @@ def test_library_hash_follows_code_but_not_the_commands(tmp_path):
     before = driver.library_hash.__wrapped__(tmp_path)
     (tmp_path / "cli" / "cli.py").write_text("usage = 2\n")
     assert driver.library_hash.__wrapped__(tmp_path) == before
+    (tmp_path / "report.html.j2").write_text("<p>")  # which 06 writes reports by
+    assert (page := driver.library_hash.__wrapped__(tmp_path)) != before
     (tmp_path / "losses.py").write_text("beta = 0.2\n")
-    assert driver.library_hash.__wrapped__(tmp_path) != before
+    assert driver.library_hash.__wrapped__(tmp_path) != page
 
 
 def test_measurements_of_the_last_notebook_leave_the_others_done(study, project, monkeypatch):

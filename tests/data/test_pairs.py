@@ -10,10 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from real_like import TEMPLATE, write_data
 from refusals import refused
+from tiny_models import words
 from tiny_study import DOMAIN, open_study
-from tokenizers import Tokenizer, pre_tokenizers
-from tokenizers import models as tokenizer_models
-from transformers import PreTrainedTokenizerFast
 
 from allo_lib.data import pairs as pairs_module
 from allo_lib.data.pairs import (
@@ -110,11 +108,7 @@ PAIR = {"prompt": "\n\nHuman: Hi\n\nAssistant:", "chosen": "Hello!", "rejected":
 
 def tokenizer(template=None):
     """One token a word; a message is its role and its words."""
-    core = Tokenizer(tokenizer_models.WordLevel({"<unk>": 0, "<eos>": 1}, unk_token="<unk>"))
-    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=core, unk_token="<unk>", eos_token="<eos>", chat_template=template
-    )
+    return words(["<unk>", "<eos>"], template, pad_token=None)
 
 
 def test_a_conversation_becomes_chat_messages():

@@ -7,7 +7,8 @@ import types
 import pytest
 from datasets import Dataset
 from refusals import refused
-from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers, processors
+from tiny_models import CHATML, bytewise
+from tokenizers import Tokenizer, decoders, pre_tokenizers, processors
 from tokenizers import models as tokenizer_models
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from trl import DPOConfig, DPOTrainer
@@ -19,10 +20,6 @@ from allo_lib.engine.encoding import encode_pairs, encode_prompt
 
 # --- tokenizers and templates --------------------------------------------------------------------
 
-CHATML = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
 GEMMA = (
     "{{ bos_token }}{% for m in messages %}"
     "{% if m.role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
@@ -63,26 +60,6 @@ OPEN = (  # a template that ends no turn by a token
     "{% for m in messages %}### {{ m.role }}:\n{{ m.content }}\n\n{% endfor %}"
     "{% if add_generation_prompt %}### assistant:\n{% endif %}"
 )
-
-
-def bytewise(template=None, bos=None, eos="<eos>", special=(), added=(), merges=(), adds_bos=False):
-    """One token a byte, but for `merges` of two signs; `special` and `added` tokens beside."""
-    alphabet = {byte: i for i, byte in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    for left, right in merges:
-        alphabet[left + right] = len(alphabet)
-    core = Tokenizer(tokenizer_models.BPE(vocab=alphabet, merges=list(merges)))
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    core.decoder = decoders.ByteLevel()
-    names = {"eos_token": eos, "pad_token": "<pad>"} | ({"bos_token": bos} if bos else {})
-    core.add_special_tokens([*names.values(), *special])
-    core.add_tokens([AddedToken(name, special=False) for name in added])
-    if adds_bos:
-        core.post_processor = processors.TemplateProcessing(
-            single=f"{bos} $A", special_tokens=[(bos, core.token_to_id(bos))]
-        )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=core, chat_template=template, extra_special_tokens=list(special), **names
-    )
 
 
 def sentencepiece():

@@ -158,7 +158,7 @@ def test_a_gold_answer_that_nobody_can_give_is_told(name, one, told):
 
 @pytest.mark.parametrize("split", miniature.SPLITS)
 def test_generated_questions_are_equally_many_of_each_family(split):
-    mini = tasks.open_task(domain(FAMILIES, "miniature"), 0)
+    mini = tasks.Miniature(domain(FAMILIES, "miniature"), 0)
     questions = mini.questions(split, 30)
     assert [q.dataset for q in questions[:6]] == [*FAMILIES, *FAMILIES]
     assert len({q.prompt for q in questions}) == 30
@@ -217,7 +217,7 @@ def folder(tmp_path):
 @pytest.mark.parametrize("sft, pairs, dev", [(30, 12, 6), (31, 29, 28), (5, 7, 70), (35, 50, 3)])
 def test_kinds_of_questions_are_mixed_and_no_question_is_in_two_splits(folder, sft, pairs, dev):
     settings = domain(tuple(FEW), sft=sft, pairs=pairs, dev=dev)
-    task = tasks.open_task(settings, 0, folder)
+    task = tasks.RealQuestions(settings, 0, folder)
     counts = {"sft": sft, "pairs": pairs, "dev": dev, "test": 30}
     found = {split: task.questions(split, count) for split, count in counts.items()}
     for what in ("id", "prompt"):
@@ -225,7 +225,7 @@ def test_kinds_of_questions_are_mixed_and_no_question_is_in_two_splits(folder, s
         assert len(seen) == len(set(seen)) == sum(counts.values())
     assert {one.dataset for one in found["dev"]} == set(FEW)
     assert all(task.right(one, task.demonstration(one, settings.sft)) for one in found["sft"])
-    other_seed = tasks.open_task(settings, 1, folder)
+    other_seed = tasks.RealQuestions(settings, 1, folder)
     assert other_seed.questions("test", 30) == found["test"]
     assert other_seed.questions("pairs", pairs) != found["pairs"]
 
@@ -243,18 +243,18 @@ def test_a_question_that_was_asked_before_or_is_tested_is_not_trained_on(folder)
     other = row(twice, "A", ["x", "y"]), row("Is 15 it?", "A", ["this", "that"])
     put("openbookqa", "train", again[0], *other, again[1])
     put("gsm8k", "train", row("How many?", "3"), row(twice, "2"))
-    task = tasks.open_task(domain(("openbookqa", "gsm8k"), sft=4), 0, folder)
+    task = tasks.RealQuestions(domain(("openbookqa", "gsm8k"), sft=4), 0, folder)
     found = sorted(one.prompt.split("\n")[0] for one in task.questions("sft", 4))
     assert found == ["How many?", "Is 15 it?", twice, twice]
     with refused("openbookqa/train has 2 rows, gsm8k/train has 2 rows"):
-        tasks.open_task(domain(("openbookqa", "gsm8k"), sft=5), 0, folder).questions("sft", 5)
+        tasks.RealQuestions(domain(("openbookqa", "gsm8k"), sft=5), 0, folder).questions("sft", 5)
 
 
 def test_what_real_data_sets_cannot_give_is_told(folder):
-    task = tasks.open_task(domain(tuple(FEW), sft=30, pairs=12, dev=6), 0, folder)
+    task = tasks.RealQuestions(domain(tuple(FEW), sft=30, pairs=12, dev=6), 0, folder)
     with refused("strategyqa/pairs has 4 rows, gsm8k/pairs has 4 rows", "requests 99 of pairs"):
         task.questions("pairs", 99)
     with refused("strategyqa/train has 8 rows", "the profile requests 6 of dev, 300 of sft: lower"):
-        tasks.open_task(domain(tuple(FEW), sft=300, dev=6), 0, folder).questions("sft", 3)
+        tasks.RealQuestions(domain(tuple(FEW), sft=300, dev=6), 0, folder).questions("sft", 3)
     with refused("mix is of the miniature's families"):
-        tasks.open_task(domain(tuple(FEW), sft=30, mix=(0.5, 0.25, 0.25)), 0, folder)
+        tasks.RealQuestions(domain(tuple(FEW), sft=30, mix=(0.5, 0.25, 0.25)), 0, folder)

@@ -3,9 +3,8 @@
 import pytest
 import torch
 from refusals import assert_one_line
-from test_bad_models import WORDS, words
 from test_forward import gradients, plainly
-from tiny_models import weights_of
+from tiny_models import WORDS, weights_of, words
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from allo_lib import align

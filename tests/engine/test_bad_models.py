@@ -5,28 +5,17 @@ import types
 import pytest
 import torch
 from refusals import refused
-from tiny_models import tiny_llama
-from tokenizers import Tokenizer, pre_tokenizers
-from tokenizers import models as tokenizer_models
-from transformers import PreTrainedTokenizerFast
+from tiny_models import ROUTED, SIZES, made, tiny_llama, words
+from transformers import Gemma3Config, Gemma3ForConditionalGeneration
 
 from allo_lib import align
 from allo_lib.align_setup import checked
 from allo_lib.alignment import AlignConfig
 from allo_lib.engine import models
 
-WORDS = ["<pad>", "<eos>", "<unk>", *(f"w{i}" for i in range(30))]  # as many as tiny_llama has
 PAIRS = [{"prompt": "w1 w2", "chosen": "w3", "rejected": f"w{4 + i}"} for i in range(4)]
-NAN, INF = float("nan"), float("inf")
+NAN = float("nan")
 QUICK = {"batch_size": 4, "importance_rate": 1e-3, "forgetting_rate": 1e-3, "learning_rate": 1e-3}
-
-
-def words(vocabulary=WORDS, **special):
-    ids = {word: i for i, word in enumerate(vocabulary)}
-    core = Tokenizer(tokenizer_models.WordLevel(ids, unk_token="<unk>"))
-    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    names = dict(pad_token="<pad>", eos_token="<eos>", unk_token="<unk>") | special
-    return PreTrainedTokenizerFast(tokenizer_object=core, **names)
 
 
 def partly_frozen():
@@ -71,6 +60,34 @@ def with_entry(value, dtype=torch.float32):
     return model
 
 
+def peft_wrapped():
+    from peft import LoraConfig, get_peft_model
+
+    return get_peft_model(
+        tiny_llama(), LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM")
+    )
+
+
+def quantised():
+    model = tiny_llama()
+    model.config.quantization_config = {"quant_method": "gptq", "bits": 4}
+    return model
+
+
+def on_disk():
+    model = tiny_llama()
+    model.model.layers[1].to("meta")
+    return model
+
+
+def multimodal():
+    text = SIZES | dict(intermediate_size=24, head_dim=8, num_key_value_heads=2)
+    vision = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
+                  image_size=28, patch_size=14)  # fmt: skip
+    config = Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4)
+    return Gemma3ForConditionalGeneration(config)
+
+
 DOWN = "weights of model.layers.1.mlp.down_proj.weight hold NaN or infinity in "
 SOME_OF = "given; expected a tuple with some of ('importance',"
 REFUSED = {  # argument of `align` -> (value, what is told); models and tokenizers are made
@@ -82,6 +99,12 @@ REFUSED = {  # argument of `align` -> (value, what is told); models and tokenize
         (lambda: with_entry(1e6, torch.float16), DOWN + "float16"),
         (partly_frozen, "embed_tokens.weight is frozen, but the scores of estimator"),
         (without_context, "the model's config does not say how many tokens it reads"),
+        (peft_wrapped, "the model carries PEFT adapters; give what model.merge_and_unload() retu"),
+        (quantised, "the model is quantised; load its weights in float32"),
+        (on_disk, "the model lies on several devices, on disk or nowhere; load it without device"),
+        (multimodal, "the model reads more than text (Gemma3ForConditionalGeneration)"),
+        (lambda: made("mixtral", **ROUTED), "the model adds a router loss"),
+        (lambda: torch.nn.DataParallel(tiny_llama()), "the model is a DataParallel without token"),
     ],
     "tokenizer": [
         (lambda: "gpt2", "the tokenizer is a str; expected one of transformers"),
@@ -126,10 +149,10 @@ def test_what_cannot_be_used_is_told_before_anything_is_written(
     tmp_path, monkeypatch, key, bad, told
 ):
     monkeypatch.chdir(tmp_path)
-    made = {"model": tiny_llama, "tokenizer": words, "pairs": PAIRS, "output_dir": "out", key: bad}
-    model, tokenizer = made.pop("model")(), made.pop("tokenizer")()
+    given = {"model": tiny_llama, "tokenizer": words, "pairs": PAIRS, "output_dir": "out", key: bad}
+    model, tokenizer = given.pop("model")(), given.pop("tokenizer")()
     with refused(told):
-        align(model, tokenizer, **made)
+        align(model, tokenizer, **given)
     if isinstance(bad, dict) and set(bad) <= set(AlignConfig.__dataclass_fields__):
         with refused(told):  # a dict of the fields and the class itself are checked alike
             checked(AlignConfig(**bad))

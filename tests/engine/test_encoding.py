@@ -5,9 +5,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from real_like import TEMPLATE
 from refusals import read_or_refused, refused
-from tokenizers import Tokenizer, decoders, pre_tokenizers
-from tokenizers import models as tokenizer_models
-from transformers import PreTrainedTokenizerFast
+from tiny_models import CHATML, bytewise
 
 from allo_lib.data import miniature
 from allo_lib.engine import rewriter
@@ -30,21 +28,7 @@ def words():
 
 @pytest.fixture(scope="module")
 def letters():
-    """A tokenizer of single bytes with the special tokens and the template of chat models."""
-    alphabet = {byte: i for i, byte in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    core = Tokenizer(tokenizer_models.BPE(vocab=alphabet, merges=[]))
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    core.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=core,
-        eos_token="<|im_end|>",
-        pad_token="<|endoftext|>",
-        extra_special_tokens=["<|im_start|>"],
-        chat_template=(
-            "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n"
-            "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-        ),
-    )
+    return bytewise(CHATML, eos="<|im_end|>", special=["<|im_start|>"])
 
 
 def test_a_response_ends_in_the_end_token_and_a_prompt_does_not(words):
@@ -137,7 +121,7 @@ def test_any_prompt_is_encoded_or_refused(letters, prompt):
 
 # --- special tokens in the text ------------------------------------------------------------------
 
-SPECIAL = ("<|im_end|>", "<|im_start|>", "<|endoftext|>")
+SPECIAL = ("<|im_end|>", "<|im_start|>", "<pad>")
 
 
 @pytest.mark.parametrize("token", SPECIAL)

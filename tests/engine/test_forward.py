@@ -2,11 +2,13 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_models import VOCABULARY, tiny_llama
+from tiny_models import VOCABULARY, tiny_llama, weights_of
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from allo_lib.allo import collator_of
 from allo_lib.engine import forward
 from allo_lib.engine.batching import Layout, collate, no_mask
 from allo_lib.engine.forward import (
@@ -16,7 +18,9 @@ from allo_lib.engine.forward import (
     pair_logps,
     response_logps,
 )
-from allo_lib.method.losses import token_logps
+from allo_lib.method.losses import objective, token_logps
+from allo_lib.method.masked_adamw import MaskedAdamW
+from allo_lib.method.neurons import select_neurons
 
 ROWS, TREES, ONE_ROW = Layout(0), Layout(0, shared=True), Layout(0, shared=True, one_row=True)
 SIZES = dict(
@@ -99,13 +103,6 @@ def test_equal_to_the_plain_forward_pass_in_value_and_gradient(kind):
     assert layout_of(model, 0).shared == (kind != "gemma2")
     for layout in (ROWS,) if kind == "gemma2" else (ROWS, TREES, ONE_ROW):
         assert_same(model, families(), layout)
-
-
-@settings(max_examples=25, deadline=None)
-@given(st.integers(0, 10_000), st.integers(1, 5), st.booleans(), st.booleans())
-def test_trees_are_exact_for_random_lengths(seed, count, grouped, one_row):
-    model = make("grouped queries" if grouped else "tied")
-    assert_same(model, families(count, seed), Layout(0, True, one_row))
 
 
 @pytest.mark.parametrize("key", ["logits_soft_cap", "lm_head_multiplier", "logit_scale"])
@@ -218,7 +215,7 @@ def test_log_probs_by_chunks_are_log_softmax_and_gather(
     gradient = torch.randn(count) * (torch.rand(count) < 0.6)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(forward, "CHUNK_BYTES", 4 * vocabulary * rows_a_chunk)
-        values, ours = run(forward.target_logps, (hidden, weight, bias), targets, gradient)
+        values, ours = run(forward._TargetLogps.apply, (hidden, weight, bias), targets, gradient)
         best = forward.argmax_tokens(hidden, weight, bias)
     expected, theirs = run(plain, (hidden, weight, bias), targets, gradient)
     logits = torch.nn.functional.linear(hidden, weight, bias).float()
@@ -240,7 +237,7 @@ def test_a_sum_of_many_chunks_is_as_exact_as_one_of_all(monkeypatch):
     _, exact = run(plain, (hidden.double(), weight.double(), None), targets, gradient)
     for rows in (4000, 250, 4):
         monkeypatch.setattr(forward, "CHUNK_BYTES", 4 * 20 * rows)
-        _, ours = run(forward.target_logps, (hidden, weight, None), targets, gradient)
+        _, ours = run(forward._TargetLogps.apply, (hidden, weight, None), targets, gradient)
         assert (ours[1].double() - exact[1]).norm() < 0.006 * exact[1].norm(), rows
 
 
@@ -255,9 +252,99 @@ def test_logits_live_for_a_chunk_and_are_made_again_where_there_is_a_gradient(mo
     with torch.autograd.graph.saved_tensors_hooks(
         lambda t: kept.append(t.numel()) or t, lambda t: t
     ):
-        values = forward.target_logps(hidden, weight, None, torch.arange(20))
+        values = forward._TargetLogps.apply(hidden, weight, None, torch.arange(20))
     assert max(kept) <= weight.numel() and max(c.numel() for c in chunks) <= 3 * 100
     chunks.clear()
     values[[2, 5]].sum().backward()
     assert [len(chunk) for chunk in chunks] == [2]
     assert hidden.grad.abs().sum(dim=1).nonzero()[:, 0].tolist() == [2, 5]
+
+
+# --- all shortcuts together ----------------------------------------------------------------------
+
+# Against two padded forward passes, whole logits, and dense gradients of which the kept entries
+# are taken.
+BETA, KEY_SHARE = 0.1, 0.4
+
+
+def plain_ratio(model, row: dict, side: str) -> torch.Tensor:
+    logps = plainly(model, {"prompt": row["prompt"], "response": row[side]})
+    return logps - torch.tensor(row[f"{side}_reference"])
+
+
+def plain_dpo(model, rows) -> torch.Tensor:
+    """arXiv 2305.18290 equation 7, a mean over pairs."""
+    margins = [
+        plain_ratio(model, row, "chosen").sum() - plain_ratio(model, row, "rejected").sum()
+        for row in rows
+    ]
+    return -F.logsigmoid(BETA * torch.stack(margins)).mean()
+
+
+def plain_forgetting(model, rows) -> torch.Tensor:
+    """Token-level NPO (arXiv 2404.05868) on rejected responses, over the number of weights."""
+    weights = torch.cat([torch.tensor(row["rejected_weights"]) for row in rows])
+    ratios = torch.cat([plain_ratio(model, row, "rejected") for row in rows])
+    total = (weights * F.logsigmoid(-BETA * ratios)).sum()
+    return -(2 / BETA) * total / max(1, int((weights != 0).sum()))
+
+
+def plain_learning(model, rows) -> torch.Tensor:
+    """DPO whose rejected log-ratio is summed over the key tokens, the lowest ones, alone."""
+    margins = []
+    for row in rows:
+        rejected = plain_ratio(model, row, "rejected")
+        count = max(1, round(KEY_SHARE * len(rejected)))
+        lowest = sorted(range(len(rejected)), key=lambda i: (rejected[i].item(), i))[:count]
+        margins.append(plain_ratio(model, row, "chosen").sum() - rejected[lowest].sum())
+    return -F.logsigmoid(BETA * torch.stack(margins)).mean()
+
+
+PLAIN = {"dpo": plain_dpo, "forgetting": plain_forgetting, "learning": plain_learning}
+
+
+def encoded(parts, seed: int) -> list[dict]:
+    """Pairs with reference log-probs, and weights of which about half are zero."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = []
+    for prompt, chosen, rejected in parts:
+        row = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+        for side in ("chosen", "rejected"):
+            drawn = torch.rand(2, len(row[side]), generator=generator)
+            row[f"{side}_reference"] = (-5 * drawn[0]).tolist()
+            row[f"{side}_weights"] = (drawn[1] - 0.5).clamp_min(0).tolist()
+        rows.append(row)
+    return rows
+
+
+tokens = st.lists(st.integers(2, VOCABULARY - 1), min_size=1, max_size=9)
+pair = st.tuples(tokens, tokens, tokens).filter(lambda parts: parts[1] != parts[2])
+
+
+@pytest.mark.parametrize("kind", ["tied", "grouped queries"])
+@pytest.mark.parametrize("granularity", ["scalar", "row"])
+@pytest.mark.parametrize("name", PLAIN)
+@settings(deadline=None, max_examples=12)
+@given(parts=st.lists(pair, min_size=1, max_size=4), seed=st.integers(0, 99))
+def test_loss_and_every_packed_gradient_are_those_of_the_plain_way(
+    name, kind, granularity, parts, seed
+):
+    rows = encoded(parts, seed)
+    plain, ours = make(kind), make(kind)
+    expected = PLAIN[name](plain, rows)
+    expected.backward()
+
+    mask = select_neurons(weights_of(ours), 0.2, order="random", granularity=granularity, seed=seed)
+    optimizer = MaskedAdamW(ours, mask, lr=1e-3)
+    batch = collator_of(name, layout_of(ours, 0))(rows)
+    assert "ends" in batch  # else nothing is shared, and nothing shown
+    loss = objective(name, beta=BETA, key_share=KEY_SHARE)(response_logps(ours, batch), batch)[0]
+    loss.backward()
+    assert loss.item() == pytest.approx(expected.item(), abs=1e-5)
+    gradients = {name: p.grad.flatten() for name, p in plain.named_parameters()}
+    for packed in optimizer._packed:
+        kept = gradients[packed.name][mask.indices[packed.name]]
+        found = packed.master.grad
+        found = torch.zeros_like(kept) if found is None else found
+        assert torch.allclose(found, kept, atol=1e-5), packed.name
+    assert all(p.grad is None for p in ours.parameters())

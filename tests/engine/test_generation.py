@@ -4,11 +4,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_models import tiny_llama
+from tiny_models import micro, tiny_llama
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from allo_lib.data import miniature
-from allo_lib.engine import generation, models
+from allo_lib.engine import generation
 from allo_lib.engine.encoding import encode_prompt
 from allo_lib.engine.generation import Response, generate
 
@@ -23,11 +23,7 @@ def tokenizer():
 @pytest.fixture(scope="module")
 def model(tokenizer):
     """Wide initial weights: its responses differ."""
-    return models.micro_llama(
-        len(tokenizer), width=16, layers=2, heads=2, feed_forward=24, context=128,
-        initializer_range=0.6, seed=3, pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )  # fmt: skip
+    return micro(tokenizer, feed_forward=24, initializer_range=0.6, seed=3)
 
 
 @pytest.fixture(scope="module")

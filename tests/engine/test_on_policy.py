@@ -42,8 +42,6 @@ def test_the_verdict_comes_at_the_last_token_and_kl_at_every_one():
     expected = torch.tensor([[-0.05, 0.0, 0.2 + 1], [-0.3, 0.0, 0.0]])
     torch.testing.assert_close(found, expected)
     torch.testing.assert_close(returns(found), torch.tensor([[1.15, 1.2, 1.2], [-0.3, 0.0, 0.0]]))
-    with pytest.raises(AlloError, match="no tokens"):
-        penalised_rewards(torch.ones(2), policy, reference, MASK & False, 0.1)
 
 
 @pytest.mark.parametrize(
@@ -118,11 +116,6 @@ def train(study, name, rate=3e-3, seed=5, epochs=1, count=12, **settings):
     return log, weights.snapshot(model)
 
 
-@pytest.fixture
-def theta(tiny_study):
-    return weights.read_tensors(tiny_study.sft(DOMAIN).file("model.safetensors"))
-
-
 @pytest.mark.parametrize("name", ["ppo", "a2c"])
 def test_a_rewarded_word_becomes_more_frequent(tiny_study, name):
     log, _ = train(tiny_study, name, rate=2e-3, epochs=8, count=48, kl=0.0, samples=4)
@@ -165,7 +158,7 @@ def test_the_same_seed_gives_the_same_bits_and_ppo_makes_several_updates_of_a_ro
     if name == "ppo":  # the policy has left the rollout's only from its second update on
         assert log.metrics["clipped"][::2] == [0, 0, 0] and any(log.metrics["clipped"][1::2])
     assert log.metrics["kl"][0] == 0 and log.metrics["kl"][-1] > 0
-    assert log.metrics["explained"][0] == 0 and log.tokens > 0
+    assert log.metrics["explained"][0] == 0
 
 
 def rollouts_of(study, prompts, reward, settings=DEFAULT, seed=0):

@@ -4,42 +4,24 @@ import math
 
 import pytest
 from test_forward import plainly
-from tiny_models import tiny_llama, word_tokenizer
+from tiny_models import bytewise, tiny_llama, words
 
 from allo_lib.data import miniature
 from allo_lib.engine.encoding import encode_prompt, encode_response
 from allo_lib.engine.rewriter import (
-    QUALITIES,
     Correction,
     keep_probabilities,
     rewriter_prompt,
     training_rows,
 )
-from allo_lib.profiles.methods import REWARD_MODELS
 
-
-class Letters:
-    """A tokenizer whose tokens are characters, so that nothing in a prompt is lost."""
-
-    eos_token_id, pad_token_id, bos_token_id, unk_token_id = 1, 0, None, None
-    added_tokens_decoder, all_special_ids = {}, [0, 1]
-
-    def __len__(self):
-        return 0x110000
-
-    def convert_ids_to_tokens(self, ids):
-        return [chr(number) for number in ids]
-
-    def __call__(self, text, add_special_tokens=False):
-        return {"input_ids": [ord(letter) for letter in text]}
-
-    def apply_chat_template(self, chat, **_):
-        return [ord(letter) for letter in f"<{chat[-1]['content']}>"]
+# Its tokens are bytes, so that nothing in a prompt is lost.
+LETTERS = bytewise("<{{ messages[-1].content }}>")
 
 
 def rows_of(count: int, quality: str, seed: int = 0) -> list[dict]:
     corrections = [Correction(f"q{i}", f"s{i}", f"w{i}", f"c{i}") for i in range(count)]
-    return training_rows(Letters(), corrections, quality, seed, plain=True)
+    return training_rows(LETTERS, corrections, quality, seed, plain=True)
 
 
 @pytest.mark.parametrize(
@@ -55,8 +37,8 @@ def rows_of(count: int, quality: str, seed: int = 0) -> list[dict]:
 def test_the_prompt_holds_question_solution_and_prediction(
     prompt, solution, prediction, plain, expected
 ):
-    ids = rewriter_prompt(Letters(), prompt, solution, prediction, plain)
-    assert "".join(map(chr, ids)) == expected
+    ids = rewriter_prompt(LETTERS, prompt, solution, prediction, plain)
+    assert LETTERS.decode(ids) == expected
     if plain:
         tokenizer = miniature.tokenizer()
         known = rewriter_prompt(tokenizer, prompt, solution, prediction, plain)
@@ -65,16 +47,14 @@ def test_the_prompt_holds_question_solution_and_prediction(
 
 def test_rows_teach_the_correction_and_its_end():
     rows = rows_of(3, "trained")
-    assert ["".join(map(chr, row["prompt"])) for row in rows] == [
-        f"q{i} s{i} ? w{i} ?" for i in range(3)
-    ]
-    assert [row["response"] for row in rows] == [[ord("c"), ord(str(i)), 1] for i in range(3)]
+    prompts, responses = ([LETTERS.decode(row[k]) for row in rows] for k in ("prompt", "response"))
+    assert prompts == [f"q{i} s{i} ? w{i} ?" for i in range(3)]
+    assert responses == [f"c{i}<eos>" for i in range(3)]
 
 
 def test_a_reward_model_that_was_stopped_early_saw_the_first_quarter_and_at_least_one_row():
     assert rows_of(33, "early") == rows_of(33, "trained")[:8]
     assert len(rows_of(1, "early")) == 1
-    assert set(REWARD_MODELS) == set(QUALITIES) - {"trained"}
 
 
 def test_shuffled_deals_out_the_same_targets_by_seed():
@@ -88,7 +68,7 @@ def test_shuffled_deals_out_the_same_targets_by_seed():
 
 def test_keep_probabilities_are_those_of_the_prediction_itself(monkeypatch):
     """And never above one, whatever rounding does."""
-    model, tokenizer = tiny_llama(), word_tokenizer()
+    model, tokenizer = tiny_llama(), words()
     examples = [
         Correction("w1 w2", "w3", "w4 w5", "w3 w5"),
         Correction("w2", "w6 w7", "w8 w9 w1 w2 w3", "w6"),

@@ -6,14 +6,12 @@ import json
 import multiprocessing
 import os
 import shutil
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import safetensors.torch
 import torch
+from refusals import stamps
 from safetensors import SafetensorError
 
 from allo_lib.engine.store import MANIFEST, NotMade, Store, sha256, write_json
@@ -41,12 +39,6 @@ def never(folder):
 def names_in(folder: Path) -> list[str]:
     """Names in the folder of a kind, hidden ones included."""
     return sorted(path.name for path in folder.iterdir()) if folder.exists() else []
-
-
-def stamps(folder: Path) -> dict[str, tuple[bytes, int]]:
-    """Bytes and modification time of every file."""
-    paths = [p for p in folder.rglob("*") if p.is_file()]
-    return {str(p.relative_to(folder)): (p.read_bytes(), p.stat().st_mtime_ns) for p in paths}
 
 
 def test_an_artifact_is_made_once_and_then_read(tmp_path):
@@ -192,6 +184,17 @@ def test_lost_tensors_are_made_again_when_they_are_requested(value, tmp_path, ca
     assert Store(tmp_path).get("stage", INPUTS, never).file("deep/a.safetensors").exists()
 
 
+def test_lost_tensors_that_cannot_be_made_again_are_told(tmp_path):
+    made = Store(tmp_path).get("stage", INPUTS, write())
+    shutil.rmtree(made.path / "deep")
+    store = Store(tmp_path)
+    again = store.get("stage", INPUTS, lambda folder: write_json(folder / "record.json", {}))
+    with store.only_reading(), pytest.raises(NotMade):
+        again.file("deep/a.safetensors")
+    with pytest.raises(AlloError, match="made again and has no deep/a.safetensors now: run again"):
+        again.file("deep/a.safetensors")
+
+
 # --- several processes ---------------------------------------------------------------------------
 
 
@@ -219,24 +222,6 @@ def test_processes_that_make_the_same_artifact_all_get_the_first(damaged, tmp_pa
         worker.join()
         assert worker.exitcode == 0
     assert len(names_in(tmp_path / "stage")) == 1
-
-
-KILLED = """
-import os, signal, sys
-from allo_lib.engine.store import Store
-def make(folder):
-    (folder / "half").write_text("half")
-    print("in make", flush=True)
-    os.kill(os.getpid(), signal.SIGKILL)
-Store(sys.argv[1]).get("stage", {"seed": 0}, make)
-"""
-
-
-def test_a_killed_process_leaves_no_artifact(tmp_path):
-    done = subprocess.run([sys.executable, "-c", KILLED, tmp_path], capture_output=True, text=True)
-    assert done.returncode == -signal.SIGKILL and done.stdout == "in make\n"
-    assert not Store(tmp_path).has("stage", {"seed": 0})
-    assert Store(tmp_path).get("stage", {"seed": 0}, write()).json() == {"text": "ten"}
 
 
 # --- every operation that changes the disk goes wrong once ---------------------------------------

@@ -288,7 +288,7 @@ def test_the_times_of_the_processes_give_a_t_interval(ours, dense, changes, verd
         row | {"seconds_per_pair_each": each}
         for row, each in zip((EFFICIENCY[0] | changes, EFFICIENCY[1]), (ours, dense), strict=True)
     ]
-    (claim,) = corrected(claims.efficiency_claims(table))
+    (claim,) = corrected([claims.efficiency_claim(table)])
     logs = [np.log([float(time) for time in times.split()]) for times in (dense, ours)]
     ends = ttest_rel(*logs).confidence_interval(0.95)
     assert (claim.ci_low, claim.ci_high) == pytest.approx((ends.low, ends.high))
@@ -297,16 +297,18 @@ def test_the_times_of_the_processes_give_a_t_interval(ours, dense, changes, verd
 
 def test_one_process_of_each_decides_nothing_of_time_and_cost_may_without_chance():
     once = [row | {"seconds_per_pair_each": row["seconds_per_pair"]} for row in EFFICIENCY]
-    (claim,) = corrected(claims.efficiency_claims(once))
+    (claim,) = corrected([claims.efficiency_claim(once)])
     assert (claim.id, claim.verdict, claim.ci_low, claim.p) == ("C10", UNDECIDED, None, None)
-    (claim,) = corrected(
-        claims.efficiency_claims([once[0] | {"state_bytes_per_parameter": "10"}, once[1]])
-    )
+    more = [once[0] | {"state_bytes_per_parameter": "10"}, once[1]]
+    (claim,) = corrected([claims.efficiency_claim(more)])
     assert (claim.verdict, claim.p, claim.sign) == (CONTRADICTED, None, None)
     for changes in ({"seconds_per_pair": "0"}, {"seconds_per_pair_each": "0.1 fast"},
                     {"seconds_per_pair": ""}):  # fmt: skip
         with pytest.raises(AlloError, match="efficiency table, cpu: .*; measure it again"):
-            claims.efficiency_claims([EFFICIENCY[0] | changes, EFFICIENCY[1]])
+            claims.efficiency_claim([EFFICIENCY[0] | changes, EFFICIENCY[1]])
+    # A machine on which a peak cannot be begun anew.
+    none = [row | {"peak_bytes_above_model": "0"} for row in EFFICIENCY]
+    assert "peak memory not measured" in claims.efficiency_claim(none).evidence
 
 
 def test_protocols_that_disagree_are_told(by_id):

@@ -5,7 +5,6 @@ import pandas as pd
 import pytest
 from scipy import stats as scipy_stats
 
-from allo_lib.errors import AlloError
 from allo_lib.evaluation import outcomes, published
 from allo_lib.evaluation.comparisons import Domain, StudyResults, paper_effect
 from tests import synthetic_results
@@ -102,15 +101,6 @@ def test_domains_stand_in_order_and_one_of_pairs_counts_those_ranked_right():
     assert found.score("dpo", found.domains[1]).effect == pytest.approx(0.70)
 
 
-def test_what_is_drawn_again_in_a_run_averages_out_over_replicates():
-    found = synthetic_results.results(replicates=3, n=300)
-    (domain,) = found.domains
-    one = synthetic_results.results(n=300).compare("allo", "dpo", domain)
-    gap = found.compare("allo", "dpo", domain)
-    assert gap.effect == pytest.approx(0.10) == one.effect
-    assert max(gap.errors) < min(one.errors)
-
-
 def test_the_chance_of_improvement_counts_pairs_of_runs_and_half_the_ties():
     ours, theirs = [[1, 1], [1, 0]], [[1, 0], [1, 0]]  # runs of 1 and .5 against two of .5
     found = made({(0, "allo", "chain"): ours, (0, "sft", "chain"): theirs,
@@ -154,12 +144,6 @@ def test_win_rates_are_compared_model_by_model_as_independent():
     assert change.by_seed == pytest.approx((0.6 / 0.5 - 1, 0.58 / 0.46 - 1, 0.7 / 0.54 - 1))
     assert found.score("allo", domain).effect == pytest.approx((0.6 + 0.58 + 0.7) / 3)
     assert found.datasets_of("allo", domain) == ["arena_hard"]
-
-
-def test_a_folder_without_any_results_is_told(tmp_path):
-    outcomes.write_measurements(tmp_path / "measurements.csv", [])
-    with pytest.raises(AlloError, match="has no outcomes.parquet: run"):
-        StudyResults.load(tmp_path)
 
 
 def test_the_papers_numbers_are_fractions_and_its_effect_on_the_same_data_sets_or_its_eight():

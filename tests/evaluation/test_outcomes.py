@@ -151,9 +151,6 @@ def test_a_proportion_and_an_average_have_their_standard_errors():
     mean = outcomes.average(rows)
     assert (mean.dataset, mean.n) == ("average", 1010)
     assert (mean.value, mean.stderr) == pytest.approx((0.7, 0.05 / 2))
-    for bad in ([], [rows[0], dataclasses.replace(rows[1], method="allo")], rows[:1] * 2):
-        with pytest.raises(AlloError, match="average was given"):
-            outcomes.average(bad)
 
 
 @settings(max_examples=50, deadline=None)
@@ -207,17 +204,3 @@ def test_bad_files_get_one_clear_line(tmp_path, body, message):
     with pytest.raises(AlloError, match=message) as caught:
         outcomes.read_measurements(path)
     assert str(path) in str(caught.value) and "\n" not in str(caught.value)
-
-
-def test_merge_replaces_seeds_and_keeps_the_others():
-    def row(seed, metric, dataset="chain"):
-        return Measurement(seed, "dpo", dataset, metric, 0.5, 0.0, 1)
-
-    old, new = [row(0, "a"), row(1, "a"), row(1, "b")], [row(1, "c"), row(2, "a")]
-    merged = outcomes.merge_measurements(old, new)
-    assert [(r.seed, r.metric) for r in merged] == [(0, "a"), (1, "c"), (2, "a")]
-    # A piece of a study leaves the rows of other domains as they are.
-    old = [row(0, "a"), row(0, "a", "story"), row(1, "a", "story")]
-    merged = outcomes.merge_measurements(old, [row(0, "b", "story")], {"story", "other"})
-    assert [(r.seed, r.dataset, r.metric) for r in merged] == [
-        (0, "chain", "a"), (0, "story", "b"), (1, "story", "a")]  # fmt: skip

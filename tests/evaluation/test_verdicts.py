@@ -205,12 +205,3 @@ def test_tags_say_what_the_verdict_does_not():
     assert small.evidence == f"{NEGLIGIBLE}; {OUTSIDE}; told"
     (sure,) = corrected([claim("C4s", of(0.05, 0.002))])
     assert sure.tags == ()
-
-
-def test_families_do_not_pay_for_one_another():
-    weak = of(0.0125, 0.01)
-    names = ("C1", "C1p", "C2s", "C3s", "C4", "C10")
-    found = {one.id: one for one in corrected([claim(name, weak) for name in names])}
-    assert {name: one.sign / weak.sign for name, one in found.items()} == pytest.approx(
-        {"C1": 1, "C1p": 1, "C2s": 2, "C3s": 2, "C4": 2, "C10": 1}
-    )

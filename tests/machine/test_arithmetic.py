@@ -151,5 +151,6 @@ def test_who_uses_torch_first_is_told_that_results_differ():
     code += "a.same_on_every_x86(); print(torch.backends.cpu.get_cpu_capability())"
     plain = {name: value for name, value in os.environ.items() if name != arithmetic.VECTORS}
     command = [sys.executable, "-W", "ignore", "-c", code]
-    printed = subprocess.run(command, env=plain, capture_output=True, text=True).stdout
-    assert ("import allo_lib first" in printed) == printed.strip().endswith("AVX512")
+    done = subprocess.run(command, env=plain, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert ("import allo_lib first" in done.stdout) == done.stdout.strip().endswith("AVX512")

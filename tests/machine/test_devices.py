@@ -12,14 +12,15 @@ import torch
 from accelerate.commands import launch
 from accelerate.utils.launch import prepare_multi_gpu_env
 from conftest import ROOT
+from tiny_models import micro
 from torch import multiprocessing
 
-from allo_lib import align, allo
+from allo_lib import align
 from allo_lib.data import miniature
-from allo_lib.engine import models, trainer
+from allo_lib.engine import trainer
 from allo_lib.engine.forward import response_logps
 from allo_lib.engine.trainer import Checkpoints
-from allo_lib.errors import AlloError, Diverged
+from allo_lib.errors import Diverged
 from allo_lib.machine import devices, runtime, weights
 from allo_lib.method.neurons import NeuronMask, count_ties, select_neurons
 
@@ -32,12 +33,7 @@ SETTINGS = {
 
 def tied_model():
     """Its tensors of 17 rows and of 2 have parts of other lengths in 2 processes and in 3."""
-    tokenizer = miniature.tokenizer()
-    return models.micro_llama(
-        len(tokenizer), width=16, layers=2, heads=2, feed_forward=17, context=128,
-        initializer_range=0.05, seed=1, pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )  # fmt: skip
+    return micro(miniature.tokenizer(), feed_forward=17)
 
 
 def some_pairs():
@@ -232,9 +228,3 @@ def _diverge_in_one(folder: Path) -> None:
 
 def test_a_number_that_is_not_finite_in_one_process_ends_all(tmp_path):
     launched(_diverge_in_one, 2, "ddp", tmp_path)
-
-
-def test_a_loss_that_is_no_mean_is_refused_in_several_processes(monkeypatch):
-    monkeypatch.setattr(devices, "count", lambda: 2)
-    with pytest.raises(AlloError, match="bco judges whole batches"):
-        allo.run_stage(None, [], "bco", None, pad_token_id=0)

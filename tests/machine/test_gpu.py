@@ -15,14 +15,14 @@ import pytest
 import torch
 from conftest import ROOT
 from test_trainer import Stop, pairs, solutions, supervise
-from tiny_models import VOCABULARY, tiny_llama, weights_of
+from tiny_models import masters_of, micro, moved, tiny_llama, weights_of, words
 from tiny_study import PROFILE
 from torch import nn
 
 from allo_lib import align
 from allo_lib.allo import run_stage
 from allo_lib.data import miniature
-from allo_lib.engine import generation, models
+from allo_lib.engine import generation
 from allo_lib.engine.batching import Layout, collate
 from allo_lib.engine.encoding import encode_prompt
 from allo_lib.engine.forward import layout_of, response_logps, to_device
@@ -45,14 +45,9 @@ def device(request):
     torch.use_deterministic_algorithms(False)
 
 
-def micro(device: str, dtype=torch.float32, tokenizer=None, **sizes):
-    pad, end = (0, 1) if tokenizer is None else (tokenizer.pad_token_id, tokenizer.eos_token_id)
-    given = dict(width=64, layers=2, heads=2, feed_forward=96, context=128, initializer_range=0.3)
-    vocabulary = VOCABULARY if tokenizer is None else len(tokenizer)
-    model = models.micro_llama(
-        vocabulary, **given | sizes, seed=3, pad_token_id=pad, eos_token_id=end
-    )
-    return model.to(device, dtype)
+def model_on(device: str, dtype=torch.float32, tokenizer=None, **sizes):
+    given = dict(width=64, feed_forward=96, initializer_range=0.3, seed=3) | sizes
+    return micro(tokenizer or words(), **given).to(device, dtype)
 
 
 def mask_of(model, kind: str, share: float = 0.1) -> NeuronMask | None:
@@ -94,7 +89,7 @@ def test_masked_adamw_is_adamw_in_float64(device, kind, dtype):
             (second / (1 - betas[1] ** step)).sqrt() + eps
         ) + decay * weight
         weight = weight - lr * update * kept
-    masters = optimizer.master_weights()["weight"].cpu()
+    masters = masters_of(layer, optimizer)["weight"].cpu()
     torch.testing.assert_close(masters.double(), weight, rtol=1e-5, atol=1e-6)
     found = layer.weight.detach().cpu()
     assert torch.equal(found[~kept], start[~kept])
@@ -105,7 +100,7 @@ def test_masked_adamw_is_adamw_in_float64(device, kind, dtype):
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_dense_gradient_outlives_a_backward_pass(kind):
-    model = micro("cuda", torch.bfloat16, width=256, layers=3, heads=4, feed_forward=1024)
+    model = model_on("cuda", torch.bfloat16, width=256, layers=3, heads=4, feed_forward=1024)
     optimizer = MaskedAdamW(model, mask_of(model, kind))
     batch = to_device(collate(solutions(), layout_of(model, 0)), model)
     for _ in range(2):  # the first time libraries take memory for themselves
@@ -125,7 +120,7 @@ def test_no_dense_gradient_outlives_a_backward_pass(kind):
 def test_both_forwards_are_the_plain_one_of_the_cpu(device, shared):
     rows = solutions(6)  # some share a prompt, and some the first words of their responses
     rows += [row | {"response": row["response"][:1] + [9, 8]} for row in rows]
-    plain, model = micro("cpu").eval(), micro(device).eval()
+    plain, model = model_on("cpu").eval(), model_on(device).eval()
     layout = layout_of(model, 0)
     assert layout.shared
     batch = to_device(collate(rows, layout if shared else Layout(0)), model)
@@ -139,8 +134,7 @@ def test_both_forwards_are_the_plain_one_of_the_cpu(device, shared):
         torch.testing.assert_close(found[i, : len(value)].cpu(), value, rtol=1e-4, atol=1e-4)
         assert not found[i, len(value) :].any()
         total = total + (value * weights[i, : len(value)]).sum()
-    if not found.requires_grad:
-        return
+    assert found.requires_grad
     total.backward()
     (found * weights.to(device)).sum().backward()
     for (name, ours), value in zip(model.named_parameters(), plain.parameters(), strict=True):
@@ -199,7 +193,7 @@ def test_a_stopped_training_goes_on_to_the_same_bits(device, kind, dtype, tmp_pa
     for name, value in ends[0].items():
         torch.testing.assert_close(value, ends[1][name], rtol=1e-2, atol=1e-2)
         assert value.device.type == device
-    assert resumed.loss == pytest.approx(log.loss, rel=1e-2) and resumed.tokens == log.tokens
+    assert resumed.loss == pytest.approx(log.loss, rel=1e-2)
 
 
 def test_a_gradient_that_is_not_finite_changes_no_weight(device):
@@ -232,7 +226,7 @@ def by_hand(model, prompt: list[int], end: int) -> list[int]:
 def test_greedy_decoding_is_the_argmax_at_every_step(device, attention):
     """Of so many responses that those left over go on as a smaller batch."""
     tokenizer = miniature.tokenizer()
-    model = micro(device, tokenizer=tokenizer, initializer_range=0.6).eval()
+    model = model_on(device, tokenizer=tokenizer, initializer_range=0.6).eval()
     model.set_attn_implementation(attention)
     end, problems = tokenizer.eos_token_id, miniature.problems("chain", "pairs", 60, 0)
     prompts = [problem.prompt for problem in problems] + ["?", "calc 1 ?"]
@@ -247,7 +241,7 @@ def test_greedy_decoding_is_the_argmax_at_every_step(device, attention):
 
 def test_samples_follow_from_the_seed(device):
     tokenizer = miniature.tokenizer()
-    model = micro(device, torch.bfloat16, tokenizer)
+    model = model_on(device, torch.bfloat16, tokenizer)
 
     def draw(seed):
         return generation.generate(
@@ -265,7 +259,7 @@ def test_samples_follow_from_the_seed(device):
 
 def test_align_of_a_bf16_model(device, tmp_path):
     tokenizer = miniature.tokenizer()
-    model = micro(device, torch.bfloat16, tokenizer, initializer_range=0.05)
+    model = model_on(device, torch.bfloat16, tokenizer, initializer_range=0.05)
     before = weights_of(model)
     rows = [
         {"prompt": p.prompt, "chosen": "therefore 1", "rejected": f"so {2 + i % 5}"}
@@ -275,13 +269,9 @@ def test_align_of_a_bf16_model(device, tmp_path):
     result = align(model, tokenizer, rows, config=rates | {"batch_size": 4}, output_dir=tmp_path)
     assert set(result.logs) == {"importance", "rewriter", "forgetting", "learning"}
     assert all(math.isfinite(loss) for log in result.logs.values() for loss in log.loss)
-    moved = 0
-    for name, value in weights_of(model).items():
-        kept = result.mask.dense(name).to(device)
-        assert value.device.type == device
-        assert torch.equal(value[~kept], before[name][~kept]), name
-        moved += int((value[kept] != before[name][kept]).sum())
-    assert moved > 0.5 * result.mask.kept
+    after = weights_of(model)
+    assert {value.device.type for value in after.values()} == {device}
+    assert moved(before, after, result.mask) > 0.5 * result.mask.kept
 
 
 @pytest.mark.gpu

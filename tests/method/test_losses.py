@@ -7,15 +7,13 @@ import math
 import numpy as np
 import pytest
 import torch
-from tiny_models import tiny_llama, word_tokenizer
+from tiny_models import tiny_llama, words
 
 from allo_lib.engine.batching import Layout, collate, pair_batch, rejected_batch
 from allo_lib.errors import AlloError
 from allo_lib.method import losses
 from allo_lib.method.losses import (
-    ON_PAIRS,
     ON_POLICY,
-    ON_REJECTED,
     a2c_loss,
     bco_loss,
     dpo_loss,
@@ -290,7 +288,7 @@ def test_same_loss_and_gradient_as_trl_dpo_trainer(tmp_path, loss_type):
     )  # fmt: skip
     trainer = DPOTrainer(
         model=tiny_llama(0), ref_model=tiny_llama(1), args=arguments,
-        train_dataset=datasets.Dataset.from_list(rows), processing_class=word_tokenizer(),
+        train_dataset=datasets.Dataset.from_list(rows), processing_class=words(),
     )  # fmt: skip
     batch = next(iter(trainer.get_train_dataloader()))
     theirs = trainer.compute_loss(trainer.model, dict(batch))
@@ -367,18 +365,7 @@ def test_losses_of_responses_get_sums_references_and_lengths_of_both_sides(name)
         margins = [BETA * float(margin) for margin in chosen - rejected]
         assert metrics["reward_margin"] == pytest.approx(sum(margins) / 3, abs=1e-6)
         assert metrics["reward_accuracy"] == pytest.approx(sum(m > 0 for m in margins) / 3)
-
-
-@pytest.mark.parametrize("name", ["dpo", "bco", "learning", *ON_REJECTED])
-def test_the_first_loss_of_every_objective(name):
-    if name in ON_REJECTED:
-        rows = pairs(rejected_weights=lambda row: [1.0, 0.0, 0.0, 1.0][: len(row["rejected"])])
-        batch, expected = rejected_batch(rows, Layout(0)), 2 / BETA * math.log(2)
-    else:
-        batch, expected = pair_batch(pairs(), Layout(0)), math.log(2)
-    loss, metrics = objective(name, beta=BETA, key_share=0.3)(batch["reference"], batch)
-    assert float(loss) == pytest.approx(expected, rel=1e-6)
-    assert not any(metrics.values())
+        assert objective(name, beta=BETA)(batch["reference"], batch)[1]["reward_accuracy"] == 0
 
 
 def test_learning_takes_the_lowest_ratios_of_the_rejected_response_only():
@@ -441,16 +428,6 @@ def test_objectives_of_responses_leave_padding_out(name):
     beyond = sum(not 0.8 <= one <= 1.2 for one in ratio) / len(ratio)
     assert 0 < beyond < 1
     assert metrics == ({"clipped": pytest.approx(beyond)} if name == "ppo" else {})
-
-
-@pytest.mark.parametrize("name", ON_PAIRS)
-def test_objectives_on_pairs_raise_chosen_and_lower_rejected(name):
-    batch = pair_batch(with_weights(), Layout(0))
-    logps = batch["reference"].clone().requires_grad_()
-    _, gradient, metrics = loss_and_gradient(name, logps, batch)
-    inside = batch["labels"] != -100
-    assert (gradient[:3][inside[:3]] < 0).all() and (gradient[3:][inside[3:]] > 0).all()
-    assert set(metrics) == {"reward_margin", "reward_accuracy"}
 
 
 def test_unknown_objectives_are_refused():

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 from refusals import refused
-from tiny_models import tiny_llama, token_batch, weights_of, word_tokenizer
+from tiny_models import masters_of, moved, tiny_llama, token_batch, weights_of, words
 from torch import nn
 
 from allo_lib.method.masked_adamw import MaskedAdamW
@@ -50,10 +50,6 @@ def assert_close(one, two, tolerance=1e-6):
     assert one.keys() == two.keys()
     for name in one:
         torch.testing.assert_close(one[name], two[name], rtol=tolerance, atol=tolerance)
-
-
-def moved(one, two):
-    return sum(int((one[name] != two[name]).sum()) for name in one)
 
 
 # --- what is kept is trained as torch does, what is not does not move ---
@@ -144,7 +140,7 @@ def test_bf16_weights_are_trained_through_float32_masters():
         model(torch.ones(1, 4, dtype=torch.bfloat16)).sum().backward()
         optimizer.step()
         seen.append(model.weight[0, 1].item())
-    masters = optimizer.master_weights()["weight"]
+    masters = masters_of(model, optimizer)["weight"]
     torch.testing.assert_close(masters, torch.tensor([[1.0, 0.994, 1.0, 0.994]]))
     assert model.weight.tolist() == [[1.0, masters[0, 1].bfloat16().item()] * 2]
     assert seen[0] == 1.0 > seen[-1]  # a single step is lost in bf16, six are not
@@ -163,15 +159,15 @@ def test_handed_over_masters_go_on_where_rounded_weights_would_not(second):
     other = random_mask(parts, second or 1.0)
     weights, masters = weights_of(parts), first.packed_masters()
     going_on = MaskedAdamW(parts, other if second else None, **settings, masters=masters)
-    begun = going_on.master_weights()
-    for name, value in first.master_weights().items():
+    begun = masters_of(parts, going_on)
+    for name, value in masters_of(parts, first).items():
         both = mask.dense(name) & other.dense(name)
         assert torch.equal(begun[name][both], value[both])
         assert torch.equal(begun[name][~mask.dense(name)], weights[name][~mask.dense(name)].float())
     assert moved(begun, {name: value.float() for name, value in weights.items()}) > 0
     if second == 0.1:  # the same mask: the two are one
         train(parts, going_on, 3, first=3)
-        assert_equal(going_on.master_weights(), optimizer.master_weights())
+        assert_equal(masters_of(parts, going_on), masters_of(whole, optimizer))
 
 
 # --- gradients ---
@@ -192,7 +188,7 @@ def test_accumulated_batches_equal_one_big_batch(dtype, granularity):
         one.step()
         two.step()
     tolerance = 1e-6 if dtype == torch.float32 else 2e-3
-    assert_close(one.master_weights(), two.master_weights(), tolerance)
+    assert_close(masters_of(parts, one), masters_of(whole, two), tolerance)
 
 
 @pytest.mark.parametrize("kind", ["all", "scalar", "row"])
@@ -318,7 +314,7 @@ def test_a_resumed_run_is_the_uninterrupted_run(dtype, kind):
     again.load_state_dict(saved["model"])
     resumed.load_state_dict(saved["optimizer"])
     assert_equal(train(again, resumed, 4, first=3), expected)
-    assert_equal(resumed.master_weights(), optimizer.master_weights())
+    assert_equal(masters_of(again, resumed), masters_of(model, optimizer))
 
 
 @pytest.mark.parametrize("kind", ["all", "scalar", "row"])
@@ -406,17 +402,16 @@ def test_kept_entries_are_trained_and_no_others_in_trls_trainer(tmp_path, granul
         )  # fmt: skip
         trainer = DPOTrainer(
             model, ref_model=tiny_llama(), args=config, train_dataset=Dataset.from_list(PAIRS),
-            processing_class=word_tokenizer(), optimizers=(optimizer, None),
+            processing_class=words(), optimizers=(optimizer, None),
         )  # fmt: skip
         trainer.train()
         optimizer.close()
         losses.append([one["loss"] for one in trainer.state.log_history if "loss" in one])
         assert losses[-1][0] == pytest.approx(math.log(2), abs=1e-3) and losses[-1][-1] < 0.6
-        for name, value in model.named_parameters():
-            kept = mask.dense(name)
-            assert value.dtype == torch.float32
-            assert torch.equal(value[~kept], before[name][~kept])
-        steps = [(v - before[n]).flatten() for n, v in model.named_parameters()]
+        after = weights_of(model)
+        assert {value.dtype for value in after.values()} == {torch.float32}
+        assert moved(before, after, mask)
+        steps = [(v - before[n]).flatten() for n, v in after.items()]
         way.append(torch.cat(steps))
     # Of those kept some are of words that no pair has: they move in neither.
     assert losses[0] == pytest.approx(losses[1], abs=0.02) and not torch.equal(*way)

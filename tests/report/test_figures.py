@@ -11,8 +11,8 @@ from allo_lib.evaluation import claims
 from allo_lib.evaluation.comparisons import Domain, StudyResults
 from allo_lib.evaluation.outcomes import Measurement
 from allo_lib.evaluation.published import QUESTIONS
-from allo_lib.evaluation.stats import mean_interval
-from allo_lib.report import architectures, figures, method_figures
+from allo_lib.evaluation.stats import Interval, mean_interval
+from allo_lib.report import figures, method_figures
 from allo_lib.report.figure_style import caption_of, method_colour, save
 from tests import synthetic_results
 
@@ -29,12 +29,18 @@ def seeds(*values: float):
     return mean_interval(dict(enumerate(values)))
 
 
+def points(effect: float, low: float, high: float):
+    return Interval(effect, low, high, "", (), 0)
+
+
 MEASURED = {"sft_base": seeds(0.5, 0.51), "dpo": seeds(0.7, 0.72), "allo": seeds(0.72, 0.73)}
 STUDY = {
     "dpo_top10": seeds(0.76, 0.77),
     "dpo_top10_paper": seeds(0.6, 0.61),
     "dpo": seeds(0.75, 0.74),
 }
+POINTS = [("trained", 0.9, 0.7, 0.01), ("oracle", 1.0, 0.72, 0.01)]
+SHARES = {0.1: (0.7, 0.01), 0.01: (0.6, 0.01), 1: (0.7, 0.01)}
 DOTS = {"dpo_top10": (0.76, 0.01), "dpo": (0.75, 0.01)}
 # Figure -> what makes it of synthetic results, and what it says.
 FIGURES = {
@@ -42,12 +48,13 @@ FIGURES = {
                   ["95% interval", "no intervals", "own best rate", "one rate for all", "ecqa"]),
     "main": (lambda _: figures.main_table_figure(MEASURED, MINIATURE),
              ["not run", "+ Vanilla PPO", "paper, mean of 4 question sets"]),
-    "ablation": (lambda _: figures.ablation_bars({"allo_no_forgetting": (-0.02, -0.03, -0.01)}),
+    "ablation": (lambda _: figures.ablation_bars(
+        {"allo_no_forgetting": points(-0.02, -0.03, -0.01)}, "accuracy"),
                  ["-2.0 [-3.0, -1.0]", "points above ALLO", "learning alone"]),
     "claims": (lambda results: figures.claims_figure(claims.compute(results)),
                ["supported", "contradicted", "no difference", "undecided", "paper",
                 "· DPO, last 10%", "accuracy, points"]),
-    "architectures": (lambda results: architectures.architectures_figure(
+    "architectures": (lambda results: figures.architectures_figure(
         claims.by_architecture(results, ["gpt2", "qwen3"])),
         ["gpt2", "qwen3", "masks of two halves", "ALLO above DPO, equal steps"]),
     "relative": (figures.relative_change,
@@ -63,8 +70,8 @@ FIGURES = {
                                                          0.1, "x"), ["chance: 10%", "20.0"]),
     "overlap": (lambda _: method_figures.overlap_matrix(["a", "b"], [[1, 0.2], [0.2, 1]], 0.053,
                                                         "x"), ["chance: 0.053", "0.20"]),
-    "concentration": (lambda _: method_figures.concentration_curve({"x": ([0, 0.1, 1],
-                                                                          [0, 0.7, 1])}),
+    "concentration": (lambda _: method_figures.concentration_curve("x", np.array([0, 0.1, 1]),
+                                                                   np.array([0, 0.7, 1]), 0.1),
                       ["70% in the lowest 10%"]),
     "tokens": (lambda _: method_figures.token_panel(["a", "b"], [("p", "low", [0.1, 0.9])]), []),
     "dots": (lambda _: method_figures.method_dots({"dpo": (0.7, 0.01), "allo": (0.72, 0.01)}),
@@ -75,6 +82,10 @@ FIGURES = {
               ["training reward margin", "before alignment", "development score", "unsettled"]),
     "change": (lambda _: method_figures.change_curve([0, 1], {"selected": [0, -1], "x": [0, 0]}),
                ["selected", "nats a token"]),
+    "shares": (lambda _: method_figures.share_sweep(SHARES, ("DPO", 0.7)),
+               ["share of neurons kept (%)", "DPO", "10", "95%"]),
+    "quality": (lambda _: method_figures.reward_quality(POINTS, {"learning alone": 0.69}),
+                ["oracle (1.00)", "learning alone", "95%"]),
     "kept": (lambda _: method_figures.probability_histogram({"wrong": [0.1, 0.2]}, 0.5),
              ["wrong (2)", "threshold 0.5"]),
 }  # fmt: skip
@@ -135,8 +146,9 @@ def test_scores_on_fewer_models_stand_below_the_others_and_hollow():
 
 
 def test_what_lies_far_outside_is_cut_with_its_number():
-    rows = {f"allo_{i}": (0.01 * i, 0.01 * i - 0.01, 0.01 * i + 0.01) for i in (-1, 1, 2)}
-    figure = figures.ablation_bars(rows | {"allo_no_learning": (-0.33, -0.35, -0.31)})
+    rows = {f"allo_{i}": points(0.01 * i, 0.01 * i - 0.01, 0.01 * i + 0.01) for i in (-1, 1, 2)}
+    rows["allo_no_learning"] = points(-0.33, -0.35, -0.31)
+    figure = figures.ablation_bars(rows, "accuracy")
     (axis,) = figure.axes
     assert -12 < axis.get_xlim()[0] < -2 and axis.get_xlim()[1] < 8
     assert "-33.0 [-35.0, -31.0]" in texts(figure)
@@ -157,11 +169,12 @@ def test_every_domain_has_a_figure_of_its_claims(tmp_path, monkeypatch):
     saved = {}
     monkeypatch.setattr(figures, "save", lambda figure, folder, name, caption: (
         saved.update({name: (figure, caption)}) or folder / name))  # fmt: skip
-    both = [row | {"device": device} for device in ("cpu", "GPU B") for row in EFFICIENCY]
-    found = claims.compute(results, both)
-    assert [one.id for one in found if one.family == "costs"] == ["C10", "C10:GPU B"]
-    figures.draw(results, found, both, tmp_path)
+    found = claims.compute(results, EFFICIENCY)
+    assert [one.id for one in found if one.family == "costs"] == ["C10"]
+    groups = claims.by_architecture(results, ["gpt2", "qwen3"])
+    figures.draw(results, found, EFFICIENCY, groups, tmp_path)
     assert {"claims", "claims_maths", "main_questions", "ablations_maths"} <= set(saved)
+    assert {"architectures", "efficiency"} <= set(saved)
     assert {name for name in saved if "claims" in name} == {"claims", "claims_maths"}
     assert "C10" not in saved["claims"][1] + texts(saved["claims"][0])  # 07 has costs
     assert "maths: right of zero" in texts(saved["claims_maths"][0])
@@ -172,7 +185,7 @@ def test_a_best_rate_at_the_edge_of_its_search_has_a_ring():
     middle = [one | {"rates": [rate], "dev": dev} for one, rate, dev in
               zip(TRIED["dpo"] * 2, (1e-4, 2e-4, 4e-4), (0.5, 0.8, 0.6), strict=False)]  # fmt: skip
     for records, rings in ((TRIED["dpo"], 1), (middle, 0), (middle[:2], 1)):
-        axis = method_figures.sweep_panels({"dpo": records}, count=100).axes[0]
+        axis = method_figures.sweep_panels({"dpo": records}, None, 100).axes[0]
         found = [
             line for line in axis.lines if line.get_markersize() == 12 and len(line.get_xdata())
         ]

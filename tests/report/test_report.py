@@ -2,12 +2,12 @@
 
 import base64
 import hashlib
-import html.parser
 import math
 import os
 import re
 import shutil
 import subprocess
+import sys
 
 import conftest
 import numpy as np
@@ -15,6 +15,7 @@ import pytest
 from scipy import stats
 from test_claims import EFFICIENCY
 
+from allo_lib.cli import cli
 from allo_lib.errors import AlloError
 from allo_lib.evaluation import claims, outcomes, published
 from allo_lib.evaluation.comparisons import Domain
@@ -48,33 +49,17 @@ def root(tmp_path_factory):
     return root
 
 
-class Page(html.parser.HTMLParser):
-    def __init__(self, text):
-        super().__init__()
-        self.tags, self.sources, self.links, self.ids, self.words = [], [], [], [], ""
-        self.feed(text)
-
-    def handle_starttag(self, tag, attributes):
-        self.tags.append(tag)
-        told = dict(attributes)
-        self.sources += [told["src"]] if "src" in told else []
-        self.links += [told["href"]] if "href" in told else []
-        self.ids += [told["id"]] if "id" in told else []
-
-    def handle_data(self, data):
-        self.words += data
-
-
-def page_of(root) -> Page:
-    return Page((root / report.NAME).read_text(encoding="utf-8"))
+def page_of(root) -> conftest.Page:
+    return conftest.Page((root / report.NAME).read_text(encoding="utf-8"))
 
 
 def test_the_report_is_one_self_contained_page_of_all_profiles(root):
     page = page_of(root)
-    assert page.sources and all(s.startswith("data:image/png;base64,") for s in page.sources)
-    inside = [link[1:] for link in page.links if link.startswith("#")]
-    assert len(inside) > 10 and set(inside) <= set(page.ids) and len(page.ids) == len({*page.ids})
-    others = {link for link in page.links if not link.startswith(("#", "https://arxiv.org/"))}
+    sources, links, ids = (page.values(name) for name in ("src", "href", "id"))
+    assert sources and all(s.startswith("data:image/png;base64,") for s in sources)
+    inside = [link[1:] for link in links if link.startswith("#")]
+    assert len(inside) > 10 and set(inside) <= set(ids) and len(ids) == len({*ids})
+    others = {link for link in links if not link.startswith(("#", "https://arxiv.org/"))}
     assert others and all((root / link).is_file() for link in others)
     pictures = 0
     for name in ("tiny-full", "tiny"):
@@ -139,7 +124,7 @@ def test_a_no_to_the_smallest_of_several_effects_names_those_that_are_below(tmp_
 
 def test_the_headline_is_about_the_first_domain_and_counts_the_models_that_are_there(tmp_path):
     made = synthetic_results.joined(("questions", ("ecqa",)), ("helpfulness", ()), models=(0, 1))
-    report.figures.draw(made, (), (), tmp_path / "figures")
+    report.figures.draw(made, (), (), {}, tmp_path / "figures")
     rows = [outcomes.Measurement(seed, "allo", "ecqa", "accuracy", 0.5, 0.0, 1) for seed in (0, 1)]
     outcomes.write_measurements(tmp_path / "measurements.csv", rows)
     short = report._in_short(tmp_path, claims.compute(made), {"models": 3})
@@ -162,7 +147,7 @@ def test_pictures_that_do_not_fit_into_the_page_are_linked(root, tmp_path, monke
     report.build(tmp_path / "tiny")
     fewer = page_of(tmp_path)
     names = {f"tiny/figures/{path.name}" for path in (tmp_path / "tiny" / "figures").glob("*.png")}
-    linked = names & {*fewer.links}
+    linked = names & {*fewer.values("href")}
     assert linked and 0 < fewer.tags.count("img") == len(names) - len(linked)
 
 
@@ -242,7 +227,7 @@ def test_readmes_block_has_the_answers_and_the_rest_is_kept(root, tmp_path):
     assert f"on 3 independent SFT models: {', '.join(counted)}.**" in text
     assert "(results/tiny-full/figures/main_miniature.png)" in text
     for anchor in re.findall(r"\(results/report\.html#(.+?)\)", text):
-        assert anchor in page_of(root).ids
+        assert anchor in page_of(root).values("id")
     readme.write_text(text.replace("| yes |", "| no |", 1))
     assert report.readme_block(root) not in readme.read_text()
     readme.write_text("# Title\n")
@@ -264,6 +249,69 @@ def test_readme_shows_the_committed_results():
     assert report.readme_block(ROOT / "results") in (ROOT / "README.md").read_text(), (
         "README.md and results/ disagree: run ./run_all.sh figures"
     )
+
+
+# --- `run_all.sh figures`, from the committed files, to the byte ----------------------------------
+
+COMMITTED = ROOT / "results" / "tiny"
+DRAWN = ("claims", "main_miniature", "relative_change")
+
+
+def copied(source, target):
+    ignored = shutil.ignore_patterns(manifest.STORE, "notebooks")
+    return shutil.copytree(source, target, ignore=ignored)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return copied(COMMITTED, tmp_path / "tiny")
+
+
+@pytest.mark.slow
+def test_all_are_made_again_as_committed_without_torch(tmp_path):
+    code = "import sys; from allo_lib.cli import cli; status = cli.main(sys.argv[1:]); "
+    code += "sys.exit(status or ('torch' in sys.modules and 'torch was loaded'))"
+    results = [path.parent for path in (ROOT / "results").glob(f"*/{outcomes.NAME}")]
+    folders = [copied(path, tmp_path / path.name) for path in results]
+    assert folders
+    for folder, committed in zip(folders, results, strict=True):
+        gone = [folder / "figures" / f"{name}{end}" for name in DRAWN for end in (".png", ".pdf")]
+        gone = [path for path in gone if path.exists()]
+        gone += [folder / "claims.csv", *(folder / "tables").glob("*.md")]
+        for path in gone:
+            path.unlink()
+        command = [sys.executable, "-c", code, "figures", folder.name, "--out", str(folder)]
+        ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        assert ended.returncode == 0, ended.stderr
+        assert all(f"wrote {path}\n" in ended.stdout for path in gone)
+        made = [*gone, *(folder / "tables").glob("*.csv"), folder / manifest.NAME]
+        for path in made:
+            same = committed / path.relative_to(folder)
+            assert path.read_bytes() == same.read_bytes(), f"{same} is out of date"
+    report_of = (root / report.NAME for root in (tmp_path, ROOT / "results"))
+    assert len({path.read_bytes() for path in report_of}) == 1, "results/report.html is out of date"
+
+
+def test_one_is_made_again_and_nothing_else(folder, monkeypatch, capsys):
+    def remake(copy):
+        made = [copy / "figures" / "a.png", copy / "tables" / "a.csv", copy / "tables" / "b.csv"]
+        for path in made:
+            path.write_text("new")
+        shutil.copy(COMMITTED / "figures" / "claims.png", copy / "figures" / "a.png")
+        return made
+
+    monkeypatch.setattr(report, "remake", remake)
+    (folder / "tables" / "b.csv").write_text("old")
+    assert cli.main(["figures", "tiny", "a", "--out", str(folder)]) == 0
+    assert (folder / "figures" / "a.png").is_file()
+    assert (folder / "tables" / "a.csv").read_text() == "new"
+    assert (folder / "tables" / "b.csv").read_text() == "old"
+    told = manifest.read(folder)  # knows what was made again, and by which commit
+    files = manifest.file_hashes(folder)
+    assert told["files"]["tables/a.csv"] == files["tables/a.csv"] and "redrawn" in told
+    assert "tables/b.csv" not in told["files"]
+    assert cli.main(["figures", "tiny", "c", "--out", str(folder)]) == 2
+    assert capsys.readouterr().err == ("run_all: no figure or table 'c': expected one of a, b\n")
 
 
 # --- in a browser --------------------------------------------------------------------------------

@@ -53,8 +53,6 @@ def test_main_table_has_all_rows_of_the_paper_and_says_what_was_not_run(built):
     }
     assert reasons == {"not among the methods of this run"}
     assert "**" in by_label["+ ALLO"][4] and "<u>" in by_label["+ DPO"][4]
-    # The paper's own best and second best among its question sets.
-    assert by_label["+ ALLO"][6] == "**64.67**" and by_label["+ R-DPO"][6] == "<u>63.83</u>"
 
 
 def test_rows_of_fewer_models_are_marked_and_rank_with_no_other(results):
@@ -228,6 +226,7 @@ def test_claims_are_corrected_within_their_families_and_have_a_table(results):
     primary = "C1 C2 C3 C4s C5 C6 C7 C8 C9".split()
     for names in (primary, ["C1p", "C2p", "C3p"], ["C2s", "C3s"]):
         assert [found[n].sign for n in names] == holm([found[n].p.sign for n in names])
+    assert found["C10"].sign == found["C10"].p.sign  # costs are one claim
     # C4 pays as if it were a tenth claim of the first family, which pays nothing for it.
     assert found["C4"].sign == holm([found[name].p.sign for name in (*primary, "C4")])[-1]
     table = tables.claims_table(found.values())

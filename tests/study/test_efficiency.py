@@ -22,7 +22,6 @@ from allo_lib.engine.encoding import encode_pairs
 from allo_lib.method.masked_adamw import MaskedAdamW
 from allo_lib.method.neurons import select_neurons
 from allo_lib.profiles.profile_files import load_profile
-from allo_lib.report import notebook
 from allo_lib.study import efficiency, timed_steps
 from allo_lib.study.timed_steps import PEERS, DenseMaskedAdamW, OwnSteps, TrlSteps
 
@@ -246,11 +245,3 @@ def test_what_is_not_installed_is_left_out_and_said(monkeypatch, capsys, lacking
     told = [line.split(" is left out: it needs ") for line in capsys.readouterr().out.splitlines()]
     assert [variant for variant, _ in told] == [v for v in PEERS if v not in kept]
     assert all(lacking in needs for _, needs in told)
-
-
-def test_notebooks_show_text_as_text(monkeypatch):
-    shown = []
-    monkeypatch.setattr(notebook, "display", shown.append)
-    notebook.table([{"prompt": "<script>alert(1)</script>", "share": 0.123456}], "A caption.")
-    assert "&lt;script&gt;" in shown[0].data and "<script>" not in shown[0].data
-    assert "0.1235" in shown[0].data and shown[1].data == "*A caption.*"

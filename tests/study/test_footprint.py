@@ -3,8 +3,7 @@
 import pytest
 import torch
 from live_bytes import LiveBytes
-from test_bad_models import words
-from tiny_models import VOCABULARY, tiny_llama
+from tiny_models import VOCABULARY, tiny_llama, words
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig, Qwen3Config

@@ -24,8 +24,6 @@ from allo_lib.study.study import Study
 # Wide enough, and of enough tokens (some 2,500), for torch to split the work among threads.
 WORDS, WIDTH, PAIRS = 512, 128, 24
 RATE = 1e-3
-# By how much log-probs (nats), weights (in steps of RATE) and masks may differ elsewhere.
-LOGPS, WEIGHTS, OVERLAP = 1e-5, 0.01, 0.999
 
 
 def new_model():

@@ -76,11 +76,12 @@ def test_a_worker_opens_the_study_of_its_job_and_keeps_the_last(tmp_path, monkey
     monkeypatch.setattr(runs, "_STUDY", {})
     study = open_study(tmp_path, seed=3)
     # Everything that goes to a worker goes there as bytes.
-    work, opened_by = pickle.loads(pickle.dumps((_seen, runs._opened_by(study.at(1)))))
-    first, again = (runs._in_worker(work, opened_by, "a") for _ in range(2))
+    opened_by = study.profile, 3, tmp_path, None
+    job = pickle.loads(pickle.dumps((_seen, opened_by, 1, "a")))
+    first, again = (runs._in_worker(*job) for _ in range(2))
     assert first[0] is again[0] and first[1] == "a" and first[0].profile == study.profile
     assert (first[0].seed, first[0].replicate, first[0].results_dir) == (3, 1, tmp_path)
-    other, _ = runs._in_worker(_seen, runs._opened_by(open_study(tmp_path, seed=4)), "a")
+    other, _ = runs._in_worker(_seen, (study.profile, 4, tmp_path, None), 0, "a")
     assert other.seed == 4 and list(runs._STUDY.values()) == [other]
 
 
@@ -194,7 +195,7 @@ def test_what_still_rises_at_the_end_is_at_the_edge_and_of_equal_scores_the_smal
 
 @pytest.mark.parametrize("search_it", [
     lambda: next(proposals((1.0,), 2.0, 2)), lambda: next(proposals((1.0, 1.0), 1.0, 5)),
-    lambda: search((1.0,), 3, 1.0, peak(1.0)), lambda: search((1.0,), 0, 2.0, peak(1.0)),
+    lambda: search((1.0,), 3, 1.0, peak(1.0)),
 ])  # fmt: skip
 def test_searches_that_cannot_search_are_refused(search_it):
     with pytest.raises(AlloError, match="search.candidates"):
@@ -285,7 +286,8 @@ def test_a_worker_that_opens_another_study_keeps_nothing_of_the_last_one(tmp_pat
         seen.append(weakref.ref(study))
 
     for seed in (0, 1):
-        runs._in_worker(work, runs._opened_by(open_study(tmp_path, seed)), DOMAIN)
+        profile = open_study(tmp_path, seed).profile
+        runs._in_worker(work, (profile, seed, tmp_path, None), 0, DOMAIN)
     gc.collect()
     assert [one() is None for one in seen] == [True, False]
     runs._STUDY.clear()

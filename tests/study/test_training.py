@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 import torch
+from tiny_models import moved
 from tiny_study import DOMAIN, PROFILE, open_study
 
 from allo_lib import allo
@@ -18,17 +19,6 @@ from allo_lib.machine import weights
 from allo_lib.profiles.methods import Stage, stages_of
 from allo_lib.profiles.profile_files import load_profile
 from allo_lib.study import results, runs, scoring, training
-
-
-@pytest.fixture
-def theta(tiny_study):
-    """The SFT model's weights."""
-    return weights.read_tensors(tiny_study.sft(DOMAIN).file("model.safetensors"))
-
-
-@pytest.fixture(scope="module")
-def profile():
-    return load_profile(str(PROFILE))
 
 
 def candidate(study, method, rates):
@@ -52,29 +42,11 @@ def test_allo_is_forgetting_then_learning_on_the_top_neurons(profile):
 def test_controls_get_as_many_updates_as_both_stages(profile):
     for method in ("allo", "sft", "rft", "ipo", "bco", "simpo", "npo", "rdpo", "ppo", "a2c",
                    "dpo_long", "dpo_top10_long", "dpo_last10_long", "dpo_random10_long",
-                   "dpo_all_pairs", "allo_no_forgetting", "allo_no_learning"):  # fmt: skip
+                   "dpo_all_pairs", "allo_reversed", "allo_no_forgetting",
+                   "allo_no_learning"):  # fmt: skip
         assert sum(stage.epochs for stage in stages_of(method, profile)) == 2, method
     for method, epochs in {"dpo": 1, "dpo_top10": 1, "sft_base": 0}.items():
         assert sum(stage.epochs for stage in stages_of(method, profile)) == epochs
-
-
-@pytest.mark.parametrize("method, forgetting, learning", [
-    ("allo_all_tokens_forgetting", {"tokens"}, set()),
-    ("allo_all_tokens_learning", set(), {"key_share"}),
-    ("allo_random_tokens", {"tokens"}, {"key"}),
-    ("allo_oracle_tokens", {"tokens"}, {"key"}),
-    ("allo_soft", {"rule"}, set()),
-    ("allo_random_neurons", {"neurons"}, {"neurons"}),
-    ("allo_all_neurons", {"neurons", "rate"}, {"neurons", "rate"}),
-    ("allo_rm_shuffled", {"reward_model"}, set()),
-    ("allo_rm_oracle", {"tokens"}, set()),
-    ("allo_rm_inverted", {"tokens"}, set()),
-    ("allo_all_wrong", {"pairs"}, set()),
-])  # fmt: skip
-def test_each_ablation_changes_one_thing_of_allo(profile, method, forgetting, learning):
-    pairs = zip(stages_of("allo", profile), stages_of(method, profile), strict=True)
-    changed = [{key for key in vars(a) if getattr(a, key) != getattr(b, key)} for a, b in pairs]
-    assert changed == [forgetting, learning]
 
 
 def test_names_follow_the_profile_s_share_and_unknown_ones_are_refused():
@@ -151,13 +123,8 @@ def test_a_masked_method_moves_its_neurons_and_no_other_bit(tiny_study, theta, m
     artifact, trained = candidate(tiny_study, method, (1e-3,))
     mask = tiny_study.mask(DOMAIN, stage.neurons, stage.share)
     assert mask.kept == round(0.1 * mask.total)
-    moved = 0
-    for name, value in trained.items():
-        kept = mask.dense(name)
-        assert torch.equal(value[~kept], theta[name][~kept]), name
-        moved += int((value[kept] != theta[name][kept]).sum())
     # Key neurons have gradients; among the last ones are those that never get any.
-    assert moved > (0.9 if method == "dpo_top10" else 0.05) * mask.kept
+    assert moved(theta, trained, mask) > (0.9 if method == "dpo_top10" else 0.05) * mask.kept
     squares = sum(float((trained[n].double() - theta[n].double()).square().sum()) for n in theta)
     assert artifact.json()["displacement"] == pytest.approx(squares**0.5, rel=1e-4)
 
@@ -168,7 +135,7 @@ def test_ppo_moves_every_tensor_in_as_many_steps_as_long_dpo(tiny_study, theta):
     record = artifact.json()
     long, _ = candidate(tiny_study, "dpo_long", (1e-3,))
     assert len(record["loss"][0]) == len(long.json()["loss"][0])
-    assert record["dev"] >= 0 and record["displacement"] > 0 and record["tokens"][0] > 0
+    assert record["dev"] >= 0 and record["displacement"] > 0
 
 
 def test_on_policy_methods_are_rewarded_for_right_answers_that_have_ended(tiny_study, monkeypatch):
@@ -193,9 +160,6 @@ def test_on_policy_methods_are_rewarded_for_right_answers_that_have_ended(tiny_s
                                 (row["rejected"], True), ("", True))
         ]  # fmt: skip
         assert verdicts == [1, 0, 0, 0]
-    monkeypatch.setattr(tiny_study, "task", lambda name: None)
-    with pytest.raises(AlloError, match="ppo: no verifier"):
-        training._train_stage(tiny_study, DOMAIN, stages, 0, 1e-3, {}, {}, None)
 
 
 def test_both_stages_of_allo_keep_to_the_mask_and_start_at_their_own_zero(
@@ -212,14 +176,13 @@ def test_both_stages_of_allo_keep_to_the_mask_and_start_at_their_own_zero(
     monkeypatch.setattr(allo, "run_stage", spy)
     artifact, trained = candidate(open_study(begun), "allo", (1e-3, 1e-3))
     mask = tiny_study.mask(DOMAIN, "top", tiny_study.profile.method.share)
-    for name, value in trained.items():
-        assert torch.equal(value[~mask.dense(name)], theta[name][~mask.dense(name)]), name
+    assert moved(theta, trained, mask)
     forgetting, learning = artifact.json()["loss"]
     beta = tiny_study.profile.method.beta
     assert forgetting[0] == pytest.approx(2 / beta * torch.tensor(2.0).log().item(), abs=1e-4)
     # Learning's reference is the model that forgetting left behind, and so are its masters.
     assert learning[0] == pytest.approx(torch.tensor(2.0).log().item(), abs=1e-5)
-    (first, ended), (second, _) = (masters for masters in seen if masters[1])  # no warm-up
+    *_, (first, ended), (second, _) = seen  # after the warm-up's
     assert first == {} and second.keys() == ended.keys() and second
     for name, (places, values) in second.items():
         assert torch.equal(places, ended[name][0]) and torch.equal(values, ended[name][1])
@@ -331,12 +294,6 @@ def test_a_result_is_that_of_its_best_candidate_and_the_paper_s_rows_run_at_its_
         assert found["dpo_paper"][key] == dpo[key]
 
 
-def test_the_papers_protocol_takes_the_rate_of_dpo(tiny_study, monkeypatch):
-    monkeypatch.setattr(training, "result", lambda *_: {"rates": [0.5], "knob": {}})
-    assert training._fixed_rates(tiny_study, DOMAIN, "dpo_top10_paper") == (0.5,)
-    assert training._fixed_rates(tiny_study, DOMAIN, "allo") is None
-
-
 def test_a_rate_that_diverges_loses_and_all_of_them_are_told(begun, monkeypatch, capsys):
     def train_stage(study, name, stages, number, rate, *others):
         if rate > limit:
@@ -408,14 +365,6 @@ def test_methods_come_in_the_order_requested_and_dpo_before_what_reads_it(begun,
     assert set(made) == {"dpo", *requested} and made.index("dpo") < made.index("dpo_paper")
     made.clear()
     assert runs.run_methods(study, {DOMAIN: requested}) == {DOMAIN: found} and made == []
-
-
-@pytest.mark.slow
-def test_workers_and_one_process_find_the_same(tiny_study, begun):
-    study = open_study(begun, compute__workers=2)
-    requested = ["dpo", "npo", "allo", "dpo_paper"]
-    ours = runs.run_methods(study, {DOMAIN: requested})
-    assert ours == runs.run_methods(tiny_study, {DOMAIN: requested})
 
 
 @pytest.mark.slow
