@@ -94,7 +94,7 @@ curve = [scores[share_name(share)] for share in shares]
 start = scores.get("sft_base")
 if len(shares) > 1:
     drawn = method_figures.share_sweep(dict(zip(shares, curve, strict=True)), start and ("SFT model", start[0]),
-                                         title=here, ylabel=f"{unit} (%)")
+                                      title=here, ylabel=f"{unit} (%)")
     draw(drawn, "DPO by the share of neurons that it trains; bars are 95% intervals.")
     within = [share for share, (value, error) in zip(shares, curve, strict=True) if value + 2 * error >= max(curve)[0]]
     say(f"**From {percent(min(within), 0)} of the neurons on, the score is within two standard errors of the best, "

@@ -163,6 +163,9 @@ def outside_spread(before: Path, after: Path) -> tuple[int, list[str]]:
     +- t s sqrt(1 + 1/n), Student's prediction interval for one more run; t is such that of all runs
     judged not even one lies outside by chance in 95% of reruns (Bonferroni). One committed run has
     no spread: another score is a problem, too.
+
+    On another processor the log-probs of equal weights differ by up to 2.9e-6
+    (tests/study/test_repeat.py), and a study draws and decodes by them: it is another draw.
     """
     old, new = (StudyResults.load(folder, models=2**32) for folder in (before, after))
     pairs = [

@@ -48,9 +48,13 @@ class Schedule:
     epochs: int
     batch_size: int  # rows (pairs) per optimizer step
     seed: int  # of the order of the rows
-    warmup: float = 0.1  # share of all steps with a linearly rising rate
+    warmup: float = 0.1  # share of all steps with a linearly rising rate, 0 to 1
     accumulation: int = 1  # forward passes per step; batch_size is their sum
     max_steps: int | None = None  # optimizer steps at most
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.warmup <= 1:
+            raise AlloError(f"warmup is {self.warmup}, expected a share of the steps, 0 to 1")
 
     def steps(self, rows: int) -> int:
         """Optimizer steps of a training on so many rows."""

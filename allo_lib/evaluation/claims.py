@@ -419,7 +419,7 @@ def _cost(dense: Mapping[str, str], ours: Mapping[str, str]) -> Claim:
     words = [f"on {ours['device']}: time of allo_scalar over dense_masked {own / seconds:.3f}"]
     less = []  # whether ALLO takes less; None where that is not known
     for pair, what, noise in zip(lasting, ("peak memory", "optimizer state"), _NOISE, strict=True):
-        known = [other[0] / one[0] for one, other in [pair] if one and other and one[0]]
+        known = [other[0] / one[0] for one, other in [pair] if one and other and one[0] * other[0]]
         words.append(f"{what} {known[0]:.3f}" if known else f"{what} not measured")
         less.append(known[0] < 1 if known and abs(known[0] - 1) >= noise else None)
     claim = Claim("C10", _C10, math.log(seconds / own), unit=_C10_UNIT)

@@ -96,7 +96,7 @@ class MaskedAdamW(torch.optim.AdamW):
                 name,
                 parameter,
                 None if mask is None else mask.indices.get(name),
-                (masters or {}).pop(name, None),
+                (masters or {}).get(name),
                 linears.get(parameter),
             )
             for name, parameter in model.named_parameters()
@@ -113,6 +113,7 @@ class MaskedAdamW(torch.optim.AdamW):
         # From here on nothing can fail: a refused call leaves the model as it was.
         for packed in self._packed:
             packed.attach()
+            (masters or {}).pop(packed.name, None)
         taken = {id(packed.parameter) for packed in self._packed}
         others = (p for p in model.parameters() if p.requires_grad and id(p) not in taken)
         self._frozen = [parameter.requires_grad_(False) for parameter in others]

@@ -105,6 +105,13 @@ def test_equal_to_the_plain_forward_pass_in_value_and_gradient(kind):
         assert_same(model, families(), layout)
 
 
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 10_000), st.integers(1, 5), st.booleans(), st.booleans())
+def test_trees_are_exact_for_random_lengths(seed, count, grouped, one_row):
+    model = make("grouped queries" if grouped else "tied")
+    assert_same(model, families(count, seed), Layout(0, True, one_row))
+
+
 @pytest.mark.parametrize("key", ["logits_soft_cap", "lm_head_multiplier", "logit_scale"])
 def test_logits_that_a_config_says_are_altered_are_never_a_product_of_the_head(key):
     """By too little to be seen while they are small, as those of an untrained model are."""

@@ -103,6 +103,11 @@ def test_the_rate_rises_and_falls_as_a_cosine(warmup, steps):
     assert optimizer.rates == pytest.approx([0.5 * part for part in expected], abs=1e-9)
 
 
+def test_a_warm_up_is_a_share_and_no_count():
+    with pytest.raises(AlloError, match="warmup is 10, expected a share of the steps, 0 to 1"):
+        Schedule(1e-2, 1, 1, 0, warmup=10)
+
+
 def test_it_learns_and_logs():
     model = tiny_llama()
     model.config.pad_token_id = None  # the caller's is used
@@ -324,9 +329,6 @@ def test_a_checkpoint_of_another_mask_is_refused(tmp_path):
     stopped(tmp_path, kind="scalar")
     with pytest.raises(AlloError, match="another mask"):
         supervise(tiny_llama(), tmp_path, kind="row")
-
-
-# --- weights -------------------------------------------------------------------------------------
 
 
 # --- the steps of the method ---------------------------------------------------------------------

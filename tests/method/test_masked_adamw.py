@@ -158,7 +158,10 @@ def test_handed_over_masters_go_on_where_rounded_weights_would_not(second):
     first.close()
     other = random_mask(parts, second or 1.0)
     weights, masters = weights_of(parts), first.packed_masters()
+    with pytest.raises(ValueError, match="learning rate"):  # a refused call takes none
+        MaskedAdamW(parts, None, lr=-1.0, masters=masters)
     going_on = MaskedAdamW(parts, other if second else None, **settings, masters=masters)
+    assert not masters
     begun = masters_of(parts, going_on)
     for name, value in masters_of(parts, first).items():
         both = mask.dense(name) & other.dense(name)

@@ -74,7 +74,7 @@ DTYPES = [torch.float32, torch.bfloat16]
 @settings(max_examples=100, deadline=None)
 @given(score_dicts(), st.floats(0.001, 1) | st.just(1), ORDERS, SCOPES, st.sampled_from(DTYPES))
 def test_selection_is_that_of_a_stable_sort(scores, share, order, scope, dtype):
-    scores = {name: score.to(dtype) for name, score in scores.items()}
+    scores = {n: score.to(dtype) if i % 2 else score for i, (n, score) in enumerate(scores.items())}
     copies = {name: score.clone() for name, score in scores.items()}
     mask = select_neurons(scores, share, order=order, scope=scope)
     assert lists(mask) == slow_choice(scores, share, order, scope)

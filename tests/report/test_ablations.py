@@ -4,10 +4,12 @@ import math
 
 import numpy as np
 import pytest
+import torch
 from tiny_study import DOMAIN
 
 from allo_lib.errors import AlloError
 from allo_lib.evaluation import outcomes, published
+from allo_lib.method.neurons import NeuronMask
 from allo_lib.profiles.methods import (
     Stage,
     stages_of,
@@ -15,6 +17,7 @@ from allo_lib.profiles.methods import (
 )
 from allo_lib.profiles.profile_files import load_profile
 from allo_lib.report import method_figures as drawing
+from allo_lib.study import importance
 
 # --- names and stages ----------------------------------------------------------------------------
 
@@ -93,6 +96,19 @@ def test_scores_of_variants_see_their_pairs_and_masks_their_scope(tiny_study):
     mask = tiny_study.mask(DOMAIN, "top", 0.1, scope="tensor")
     for name, index in mask.indices.items():
         assert index.numel() == max(1, round(0.1 * math.prod(mask.shapes[name])))
+
+
+def test_masks_at_random_places_overlap_by_the_chance_within_tensors():
+    kept, shapes = {"a": 4000, "b": 200}, {"a": (100, 100), "b": (200, 100)}
+
+    def at_random() -> NeuronMask:
+        places = {n: torch.randperm(math.prod(shape))[: kept[n]] for n, shape in shapes.items()}
+        return NeuronMask({name: index.sort().values for name, index in places.items()}, shapes)
+
+    torch.manual_seed(0)
+    pairs = [(at_random(), at_random()) for _ in range(20)]
+    found = np.mean([one.overlap(other) for one, other in pairs])
+    assert found == pytest.approx(importance.chance_within(*pairs[0]), rel=0.02)
 
 
 # --- the numbers and the figures of 05 -----------------------------------------------------------
