@@ -138,8 +138,12 @@ def main() -> int:
         print(prepare(tests="--tests" in sys.argv[1:]))
     except AlloError as error:
         _say(str(error))
-        return 2
-    return 0
+    except OSError as error:
+        _say(f"cannot make .venv here ({error}): permit writing, or activate an environment that "
+             "meets pyproject.toml")  # fmt: skip
+    else:
+        return 0
+    return 2
 
 
 if __name__ == "__main__":

@@ -96,6 +96,17 @@ def test_set_up_installs_once_and_again_after_a_failure_or_another_lock(tmp_path
     assert commands == ["venv", "pip"] * 3
 
 
+def test_a_checkout_that_cannot_be_written_ends_in_a_line(monkeypatch, capsys):
+    def refused(**_):
+        raise PermissionError(13, "Permission denied", "/there/.venv")
+
+    monkeypatch.setattr(environment, "prepare", refused)
+    assert environment.main() == 2
+    told = capsys.readouterr()
+    assert not told.out and told.err.startswith("run_all: cannot make .venv here ([Errno 13] Perm")
+    assert told.err.count("\n") == 1
+
+
 RUN = """
 import os, time
 from concurrent.futures import ProcessPoolExecutor
