@@ -183,14 +183,17 @@ def _parts(
 
 
 def _reward_parts(results: StudyResults, domain: Domain) -> tuple[list[Part], list[str]]:
-    """C9: a trend over three or more reward models, else ALLO against one with a worse one."""
+    """C9: a trend over three or more reward models, else ALLO against one with a worse one.
+
+    Where three are there but not on the same SFT models, as in the middle of a run, nothing is.
+    """
     order = [name for name in REWARD_MODELS if results.datasets_of(name, domain)]
     worse = [name for name in order if name not in ("allo", "allo_rm_oracle")]
     others = [("allo", name) for name in worse] + [("allo_rm_oracle", "allo")]
     # Neither untrained nor shuffled targets know anything of the task: they share the lowest rank.
     ranks = {name: max(0, place - 1) for place, name in enumerate(REWARD_MODELS)}
-    found = results.trend({name: ranks[name] for name in order}, "allo", domain)
-    if found is not None:
+    if len(order) > 2:
+        found = results.trend({name: ranks[name] for name in order}, "allo", domain)
         ranking = order[0]
         for before, name in pairwise(order):
             ranking += f" {'=' if ranks[before] == ranks[name] else '<'} {name}"

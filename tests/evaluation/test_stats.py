@@ -116,6 +116,8 @@ def test_p_values_are_those_of_the_t_test():
         assert found.p_below(bar) == pytest.approx(1 - expected)
     low, high = found.ends(0.90)
     assert found.p_above(low) == pytest.approx(0.05) == found.p_below(high)
+    of_two = scipy_stats.t.ppf([1 - 0.05 / 2 / 2, 1 - 0.05 / 2], 4)
+    assert stats.held_together(2, 5) == pytest.approx(of_two[0] / of_two[1])
     normal = stats.mean_interval({0: 0.03}, {0: 0.01})
     assert normal.p_above(0.0) == pytest.approx(scipy_stats.norm.sf(3.0))
 
@@ -154,6 +156,7 @@ def test_a_share_of_pairs_has_the_interval_of_agresti_and_coull():
     low, high = stats.share_interval([1] * 6 + [0] * 4, list("abcdefghij"))
     half = scipy_stats.norm.ppf(0.975) * (8 / 14 * 6 / 14 / 14) ** 0.5
     assert (low, high) == pytest.approx((8 / 14 - half, 8 / 14 + half))
+    assert stats.share_interval([1] * 4, list("abcd"))[1] == 1.0
     # Pairs of one prompt that are all alike are one: as many as there are prompts.
     for right in ([1, 1, 1, 0, 0, 0], [1] * 6):
         of_prompts = stats.share_interval(right[::3], ["a", "b"])

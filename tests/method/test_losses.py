@@ -201,6 +201,10 @@ def test_npo_loss_and_gradient():
     close(loss, -2 / beta * total / count)
     loss.backward()
     close(policy.grad, pull / count)
+    one = torch.zeros(4, 6)  # a single token
+    one[2, 3] = 1.0
+    expected = -2 / beta * log_sigmoid(-beta * (policy[2, 3] - ref[2, 3]).item())
+    close(npo_loss(policy, ref, one, beta), expected)
     policy.grad = None
     loss = npo_loss(policy, ref, torch.zeros(4, 6))  # nothing to forget
     loss.backward()
