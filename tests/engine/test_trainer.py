@@ -84,7 +84,7 @@ def test_every_row_is_used_once_an_epoch_in_a_seeded_order():
     assert list(first) == [tuple(rows[i]["response"]) for i in shuffled]
 
 
-@pytest.mark.parametrize("warmup, steps", [(0.1, 20), (0.25, 8), (0.0, 5), (1.0, 5), (0.1, 1)])
+@pytest.mark.parametrize("warmup, steps", [(0.1, 20), (0.25, 8), (0.0, 5), (1.0, 5), (0.1, 2), (0.1, 1)])
 def test_the_rate_rises_and_falls_as_a_cosine(warmup, steps):
     model = tiny_llama()
     optimizer = Watched(model, None, lr=0.5)
@@ -117,7 +117,7 @@ def test_it_learns_and_logs():
     assert log.loss[-1] < 0.6 * log.loss[0]
     assert len(log.loss) == len(log.metrics["reward_margin"]) == 12
     assert log.metrics["reward_accuracy"][-1] == 1
-    assert log.seconds > 0
+    assert 0 < log.seconds < 60
 
 
 @pytest.mark.parametrize("name", ["learning", "forgetting", "sft"])
