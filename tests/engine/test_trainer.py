@@ -84,7 +84,9 @@ def test_every_row_is_used_once_an_epoch_in_a_seeded_order():
     assert list(first) == [tuple(rows[i]["response"]) for i in shuffled]
 
 
-@pytest.mark.parametrize("warmup, steps", [(0.1, 20), (0.25, 8), (0.0, 5), (1.0, 5), (0.1, 2), (0.1, 1)])
+@pytest.mark.parametrize(
+    "warmup, steps", [(0.1, 20), (0.25, 8), (0.0, 5), (1.0, 5), (0.1, 2), (0.1, 1)]
+)
 def test_the_rate_rises_and_falls_as_a_cosine(warmup, steps):
     model = tiny_llama()
     optimizer = Watched(model, None, lr=0.5)
