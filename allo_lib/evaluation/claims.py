@@ -400,7 +400,7 @@ def efficiency_claim(table: Sequence[Mapping[str, str]]) -> Claim:
     """
     rows = {row["variant"]: row for row in table}
     pair = [rows.get(variant, {}) for variant in ("dense_masked", "allo_scalar")]
-    if not all(pair):
+    if not all(pair) or pair[0]["device"] != pair[1]["device"]:
         text = "not measured: allo_scalar and dense_masked on one device"
         return Claim("C10", _C10, unit=_C10_UNIT, evidence=text)
     try:

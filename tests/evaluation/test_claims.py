@@ -309,6 +309,8 @@ def test_one_process_of_each_decides_nothing_of_time_and_cost_may_without_chance
                     {"seconds_per_pair": ""}):  # fmt: skip
         with pytest.raises(AlloError, match="efficiency table, cpu: .*; measure it again"):
             claims.efficiency_claim([EFFICIENCY[0] | changes, EFFICIENCY[1]])
+    joined = [EFFICIENCY[0] | {"device": "GPU B"}, EFFICIENCY[1]]
+    assert "on one device" in claims.efficiency_claim(joined).evidence
     # A machine on which a peak cannot be begun anew.
     none = [row | {"peak_bytes_above_model": "0"} for row in EFFICIENCY]
     for table in (none, [none[0], EFFICIENCY[1]], [EFFICIENCY[0], none[1]]):
